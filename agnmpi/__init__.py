@@ -1,0 +1,56 @@
+"""Asynchronous training over MPI with Accumulated Gradient Normalization (arXiv:1710.02368).
+
+`import agnmpi` needs only numpy; AGNOptimizer and what else speaks MPI is imported when first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from . import rules
+from .optimizers import (
+    Optimizer,
+    adagrad,
+    adam,
+    adamw,
+    constant,
+    cosine,
+    momentum,
+    nesterov,
+    rmsprop,
+    sgd,
+    step_decay,
+    warmup,
+)
+from .problem import Problem
+from .rules import Rule
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .agn import AGNOptimizer
+
+__all__ = [
+    "AGNOptimizer",
+    "Optimizer",
+    "Problem",
+    "Rule",
+    "__version__",
+    "adagrad",
+    "adam",
+    "adamw",
+    "constant",
+    "cosine",
+    "momentum",
+    "nesterov",
+    "rmsprop",
+    "rules",
+    "sgd",
+    "step_decay",
+    "warmup",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "AGNOptimizer":
+        raise AttributeError(f"module 'agnmpi' has no attribute {name!r}")
+    from .agn import AGNOptimizer
+
+    return AGNOptimizer

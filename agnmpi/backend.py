@@ -1,0 +1,116 @@
+"""Arrays on the host or on a device: namespace, cache-sized blocks, stream readiness, copies."""
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]  # or a cupy.ndarray, which answers to the same ufuncs
+
+# Elements in a block: long enough that NumPy's calls cost nothing, short enough that a block stays in cache.
+BLOCK = 1 << 16
+_PAGE = 4096
+
+
+def on_host(x: Array) -> bool:
+    """Whether `x` lies in host memory."""
+    return isinstance(x, np.ndarray)
+
+
+def namespace(x: Array) -> ModuleType:
+    """Return the array module of `x`: numpy, or the one that made it (cupy)."""
+    return np if on_host(x) else sys.modules[type(x).__module__.partition(".")[0]]
+
+
+def as_array(value: Any) -> Array:
+    """Return `value` as an array that shares its memory: itself, or by DLPack (PyTorch, JAX).
+
+    Raises TypeError for what is no array.
+    """
+    if isinstance(value, np.generic):
+        return np.asarray(value)
+    if isinstance(value, np.ndarray) or hasattr(value, "__cuda_array_interface__"):
+        if isinstance(value, np.ndarray) or type(value).__module__.startswith("cupy"):
+            return value  # type: ignore[no-any-return]
+        import cupy
+
+        return cupy.asarray(value)  # type: ignore[no-any-return]
+    if not hasattr(value, "__dlpack__"):
+        raise TypeError(f"{type(value).__name__} is no array: it has neither NumPy's, CUDA's nor DLPack's interface")
+    return np.from_dlpack(value.detach() if hasattr(value, "detach") else value)
+
+
+def blocks(x: Array, start: int = 0, stop: int | None = None) -> Iterator[slice]:
+    """Cut [start, stop) of `x` into cache-sized slices on the host, into one slice on a device."""
+    stop = x.size if stop is None else stop
+    if not on_host(x):
+        yield slice(start, stop)
+        return
+    for first in range(start, stop, BLOCK):
+        yield slice(first, min(first + BLOCK, stop))
+
+
+def scratch(x: Array, count: int) -> list[Array]:
+    """Allocate `count` work arrays as long as one block of `x`."""
+    size = min(x.size, BLOCK) if on_host(x) else x.size
+    return [namespace(x).empty(size, x.dtype) for _ in range(count)]
+
+
+def empty_like(x: Array) -> Array:
+    """Allocate a vector like `x` (n,), on the host at the beginning of a page.
+
+    The copies of MPI between processes slow down by half or worse on AMD Zen where source and destination start at
+    slightly different places of a page (its `rep movsb`): with vectors of ours at both ends they never do.
+    """
+    if not on_host(x):
+        return namespace(x).empty_like(x)  # type: ignore[no-any-return]
+    raw = np.empty(x.nbytes + _PAGE, np.uint8)
+    start = -raw.ctypes.data % _PAGE
+    return raw[start : start + x.nbytes].view(x.dtype)
+
+
+def full_like(x: Array, value: Any) -> Array:
+    """Allocate as `empty_like`, filled with `value` (a number, or a vector to copy)."""
+    filled = empty_like(x)
+    filled[...] = value
+    return filled
+
+
+def synchronize(x: Array) -> None:
+    """Wait until the work queued on the device for `x` is done; nothing to do on the host."""
+    if not on_host(x):
+        namespace(x).cuda.get_current_stream().synchronize()
+
+
+def to_host(x: Array) -> Array:
+    """Return `x` itself if it lies on the host, else a host copy."""
+    return x if on_host(x) else namespace(x).asnumpy(x)
+
+
+def device_count() -> int:
+    """Count the CUDA devices that CuPy can use here; 0 without CuPy or without a driver."""
+    try:
+        import cupy
+    except ImportError:
+        return 0
+    # CuPy imports without a driver; is_available() says so quietly, getDeviceCount() raises.
+    return int(cupy.cuda.runtime.getDeviceCount()) if cupy.cuda.is_available() else 0
+
+
+def choose(device: str, local_index: int) -> ModuleType:
+    """Choose the array module for a rank, and its device.
+
+    `device`: "cpu", "gpu" or "auto"; `local_index`: index among the workers of this node. Must run before
+    the first CUDA call of the process. Raises ValueError if "gpu" was asked for and there is none.
+    """
+    count = device_count() if device in ("gpu", "auto") else 0
+    if count:
+        import cupy
+
+        cupy.cuda.Device(local_index % count).use()
+        return cupy  # type: ignore[no-any-return]
+    if device == "gpu":
+        raise ValueError("device 'gpu': CuPy finds no CUDA device here; pip install 'agnmpi[cuda12]' or use 'cpu'")
+    return np

@@ -1,0 +1,241 @@
+"""The configuration of a run: one frozen dataclass, from a file with overrides, validated once."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from .optimizers import OPTIMIZERS, SCHEDULES, Optimizer, Schedule, constant, cosine, step_decay, warmup
+from .rules import RULES, Rule
+
+TRANSPORTS = ("auto", "p2p", "collective", "local")
+
+
+def _option(default: Any, group: str, text: str, kind: type = str, choices: Sequence[str] = ()) -> Any:
+    metadata = {"group": group, "help": text, "kind": kind, "choices": tuple(choices)}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, whole: its file repeats it. Raises ValueError for what cannot be, with the value and the remedy."""
+
+    problem: str = _option("", "problem", "MODULE:PROBLEM, a module's name or a .py file and a class in it")
+    options: dict[str, Any] = _option({}, "problem", "what the problem is made with (--set options.KEY=VALUE)")
+
+    rule: str = _option("agn", "rule", "how workers and center exchange", choices=list(RULES))
+    variant: str = _option("displacement", "rule", "of agn", choices=("displacement", "gradient"))
+    period: int = _option(10, "rule", "communication period λ: local steps between exchanges", int)
+    rho: float = _option(5.0, "rule", "ρ of the elastic rules; α = rate·ρ", float)
+    overlap: bool = _option(False, "rule", "compute the next period while an exchange is under way", bool)
+    transport: str = _option(
+        "auto",
+        "rule",
+        "how messages travel; auto: collective or p2p, as the rule needs; local: all workers in one process",
+        choices=TRANSPORTS,
+    )
+    workers: int = _option(1, "rule", "number of workers, for --transport local only", int)
+    slots: int = _option(4, "rule", "vectors at the center for messages on their way", int)
+
+    optimizer: str | None = _option(
+        None, "optimizer", "of the workers [default: what the rule is known with]", choices=list(OPTIMIZERS)
+    )
+    rate: float | None = _option(
+        None, "optimizer", "learning rate η [default: 0.001 for adam and adamw, else 0.01]", float
+    )
+    optimizer_options: dict[str, Any] = _option({}, "optimizer", "such as beta, beta1, epsilon")
+    weight_decay: float | None = _option(None, "optimizer", "w [default: the optimizer's]", float)
+    clip: float = _option(0.0, "optimizer", "largest global norm of a gradient; 0: none", float)
+    schedule: str = _option("constant", "optimizer", "of the rate over the run's steps", choices=SCHEDULES)
+    decay_every: int = _option(0, "optimizer", "steps between decays, for --schedule step", int)
+    decay_factor: float = _option(0.1, "optimizer", "factor of a decay, for --schedule step", float)
+    warmup: int = _option(0, "optimizer", "steps over which the rate rises at the start", int)
+    center_optimizer: str | None = _option(
+        None,
+        "optimizer",
+        "at the center [default: add, or what the rule is known with]",
+        choices=["add", *OPTIMIZERS],
+    )
+    center_rate: float | None = _option(None, "optimizer", "its learning rate", float)
+    center_options: dict[str, Any] = _option({}, "optimizer", "its further numbers, such as beta")
+
+    batch: int = _option(32, "run", "samples in a step", int)
+    epochs: float = _option(1.0, "run", "passes over the training data, all workers together", float)
+    steps: int | None = _option(None, "run", "steps of all workers together, instead of --epochs", int)
+    seed: int = _option(0, "run", "of the initial parameters and of the order of samples", int)
+    device: str = _option("auto", "run", "where workers compute", choices=("auto", "cpu", "gpu"))
+    evaluate_every: float = _option(1.0, "run", "epochs between evaluations; 0: only at the end", float)
+    log_every: float = _option(1.0, "run", "seconds between lines in events.jsonl", float)
+    run: str | None = _option(None, "run", "directory for what the run writes [default: runs/PROBLEM-DATE]")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_type(f.name, getattr(self, f.name), f.metadata)
+        for name in ("period", "workers", "slots", "batch"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("clip", "warmup", "evaluate_every", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        if self.steps is not None:
+            _at_least("steps", self.steps, 1)
+        for name in ("rate", "center_rate", "rho", "epochs", "log_every", "decay_factor"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, not {value!r}")
+        if self.schedule == "step" and not self.decay_every > 0:
+            raise ValueError(f"schedule 'step' needs decay_every > 0, not {self.decay_every!r}")
+        if self.workers != 1 and self.transport != "local":
+            raise ValueError(f"workers = {self.workers} is for --transport local; else the ranks are counted")
+        if self.variant != "displacement" and self.rule != "agn":
+            raise ValueError(f"variant {self.variant!r} is of rule agn, not of {self.rule}")
+
+    def complete(self) -> "Config":
+        """Return the configuration with each default that depends on others filled in, and tried out."""
+        elastic_or_raw = self.rule in ("downpour", "dynsgd", "aeasgd")
+        known = {"eamsgd": "nesterov", "diloco": "adamw"}.get(self.rule, "sgd" if elastic_or_raw else "adam")
+        optimizer = self.optimizer or known
+        rate = self.rate or (0.001 if optimizer.startswith("adam") else 0.01)
+        center, center_rate, center_options = self.center_optimizer, self.center_rate, self.center_options
+        if center is None and self.rule == "diloco":
+            center, center_rate = "nesterov", center_rate or 0.7
+            center_options = {"beta": 0.9} | center_options
+        elif center is None and self.variant == "gradient":
+            center, center_rate = optimizer, center_rate or rate
+            center_options = self.optimizer_options | center_options
+        center = center or "add"
+        if center == "add" and self.variant == "gradient":
+            raise ValueError("variant 'gradient' commits gradients: it needs a center optimizer, not 'add'")
+        if center == "add" and (center_rate is not None or center_options):
+            raise ValueError("center_rate and center_options need a center_optimizer other than 'add'")
+        if center != "add":
+            center_rate = center_rate or rate
+        transport = self.transport
+        if transport == "auto":
+            transport = self.make_rule(rate).transport
+        whole = replace(
+            self,
+            optimizer=optimizer,
+            rate=rate,
+            center_optimizer=center,
+            center_rate=center_rate,
+            center_options=center_options,
+            transport=transport,
+        )
+        whole.make_rule(rate), whole.make_optimizer(1000), whole.make_center_optimizer(1000)
+        return whole
+
+    def make_rule(self, rate: float | None = None) -> Rule:
+        """The rule, with its numbers."""
+        rate = rate or self.rate
+        if self.rule in ("aeasgd", "eamsgd"):
+            assert rate is not None
+            return RULES[self.rule](rate * self.rho)
+        return RULES[self.rule](self.variant) if self.rule == "agn" else RULES[self.rule]()
+
+    def make_schedule(self, steps: int) -> Schedule:
+        """The rate as a function of the step, in a run of `steps` steps."""
+        assert self.rate is not None
+        schedule = {
+            "constant": lambda rate: constant(rate),
+            "step": lambda rate: step_decay(rate, self.decay_every, self.decay_factor),
+            "cosine": lambda rate: cosine(rate, steps),
+        }[self.schedule](self.rate)
+        return warmup(schedule, self.warmup) if self.warmup else schedule
+
+    def make_optimizer(self, steps: int) -> Optimizer:
+        """The workers' optimizer, in a run of `steps` steps."""
+        assert self.optimizer is not None
+        return self._make(self.optimizer, self.make_schedule(steps), self.optimizer_options)
+
+    def make_center_optimizer(self, steps: int) -> Optimizer | None:
+        """The center's optimizer, None to add; with variant "gradient" its rate follows the schedule."""
+        if self.center_optimizer in (None, "add"):
+            return None
+        assert self.center_rate is not None
+        if self.variant == "gradient":
+            schedule = replace(self, rate=self.center_rate).make_schedule(steps)
+            return self._make(self.center_optimizer, schedule, self.center_options)
+        return self._build(self.center_optimizer, constant(self.center_rate), self.center_options)
+
+    def _make(self, name: str, rate: Schedule, options: Mapping[str, Any]) -> Optimizer:
+        decay = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
+        return self._build(name, rate, {**options, **decay, "clip": self.clip})
+
+    @staticmethod
+    def _build(name: str, rate: Schedule, options: Mapping[str, Any]) -> Optimizer:
+        try:
+            return OPTIMIZERS[name](rate, **options)
+        except TypeError as error:
+            raise ValueError(f"optimizer {name}: {error}") from error
+
+    def to_toml(self) -> str:
+        """The configuration as a file that `load` reads."""
+        import tomli_w
+
+        return tomli_w.dumps({key: value for key, value in asdict(self).items() if value is not None})
+
+
+def _check_type(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    kind, default_none = metadata["kind"], value is None
+    if name.endswith("options"):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be a table, not {value!r}")
+        return
+    if default_none:
+        return
+    good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not good:
+        raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
+    if kind is float and not isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise ValueError(f"{name} must be one of {', '.join(metadata['choices'])}, not {value!r}")
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value!r}")
+
+
+def load(path: str | None = None, given: Mapping[str, Any] | None = None, sets: Sequence[str] = ()) -> Config:
+    """Read a TOML file, lay the values `given` over it, then each `KEY=VALUE` of `sets`.
+
+    A VALUE is read as TOML if it is any (3, 0.1, true, [1, 2]), else as a string; KEY may name a value in a table
+    (options.hidden). Raises ValueError for an unknown key or a bad value, OSError for a missing file.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is no TOML: {error}") from error
+    values |= given or {}
+    for item in sets:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set {item!r}: give KEY=VALUE")
+        table, dot, name = key.partition(".")
+        if dot:
+            inner = values.get(table, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"--set {item!r}: {table} is no table")
+            values[table] = inner | {name: _value(text)}
+        else:
+            values[key] = _value(text)
+    known = [f.name for f in fields(Config)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise ValueError(f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return Config(**values)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

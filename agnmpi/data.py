@@ -1,0 +1,128 @@
+"""Which samples a step takes, and which steps a worker takes.
+
+Steps are numbered over the whole run and all workers. Step t of an epoch takes the t-th batch of that epoch's
+seeded permutation; so whoever is granted step t knows its samples, and each sample of an epoch is used once.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Lease(NamedTuple):
+    """Steps [first, first + steps) granted to one worker."""
+
+    first: int
+    steps: int
+
+
+NONE = Lease(-1, 0)  # no work is left
+
+
+class Plan:
+    """The batches of a run.
+
+    `samples`: training samples; `batch`: samples in a step (the last of an epoch may be smaller);
+    `epochs`: passes over the samples, may be fractional; `steps` overrides it; `seed` orders the samples.
+
+    >>> plan = Plan(samples=5, batch=2, epochs=1, seed=0)
+    >>> plan.steps, sorted(i for t in range(3) for i in plan.indices(t).tolist())
+    (3, [0, 1, 2, 3, 4])
+    """
+
+    def __init__(self, samples: int, batch: int, epochs: float = 1, steps: int | None = None, seed: int = 0) -> None:
+        if samples < 1:
+            raise ValueError(f"the problem has {samples} training samples")
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, not {batch}")
+        self.samples, self.batch, self.seed = samples, min(batch, samples), seed
+        self.steps_per_epoch = -(-samples // self.batch)
+        self.steps = round(epochs * self.steps_per_epoch) if steps is None else steps
+        if self.steps < 1:
+            raise ValueError(f"the run has no steps: epochs {epochs}, steps {steps}")
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def indices(self, step: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Indices of the samples of `step`, shape (batch,), shorter at an epoch's end."""
+        epoch, t = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
+            self._epoch = epoch
+        return self._order[t * self.batch : (t + 1) * self.batch]
+
+    def count(self, lease: Lease) -> int:
+        """Number of samples in the steps of `lease`."""
+        return self._before(lease.first + lease.steps) - self._before(lease.first)
+
+    def _before(self, step: int) -> int:
+        epoch, t = divmod(step, self.steps_per_epoch)
+        return epoch * self.samples + t * self.batch
+
+
+class Leases:
+    """The center's book of work: which steps are free, leased, or committed.
+
+    `total`: steps over all workers, None for no end; `period`: λ, the steps of a lease.
+
+    >>> book = Leases(total=5, period=2)
+    >>> [book.grant(worker) for worker in (0, 1, 0, 1)]
+    [Lease(first=0, steps=2), Lease(first=2, steps=2), Lease(first=4, steps=1), Lease(first=-1, steps=0)]
+    """
+
+    def __init__(self, total: int | None, period: int) -> None:
+        self.total, self.period = total, period
+        self.total_said = -1 if total is None else total  # as it travels
+        self.committed = 0
+        self._next = 0
+        self._free: list[Lease] = []  # given back
+        self._held: dict[int, list[Lease]] = {}
+
+    def grant(self, worker: int) -> Lease:
+        """Lease the next free steps to `worker`."""
+        if self._free:
+            lease = self._free.pop()
+        else:
+            left = self.period if self.total is None else self.total - self._next
+            lease = Lease(self._next, min(self.period, left))
+            self._next += lease.steps
+        if not lease.steps:
+            return NONE
+        self._held.setdefault(worker, []).append(lease)
+        return lease
+
+    def commit(self, worker: int, done: Lease) -> None:
+        """Book `done`, the first steps of a lease of `worker`; what is left of that lease becomes free."""
+        held = self._held.get(worker, [])
+        lease = next((lease for lease in held if lease.first == done.first), None)
+        if lease is None or done.steps > lease.steps:
+            raise ValueError(f"worker {worker} commits steps {done}, but holds {held}")
+        held.remove(lease)
+        self.committed += done.steps
+        self._give_back(Lease(done.first + done.steps, lease.steps - done.steps))
+
+    def release(self, worker: int) -> None:
+        """Take back all that `worker` holds."""
+        for lease in self._held.pop(worker, []):
+            self._give_back(lease)
+
+    def _give_back(self, lease: Lease) -> None:
+        if lease.steps:
+            self._free.append(lease)
+
+
+def rounds(total: int | None, period: int, worker: int, workers: int) -> Iterator[Lease]:
+    """The leases of `worker` where all workers exchange together: equal rounds, the last shared out evenly.
+
+    A round takes λ consecutive steps for each worker. Every worker sees the same number of rounds; in the last
+    one its lease may be empty, and it takes part all the same.
+
+    >>> [list(rounds(8, 3, worker, 2)) for worker in (0, 1)]
+    [[Lease(first=0, steps=3), Lease(first=6, steps=1)], [Lease(first=3, steps=3), Lease(first=7, steps=1)]]
+    """
+    start = 0
+    while total is None or start < total:
+        share = period * workers if total is None else min(period * workers, total - start)
+        base, extra = divmod(share, workers)
+        yield Lease(start + worker * base + min(worker, extra), base + (worker < extra))
+        start += share

@@ -1,0 +1,36 @@
+"""A loop over steps, turned inside out for training loops that take callbacks."""
+
+from collections.abc import Generator
+
+
+class Hook:
+    """Begin, after each step, end: for training loops that take callbacks.
+
+    >>> def loop(step, hook):
+    ...     hook.begin()  # on a center rank: serves until the workers are done
+    ...     while not hook.should_stop():
+    ...         step()
+    ...         hook.after_step()
+    ...     hook.end()
+    """
+
+    def __init__(self, steps: Generator[int, None, None]) -> None:
+        self._steps = steps
+        self.step_number: int | None = None
+
+    def begin(self) -> None:
+        """Start from the center."""
+        self.step_number = next(self._steps, None)
+
+    def after_step(self) -> None:
+        """To be called after each `minimize`, `apply_gradients` or `step`."""
+        self.step_number = next(self._steps, None)
+
+    def should_stop(self) -> bool:
+        """Whether no step is left for this rank."""
+        return self.step_number is None
+
+    def end(self) -> None:
+        """Commit what is done, and leave."""
+        self.step_number = None
+        self._steps.close()

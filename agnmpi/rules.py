@@ -1,0 +1,165 @@
+"""The rules of exchange: what a worker commits, when it pulls, how it adopts, how the center weighs.
+
+Letters: x parameters of the worker; o the center as last pulled; a sum of the raw gradients since then;
+k local steps since then; c center; s staleness; α elastic rate. A rule is pure: it knows neither loop nor MPI.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from .backend import Array, blocks, scratch
+from .optimizers import Optimizer
+
+
+def _adopt_center(x: Array, sent: Array, _delta: Array, c: Array) -> None:
+    """x ← c + (x − sent), where sent is x when the delta was formed; without overlap sent is x: x ← c."""
+    if sent is x:
+        x[...] = c
+        return
+    (s,) = scratch(x, 1)
+    for part in blocks(x):
+        block = x[part]
+        block += np.subtract(c[part], sent[part], out=s[: part.stop - part.start])
+
+
+def _adopt_elastic(x: Array, _sent: Array, delta: Array, _c: Array) -> None:
+    """x ← x − delta."""
+    x -= delta
+
+
+def _whole(_staleness: int, _commits: int) -> float:
+    return 1.0
+
+
+class Rule(NamedTuple):
+    """Four small things: delta, pull order, adopt, weight; and what the rule needs.
+
+    `delta(x, o, a, k, out)` writes the commit; `adopt(x, sent, delta, c)` moves x after the pull;
+    `weight(staleness, commits)` is the weight at the center, `commits` how many deltas the payload sums.
+    """
+
+    name: str
+    delta: Callable[[Array, Array, Array, int, Array], None]
+    pulls: Literal["after", "before"] = "after"
+    adopt: Callable[[Array, Array, Array, Array], None] = _adopt_center
+    weight: Callable[[int, int], float] = _whole
+    accumulates: bool = False  # needs a, an accumulator of its own
+    collective: bool = False  # all ranks together, by Allreduce
+    alpha: float = 0.0  # of the elastic rules
+
+    @property
+    def transport(self) -> str:
+        """The transport that "auto" stands for."""
+        return "collective" if self.collective else "p2p"
+
+
+def _displacement(x: Array, o: Array, _a: Array, _k: int, out: Array) -> None:
+    np.subtract(x, o, out=out)
+
+
+def agn(variant: str = "displacement") -> Rule:
+    """Accumulated Gradient Normalization: commit (x − o)/k, c ← c + commit, then x ← c.
+
+    With constant-rate SGD x − o = Σ −η∇L, so this is the paper's a/λ (Hermans, Spanakis, Moeckel 2017,
+    arXiv:1710.02368, algorithm 1); with any other local optimizer the accumulator is the displacement, as in
+    the authors' code. `variant="gradient"` commits −a/k with a = Σ∇L, a pseudo-gradient that an optimizer at
+    the center takes (TensorFlow 1.14, `tf.contrib.opt.AGNOptimizer`). k < λ in the last period.
+
+    Raises ValueError for another variant.
+    """
+
+    def displacement(x: Array, o: Array, _a: Array, k: int, out: Array) -> None:
+        for part in blocks(x):
+            d = np.subtract(x[part], o[part], out=out[part])
+            d /= k
+
+    def gradient(_x: Array, _o: Array, a: Array, k: int, out: Array) -> None:
+        np.divide(a, -k, out=out)
+
+    if variant == "displacement":
+        return Rule("agn", displacement)
+    if variant == "gradient":
+        return Rule("agn", gradient, accumulates=True)
+    raise ValueError(f"variant must be 'displacement' or 'gradient', not {variant!r}")
+
+
+def downpour() -> Rule:
+    """DOWNPOUR: commit x − o, c ← c + commit, then x ← c (Dean et al., NIPS 2012; displacement form)."""
+    return Rule("downpour", _displacement)
+
+
+def dynsgd() -> Rule:
+    """DynSGD: DOWNPOUR whose commits the center weighs by 1/(s + 1) (Jiang et al., SIGMOD 2017)."""
+    return Rule("dynsgd", _displacement, weight=lambda staleness, _commits: 1 / (staleness + 1))
+
+
+def _elastic(name: str, alpha: float) -> Rule:
+    if not 0 < alpha <= 1:
+        raise ValueError(f"{name}: α = ηρ must lie in (0, 1], not {alpha!r}; lower rho or the rate")
+
+    def delta(x: Array, o: Array, _a: Array, _k: int, out: Array) -> None:
+        for part in blocks(x):
+            d = np.subtract(x[part], o[part], out=out[part])
+            d *= alpha
+
+    return Rule(name, delta, pulls="before", adopt=_adopt_elastic, alpha=alpha)
+
+
+def aeasgd(alpha: float) -> Rule:
+    """Asynchronous elastic averaging: pull c, d = α(x − c), x ← x − d, c ← c + d (Zhang, Choromanska, LeCun 2015).
+
+    `alpha`: α = ηρ in (0, 1] (arXiv:1412.6651, algorithm 1). Raises ValueError outside.
+    """
+    return _elastic("aeasgd", alpha)
+
+
+def eamsgd(alpha: float) -> Rule:
+    """AEASGD whose workers use Nesterov momentum (Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, algorithm 2)."""
+    return _elastic("eamsgd", alpha)
+
+
+def _mean(_staleness: int, commits: int) -> float:
+    return 1 / commits
+
+
+def synchronous() -> Rule:
+    """Synchronous: c ← c + mean of x − o over all ranks, then x ← c; λ = 1 is data-parallel SGD, else local SGD."""
+    return Rule("synchronous", _displacement, weight=_mean, collective=True)
+
+
+def diloco() -> Rule:
+    """DiLoCo-like: the mean displacement is the gradient of a Nesterov center (Douillard et al., arXiv:2311.08105)."""
+    return Rule("diloco", _displacement, weight=_mean, collective=True)
+
+
+RULES: dict[str, Callable[..., Rule]] = {
+    f.__name__: f for f in (agn, downpour, dynsgd, aeasgd, eamsgd, synchronous, diloco)
+}
+
+
+def center_step(
+    c: Array,
+    delta: Array,
+    weight: float,
+    optimizer: Optimizer | None,
+    state: Any,
+    steps: int = 0,
+    between: Callable[[], None] | None = None,
+) -> Any:
+    """Move the center in place: c ← c + weight·delta, or one step of `optimizer` on −weight·delta.
+
+    `c`, `delta`: (n,); `delta` is not changed; `steps`: local steps in all earlier commits, where the schedule of
+    the center's rate stands; `between`: called between blocks. Returns the new state of the optimizer.
+    """
+    if optimizer is not None:
+        return optimizer.update(c, delta, state, scale=-weight, step=steps, between=between)
+    (s,) = scratch(c, 1)
+    for part in blocks(c):
+        d = delta[part] if weight == 1.0 else np.multiply(delta[part], weight, out=s[: part.stop - part.start])
+        block = c[part]
+        block += d
+        if between:
+            between()
+    return state
