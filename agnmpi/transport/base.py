@@ -1,0 +1,214 @@
+"""The contract between a worker, a center and whatever carries their messages."""
+
+import os
+import struct
+import time
+from collections.abc import Callable
+from math import nan
+from typing import NamedTuple, Protocol, TypeAlias
+
+from ..backend import Array
+from ..data import NONE, Lease
+
+# What a message to the center asks for, besides applying its payload.
+PULL, WORK, LEAVE = 1, 2, 4
+# Reply.status
+OK, DUPLICATE = 0, 1
+# Reply.control; STOP: give back the work in hand, commit what is done, leave.
+CONTINUE, STOP = 0, 1
+
+_COMMIT = struct.Struct("<9qd")
+_REPLY = struct.Struct("<6q")
+
+
+class Commit(NamedTuple):
+    """A message from a worker; without payload a mere request (pull, work, leave)."""
+
+    worker: int
+    sequence: int = 0  # of this worker's commits, from 1
+    steps: int = 0  # local steps in the payload
+    first: int = 0  # number of the first of them
+    clock: int = 0  # of the center when this worker last pulled
+    commits: int = 1  # deltas summed in the payload
+    wants: int = 0
+    encoding: int = 0  # 0: the vector as it is
+    nbytes: int = 0
+    loss: float = nan  # mean training loss over the steps
+    payload: Array | None = None
+
+    def encode(self) -> bytes:
+        """The header, as it travels."""
+        return _COMMIT.pack(*self[:-1])
+
+    @classmethod
+    def decode(cls, header: bytes | bytearray) -> "Commit":
+        """Read a header; the payload follows on its own."""
+        return cls(*_COMMIT.unpack(header))
+
+
+COMMIT_BYTES = _COMMIT.size
+
+
+class Reply(NamedTuple):
+    """The center's answer: the clock of the center that travels with it, and what to do next."""
+
+    clock: int
+    status: int = OK
+    control: int = CONTINUE
+    work: Lease = NONE
+    steps: int = 0  # local steps in all commits so far
+    applied: tuple[int, ...] = ()  # last sequence applied, by worker
+
+    def encode(self) -> bytes:
+        """The header, as it travels."""
+        fixed = _REPLY.pack(self.clock, self.status, self.control, *self.work, self.steps)
+        return fixed + struct.pack(f"<{len(self.applied)}q", *self.applied)
+
+    @classmethod
+    def decode(cls, header: bytes | bytearray) -> "Reply":
+        """Read a header."""
+        clock, status, control, first, count, steps = _REPLY.unpack_from(header)
+        applied = struct.unpack(f"<{(len(header) - _REPLY.size) // 8}q", header[_REPLY.size :])
+        return cls(clock, status, control, Lease(first, count), steps, applied)
+
+
+def reply_bytes(workers: int) -> int:
+    """Length of an encoded Reply."""
+    return _REPLY.size + 8 * workers
+
+
+class Capabilities(NamedTuple):
+    """What an end gives; launch refuses a rule on a transport that lacks what the rule needs."""
+
+    server: bool  # a center rank applies commit by commit; else all ranks step together
+    whole_pulls: bool = True
+    exact_clock: bool = True
+    weights: bool = True
+    center_optimizer: bool = True
+    refusal: bool = False  # of commits that are not finite
+    replay: bool = True
+    survives_loss: bool = False
+
+
+# Applies a commit (or serves a request) to the center variable c, in place, and answers.
+Apply: TypeAlias = Callable[[Commit, Array], Reply]
+
+
+class Handle(Protocol):
+    """An exchange under way."""
+
+    def test(self) -> bool:
+        """Make progress without blocking; whether the exchange is done."""
+
+    def wait(self) -> Reply:
+        """Finish the exchange; may be called again."""
+
+
+class WorkerEnd(Protocol):
+    """A worker's side. One exchange at a time; the payload must not change before its handle is done."""
+
+    capabilities: Capabilities
+
+    def exchange(self, commit: Commit, out: Array | None) -> Handle:
+        """Send `commit`; pull the center (n,) as it is afterwards into `out`, unless None."""
+
+    def pull(self, out: Array) -> Handle:
+        """Pull the center (n,) into `out`; it includes this worker's earlier commits."""
+
+    def leave(self, commit: Commit | None, out: Array) -> Handle:
+        """End this worker's part with a last commit, if any, without blocking.
+
+        The handle is done when all workers have left, with the final center in `out`.
+        """
+
+    def close(self) -> None:
+        """Free what the end holds; collective."""
+
+
+class CenterEnd(Protocol):
+    """The center's side; it owns the memory of the center variable."""
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable; it may move in memory from turn to turn."""
+
+    @property
+    def live(self) -> int:
+        """Workers that have not left this session."""
+
+    @property
+    def progress(self) -> int:
+        """A number that changes whenever a message, or a piece of one, has come or gone."""
+
+    def open(self) -> None:
+        """Begin a session: all workers are expected."""
+
+    def serve_one(self, apply: Apply) -> bool:
+        """Make progress and serve at most one message; whether one was served."""
+
+    def close(self) -> None:
+        """Free what the end holds; collective."""
+
+
+class Idle:
+    """Waiting that yields the core: first `sched_yield`, then sleeps that grow with the quiet, up to a cap.
+
+    A sleep is an eighth of the quiet so far, so waiting adds at most that part, and never more than `cap`
+    seconds and the kernel's wake-up.
+    """
+
+    def __init__(self, cap: float = 1e-3, spin: float = 1e-3) -> None:
+        self.cap, self.spin = cap, spin
+        self._since = time.perf_counter()
+
+    def reset(self) -> None:
+        """Something happened."""
+        self._since = time.perf_counter()
+
+    def wait(self) -> None:
+        """Nothing happened: give the core away for a moment."""
+        quiet = time.perf_counter() - self._since
+        if quiet < self.spin:
+            os.sched_yield()
+        else:
+            time.sleep(min(self.cap, quiet / 8))
+
+
+def finish(test: Callable[[], bool], progress: Callable[[], int] = int) -> None:
+    """Call `test` until it is true, yielding the core in between; a change of `progress()` is no quiet."""
+    idle, seen = Idle(), progress()
+    while not test():
+        if (now := progress()) != seen:
+            seen = now
+            idle.reset()
+        idle.wait()
+
+
+class InTurn:
+    """Several exchanges of one worker, sent one behind the other; the reply is the last one's."""
+
+    def __init__(self, *handles: Handle) -> None:
+        self._handles = handles
+
+    def test(self) -> bool:
+        """Make progress on all; whether all are done."""
+        return sum([handle.test() for handle in self._handles]) == len(self._handles)
+
+    def wait(self) -> Reply:
+        """Finish all."""
+        return [handle.wait() for handle in self._handles][-1]
+
+
+class Done:
+    """The handle of an exchange that needed no waiting."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+
+    def test(self) -> bool:
+        """Always true."""
+        return True
+
+    def wait(self) -> Reply:
+        """Return the reply."""
+        return self._reply

@@ -1,0 +1,312 @@
+"""Two-sided ends: Isend/Irecv, one round trip for an exchange, on any MPI.
+
+A worker sends a header and, right behind it, its delta; it has posted the receives of the reply before. The
+center keeps one small header receive posted for each worker, and receives deltas into a few slots, whatever
+the number of workers. It applies a delta when its last byte is there, and replies from c in place; while
+that reply is on its way, the next apply works on a copy (copy on write, in a slot).
+
+Each request is tested by itself: Waitany's order starves high ranks, and Waitall hides which rank failed.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from mpi4py import MPI
+
+from ..backend import Array, empty_like
+from .base import (
+    COMMIT_BYTES,
+    LEAVE,
+    PULL,
+    Apply,
+    Capabilities,
+    Commit,
+    Handle,
+    InTurn,
+    Reply,
+    finish,
+    reply_bytes,
+)
+from .wire import Direct, Wire
+
+CENTER = 0  # rank
+_HEADER, _DELTA, _REPLY, _CENTER_VARIABLE = range(1, 5)  # tags, on a communicator of our own
+
+PIECE = 1 << 20  # bytes; ULFM: large sends under way when a rank dies can hang Open MPI 5.0's btl/tcp
+IN_FLIGHT = 4  # pieces, at the center; a worker posts all of its own at once, so that any MPI call moves them
+
+
+class _Ticks:
+    """Counts what has come and gone: headers, and pieces of vectors."""
+
+    count = 0
+
+
+class _Stream:
+    """A vector on its way in pieces, `in_flight` at a time (0: all at once); `post` starts one piece."""
+
+    def __init__(
+        self, post: Callable[[Array], MPI.Request], x: Array, ticks: _Ticks, in_flight: int = IN_FLIGHT
+    ) -> None:
+        self._post, self._x, self._at, self._ticks = post, x, 0, ticks
+        self._in_flight = in_flight or x.size
+        self._piece = max(1, PIECE // x.dtype.itemsize)
+        self._requests: deque[MPI.Request] = deque()
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._at < self._x.size and len(self._requests) < self._in_flight:
+            self._requests.append(self._post(self._x[self._at : self._at + self._piece]))
+            self._at += self._piece
+
+    def test(self) -> bool:
+        requests = self._requests
+        while requests and requests[0].Test():
+            requests.popleft()
+            self._ticks.count += 1
+            self._fill()
+        return not requests
+
+
+class _Exchange:
+    """A worker's exchange under way."""
+
+    def __init__(self, comm: MPI.Comm, wire: Wire, commit: Commit, out: Array | None) -> None:
+        self._wire, self._out = wire, out
+        self._done: Reply | None = None
+        self._ticks = _Ticks()
+        self._header = bytearray(reply_bytes(comm.size - 1))
+        self._requests = [comm.Irecv(self._header, CENTER, _REPLY)]
+        self._streams: list[_Stream] = []
+        wants = commit.wants
+        if out is not None:
+            wants |= PULL
+            incoming = wire.incoming(out)
+            receive = _Stream(lambda x: comm.Irecv(x, CENTER, _CENTER_VARIABLE), incoming, self._ticks, 0)
+            self._streams.append(receive)
+        payload = commit.payload
+        commit = commit._replace(wants=wants, nbytes=0 if payload is None else payload.nbytes)
+        outgoing = None if payload is None else wire.outgoing(payload)
+        self._requests.append(comm.Isend(commit.encode(), CENTER, _HEADER))
+        if outgoing is not None:
+            self._streams.append(_Stream(lambda x: comm.Isend(x, CENTER, _DELTA), outgoing, self._ticks, 0))
+
+    def test(self) -> bool:
+        if self._done is None:
+            self._requests = [request for request in self._requests if not request.Test()]
+            self._streams = [stream for stream in self._streams if not stream.test()]
+            if not self._streams and not self._requests:
+                if self._out is not None:
+                    self._wire.arrived(self._out)
+                self._done = Reply.decode(self._header)
+        return self._done is not None
+
+    def _progress(self) -> int:
+        return self._ticks.count - len(self._requests)
+
+    def wait(self) -> Reply:
+        finish(self.test, self._progress)
+        assert self._done is not None
+        return self._done
+
+
+class P2PWorker:
+    """A worker's end: every rank but 0 of `comm`."""
+
+    capabilities = Capabilities(server=True)
+
+    def __init__(self, comm: MPI.Comm, wire: Wire | None = None) -> None:
+        self._comm, self._worker = comm, comm.rank - 1
+        self.wire = wire or Direct()
+
+    def exchange(self, commit: Commit, out: Array | None) -> _Exchange:
+        """Send `commit` and post the receives of its reply."""
+        return _Exchange(self._comm, self.wire, commit, out)
+
+    def pull(self, out: Array) -> _Exchange:
+        """Ask for the center."""
+        return self.exchange(Commit(self._worker), out)
+
+    def leave(self, commit: Commit | None, out: Array) -> Handle:
+        """Say farewell, right behind the last commit; the reply comes when all have left."""
+        last = [] if commit is None else [self.exchange(commit, None)]
+        return InTurn(*last, self.exchange(Commit(self._worker, wants=LEAVE), out))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class _Buffer:
+    """A vector at the center and the number of replies under way that read it."""
+
+    def __init__(self, x: Array) -> None:
+        self.x, self.readers = x, 0
+
+
+class P2PCenter:
+    """The center's end: rank 0 of `comm`.
+
+    `c`: (n,) center variable in host memory, kept; `slots`: vectors beside it for deltas coming in and replies
+    going out. Headers are taken in round robin, slots given in the order of headers, and messages served in the order
+    in which they became whole: one that comes slowly holds up none.
+    """
+
+    def __init__(self, comm: MPI.Comm, c: Array, slots: int = 4) -> None:
+        if slots < 1:
+            raise ValueError(f"the center needs at least one slot, not {slots}")
+        self._comm, self._workers = comm, comm.size - 1
+        self._center = _Buffer(c)
+        self._slots_left, self._free = slots, list[_Buffer]()
+        self._headers = [bytearray(COMMIT_BYTES) for _ in range(self._workers)]
+        self._posted: dict[int, MPI.Request] = {}  # header receives, by worker
+        self._turn = 0  # where the round over workers begins
+        self._queue: deque[Commit] = deque()  # deltas that wait for a slot, by arrival
+        self._receiving: list[tuple[Commit, _Buffer, _Stream]] = []
+        self._ready: deque[tuple[Commit, _Buffer | None]] = deque()
+        self._replies: list[tuple[MPI.Request, _Stream | None, _Buffer]] = []
+        self._left: list[Commit] = []
+        self._ticks = _Ticks()
+        self._moved = 0.0  # time of the last look at the messages
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable."""
+        return self._center.x
+
+    @property
+    def live(self) -> int:
+        """Workers that have not left this session."""
+        return self._workers - len(self._left)
+
+    @property
+    def progress(self) -> int:
+        """Changes whenever a header, or a piece of a vector, has come or gone."""
+        return self._ticks.count
+
+    def open(self) -> None:
+        """Begin a session: listen to all workers."""
+        self._left.clear()
+        for worker in range(self._workers):
+            self._post(worker)
+
+    def serve_one(self, apply: Apply) -> bool:
+        """Make progress on all messages and serve the first that is whole."""
+        self._move()
+        if not self._ready:
+            return False
+        commit, slot = self._ready[0]
+        if slot is not None and not self._own_center():
+            return False
+        self._ready.popleft()
+        reply = apply(commit if slot is None else commit._replace(payload=slot.x), self.c)
+        if slot is not None:
+            self._free.append(slot)
+        if not commit.wants & LEAVE:
+            self._answer(commit, reply)
+            self._post(commit.worker)
+            return True
+        self._left.append(commit)
+        if not self.live:
+            for leaver in self._left:
+                self._answer(leaver, reply)
+            finish(self._flush)
+        return True
+
+    def move_on(self) -> None:
+        """Move other messages on while one is applied; cheap to call often."""
+        if self.live > 1 and time.perf_counter() - self._moved > 2e-4:
+            self._move()
+
+    def _move(self) -> None:
+        self._listen()
+        self._receive()
+        self._flush()
+        self._moved = time.perf_counter()
+
+    def _listen(self) -> None:
+        """Take in the headers that have come, round robin."""
+        for i in range(self._workers):
+            worker = (self._turn + i) % self._workers
+            request = self._posted.get(worker)
+            if request is not None and request.Test():
+                self._ticks.count += 1
+                commit = Commit.decode(self._headers[worker])
+                self._check(commit, worker)
+                if commit.nbytes:
+                    self._queue.append(commit)
+                else:
+                    self._ready.append((commit, None))
+                # The next header is received when this message has been served: a worker's are served in order.
+                del self._posted[worker]
+        self._turn += 1
+
+    def _post(self, worker: int) -> None:
+        self._posted[worker] = self._comm.Irecv(self._headers[worker], worker + 1, _HEADER)
+
+    def _check(self, commit: Commit, worker: int) -> None:
+        if commit.worker != worker or commit.nbytes not in (0, self.c.nbytes):
+            raise ValueError(
+                f"rank {worker + 1} sent {commit.nbytes} bytes as worker {commit.worker}; expected worker "
+                f"{worker} and {self.c.nbytes} bytes: all ranks must give the same parameters"
+            )
+
+    def _receive(self) -> None:
+        """Give free slots to waiting deltas, and move on those that have arrived."""
+        while self._queue and (slot := self._slot()):
+            commit = self._queue.popleft()
+            source = commit.worker + 1
+
+            def post(x: Array, source: int = source) -> MPI.Request:
+                return self._comm.Irecv(x, source, _DELTA)
+
+            self._receiving.append((commit, slot, _Stream(post, slot.x, self._ticks)))
+        for item in self._receiving[:]:
+            commit, slot, stream = item
+            if stream.test():
+                self._receiving.remove(item)
+                self._ready.append((commit, slot))
+
+    def _slot(self) -> _Buffer | None:
+        if self._free:
+            return self._free.pop()
+        if not self._slots_left:
+            return None
+        self._slots_left -= 1
+        return _Buffer(empty_like(self.c))
+
+    def _own_center(self) -> bool:
+        """Make c safe to change: if a reply still reads it, go on with a copy; False if no slot is free."""
+        if self._center.readers:
+            copy = self._slot()
+            if copy is None:
+                return False
+            copy.x[...] = self._center.x
+            self._center = copy  # the old one becomes a slot when its last reply is out
+        return True
+
+    def _answer(self, commit: Commit, reply: Reply) -> None:
+        dest, buffer = commit.worker + 1, self._center
+        request = self._comm.Isend(reply.encode(), dest, _REPLY)
+        stream = None
+        if commit.wants & PULL:
+            stream = _Stream(lambda x: self._comm.Isend(x, dest, _CENTER_VARIABLE), buffer.x, self._ticks)
+            buffer.readers += 1
+        self._replies.append((request, stream, buffer))
+
+    def _flush(self) -> bool:
+        """Push the replies; whether all are out."""
+        under_way = []
+        for item in self._replies:
+            request, stream, buffer = item
+            if not request.Test() or (stream and not stream.test()):
+                under_way.append(item)
+            elif stream:
+                buffer.readers -= 1
+                if not buffer.readers and buffer is not self._center:
+                    self._free.append(buffer)
+        self._replies = under_way
+        return not under_way
+
+    def close(self) -> None:
+        """Nothing to free: no receive is posted once all workers have left."""
