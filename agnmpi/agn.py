@@ -1,0 +1,413 @@
+"""AGNOptimizer: for codes with a loop of their own."""
+
+import atexit
+import operator
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from math import nan
+from typing import Any, TypeAlias
+
+from mpi4py import MPI
+
+from .agree import ConfigError, together
+from .backend import Array, as_array, namespace
+from .hook import Hook
+from .launch import AbortOnException, agree_on_model, check_fit, check_world, connect
+from .optimizers import Optimizer, Range
+from .params import Layout, named
+from .rules import Rule, agn
+from .worker import Worker
+
+Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
+Loss: TypeAlias = Callable[[Mapping[str, Array]], tuple[float, Gradients]]
+
+
+class AGNOptimizer:
+    """Train the parameters of a loop of your own with Accumulated Gradient Normalization over `comm`.
+
+    Each worker: λ local steps, then a ← (x − o)/λ, center c ← c + a, x ← c.
+
+    `optimizer`: from `agnmpi.sgd`, `adam`, …, or None if you move the parameters yourself and call `step()`;
+    `params`: arrays by name (or a sequence, or one array), copied; with `optimizer=None` your own arrays, which
+    are kept up to date at each exchange; `comm`: any communicator, it is duplicated, and its rank 0 holds the
+    center; `communication_period`: λ; `use_locking`: False (no whole commits) needs a transport that offers it;
+    `name`: of this optimizer; `rule`: another rule of exchange; `variant`: of AGN, "gradient" as TensorFlow did;
+    `center_optimizer`: None adds; `transport`: "auto", "p2p", "collective" or "local" (one process);
+    `overlap`: compute while an exchange is under way; `slots`: message vectors at the center.
+
+    The same script runs on every rank: on rank 0 the loop `for step in opt.steps(n)` serves and yields nothing.
+
+    Raises TypeError for what is no array or optimizer, ValueError for shapes, names and numbers, or where ranks
+    differ, RuntimeError for use after the end.
+
+    Source: Hermans, Spanakis, Moeckel, ACML 2017, arXiv:1710.02368; vocabulary of TensorFlow 1.14's
+    `tf.contrib.opt.AGNOptimizer`.
+
+    >>> import numpy as np
+    >>> from agnmpi import AGNOptimizer, sgd
+    >>> opt = AGNOptimizer(sgd(0.1), {"w": np.zeros(2)}, MPI.COMM_SELF, communication_period=4, transport="local")
+    >>> for step in opt.steps(8):
+    ...     loss = opt.minimize(lambda p: (float(p["w"].sum()), {"w": -np.ones(2)}))
+    >>> opt.center["w"]
+    array([0.2, 0.2])
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | None,
+        params: Any,
+        comm: MPI.Comm,
+        communication_period: int = 10,
+        use_locking: bool = True,
+        name: str = "AGNOptimizer",
+        *,
+        rule: Rule | None = None,
+        variant: str = "displacement",
+        center_optimizer: Optimizer | None = None,
+        transport: str = "auto",
+        overlap: bool = False,
+        slots: int = 4,
+    ) -> None:
+        if not isinstance(comm, MPI.Intracomm):
+            raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
+        check_world(comm)
+        self._comm = comm.Dup()
+        self._hook = AbortOnException(self._comm)
+
+        def prepare() -> tuple[Rule, Layout, int]:
+            for given in (optimizer, center_optimizer):
+                if given is not None and not isinstance(given, Optimizer):
+                    raise TypeError(f"optimizer must come from agnmpi (sgd, adam, …) or be None, not {given!r}")
+            if rule is not None and not isinstance(rule, Rule):
+                raise TypeError(f"rule must be made by agnmpi.rules, such as rules.downpour(), not {rule!r}")
+            if rule is not None and variant != "displacement":
+                raise ValueError(f"give either a rule or variant {variant!r}: rules.agn({variant!r}) is both")
+            try:
+                period = operator.index(communication_period)
+            except TypeError:
+                raise TypeError(f"communication_period must be an int, not {communication_period!r}") from None
+            if period < 1:
+                raise ValueError(f"communication_period must be at least 1, not {period}")
+            if not use_locking:
+                raise ValueError("use_locking=False (commits not applied whole) is offered by none of the transports")
+            for key, array in named(params).items():
+                if optimizer is None and not getattr(array.flags, "writeable", True):
+                    raise ValueError(
+                        f"parameter {key!r} is read-only, but is to be updated: give a writable array "
+                        "(of a PyTorch tensor: tensor.detach().numpy())"
+                    )
+            return rule or agn(variant), Layout.of(params), period
+
+        try:
+            self._rule, self._layout, self._period = together(self._comm, prepare)
+            layout = self._layout
+            facts = {
+                "rule": f"{self._rule.name}, alpha {self._rule.alpha:g}",
+                "variant": variant,
+                "communication_period": str(communication_period),
+                "optimizer": _in_words(optimizer),
+                "center_optimizer": _in_words(center_optimizer),
+                "transport": transport,
+                "overlap": str(overlap),
+            }
+            agree_on_model(self._comm, layout, facts)
+            if transport == "auto":
+                transport = self._rule.transport
+            check_fit(self._rule, transport, self._comm, optimizer, overlap)
+        except ConfigError:
+            self._hook.remove()
+            self._comm.Free()
+            raise
+        if self._rule.accumulates and center_optimizer is None:
+            center_optimizer = optimizer  # "of the same kind", with slots of its own
+        self._name, self._optimizer = name, optimizer
+        self._x = layout.pack(params)
+        self._views = layout.views(self._x)
+        self._own = named(params) if optimizer is None else {}
+        self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
+        self._member = connect(
+            self._comm,
+            self._rule,
+            self._x,
+            optimizer,
+            center_optimizer,
+            transport=transport,
+            overlap=overlap,
+            slots=slots,
+        )
+        self._worker = None if self._member.serves else self._member.workers[0]
+        self._in_loop = self._stepped = self._closed = False
+        self._loops: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
+        atexit.register(self._end_loop)  # before mpi4py finalizes MPI
+        self._pulls = 0  # of the worker, when your arrays were last brought up to date
+        self.loss = nan
+
+    @property
+    def params(self) -> dict[str, Array]:
+        """The parameters by name: views of the flat vector, or with `optimizer=None` your own arrays."""
+        self._settle()
+        return dict(self._own or self._views)
+
+    @property
+    def center(self) -> dict[str, Array]:
+        """A copy of the center variable, by name, as last pulled; after the loop the final one, on every rank."""
+        self._settle()
+        return self._layout.views(self._member.c.copy())
+
+    @property
+    def global_step(self) -> int:
+        """The center's clock, as this rank knows it: number of commits applied."""
+        self._settle()
+        return self._worker.clock if self._worker else self._member.center.clock
+
+    @property
+    def num_worker(self) -> int:
+        """Number of workers n."""
+        return self._member.center.workers
+
+    @property
+    def is_center(self) -> bool:
+        """Whether this rank serves the center and does not train."""
+        return self._member.serves
+
+    def steps(self, total: int | None = None) -> Generator[int, None, None]:
+        """Yield the number of each step that this worker is to take; each of 0 … total−1 is taken by one worker.
+
+        `total`: steps over all workers, None until the workers `break`. On a center rank it serves until all
+        workers are done, and yields nothing. May be used again: parameters, slots, clock and schedules go on. At the
+        end `params` and `center` are the final center on every rank (after a `break`, when they are next read: that
+        waits for the others; a generator that you hold by a name must be closed first). The body calls `minimize`,
+        `apply_gradients` or `step` once.
+        """
+        loop = self._steps(total)
+        self._loops.add(loop)
+        return loop
+
+    def _steps(self, total: int | None) -> Generator[int, None, None]:
+        if self._closed:
+            raise RuntimeError(f"{self._name} is closed")
+        if self._in_loop:
+            raise RuntimeError(f"{self._name}: one loop over steps() at a time")
+        total = None if total is None else operator.index(total)
+        if total is not None and total < 0:
+            raise ValueError(f"the number of steps must not be negative, but is {total}")
+        self._settle()
+        center = self._member.center
+        before = center.steps
+        self._member.begin(total, self._period)
+        if self._worker:
+            self._worker.dropped = 0
+        if self._worker is None:
+            self._member.serve()
+            self._x[...] = namespace(self._x).asarray(self._member.c)
+            self._copy_out()
+            if total is not None and center.steps - before < total:
+                short = f"{center.steps - before} of {total} steps were taken: the workers left before the end"
+                warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
+            return
+        self._in_loop = True
+        steps = self._worker.steps()
+        try:
+            for number in steps:
+                self._refresh()
+                self._stepped = False
+                yield number
+                if not self._stepped:
+                    raise RuntimeError(
+                        f"step {number} was not taken: the loop over {self._name}.steps() must call minimize(), "
+                        "apply_gradients() or step() once"
+                    )
+        except GeneratorExit:  # break: commit the partial period and leave
+            steps.close()
+            raise
+        finally:
+            self._in_loop = self._stepped = False
+        self._refresh()
+        if self._rule.collective and total is not None and center.steps - before < total:
+            raise RuntimeError(
+                f"{self._name}: another rank left the loop after {center.steps - before} of {total} steps, by break or "
+                f"by an exception, and rule {self._rule.name} needs all ranks; use steps() to end early"
+            )
+        if self._worker.dropped:
+            short = (
+                f"{self._worker.dropped} steps of rank {self._comm.rank} were dropped: another rank broke off meanwhile"
+            )
+            warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
+            self._worker.dropped = 0
+
+    def initialize(self) -> None:
+        """Start every worker from the center: rank 0's values, whatever it was given. Collective."""
+        for _ in self.steps(0):
+            raise AssertionError("no step was granted")
+
+    def compute_gradients(self, loss: Loss, var_list: Iterable[Any] | None = None) -> list[tuple[Array | None, Array]]:
+        """Return (gradient, variable) pairs of `loss`.
+
+        `loss(params) -> (value, gradients)`: gradients by name, or in the order of the parameters; None where
+        there is none. `var_list`: names or variables to keep, all if None. The value is in `self.loss`.
+        """
+        self._check_loop()
+        value, gradients = loss(self.params)
+        if isinstance(gradients, Mapping):
+            unknown = set(gradients) - set(self._layout.names)
+            if unknown:
+                raise ValueError(f"gradients for {sorted(unknown)}, but the parameters are {list(self._layout.names)}")
+            by_name = {name: gradients.get(name) for name in self._layout.names}
+        else:
+            listed = list(gradients) if isinstance(gradients, Sequence) else [gradients]
+            if len(listed) != len(self._layout.names):
+                raise ValueError(f"{len(listed)} gradients for {len(self._layout.names)} parameters")
+            by_name = dict(zip(self._layout.names, listed))
+        self.loss = float(value)
+        kept = self._layout.names if var_list is None else [self._name_of(v) for v in var_list]
+        return [(by_name[name], self._views[name]) for name in kept]
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> None:
+        """Take a local step with (gradient, variable) pairs, and exchange when λ steps are done.
+
+        A gradient may be None: its variable, and the slots that go with it, keep still, as do variables that are
+        not listed. (With variant "gradient" its mean gradient is zero at the center, as in TensorFlow: there momentum
+        and weight decay may still move it.) Raises ValueError if none has a gradient, or for a shape; TypeError for
+        what is no variable.
+        """
+        worker = self._check_loop()
+        if self._optimizer is None:
+            raise RuntimeError(f"{self._name} has no optimizer: move the parameters and call step()")
+        views, ranges = self._layout.views(self._g), dict[str, Range]()
+        for gradient, variable in grads_and_vars:
+            name = self._name_of(variable)
+            if name in ranges:
+                raise ValueError(f"variable {name!r} is listed twice")
+            if gradient is None:
+                continue
+            try:
+                self._layout.fill(name, views[name], as_array(gradient))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"gradient of {name!r} on rank {self._comm.rank}: {error}") from None
+            ranges[name] = self._layout.span(name)
+        if not ranges:
+            raise ValueError(f"rank {self._comm.rank}: no gradients: None for every variable")
+        whole = len(ranges) == len(self._layout.names)
+        worker.step(self._g, self.loss, None if whole else list(ranges.values()))
+        self._stepped = True
+
+    def minimize(self, loss: Loss, var_list: Iterable[Any] | None = None) -> float:
+        """Compute the gradients, apply them, and return the value of the loss before the step."""
+        self.apply_gradients(self.compute_gradients(loss, var_list))
+        return self.loss
+
+    def step(self, loss: float = nan) -> None:
+        """With `optimizer=None`: count one step that you took, and exchange when λ are done."""
+        worker = self._check_loop()
+        if self._optimizer is not None:
+            raise RuntimeError(f"{self._name} has an optimizer: call minimize() or apply_gradients()")
+        self._layout.pack(self._own, out=self._x)
+        worker.step(None, loss)
+        self._stepped = True
+        self._refresh()
+
+    def make_session_run_hook(
+        self, is_chief: bool | None = None, task_index: int | None = None, total: int | None = None
+    ) -> "Hook":
+        """Return a hook for training loops that take callbacks; see Hook.
+
+        `is_chief`, `task_index`: as in TensorFlow, worker 0 being the chief; known from `comm`, and only checked
+        if given. `total`: as in `steps`.
+        """
+        index = self._worker.index if self._worker else None
+        if index is not None and task_index is not None and task_index != index:
+            raise ValueError(f"task_index {task_index}, but rank {self._comm.rank} is worker {index}")
+        if index is not None and is_chief is not None and is_chief != (index == 0):
+            raise ValueError(f"is_chief {is_chief}, but rank {self._comm.rank} is worker {index}")
+        return Hook(self.steps(total))
+
+    def get_name(self) -> str:
+        """The name of this optimizer."""
+        return self._name
+
+    def get_slot_names(self) -> list[str]:
+        """Names of the slots on this rank: the local optimizer's, on a center rank the center optimizer's."""
+        return list(self._slots())
+
+    def get_slot(self, var: Any, name: str) -> Array:
+        """View of slot `name` of variable `var` (a name or a variable). Raises ValueError for an unknown slot."""
+        slots = self._slots()
+        if name not in slots:
+            raise ValueError(f"no slot {name!r}; there are {list(slots)}")
+        return self._layout.views(slots[name])[self._name_of(var)]
+
+    def variables(self) -> list[Array]:
+        """Views of all slots of all parameters on this rank."""
+        return [view for slot in self._slots().values() for view in self._layout.views(slot).values()]
+
+    def close(self) -> None:
+        """Free the communicator; collective. Afterwards `center` can still be read."""
+        if self._closed:
+            return
+        self._end_loop()
+        atexit.unregister(self._end_loop)
+        self._closed = True
+        self._hook.remove()
+        self._comm.Free()
+
+    def __enter__(self) -> "AGNOptimizer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # after an error the other ranks do not come to a collective close
+            self.close()
+
+    def _slots(self) -> dict[str, Array]:
+        worker = self._worker
+        optimizer, state = (
+            (worker.optimizer, worker.state) if worker else (self._member.center.optimizer, self._member.center.state)
+        )
+        return optimizer.slots(state) if optimizer else {}
+
+    def _check_loop(self) -> Worker:
+        if self._worker is None:
+            raise RuntimeError(
+                f"rank {self._comm.rank} holds the center and takes no steps: call this inside "
+                f"`for step in {self._name}.steps(n)`, which serves here"
+            )
+        if not self._in_loop:
+            raise RuntimeError(f"{self._name}: steps are taken inside `for step in opt.steps(n)`, which is not running")
+        if self._stepped:
+            raise RuntimeError(f"{self._name}: one step in each turn of the loop over steps(), not two")
+        return self._worker
+
+    def _name_of(self, variable: Any) -> str:
+        if isinstance(variable, str):
+            if variable in self._views:
+                return variable
+            raise ValueError(f"no parameter {variable!r}; there are {list(self._views)}")
+        for name, view in (self._views | self._own).items():
+            if variable is view:
+                return name
+        raise TypeError(f"{type(variable).__name__} is no variable of {self._name}: give one of `params`, or its name")
+
+    def _end_loop(self) -> None:
+        """Leave a loop that was broken off but is still held by a name, or a hook that was not ended."""
+        for loop in list(self._loops):
+            loop.close()
+        self._settle()
+
+    def _settle(self) -> None:
+        """After a break: wait for the others, and take the final center."""
+        if self._worker and not self._in_loop:
+            self._worker.settle()
+            self._refresh()
+
+    def _refresh(self) -> None:
+        if self._worker and self._worker.pulls != self._pulls:
+            self._pulls = self._worker.pulls
+            self._copy_out()
+
+    def _copy_out(self) -> None:
+        for name, array in self._own.items():
+            array[...] = self._views[name]
+
+
+def _in_words(optimizer: Optimizer | None) -> str:
+    return f"{optimizer.name}({optimizer.numbers})" if optimizer else "none"

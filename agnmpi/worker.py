@@ -1,0 +1,228 @@
+"""A worker: a value and its three steps, and the one loop that drives them."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from math import nan
+from typing import Any
+
+from .backend import Array, empty_like, namespace
+from .data import Lease
+from .optimizers import Optimizer, Range
+from .rules import Rule
+from .transport.base import STOP, WORK, Commit, Handle, Reply, WorkerEnd
+
+
+class Worker:
+    """Parameters, what they were at the last pull, and the work in hand.
+
+    `x`: (n,) parameters, moved in place; `optimizer`: None if the caller moves x; `index`: 0 … n−1;
+    `overlap`: compute the next period while the exchange of the last is under way.
+    """
+
+    def __init__(
+        self,
+        x: Array,
+        rule: Rule,
+        optimizer: Optimizer | None,
+        end: WorkerEnd,
+        index: int,
+        overlap: bool = False,
+    ) -> None:
+        if optimizer is None and rule.accumulates:
+            raise ValueError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
+        empty = empty_like
+        self.x, self.rule, self.optimizer, self.end, self.index = x, rule, optimizer, end, index
+        self.overlap = overlap
+        self.state: Any = optimizer.init(x) if optimizer else None
+        self.o = empty(x)  # the center as last pulled
+        self.a = namespace(x).zeros_like(x) if rule.accumulates else x
+        self.clock = 0  # of o
+        self.total: int | None = None  # steps of this session, over all workers
+        self.before = 0  # steps of all workers in earlier sessions: schedules go on
+        self.sequence = 0  # commits sent
+        self.dropped = 0  # steps that no round took, because another rank broke off
+        self.pulls = 0  # times x was adopted from a pull
+        self.done = 0  # steps since the last exchange was started
+        self.leases: deque[Lease] = deque()  # the first is under way
+        self._delta = empty(x)
+        self._sent = empty(x) if overlap else x
+        self._pulled = empty(x) if overlap else self.o  # MPI writes here: o stays whole meanwhile
+        self._loss = 0.0
+        self._handle: Handle | None = None
+        self._commit: Commit | None = None
+        self._farewell: Handle | None = None
+
+    @property
+    def step_number(self) -> int:
+        """Number, over all workers, of the step to take next."""
+        return self.leases[0].first + self.done
+
+    def local_step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
+        """Move x by one step of the local optimizer on g (n,), and accumulate g if the rule wants it.
+
+        `g` is None when the caller has moved x; `ranges`: the pieces of x that have a gradient, all if None.
+        """
+        if self.optimizer is not None:
+            if g is None:
+                raise ValueError("local_step needs a gradient")
+            at = self.before + self.step_number
+            self.state = self.optimizer.update(self.x, g, self.state, step=at, ranges=ranges)
+            if self.rule.accumulates:
+                for lo, hi in ranges or [(0, g.size)]:
+                    a = self.a[lo:hi]
+                    a += g[lo:hi]
+        self.done += 1
+        self._loss += loss
+
+    def start_exchange(self) -> None:
+        """Form the delta of the steps done, and start the exchange."""
+        self._commit = self._form_commit(WORK)
+        if self.rule.pulls == "before":
+            self._handle = self.end.pull(self._pulled)
+            return
+        if self.overlap:
+            self._sent[...] = self.x
+        self._handle = self.end.exchange(self._commit, self._pulled)
+
+    def _form_commit(self, wants: int) -> Commit:
+        lease, steps, loss = self.leases.popleft(), self.done, self._loss
+        if self.rule.pulls == "after":
+            self.rule.delta(self.x, self.o, self.a, max(steps, 1), self._delta)
+        if self.rule.accumulates:
+            self.a[...] = 0
+        self.sequence += 1
+        self.done, self._loss = 0, 0.0
+        return Commit(
+            self.index,
+            self.sequence,
+            steps=steps,
+            first=lease.first,
+            clock=self.clock,
+            wants=wants,
+            loss=loss / steps if steps else nan,
+            payload=self._delta,
+        )
+
+    def finish_exchange(self) -> None:
+        """Wait for the exchange under way, and adopt what it brought."""
+        assert self._handle is not None
+        assert self._commit is not None
+        handle, self._handle = self._handle, None
+        reply = handle.wait()
+        self.o, self._pulled = self._pulled, self.o
+        self.clock = reply.clock
+        if self.rule.pulls == "before":
+            self.rule.delta(self.x, self.o, self.a, max(self._commit.steps, 1), self._delta)
+            reply = self.end.exchange(self._commit._replace(clock=self.clock), None).wait()
+        self.rule.adopt(self.x, self._sent, self._delta, self.o)
+        self.pulls += 1
+        self._commit = None
+        self._take(reply)
+
+    def step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
+        """The loop's body: a local step, and the exchange when the period is full."""
+        self.local_step(g, loss, ranges)
+        if self.done == self.leases[0].steps:
+            self._exchange()
+        elif self._handle is not None and self._handle.test():
+            self.finish_exchange()
+
+    def _exchange(self) -> None:
+        if self._handle is not None:
+            self.finish_exchange()
+        if not self.leases:  # the center said stop while this period was computed
+            return
+        self.start_exchange()
+        if not self.overlap or not self.leases:
+            self.finish_exchange()
+
+    def begin(self) -> None:
+        """Start from the center, whatever x was, and ask for work (for two periods with overlap)."""
+        self.settle()
+        ask = Commit(self.index, first=-1 if self.total is None else self.total, wants=WORK)
+        reply = self.end.exchange(ask, self.o).wait()
+        self.x[...] = self.o
+        self.pulls += 1
+        self.clock = reply.clock
+        self._take(reply)
+        if self.overlap and self.leases:
+            self._take(self.end.exchange(ask, None).wait())
+
+    def _take(self, reply: Reply) -> None:
+        if reply.control == STOP and self.rule.collective:  # there is no further round: with overlap, steps are dropped
+            self.leases.clear()
+            self.dropped += self.done
+            self.done, self._loss = 0, 0.0
+        elif reply.control == STOP:
+            while len(self.leases) > (self.done > 0):
+                self.leases.pop()
+            if self.leases:  # commit what is done of it
+                self.leases[0] = Lease(self.leases[0].first, self.done)
+        elif reply.work.first >= 0:
+            self.leases.append(reply.work)
+
+    def _has_work(self) -> bool:
+        while not self.leases or self.done >= self.leases[0].steps:
+            if self.leases:  # a lease of nothing in a round of all, or one cut short by STOP
+                self._exchange()
+            elif self._handle is not None:
+                self.finish_exchange()
+            else:
+                return False
+        return True
+
+    def steps(self) -> Generator[int, None, None]:
+        """Yield the number of each step granted to this worker; the caller then calls `step`, once.
+
+        Begins from the center; at the end commits a partial period and leaves, with the final center in x. After
+        a `break` the same, but the final center is there after `settle`.
+        """
+        self.begin()
+        try:
+            while self._has_work():
+                yield self.step_number
+        except GeneratorExit:
+            # A break, or an exception in the caller's loop on its way up: do not wait for the others here, or the
+            # traceback would show when they are done. `settle` waits.
+            self.leave()
+            raise
+        self.leave()
+        self.settle()
+
+    def leave(self) -> None:
+        """Finish the exchange under way, commit what is done, and say farewell, without waiting for the answer."""
+        if self._commit is not None and self._handle is None:
+            return  # an exchange has failed: its exception is on its way up, and nothing may hold it back
+        if self._handle is not None:
+            self.finish_exchange()
+        last = None
+        if self.done and self.rule.pulls == "before":
+            self.start_exchange()
+            self.finish_exchange()  # the work that it was granted goes back with the farewell
+        elif self.done:
+            last = self._form_commit(0)
+        self.leases.clear()
+        self._farewell = self.end.leave(last, self.o)
+
+    def settle(self) -> None:
+        """After leaving: wait until all workers have left, and take the final center into x and o."""
+        if self._farewell is not None:
+            reply = self._farewell.wait()
+            self.clock, self.before = reply.clock, reply.steps
+            self._farewell = None
+            self.x[...] = self.o
+            self.pulls += 1
+
+
+def train(
+    worker: Worker,
+    gradient: Callable[[int], tuple[float, Array]],
+) -> Generator[int, None, None]:
+    """Drive `worker` to the end of its work; yields after each step, so that several can share a thread.
+
+    `gradient(step) -> (loss, g)`: loss and gradient (n,) of the worker's x at the batch of that step.
+    """
+    for step in worker.steps():
+        loss, g = gradient(step)
+        worker.step(g, loss)
+        yield step
