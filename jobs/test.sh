@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Lint, types, and all tests, serial and under mpiexec, on a fresh machine.   Usage: jobs/test.sh [mpich|openmpi|all]
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+case ${1:-mpich} in
+    all) mpis=(mpich openmpi) ;;
+    mpich | openmpi) mpis=("${1:-mpich}") ;;
+    *) echo "usage: $0 [mpich|openmpi|all]" >&2; exit 2 ;;
+esac
+cd "$here/.."
+for mpi in "${mpis[@]}"; do
+    venv=$("$here/venv.sh" "$mpi" examples,test)
+    if [ "$mpi" = "${mpis[0]}" ]; then
+        echo "== lint and types"
+        "$venv/bin/ruff" check .
+        "$venv/bin/ruff" format --check .
+        "$venv/bin/mypy"
+    fi
+    echo "== tests with $mpi"
+    "$venv/bin/python" -m pytest
+done
