@@ -1,0 +1,207 @@
+"""What every transport with a center rank must hold, for any world size; each check is a pair of roles.
+
+`play(world, work, ...)` runs `work(end, index)` on every worker while the center serves, and returns on the
+center rank (for local: everywhere) a Log of all that was applied, plus what each worker returned.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from agnmpi import rules
+from agnmpi.center import Center, serve
+from agnmpi.data import Leases
+from agnmpi.transport.base import DUPLICATE, OK, Commit
+from agnmpi.transport.local import LocalCenter
+
+COMMITS = 12
+# One element, fewer than a piece, and more than all pieces in flight (3 M float64 are 24 MB).
+SIZES = [1, 1000, 3_000_000]
+
+
+class Outcome(NamedTuple):
+    """What a session left behind; on a worker rank only `results` (its own) is filled."""
+
+    c: Any = None
+    center: Any = None
+    log: Any = ()  # commits in the order they were applied
+    results: Any = ()
+
+
+class LocalWorld:
+    """Workers and center in this process: each worker's part runs from beginning to end, one after the other."""
+
+    def __init__(self, workers):
+        self.workers = workers
+
+    def play(self, n, work, sessions=1, **_):
+        center, log = Center(rules.agn(), np.zeros(n), self.workers), []
+        local = LocalCenter(np.zeros(n), self.workers, logged(center, log))
+        results = []
+        for _ in range(sessions):
+            local.open()
+            results += [work(local.worker_end(i), i) for i in range(self.workers)]
+        return Outcome(local.c, center, log, results)
+
+
+class MPIWorld:
+    """Rank 0 serves, the others work. `ends(comm, c) -> end` makes the center's end, `ends(comm, None)` a worker's."""
+
+    def __init__(self, comm, ends):
+        self.comm, self.ends, self.workers = comm, ends, comm.size - 1
+
+    def play(self, n, work, sessions=1, on_end=None, total=None):
+        if self.comm.rank:
+            end = self.ends(self.comm, None)
+            outcome = Outcome(results=[work(end, self.comm.rank - 1) for _ in range(sessions)])
+        else:
+            center, log = Center(rules.agn(), np.zeros(n), self.workers), []
+            end = self.ends(self.comm, np.zeros(n))
+            if on_end:
+                on_end(end, center)
+            for _ in range(sessions):
+                center.leases = None if total is None else Leases(total, 1)
+                serve(end, logged(center, log))
+            outcome = Outcome(end.c, center, log)
+        end.close()
+        self.comm.Barrier()
+        return outcome
+
+
+def logged(center, log):
+    def apply(commit, c):
+        reply = center.apply(commit, c)
+        if commit.payload is not None and reply.status == OK:
+            log.append(commit._replace(payload=None))
+        return reply
+
+    return apply
+
+
+def leave(end, n):
+    final = np.full(n, np.nan)
+    end.leave(None, final).wait()
+    return final
+
+
+def nothing_lost_nothing_twice(world, n):
+    """Sums of distinct powers and counts: each commit of each worker is in the center exactly once, in order."""
+
+    def work(end, index):
+        out = np.empty(n)
+        for k in range(1, COMMITS + 1):
+            payload = np.full(n, float((index + 1) * 1000 + k))
+            reply = end.exchange(Commit(index, k, steps=1, payload=payload), out).wait()
+            assert reply.status == OK
+            assert reply.applied[index] == k
+        return leave(end, n)
+
+    outcome = world.play(n, work)
+    total = sum((w + 1) * 1000 + k for w in range(world.workers) for k in range(1, COMMITS + 1))
+    finals = [] if isinstance(world, LocalWorld) else outcome.results
+    for final in finals:  # every worker holds the same final center
+        np.testing.assert_array_equal(final, total)
+    if outcome.c is None:
+        return
+    np.testing.assert_array_equal(outcome.c, total)
+    assert outcome.center.clock == world.workers * COMMITS == len(outcome.log)
+    assert outcome.center.applied == [COMMITS] * world.workers
+    for w in range(world.workers):
+        assert [c.sequence for c in outcome.log if c.worker == w] == list(range(1, COMMITS + 1))
+
+
+def no_torn_read_and_an_exact_clock(world, n):
+    """Every commit adds 1 to every element: a pull of clock t is t in every element, and t never goes back."""
+
+    def work(end, index):
+        out, one, clock = np.empty(n), np.ones(n), 0
+        for k in range(1, COMMITS + 1):
+            reply = end.exchange(Commit(index, k, clock=clock, payload=one), out).wait()
+            assert out.min() == out.max() == reply.clock
+            assert reply.clock > clock, "a commit moves the clock"
+            pulled = end.pull(out).wait()
+            assert out.min() == out.max() == pulled.clock
+            assert pulled.clock >= reply.clock, "the clock went back"
+            clock = pulled.clock
+        leave(end, n)
+
+    world.play(n, work)
+
+
+def own_commits_are_seen(world, n):
+    """Element i mod n counts the commits of worker i: a pull shows all of one's own."""
+
+    def work(end, index):
+        out, payload, mine = np.empty(n), np.zeros(n), index % n
+        payload[mine] = 1
+        sharing = len([w for w in range(world.workers) if w % n == mine])
+        for k in range(1, COMMITS + 1):
+            end.exchange(Commit(index, k, payload=payload), None).wait()
+            end.pull(out).wait()
+            assert k <= out[mine] <= sharing * COMMITS
+            if sharing == 1:
+                assert out[mine] == k
+        leave(end, n)
+
+    world.play(n, work)
+
+
+def handles_test_and_wait(world, n):
+    """`test` alone finishes an exchange in a world that serves by itself; `wait` may be called again."""
+
+    def work(end, index):
+        out = np.empty(n)
+        handle = end.exchange(Commit(index, 1, payload=np.ones(n)), out)
+        if not isinstance(world, LocalWorld):
+            while not handle.test():
+                pass
+        first = handle.wait()
+        assert handle.test()
+        assert handle.wait() == first
+        leave(end, n)
+
+    world.play(n, work)
+
+
+def a_commit_sent_again_is_not_applied_again(world, n):
+    def work(end, index):
+        out = np.empty(n)
+        commit = Commit(index, 1, payload=np.ones(n))
+        assert end.exchange(commit, out).wait().status == OK
+        assert end.exchange(commit, out).wait().status == DUPLICATE
+        leave(end, n)
+
+    outcome = world.play(n, work)
+    if outcome.c is not None:
+        np.testing.assert_array_equal(outcome.c, world.workers)
+        assert outcome.center.clock == world.workers
+
+
+def sessions_follow_each_other(world, n):
+    """After all have left, the same ends serve again, and nothing is forgotten."""
+    sequence = {}
+
+    def work(end, index):
+        out = np.empty(n)
+        for _ in range(3):
+            sequence[index] = sequence.get(index, 0) + 1
+            end.exchange(Commit(index, sequence[index], payload=np.ones(n)), out).wait()
+        return leave(end, n)
+
+    outcome = world.play(n, work, sessions=3)
+    if not isinstance(world, LocalWorld):
+        for session, final in enumerate(outcome.results, 1):
+            np.testing.assert_array_equal(final, 3 * world.workers * session)
+    if outcome.c is not None:
+        np.testing.assert_array_equal(outcome.c, 9 * world.workers)
+
+
+CHECKS = [
+    nothing_lost_nothing_twice,
+    no_torn_read_and_an_exact_clock,
+    own_commits_are_seen,
+    handles_test_and_wait,
+    a_commit_sent_again_is_not_applied_again,
+    sessions_follow_each_other,
+]
+__all__ = ["CHECKS", "SIZES", "LocalWorld", "MPIWorld"]

@@ -1,0 +1,23 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Tests that need ranks are collected under mpiexec alone; test_parallel.py starts it."""
+    if collection_path.name == "parallel" and not config.getoption("--with-mpi", default=False):
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    from agnmpi.backend import device_count
+
+    if not device_count():
+        skip = pytest.mark.skip(reason="no CUDA device that CuPy can use")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)

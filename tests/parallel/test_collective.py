@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+
+from agnmpi import nesterov, rules, sgd
+from agnmpi.agree import ConfigError
+from agnmpi.launch import connect
+from agnmpi.worker import train
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+
+def join(comm, rule, optimizer, n=3, center_optimizer=None, overlap=False):
+    x = np.full(n, float(comm.rank))  # rank 0's counts
+    return connect(comm, rule, x, optimizer, center_optimizer, transport="collective", overlap=overlap)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("total", [1, 7, 40, 41])
+def test_rounds_sum_everything_once(comm, total, overlap):
+    """SGD(1) on gradient −1: every step adds 1 to its rank's x; the center gets the mean of each round."""
+    member = join(comm, rules.synchronous(), sgd(1.0), overlap=overlap)
+    (worker,) = member.workers
+    taken = []
+    for session in range(2):
+        member.begin(total, 3)
+        for step in train(worker, lambda _: (0.5, -np.ones(3))):
+            taken.append(step)
+        everyone = comm.allgather(taken)
+        assert sorted(s for steps in everyone for s in steps) == sorted(list(range(total)) * (session + 1))
+        assert member.center.steps == total * (session + 1)
+        # Of each round of 3 steps a rank, the center moves by the mean over the ranks that took any.
+        full, rest = divmod(total, 3 * comm.size)
+        moved = 3.0 * full + (rest / min(rest, comm.size) if rest else 0)
+        np.testing.assert_allclose(worker.x, moved * (session + 1))
+        np.testing.assert_allclose(member.c, worker.x)
+    assert member.center.clock == 2 * (full * comm.size + min(rest, comm.size))
+    clocks = comm.allgather(member.center.clock)
+    assert clocks == clocks[:1] * comm.size
+
+
+@pytest.mark.parametrize("rest", [0, 1])
+def test_ranks_without_steps_take_part_in_large_sums(comm, rest):
+    """Of more than 64 KiB, where MPIs choose among algorithms: all ranks must choose the same."""
+    n = 100_000
+    member = join(comm, rules.synchronous(), sgd(1.0), n)
+    (worker,) = member.workers
+    member.begin(4 * comm.size + rest, 4)
+    for _ in train(worker, lambda _: (0.0, -np.ones(n))):
+        pass
+    assert (worker.x == 4 + rest).all()
+    member.begin(None, 4)
+    loop = worker.steps()
+    for count, _ in enumerate(loop):
+        if comm.rank == 0 and count == 4:
+            break  # at the beginning of a period: nothing to commit
+        worker.step(-np.ones(n))
+    loop.close()
+    worker.settle()
+    assert (worker.x == 4 + rest + 8 - 4 * (comm.size == 1)).all()
+
+
+def test_one_step_rounds_are_data_parallel_sgd(comm):
+    """λ = 1: the same numbers as one process that averages the gradients of all ranks."""
+    member = join(comm, rules.synchronous(), sgd(0.1))
+    (worker,) = member.workers
+    member.begin(10 * comm.size, 1)
+    alone = np.zeros(3)
+    for t in range(10):
+        alone -= 0.1 * np.mean([alone * 0.3 + (t * comm.size + r) for r in range(comm.size)], axis=0)
+    for _ in train(worker, lambda step: (0.0, worker.x * 0.3 + step)):
+        pass
+    np.testing.assert_allclose(worker.x, alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["synchronous", "diloco"])
+def test_converges(comm, name):
+    rule = rules.RULES[name]()
+    member = join(comm, rule, sgd(0.05), 5, nesterov(0.7, 0.9) if name == "diloco" else None)
+    (worker,) = member.workers
+    target = np.linspace(-1, 1, 5)
+    member.begin(600 * comm.size, 3)
+    for _ in train(worker, lambda _: (0.0, worker.x - target)):
+        pass
+    np.testing.assert_allclose(worker.x, target, atol=1e-3)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+@pytest.mark.parametrize("at", range(10))
+def test_a_rank_may_break_off_at_any_point(comm, rounds, at, overlap):
+    """Before or after a step, in any round, the last one, too: nobody waits for a round that does not come."""
+    member = join(comm, rules.synchronous(), sgd(1.0), overlap=overlap)
+    (worker,) = member.workers
+    member.begin(rounds * 3 * comm.size, 3)
+    loop = worker.steps()
+    for count, _ in enumerate(loop):
+        if comm.rank == comm.size - 1 and count == at:
+            break
+        worker.step(-np.ones(3))
+    loop.close()
+    worker.settle()
+    finals = comm.allgather((worker.x.tolist(), worker.clock, member.center.steps))
+    assert finals == finals[:1] * comm.size
+    member.begin(3 * comm.size, 3)  # and the next session is whole
+    for _ in train(worker, lambda _: (0.0, -np.ones(3))):
+        pass
+    assert member.center.steps == finals[0][2] + 3 * comm.size
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_rank_that_breaks_stops_all_and_loses_nothing(comm, at, overlap):
+    member = join(comm, rules.synchronous(), sgd(1.0), overlap=overlap)
+    (worker,) = member.workers
+    member.begin(None, 3)
+    loop, count = worker.steps(), 0
+    for _ in loop:
+        worker.step(-np.ones(3))
+        count += 1
+        if comm.rank == comm.size - 1 and count > at:
+            break
+    loop.close()
+    worker.settle()
+    # With overlap the others have begun their next period when they hear of it; without, nothing is lost.
+    assert not worker.dropped or overlap
+    assert sum(comm.allgather(count - worker.dropped)) == member.center.steps
+    finals = comm.allgather(worker.x.tolist())
+    assert finals == finals[:1] * comm.size
+
+
+def test_replicas_that_differ_are_noticed(comm):
+    member = join(comm, rules.synchronous(), sgd(1.0))
+    (worker,) = member.workers
+    member.begin(comm.size, 1)
+    loop = worker.steps()
+    with pytest.raises(RuntimeError, match="replicas of the center differ"):  # noqa: PT012
+        for _ in loop:
+            worker.step(-np.ones(3))
+            if comm.rank == 0:
+                worker.end.c[0] += 1e-3
+
+
+def test_a_rule_with_a_server_is_refused(comm):
+    from agnmpi.launch import check_fit
+
+    with pytest.raises(ConfigError, match="use 'p2p'"):
+        check_fit(rules.agn(), "collective", comm, sgd(1.0), False)
+    with pytest.raises(ConfigError, match="use 'collective'"):
+        check_fit(rules.synchronous(), "p2p", comm, sgd(1.0), False)

@@ -1,0 +1,239 @@
+import time
+from collections import deque
+
+import numpy as np
+import pytest
+from conformance import CHECKS, SIZES, MPIWorld
+
+from agnmpi import adam
+from agnmpi.transport.base import WORK, Commit
+from agnmpi.transport.p2p import P2PCenter, P2PWorker
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+
+def ends(slots):
+    return lambda comm, c: P2PWorker(comm) if c is None else P2PCenter(comm, c, slots)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("n", SIZES)
+def test_conformance(comm, check, slots, n):
+    if n == SIZES[-1] and comm.size > 5:
+        pytest.skip("24 MB vectors on 9 ranks of a small machine: covered with fewer ranks")
+    check(MPIWorld(comm, ends(slots)), n)
+
+
+def test_no_worker_starves(comm):
+    """All first commits wait when the center begins; each is overtaken by at most as many as there are workers.
+
+    The center is slow, so whoever has been answered is there again at once, and would win any race.
+    """
+    order = []
+
+    def slow(_end, center):
+        apply = center.apply
+
+        def late(commit, c):
+            if commit.payload is not None:
+                order.append(commit.worker)
+                time.sleep(0.003)
+            return apply(commit, c)
+
+        center.apply = late
+
+    def work(end, index):
+        out, one = np.empty(10), np.ones(10)
+        first = end.exchange(Commit(index, 1, payload=one), out)
+        comm.Barrier()
+        first.wait()
+        for k in range(2, 21):
+            end.exchange(Commit(index, k, payload=one), out).wait()
+        end.leave(None, out).wait()
+
+    world = MPIWorld(comm, ends(2))
+    if comm.rank == 0:
+        ends_made = world.ends
+
+        def wait_for_all(comm, c):
+            end = ends_made(comm, c)
+            comm.Barrier()
+            time.sleep(0.05)
+            return end
+
+        world.ends = wait_for_all
+    world.play(10, work, on_end=slow)
+    if comm.rank == 0:
+        assert len(order) == 20 * (comm.size - 1)
+        firsts = [order.index(worker) for worker in range(comm.size - 1)]
+        assert max(firsts) < 2 * (comm.size - 1), order
+
+
+@pytest.mark.parametrize("n", SIZES[:2])
+def test_no_waiting_commit_is_overtaken_by_more_than_the_live_workers(comm, n):
+    """A commit waits from when its last byte is there; one still on its way, over a slow link, holds up none."""
+    arrived, overtaken = {}, []
+
+    class Noted(deque):
+        clock = staticmethod(lambda: 0)
+
+        def append(self, item):
+            arrived[item[0].worker] = self.clock()
+            super().append(item)
+
+    def watch(end, center):
+        end._ready = Noted()
+        end._ready.clock = lambda: center.clock
+        center.between = end.move_on  # commits arrive while another is applied, too
+        apply = center.apply
+
+        def count(commit, c):
+            if commit.payload is not None:
+                overtaken.append(center.clock - arrived[commit.worker])
+                if commit.sequence % 7 == 0:
+                    time.sleep(0.005)  # let a queue build up
+            return apply(commit, c)
+
+        center.apply = count
+
+    def work(end, index):
+        out, one = np.empty(n), np.ones(n)
+        for k in range(1, 101):
+            end.exchange(Commit(index, k, payload=one), out).wait()
+        end.leave(None, out).wait()
+
+    MPIWorld(comm, ends(2)).play(n, work, on_end=watch)
+    if comm.rank == 0:
+        assert len(overtaken) == 100 * (comm.size - 1)
+        assert max(overtaken) <= comm.size - 1
+
+
+@pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize("optimizer", [None, adam(0.1)], ids=["add", "adam"])
+def test_messages_move_on_while_a_commit_is_applied(comm, optimizer):
+    n, moved = 2_000_000, []
+
+    def watch(end, center):
+        if optimizer:
+            center.optimizer, center.state = optimizer, optimizer.init(end.c)
+        center.between = end.move_on
+        apply = center.apply
+
+        def count(commit, c):
+            before = end.progress
+            reply = apply(commit, c)
+            moved.append(end.progress - before)
+            return reply
+
+        center.apply = count
+
+    def work(end, index):
+        out, one = np.empty(n), np.ones(n)
+        for k in range(1, 11):
+            end.exchange(Commit(index, k, payload=one), out).wait()
+            assert optimizer or out.min() == out.max()
+        end.leave(None, out).wait()
+
+    outcome = MPIWorld(comm, ends(4)).play(n, work, on_end=watch)
+    if comm.rank == 0:
+        assert sum(moved) > 0
+        assert optimizer or (outcome.c == 10 * (comm.size - 1)).all()
+        assert outcome.center.clock == 10 * (comm.size - 1)
+
+
+def test_memory_at_the_center_is_bounded(comm):
+    """However many workers commit and pull at once, the center holds 1 + slots vectors."""
+    made = []
+
+    def watch(end, _):
+        slot = end._slot
+
+        def count():
+            buffer = slot()
+            if buffer is not None and buffer not in made:
+                made.append(buffer)
+            return buffer
+
+        end._slot = count
+
+    def work(end, index):
+        out, one = np.empty(100_000), np.ones(100_000)
+        for k in range(1, 30):
+            end.exchange(Commit(index, k, payload=one), out).wait()
+        end.leave(None, out).wait()
+
+    MPIWorld(comm, ends(3)).play(100_000, work, on_end=watch)
+    assert len(made) <= 1 + 3  # the first center becomes a slot when a copy takes its place
+
+
+def test_a_sleeping_center_costs_a_delay_and_nothing_else(comm):
+    n = 300_000
+
+    def sleepy(_end, center):
+        apply = center.apply
+
+        def late(commit, c):
+            if commit.sequence == 2 and commit.worker == 0:
+                time.sleep(0.5)
+            return apply(commit, c)
+
+        center.apply = late
+
+    def work(end, index):
+        out = np.empty(n)
+        for k in range(1, 5):
+            end.exchange(Commit(index, k, payload=np.ones(n)), out).wait()
+            assert out.min() == out.max()
+        end.leave(None, out).wait()
+        assert (out == 4 * (comm.size - 1)).all()
+
+    MPIWorld(comm, ends(4)).play(n, work, on_end=sleepy)
+
+
+def test_commits_in_flight_when_a_worker_leaves_are_applied(comm):
+    """The farewell goes out right behind a commit that nobody waited for."""
+
+    def work(end, index):
+        last = end.exchange(Commit(index, 1, payload=np.ones(50_000)), None)
+        out = np.empty(50_000)
+        farewell = end.leave(None, out)
+        last.wait(), farewell.wait()
+        assert (out == comm.size - 1).all()
+
+    outcome = MPIWorld(comm, ends(1)).play(50_000, work)
+    if comm.rank == 0:
+        assert (outcome.c == comm.size - 1).all()
+
+
+def test_work_is_granted_once_and_to_everyone_who_asks(comm):
+    taken = []
+
+    def work(end, index):
+        reply = end.exchange(Commit(index, first=40, wants=WORK), None).wait()
+        k = 0
+        while reply.work.steps:
+            k += 1
+            taken.append(reply.work.first)
+            commit = Commit(index, k, steps=1, first=reply.work.first, wants=WORK, payload=np.ones(3))
+            reply = end.exchange(commit, None).wait()
+        end.leave(None, np.empty(3)).wait()
+
+    MPIWorld(comm, ends(4)).play(3, work, total=40)
+    everyone = comm.allgather(taken)
+    assert sorted(step for steps in everyone for step in steps) == list(range(40))
+
+
+def test_a_vector_of_another_size_is_refused_with_the_rank(comm):
+    """The center raises; the workers do not wait for an answer that will not come."""
+    if comm.rank == 0:
+        end = P2PCenter(comm, np.zeros(10))
+        end.open()
+        with pytest.raises(ValueError, match=r"rank \d+ sent 88 bytes.*80 bytes"):  # noqa: PT012
+            for _ in range(10**9):
+                end.serve_one(None)
+    else:
+        end = P2PWorker(comm)
+        end.exchange(Commit(comm.rank - 1, 1, payload=np.zeros(11)), None)
+    # The messages of this broken session stay with this communicator; nobody waits for them.
+    comm.Barrier()

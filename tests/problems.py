@@ -1,0 +1,108 @@
+"""Small problems for the command line: well-behaved, and each broken in one way, on the last rank only."""
+
+import sys
+import time
+
+import numpy as np
+
+
+def on_last_rank():
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1
+
+
+class Quadratic:
+    """Mean of (w − sample)²/2 and a bias that is not used: the optimum is the mean of the samples."""
+
+    samples = 240
+
+    def __init__(self, xp=np, dtype="float32", slow=0.0):
+        self.x = xp.asarray(np.random.default_rng(0).normal(size=(self.samples, 4)), dtype=dtype)
+        self.slow = slow
+
+    def init(self, rng):
+        return {"w": np.asarray(rng.normal(size=4), self.x.dtype), "b": np.zeros(2, self.x.dtype)}
+
+    def gradient(self, params, indices):
+        time.sleep(self.slow)
+        error = params["w"] - self.x[indices]
+        return float((error**2).mean() / 2), {"w": error.mean(axis=0), "b": np.zeros(2, self.x.dtype)}
+
+    def evaluate(self, params):
+        return {"distance": float(np.abs(params["w"] - self.x.mean(axis=0)).max())}
+
+
+class OtherShape(Quadratic):
+    def init(self, rng):
+        return {"w": np.zeros(4 + on_last_rank(), "f4"), "b": np.zeros(2, "f4")}
+
+
+class OtherDtype(Quadratic):
+    def init(self, rng):
+        kind = "f8" if on_last_rank() else "f4"
+        return {"w": np.zeros(4, kind), "b": np.zeros(2, kind)}
+
+
+class OtherNames(Quadratic):
+    def init(self, rng):
+        return {"v" if on_last_rank() else "w": np.zeros(4, "f4"), "b": np.zeros(2, "f4")}
+
+
+class OtherOrder(Quadratic):
+    def init(self, rng):
+        params = super().init(rng)
+        return dict(reversed(params.items())) if on_last_rank() else params
+
+
+class NoData(Quadratic):
+    def __init__(self, xp=np):
+        super().__init__(xp)
+        if on_last_rank():
+            open("/nowhere/data.bin")  # noqa: PTH123, SIM115
+
+
+class WrongGradient(Quadratic):
+    def gradient(self, params, indices):
+        loss, grads = super().gradient(params, indices)
+        return loss, {"w": np.zeros(5), "b": grads["b"]} if on_last_rank() else grads
+
+
+class Raises(Quadratic):
+    def gradient(self, params, indices):
+        if on_last_rank():
+            raise ArithmeticError("this gradient went wrong")
+        return super().gradient(params, indices)
+
+
+class Exits(Quadratic):
+    def gradient(self, params, indices):
+        if on_last_rank():
+            sys.exit(7)
+        return super().gradient(params, indices)
+
+
+class Diverges(Quadratic):
+    def gradient(self, params, indices):
+        return float("nan"), super().gradient(params, indices)[1]
+
+
+class EvaluationRaises(Quadratic):
+    def evaluate(self, params):
+        raise ArithmeticError("this evaluation went wrong")
+
+
+class SecondEvaluationRaises(Quadratic):
+    evaluations = 0
+
+    def evaluate(self, params):
+        self.evaluations += 1
+        if self.evaluations == 2:
+            raise ArithmeticError("the second evaluation went wrong")
+        return super().evaluate(params)
+
+
+class SlowEvaluation(Quadratic):
+    def evaluate(self, params):
+        time.sleep(0.5)
+        return super().evaluate(params)

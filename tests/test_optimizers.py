@@ -1,0 +1,172 @@
+"""Optimizers against their formulas, written out plainly in float64."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agnmpi import (
+    adagrad,
+    adam,
+    adamw,
+    backend,
+    constant,
+    cosine,
+    momentum,
+    nesterov,
+    rmsprop,
+    sgd,
+    step_decay,
+    warmup,
+)
+from agnmpi.optimizers import OPTIMIZERS, global_norm
+
+STEPS = 5
+
+
+def plain(name, x, gradients, rate, w=0.0):
+    """The textbook forms, a whole vector at a time."""
+    x = x.astype(float)
+    m, v = np.zeros_like(x), np.zeros_like(x)
+    for t, g in enumerate(gradients, 1):
+        g = g.astype(float)
+        if name == "adamw":
+            x = x - rate * w * x
+        else:
+            g = g + w * x
+        if name == "sgd":
+            x = x - rate * g
+        elif name in ("momentum", "nesterov"):
+            m = 0.9 * m + g
+            x = x - rate * (m if name == "momentum" else g + 0.9 * m)
+        elif name == "adagrad":
+            v = v + g**2
+            x = x - rate * g / (np.sqrt(v) + 1e-10)
+        elif name == "rmsprop":
+            v = 0.9 * v + 0.1 * g**2
+            x = x - rate * g / (np.sqrt(v) + 1e-8)
+        else:
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            x = x - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    return x
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_formula(name, decay, dtype):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=7).astype(dtype)
+    gradients = rng.normal(size=(STEPS, 7)).astype(dtype)
+    expected = plain(name, x, gradients, 0.05, decay)
+    optimizer = OPTIMIZERS[name](0.05, weight_decay=decay)
+    state = optimizer.init(x)
+    for g in gradients:
+        before = g.copy()
+        state = optimizer.update(x, g, state)
+        np.testing.assert_array_equal(g, before)
+    assert state.step == STEPS
+    assert x.dtype == dtype
+    np.testing.assert_allclose(x, expected, rtol=2e-5 if dtype == "float32" else 1e-12)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@given(n=st.integers(1, 40), block=st.integers(1, 50))
+@settings(max_examples=20, deadline=None)
+def test_blocks_change_nothing(name, n, block):
+    """The same bits, however the vector is cut."""
+    rng = np.random.default_rng(n)
+    x, g = rng.normal(size=n).astype("f4"), rng.normal(size=n).astype("f4")
+    results = []
+    for size in (block, 1 << 16):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "BLOCK", size)
+            y, optimizer = x.copy(), OPTIMIZERS[name](0.1, weight_decay=0.01)
+            state = optimizer.init(y)
+            for _ in range(3):
+                state = optimizer.update(y, g, state)
+            results.append(y)
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_ranges_leave_the_rest_still(name):
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=10), rng.normal(size=10)
+    whole, parted = x.copy(), x.copy()
+    optimizer = OPTIMIZERS[name](0.1)
+    optimizer.update(whole, g, optimizer.init(whole))
+    state = optimizer.update(parted, g, optimizer.init(parted), ranges=[(0, 3), (7, 10)])
+    moved = np.r_[0:3, 7:10]
+    np.testing.assert_array_equal(parted[moved], whole[moved])
+    np.testing.assert_array_equal(parted[3:7], x[3:7])
+    for slot in optimizer.slots(state).values():
+        assert (slot[3:7] == 0).all()
+        assert (slot[moved] != 0).all()
+
+
+def test_scale_and_clip():
+    x, g = np.zeros(4), np.array([3.0, 0.0, 4.0, 0.0])
+    sgd(1.0).update(x, g, sgd(1.0).init(x), scale=-0.5)
+    np.testing.assert_allclose(x, 0.5 * g)
+    assert global_norm(g, [(0, 4)]) == 5
+    assert global_norm(g, [(0, 1), (3, 4)]) == 3
+    x[:] = 0
+    clipped = sgd(1.0, clip=1.0)
+    clipped.update(x, g, clipped.init(x), scale=-1.0)
+    np.testing.assert_allclose(x, g / 5)
+    x[:] = 0
+    clipped.update(x, g / 10, clipped.init(x))  # shorter than the limit: untouched
+    np.testing.assert_allclose(x, -g / 10)
+
+
+def test_no_full_size_temporaries():
+    import tracemalloc
+
+    n = 4_000_000
+    x, g = np.zeros(n, "f4"), np.ones(n, "f4")
+    for make in OPTIMIZERS.values():
+        optimizer = make(0.1, weight_decay=0.1, clip=1.0)
+        state = optimizer.init(x)
+        tracemalloc.start()
+        optimizer.update(x, g, state)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < x.nbytes / 4, f"{optimizer.name} allocated {peak} bytes"
+
+
+def test_the_schedule_sees_the_given_step_or_the_own_count():
+    seen = []
+
+    def schedule(step):
+        seen.append(step)
+        return 0.1
+
+    x, optimizer = np.zeros(1), sgd(schedule)
+    state = optimizer.update(x, x, optimizer.init(x))
+    state = optimizer.update(x, x, state)
+    optimizer.update(x, x, state, step=70)
+    assert seen == [0, 1, 70]
+
+
+def test_schedules():
+    assert constant(0.1)(99) == 0.1
+    assert [step_decay(1.0, 10)(t) for t in (0, 9, 10, 25)] == pytest.approx([1, 1, 0.1, 0.01])
+    wave = cosine(1.0, 100, final=0.2)
+    assert (wave(0), wave(50), wave(100), wave(500)) == pytest.approx((1, 0.6, 0.2, 0.2))
+    assert [warmup(constant(2.0), 2)(t) for t in range(3)] == [1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sgd(-0.1), lambda: sgd(0), lambda: sgd(float("nan")), lambda: sgd(0.1, clip=-1),
+        lambda: sgd(0.1, weight_decay=-1), lambda: momentum(0.1, beta=1.0), lambda: nesterov(0.1, beta=-0.1),
+        lambda: adam(0.1, beta2=1), lambda: adamw(0.1, epsilon=0), lambda: rmsprop(0.1, decay=2),
+        lambda: adagrad(0.1, epsilon=-1), lambda: cosine(1, 0), lambda: step_decay(1, 0),
+        lambda: warmup(constant(1), 0),
+    ],
+)  # fmt: skip
+def test_bad_numbers_are_refused(make):
+    with pytest.raises(ValueError, match="must"):
+        make()

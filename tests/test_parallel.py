@@ -1,0 +1,21 @@
+"""Starts the tests under tests/parallel with mpiexec, at several world sizes."""
+
+import json
+import sys
+
+import pytest
+from launcher import ROOT, mpiexec
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 9])
+def test_under_mpiexec(tmp_path, size):
+    file = tmp_path / "counts.json"
+    code, output = mpiexec(
+        size, sys.executable, "-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", ROOT / "tests/parallel",
+        timeout=240, cwd=ROOT, env={"AGNMPI_TEST_COUNTS": str(file)},
+    )  # fmt: skip
+    assert code == 0, output[-8000:]
+    counts = json.loads(file.read_text())
+    assert len(counts) == size
+    assert len(set(counts)) == 1, f"ranks ran different numbers of tests: {counts}"
+    assert counts[0] > 10
