@@ -13,10 +13,12 @@ from mpi4py import MPI
 from .agree import ConfigError, together
 from .backend import Array, as_array, namespace
 from .hook import Hook
-from .launch import AbortOnException, agree_on_model, check_fit, check_world, connect
+from .launch import AbortOnException, agree_on_model, check_world
 from .optimizers import Optimizer, Range
 from .params import Layout, named
+from .probe import choose_wire
 from .rules import Rule, agn
+from .wiring import Setup, check_fit, connect
 from .worker import Worker
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
@@ -31,10 +33,14 @@ class AGNOptimizer:
     `optimizer`: from `agnmpi.sgd`, `adam`, …, or None if you move the parameters yourself and call `step()`;
     `params`: arrays by name (or a sequence, or one array), copied; with `optimizer=None` your own arrays, which
     are kept up to date at each exchange; `comm`: any communicator, it is duplicated, and its rank 0 holds the
-    center; `communication_period`: λ; `use_locking`: False (no whole commits) needs a transport that offers it;
+    center; `communication_period`: λ; `use_locking`: False sums commits straight into the center, element by element,
+    with transport "rma" and rules whose commits are added as they are;
     `name`: of this optimizer; `rule`: another rule of exchange; `variant`: of AGN, "gradient" as TensorFlow did;
-    `center_optimizer`: None adds; `transport`: "auto", "p2p", "collective" or "local" (one process);
-    `overlap`: compute while an exchange is under way; `slots`: message vectors at the center.
+    `center_optimizer`: None adds; `transport`: "auto", "p2p", "rma", "collective" or "local" (one process);
+    `overlap`: compute while an exchange is under way; `centers`: k, ranks 0 … k−1 hold a block of the center each (a
+    pull is then whole per block; a clip at the center is per block); `wire`: of vectors on a device, "staged" through
+    pinned host memory, "direct" with CUDA-aware MPI, "auto" as `agnmpi doctor` has found out; `center_device`:
+    "gpu" keeps the center where rank 0's parameters lie; `slots`: message vectors at a p2p center.
 
     The same script runs on every rank: on rank 0 the loop `for step in opt.steps(n)` serves and yields nothing.
 
@@ -67,6 +73,9 @@ class AGNOptimizer:
         center_optimizer: Optimizer | None = None,
         transport: str = "auto",
         overlap: bool = False,
+        centers: int = 1,
+        wire: str = "auto",
+        center_device: str = "cpu",
         slots: int = 4,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
@@ -89,8 +98,6 @@ class AGNOptimizer:
                 raise TypeError(f"communication_period must be an int, not {communication_period!r}") from None
             if period < 1:
                 raise ValueError(f"communication_period must be at least 1, not {period}")
-            if not use_locking:
-                raise ValueError("use_locking=False (commits not applied whole) is offered by none of the transports")
             for key, array in named(params).items():
                 if optimizer is None and not getattr(array.flags, "writeable", True):
                     raise ValueError(
@@ -110,11 +117,22 @@ class AGNOptimizer:
                 "center_optimizer": _in_words(center_optimizer),
                 "transport": transport,
                 "overlap": str(overlap),
+                "use_locking": str(use_locking),
+                "centers": str(centers),
+                "center_device": center_device,
             }
             agree_on_model(self._comm, layout, facts)
             if transport == "auto":
                 transport = self._rule.transport
-            check_fit(self._rule, transport, self._comm, optimizer, overlap)
+            setup = Setup(
+                transport=transport,
+                overlap=overlap,
+                use_locking=use_locking,
+                centers=centers,
+                center_device=center_device,
+                slots=slots,
+            )
+            check_fit(self._rule, setup, self._comm, optimizer, center_optimizer)
         except ConfigError:
             self._hook.remove()
             self._comm.Free()
@@ -132,11 +150,10 @@ class AGNOptimizer:
             self._x,
             optimizer,
             center_optimizer,
-            transport=transport,
-            overlap=overlap,
-            slots=slots,
+            setup._replace(wire=choose_wire(self._comm, self._x, wire)),
         )
         self._worker = None if self._member.serves else self._member.workers[0]
+        self._sharded = centers > 1
         self._in_loop = self._stepped = self._closed = False
         self._loops: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
         atexit.register(self._end_loop)  # before mpi4py finalizes MPI
@@ -164,7 +181,7 @@ class AGNOptimizer:
     @property
     def num_worker(self) -> int:
         """Number of workers n."""
-        return self._member.center.workers
+        return self._member.count
 
     @property
     def is_center(self) -> bool:
@@ -202,7 +219,7 @@ class AGNOptimizer:
             self._member.serve()
             self._x[...] = namespace(self._x).asarray(self._member.c)
             self._copy_out()
-            if total is not None and center.steps - before < total:
+            if total is not None and center.steps - before < total and self._comm.rank == 0:
                 short = f"{center.steps - before} of {total} steps were taken: the workers left before the end"
                 warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
             return
@@ -327,7 +344,10 @@ class AGNOptimizer:
         return self._name
 
     def get_slot_names(self) -> list[str]:
-        """Names of the slots on this rank: the local optimizer's, on a center rank the center optimizer's."""
+        """Names of the slots on this rank: the local optimizer's, on a center rank the center optimizer's.
+
+        None where several centers hold a block of them each.
+        """
         return list(self._slots())
 
     def get_slot(self, var: Any, name: str) -> Array:
@@ -342,13 +362,14 @@ class AGNOptimizer:
         return [view for slot in self._slots().values() for view in self._layout.views(slot).values()]
 
     def close(self) -> None:
-        """Free the communicator; collective. Afterwards `center` can still be read."""
+        """Free communicator and windows; collective. Afterwards `center` can still be read."""
         if self._closed:
             return
         self._end_loop()
         atexit.unregister(self._end_loop)
         self._closed = True
         self._hook.remove()
+        self._member.close()
         self._comm.Free()
 
     def __enter__(self) -> "AGNOptimizer":
@@ -360,6 +381,8 @@ class AGNOptimizer:
 
     def _slots(self) -> dict[str, Array]:
         worker = self._worker
+        if worker is None and self._sharded:  # a block of them: no views of whole variables
+            return {}
         optimizer, state = (
             (worker.optimizer, worker.state) if worker else (self._member.center.optimizer, self._member.center.state)
         )

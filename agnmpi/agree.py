@@ -7,6 +7,8 @@ from typing import TypeVar
 import numpy as np
 from mpi4py import MPI
 
+from .waiting import finish
+
 T = TypeVar("T")
 
 
@@ -18,9 +20,9 @@ def allgather(comm: MPI.Comm, text: str) -> list[str]:
     """Gather a string of every rank, by rank; no pickles."""
     mine = np.frombuffer(text.encode(), np.uint8)
     sizes = np.empty(comm.size, np.int64)
-    comm.Allgather(np.array([mine.size]), sizes)
+    finish(comm.Iallgather(np.array([mine.size]), sizes).Test)
     everything = np.empty(int(sizes.sum()), np.uint8)
-    comm.Allgatherv(mine, [everything, sizes])
+    finish(comm.Iallgatherv(mine, [everything, sizes]).Test)
     return [piece.tobytes().decode() for piece in np.split(everything, np.cumsum(sizes)[:-1])]
 
 
@@ -76,3 +78,12 @@ def agree(comm: MPI.Comm, facts: Mapping[str, str]) -> None:
     if problems:
         shown = problems[:5] + ([f"… and {len(problems) - 5} more"] if len(problems) > 5 else [])
         raise ConfigError("\n".join(shown))
+
+
+def agree_on_total(comm: MPI.Comm, total: int | None) -> None:
+    """Raise ValueError on all ranks if they do not ask for the same number of steps."""
+    said = -1 if total is None else total
+    extremes = np.array([said, -said])
+    finish(comm.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX).Test)
+    if extremes[0] != -extremes[1]:
+        raise ValueError(f"the ranks ask for different numbers of steps, from {-extremes[1]} to {extremes[0]}")

@@ -17,9 +17,10 @@ from . import agree, optimizers, rules
 from .backend import Array, empty_like, full_like
 from .center import Center, serve
 from .job import library
-from .transport.base import Commit, finish
+from .transport.base import Commit
 from .transport.p2p import P2PCenter, P2PWorker
 from .version import __version__
+from .waiting import finish
 
 _BLOCKS = 20  # turns of each side
 

@@ -7,7 +7,8 @@ from .backend import Array
 from .data import NONE, Lease, Leases
 from .optimizers import Optimizer
 from .rules import Rule, center_step
-from .transport.base import DUPLICATE, LEAVE, OK, WORK, Apply, CenterEnd, Commit, Idle, Reply
+from .transport.base import DUPLICATE, LEAVE, OK, WORK, Apply, CenterEnd, Commit, Reply
+from .waiting import Idle
 
 
 class Center:

@@ -11,7 +11,7 @@ from typing import Any
 from .optimizers import OPTIMIZERS, SCHEDULES, Optimizer, Schedule, constant, cosine, step_decay, warmup
 from .rules import RULES, Rule
 
-TRANSPORTS = ("auto", "p2p", "collective", "local")
+TRANSPORTS = ("auto", "p2p", "rma", "collective", "local")
 
 
 def _option(default: Any, group: str, text: str, kind: type = str, choices: Sequence[str] = ()) -> Any:
@@ -36,11 +36,22 @@ class Config:
     transport: str = _option(
         "auto",
         "rule",
-        "how messages travel; auto: collective or p2p, as the rule needs; local: all workers in one process",
+        "how messages travel; auto: collective or p2p, as the rule needs; rma: one-sided windows; local: all workers "
+        "in one process",
         choices=TRANSPORTS,
     )
+    use_locking: bool = _option(
+        True, "rule", "whole commits; --no-use-locking sums them into the center without a server (rma)", bool
+    )
+    centers: int = _option(1, "rule", "ranks 0 … k−1 hold a block of the center each", int)
+    wire: str = _option(
+        "auto",
+        "rule",
+        "of vectors on a GPU: staged through pinned host memory, direct with CUDA-aware MPI; auto: as doctor found out",
+        choices=("auto", "staged", "direct"),
+    )
     workers: int = _option(1, "rule", "number of workers, for --transport local only", int)
-    slots: int = _option(4, "rule", "vectors at the center for messages on their way", int)
+    slots: int = _option(4, "rule", "vectors at a p2p center for messages on their way", int)
 
     optimizer: str | None = _option(
         None, "optimizer", "of the workers [default: what the rule is known with]", choices=list(OPTIMIZERS)
@@ -69,6 +80,7 @@ class Config:
     steps: int | None = _option(None, "run", "steps of all workers together, instead of --epochs", int)
     seed: int = _option(0, "run", "of the initial parameters and of the order of samples", int)
     device: str = _option("auto", "run", "where workers compute", choices=("auto", "cpu", "gpu"))
+    center_device: str = _option("cpu", "run", "where the center lies", choices=("cpu", "gpu"))
     evaluate_every: float = _option(1.0, "run", "epochs between evaluations; 0: only at the end", float)
     log_every: float = _option(1.0, "run", "seconds between lines in events.jsonl", float)
     run: str | None = _option(None, "run", "directory for what the run writes [default: runs/PROBLEM-DATE]")
@@ -76,7 +88,7 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             _check_type(f.name, getattr(self, f.name), f.metadata)
-        for name in ("period", "workers", "slots", "batch"):
+        for name in ("period", "workers", "centers", "slots", "batch"):
             _at_least(name, getattr(self, name), 1)
         for name in ("clip", "warmup", "evaluate_every", "seed"):
             _at_least(name, getattr(self, name), 0)

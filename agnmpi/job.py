@@ -17,9 +17,11 @@ from .config import Config
 from .data import Plan
 from .monitor import Monitor
 from .params import Layout
+from .probe import choose_wire
 from .problem import Problem, absolute, load_problem
 from .transport.base import Commit
 from .version import __version__
+from .wiring import Setup, check_fit, connect
 from .worker import Worker, train
 
 
@@ -48,13 +50,22 @@ def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
     comm = world.Dup()
     config = agree.together(comm, config.complete)
     rule, transport = config.make_rule(), config.transport
-    launch.check_fit(rule, transport, comm, config.make_optimizer(1), config.overlap)
-    trains = transport != "p2p" or comm.rank > 0
+    setup = Setup(
+        transport=transport,
+        overlap=config.overlap,
+        use_locking=config.use_locking,
+        centers=config.centers,
+        center_device=config.center_device,
+        slots=config.slots,
+        workers=config.workers,
+    )
+    check_fit(rule, setup, comm, config.make_optimizer(1), config.make_center_optimizer(1))
+    trains = not setup.serves or comm.rank >= setup.centers
     here = launch.place(comm, trains)
     launch.limit_blas(here.threads)
 
     def prepare() -> tuple[Problem, Layout, Array, Plan]:
-        xp = choose(config.device if trains else "cpu", here.worker_index)
+        xp = choose(config.device if trains else config.center_device, here.worker_index)
         problem = load_problem(config.problem, xp, config.options)
         initial = problem.init(np.random.default_rng(config.seed))
         layout = Layout.of(initial)
@@ -73,27 +84,23 @@ def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
         if monitor is not None:
             monitor.commit(commit, c)
 
-    member = launch.connect(
+    setup = setup._replace(wire=choose_wire(comm, x, config.wire))
+    member = connect(
         comm,
         rule,
         x,
         config.make_optimizer(plan.steps),
         config.make_center_optimizer(plan.steps),
-        transport=transport,
-        overlap=config.overlap,
-        slots=config.slots,
-        workers=config.workers,
+        setup,
         observe=observe if comm.rank == 0 else None,
     )
-    workers = member.center.workers
+    workers = member.count
     member.begin(plan.steps, config.period)
     directory = agree.together(comm, lambda: run_directory(config) if comm.rank == 0 else None)
     if comm.rank == 0:
         assert directory is not None
         write_atomic(directory / "config.toml", _repeatable(config).to_toml().encode())
-        monitor = Monitor(
-            config, plan, member.center, directory, lambda c: problem.evaluate(layout.views(c)), member.serves
-        )
+        monitor = Monitor(config, plan, member, directory, lambda c: problem.evaluate(layout.views(c)))
         for line in _introduction(config, layout, plan, workers, comm.size):
             monitor.say(line)
         monitor.start()
@@ -127,6 +134,7 @@ def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
             f"staleness {result['staleness']['mean']:.2f} (max {result['staleness']['max']})"
         )
         monitor.say(f"written to {directory}/")
+    member.close()
     comm.Free()
     return result
 

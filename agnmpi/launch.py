@@ -1,30 +1,20 @@
-"""Roles from a communicator, what a world must offer, and the wiring of ends, center and workers."""
+"""What a world must offer: places and cores, agreement on the model, and how a failure of one rank ends all."""
 
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mpi4py import MPI
 
 from .agree import ConfigError, agree, allgather
-from .backend import Array, full_like, on_host, to_host
-from .center import Center, serve
-from .data import Leases, rounds
-from .optimizers import Optimizer
 from .params import Layout
 from .rules import Rule
-from .transport.base import Apply, CenterEnd, Commit, Reply, WorkerEnd
-from .transport.local import LocalCenter
-from .transport.wire import Direct, Staged
 from .version import __version__
-from .worker import Worker
-
-Observe = Callable[[Commit, Array], None]
 
 
 class Place(NamedTuple):
@@ -84,25 +74,6 @@ def agree_on_model(comm: MPI.Comm, layout: Layout, facts: Mapping[str, str]) -> 
     agree(comm, {"order of parameters": ", ".join(layout.names)})
 
 
-def check_fit(rule: Rule, transport: str, comm: MPI.Comm, optimizer: Optimizer | None, overlap: bool) -> None:
-    """Refuse a rule on a transport, or a world, that lacks what the rule needs."""
-    if transport not in ("p2p", "collective", "local"):
-        raise ConfigError(f"unknown transport {transport!r}: p2p, collective or local")
-    if rule.collective != (transport == "collective"):
-        raise ConfigError(f"rule {rule.name} cannot use transport {transport!r}; use {rule.transport!r}, or 'auto'")
-    if transport == "p2p" and comm.size < 2:
-        raise ConfigError(
-            f"rule {rule.name} needs a center and at least one worker, but the world has 1 rank: start it with "
-            "mpiexec -n 4 (or more), or train in one process with transport local"
-        )
-    if transport == "local" and comm.size > 1:
-        raise ConfigError(f"transport local is one process, but mpiexec started {comm.size} ranks")
-    if optimizer is None and rule.accumulates:
-        raise ConfigError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
-    if overlap and transport == "local":
-        raise ConfigError("overlap has no meaning on transport local: its exchanges take no time")
-
-
 def advice(rule: Rule, workers: int, period: int) -> list[str]:
     """What n/λ means for this run (arXiv:1710.02368, section 4, and DESIGN's own check); empty for other rules."""
     if rule.name != "agn":
@@ -120,104 +91,6 @@ def advice(rule: Rule, workers: int, period: int) -> list[str]:
             f"per sample is slow at first; a shorter period (about {max(1, workers)}) often learns more per sample"
         )
     return lines
-
-
-class Member:
-    """A rank's part: a center to serve, or workers to drive (more than one only in one process)."""
-
-    def __init__(
-        self, center: Center, center_end: CenterEnd | None, workers: list[Worker], apply: Apply, serves: bool
-    ) -> None:
-        self.center, self.center_end, self.workers = center, center_end, workers
-        self.serves = serves  # a center rank, which serves and does not train
-        self._apply = apply
-
-    def begin(self, total: int | None, period: int) -> None:
-        """Lay out the work of a session: `total` steps over all workers (None: no end), λ = `period`."""
-        if self.center.rule.collective:
-            (worker,) = self.workers
-            end: Any = worker.end
-            end.begin(total, rounds(total, period, worker.index, self.center.workers))
-        else:
-            self.center.leases = Leases(total, period)
-        for worker in self.workers:
-            worker.total = total
-        if self.center_end is not None and not self.serves:
-            self.center_end.open()
-
-    def serve(self, on_turn: Callable[[], None] | None = None) -> None:
-        """Serve the workers until all have left; on a center rank only."""
-        assert self.center_end is not None
-        serve(self.center_end, self._apply, on_turn)
-
-    @property
-    def c(self) -> Array:
-        """(n,) the center variable, where this rank holds it; else as last pulled."""
-        if self.center_end is not None:
-            return self.center_end.c
-        end: Any = self.workers[0].end
-        c: Array = getattr(end, "c", self.workers[0].o)
-        return c
-
-
-def connect(
-    comm: MPI.Comm,
-    rule: Rule,
-    x: Array,
-    optimizer: Optimizer | None,
-    center_optimizer: Optimizer | None = None,
-    *,
-    transport: str = "p2p",
-    overlap: bool = False,
-    slots: int = 4,
-    workers: int = 1,
-    observe: Observe | None = None,
-) -> Member:
-    """Give this rank its part; collective over `comm`, which must be ours (duplicated).
-
-    `x`: (n,) parameters of this rank, moved in place; rank 0's are the center's. `observe(commit, c)` is called
-    after each applied commit where the center is applied (every rank with transport collective).
-    """
-    wire = Direct() if on_host(x) else Staged()
-    count = {"p2p": comm.size - 1, "collective": comm.size, "local": workers}[transport]
-
-    def apply(commit: Commit, c: Array) -> Reply:
-        reply = center.apply(commit, c)
-        if observe is not None and commit.payload is not None:
-            observe(commit, c)
-        return reply
-
-    def worker(end: WorkerEnd, index: int, x: Array) -> Worker:
-        return Worker(x, rule, optimizer, end, index, overlap)
-
-    if transport == "p2p":
-        from .transport.p2p import P2PCenter, P2PWorker
-
-        if comm.rank == 0:
-            c = full_like(to_host(x), to_host(x))
-            center = Center(rule, c, count, center_optimizer)
-            end = P2PCenter(comm, c, slots)
-            center.between = end.move_on
-            return Member(center, end, [], apply, serves=True)
-        center = Center(rule, x[:0], count)  # only its counts are of use here
-        return Member(center, None, [worker(P2PWorker(comm, wire), comm.rank - 1, x)], apply, serves=False)
-    if transport == "collective":
-        from .transport.collective import CollectiveEnd
-
-        buffer = wire.incoming(x)
-        if comm.rank == 0:
-            buffer[...] = wire.outgoing(x)
-        comm.Bcast(buffer, 0)
-        wire.arrived(x)
-        c = full_like(x, x)
-        center = Center(rule, c, count, center_optimizer)
-        replica = CollectiveEnd(comm, c, apply, wire)
-        return Member(center, None, [worker(replica, comm.rank, x)], apply, serves=False)
-    c = x.copy()
-    center = Center(rule, c, count, center_optimizer)
-    local = LocalCenter(c, count, apply)
-    members = [worker(local.worker_end(i), i, x if i == 0 else x.copy()) for i in range(count)]
-    return Member(center, local, members, apply, serves=False)
 
 
 def drive(loops: list[Iterator[int]]) -> None:

@@ -13,12 +13,12 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from .backend import Array, to_host
-from .center import Center
+from .backend import Array
 from .config import Config
 from .data import Lease, Plan
 from .metrics import Every, JsonLines, RecentMean, finite
 from .transport.base import Commit
+from .wiring import Member
 
 Evaluate = Callable[[Array], Mapping[str, float]]
 
@@ -86,11 +86,9 @@ class Monitor:
     (`serves` is false), they run in turn with the steps, so that a problem need not be safe for threads.
     """
 
-    def __init__(
-        self, config: Config, plan: Plan, center: Center, directory: Path, evaluate: Evaluate, serves: bool
-    ) -> None:
-        self._serves = serves
-        self._config, self._plan, self._center, self._evaluate = config, plan, center, evaluate
+    def __init__(self, config: Config, plan: Plan, member: Member, directory: Path, evaluate: Evaluate) -> None:
+        self._member, self._center = member, member.center
+        self._config, self._plan, self._evaluate = config, plan, evaluate
         self._events = JsonLines(directory / "events.jsonl")
         self._loss = RecentMean(plan.steps_per_epoch)
         self._samples = self._logged_samples = self._logged_clock = 0
@@ -99,6 +97,7 @@ class Monitor:
         interval = config.evaluate_every * plan.steps_per_epoch
         self._due = Every(steps=interval) if interval else None
         self._wanted = False
+        self._snapshot: Callable[[], Array | None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         self._pending: Future[Mapping[str, float]] | None = None
         self._pending_at = (0, 0)
@@ -125,7 +124,7 @@ class Monitor:
     def start(self) -> None:
         """The training begins."""
         self._start = self._logged = time.monotonic()
-        self._events.write("start", workers=self._center.workers, period=self._config.period)
+        self._events.write("start", workers=self._member.count, period=self._config.period)
         if self._live:
             self._progress.start()
             self.console.show_cursor(True)  # a killed run must not leave the terminal without one
@@ -136,17 +135,21 @@ class Monitor:
         self._samples += self._plan.count(Lease(commit.first, commit.steps))
         if self._due is not None and self._due(self._center.steps):
             self._wanted = True
-        if self._wanted and self._pending is None and self._center.steps < self._plan.steps:
+        idle = self._pending is None and self._snapshot is None
+        if self._wanted and idle and self._center.steps < self._plan.steps:
             self._wanted = False
             self._pending_at = (self._center.steps, self._center.clock)
-            if not self._serves:
+            if not self._member.serves:
                 self._evaluated(self._evaluate(c), *self._pending_at)
                 return
-            self._pending = self._pool.submit(self._evaluate, to_host(c).copy())
+            self._snapshot = self._member.snapshot()
         self.tick()
 
     def tick(self) -> None:
-        """Take in a finished evaluation; log and show if it is time."""
+        """Begin and take in evaluations; log and show if it is time."""
+        if self._snapshot is not None and (copy := self._snapshot()) is not None:
+            self._snapshot = None
+            self._pending = self._pool.submit(self._evaluate, copy)
         if self._pending is not None and self._pending.done():
             done, self._pending = self._pending, None
             self._evaluated(done.result(), *self._pending_at)

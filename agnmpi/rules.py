@@ -50,6 +50,11 @@ class Rule(NamedTuple):
     alpha: float = 0.0  # of the elastic rules
 
     @property
+    def weighs(self) -> bool:
+        """Whether the center needs to weigh commits."""
+        return self.weight is not _whole
+
+    @property
     def transport(self) -> str:
         """The transport that "auto" stands for."""
         return "collective" if self.collective else "p2p"

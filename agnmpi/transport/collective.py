@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 from mpi4py import MPI
 
+from ..agree import agree_on_total
 from ..backend import Array, empty_like, full_like, to_host
 from ..data import NONE, Lease
-from .base import CONTINUE, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Reply, finish
+from ..waiting import finish
+from .base import CONTINUE, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
 from .wire import Direct, Wire
 
 
@@ -35,11 +37,7 @@ class CollectiveEnd:
 
     def begin(self, total: int | None, rounds: Iterator[Lease]) -> None:
         """Begin a session of `total` steps; raises ValueError, on all ranks, if they do not say the same."""
-        said = -1 if total is None else total
-        extremes = np.array([said, -said])
-        finish(self.comm.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX).Test)
-        if extremes[0] != -extremes[1]:
-            raise ValueError(f"the ranks ask for different numbers of steps, from {-extremes[1]} to {extremes[0]}")
+        agree_on_total(self.comm, total)
         self.rounds, self.stopped, self._due = rounds, False, 0
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
@@ -109,14 +107,20 @@ class Round:
         incoming = end.wire.incoming(end.sum)
         # A send buffer on every rank: with MPI_IN_PLACE on some, Open MPI 5.0's ranks choose different algorithms.
         payload = commit.payload if commit.payload is not None and commit.steps else full_like(end.c, 0)
-        summing = end.comm.Iallreduce(end.wire.outgoing(payload), incoming)
-        self._requests = [end.comm.Iallreduce(MPI.IN_PLACE, self._counts), summing]
+        self._requests = [end.comm.Iallreduce(MPI.IN_PLACE, self._counts)]
+        self._sums = [
+            (part, end.comm.Iallreduce(piece, incoming[part]))
+            for part, piece in zip(end.wire.cuts(payload), end.wire.outgoing(payload))
+        ]
 
     def test(self) -> bool:
         """Make progress; whether the round is done."""
         if self._reply is None:
             self._requests = [request for request in self._requests if not request.Test()]
-            if not self._requests:
+            while self._sums and self._sums[0][1].Test():
+                part, _ = self._sums.pop(0)
+                self._end.wire.arrived(self._end.sum, part)
+            if not self._requests and not self._sums:
                 self._reply = self._finish()
         return self._reply is not None
 
@@ -128,7 +132,7 @@ class Round:
 
     def _finish(self) -> Reply:
         end = self._end
-        end.wire.arrived(end.sum)
+        end.wire.settle(end.sum)
         commits, steps, loss, leaving = self._counts.tolist()
         end.stopped = bool(leaving)
         if commits:

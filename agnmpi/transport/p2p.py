@@ -10,11 +10,12 @@ Each request is tested by itself: Waitany's order starves high ranks, and Waital
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from mpi4py import MPI
 
 from ..backend import Array, empty_like
+from ..waiting import finish
 from .base import (
     COMMIT_BYTES,
     LEAVE,
@@ -25,16 +26,16 @@ from .base import (
     Handle,
     InTurn,
     Reply,
-    finish,
     reply_bytes,
 )
-from .wire import Direct, Wire
+from .wire import Direct, Wire, cut, make_wire
 
 CENTER = 0  # rank
 _HEADER, _DELTA, _REPLY, _CENTER_VARIABLE = range(1, 5)  # tags, on a communicator of our own
 
 PIECE = 1 << 20  # bytes; ULFM: large sends under way when a rank dies can hang Open MPI 5.0's btl/tcp
 IN_FLIGHT = 4  # pieces, at the center; a worker posts all of its own at once, so that any MPI call moves them
+_ALL = 1 << 60
 
 
 class _Ticks:
@@ -44,26 +45,31 @@ class _Ticks:
 
 
 class _Stream:
-    """A vector on its way in pieces, `in_flight` at a time (0: all at once); `post` starts one piece."""
+    """A vector on its way in pieces, `in_flight` at a time; `post` starts one piece, `done` is told of each."""
 
     def __init__(
-        self, post: Callable[[Array], MPI.Request], x: Array, ticks: _Ticks, in_flight: int = IN_FLIGHT
+        self,
+        post: Callable[[Array], MPI.Request],
+        pieces: Iterator[Array],
+        ticks: _Ticks,
+        in_flight: int = IN_FLIGHT,
+        done: Callable[[slice], None] = lambda _part: None,
     ) -> None:
-        self._post, self._x, self._at, self._ticks = post, x, 0, ticks
-        self._in_flight = in_flight or x.size
-        self._piece = max(1, PIECE // x.dtype.itemsize)
-        self._requests: deque[MPI.Request] = deque()
+        self._post, self._pieces, self._ticks, self._done = post, pieces, ticks, done
+        self._in_flight, self._at = in_flight, 0
+        self._requests: deque[tuple[MPI.Request, int]] = deque()
         self._fill()
 
     def _fill(self) -> None:
-        while self._at < self._x.size and len(self._requests) < self._in_flight:
-            self._requests.append(self._post(self._x[self._at : self._at + self._piece]))
-            self._at += self._piece
+        while len(self._requests) < self._in_flight and (piece := next(self._pieces, None)) is not None:
+            self._requests.append((self._post(piece), piece.size))
 
     def test(self) -> bool:
         requests = self._requests
-        while requests and requests[0].Test():
-            requests.popleft()
+        while requests and requests[0][0].Test():
+            _, size = requests.popleft()
+            self._done(slice(self._at, self._at + size))
+            self._at += size
             self._ticks.count += 1
             self._fill()
         return not requests
@@ -79,18 +85,23 @@ class _Exchange:
         self._header = bytearray(reply_bytes(comm.size - 1))
         self._requests = [comm.Irecv(self._header, CENTER, _REPLY)]
         self._streams: list[_Stream] = []
-        wants = commit.wants
+        wants, payload = commit.wants, commit.payload
         if out is not None:
             wants |= PULL
-            incoming = wire.incoming(out)
-            receive = _Stream(lambda x: comm.Irecv(x, CENTER, _CENTER_VARIABLE), incoming, self._ticks, 0)
-            self._streams.append(receive)
-        payload = commit.payload
+            self._streams.append(
+                _Stream(
+                    lambda x: comm.Irecv(x, CENTER, _CENTER_VARIABLE),
+                    cut(wire.incoming(out), PIECE),
+                    self._ticks,
+                    _ALL,
+                    lambda part: wire.arrived(out, part),
+                )
+            )
         commit = commit._replace(wants=wants, nbytes=0 if payload is None else payload.nbytes)
-        outgoing = None if payload is None else wire.outgoing(payload)
         self._requests.append(comm.Isend(commit.encode(), CENTER, _HEADER))
-        if outgoing is not None:
-            self._streams.append(_Stream(lambda x: comm.Isend(x, CENTER, _DELTA), outgoing, self._ticks, 0))
+        if payload is not None:
+            pieces = (piece for chunk in wire.outgoing(payload) for piece in cut(chunk, PIECE))
+            self._streams.append(_Stream(lambda x: comm.Isend(x, CENTER, _DELTA), pieces, self._ticks, _ALL))
 
     def test(self) -> bool:
         if self._done is None:
@@ -98,7 +109,7 @@ class _Exchange:
             self._streams = [stream for stream in self._streams if not stream.test()]
             if not self._streams and not self._requests:
                 if self._out is not None:
-                    self._wire.arrived(self._out)
+                    self._wire.settle(self._out)
                 self._done = Reply.decode(self._header)
         return self._done is not None
 
@@ -117,8 +128,7 @@ class P2PWorker:
     capabilities = Capabilities(server=True)
 
     def __init__(self, comm: MPI.Comm, wire: Wire | None = None) -> None:
-        self._comm, self._worker = comm, comm.rank - 1
-        self.wire = wire or Direct()
+        self._comm, self._worker, self.wire = comm, comm.rank - 1, wire or Direct()
 
     def exchange(self, commit: Commit, out: Array | None) -> _Exchange:
         """Send `commit` and post the receives of its reply."""
@@ -138,25 +148,34 @@ class P2PWorker:
 
 
 class _Buffer:
-    """A vector at the center and the number of replies under way that read it."""
+    """A vector at the center, the wire that carries it, and the number of replies under way that read it."""
 
-    def __init__(self, x: Array) -> None:
-        self.x, self.readers = x, 0
+    def __init__(self, x: Array, wire: Wire) -> None:
+        self.x, self.wire, self.readers = x, wire, 0
+        self._copied: list[Array] = []  # what the wire gave out for the x of now
+
+    def outgoing(self) -> Iterator[Array]:
+        """Pieces to send; x keeps still while they are read."""
+        if self.readers and self._copied:
+            chunks = self._copied
+        else:
+            self._copied = chunks = list(self.wire.outgoing(self.x))
+        return (piece for chunk in chunks for piece in cut(chunk, PIECE))
 
 
 class P2PCenter:
     """The center's end: rank 0 of `comm`.
 
-    `c`: (n,) center variable in host memory, kept; `slots`: vectors beside it for deltas coming in and replies
-    going out. Headers are taken in round robin, slots given in the order of headers, and messages served in the order
-    in which they became whole: one that comes slowly holds up none.
+    `c`: (n,) center variable, kept; `slots`: vectors beside it for deltas coming in and replies going out; `wire`:
+    "staged" or "direct", where c lies on a device. Headers are taken in round robin, slots given in the order of
+    headers, and messages served in the order in which they became whole: one that comes slowly holds up none.
     """
 
-    def __init__(self, comm: MPI.Comm, c: Array, slots: int = 4) -> None:
+    def __init__(self, comm: MPI.Comm, c: Array, slots: int = 4, wire: str = "staged") -> None:
         if slots < 1:
             raise ValueError(f"the center needs at least one slot, not {slots}")
-        self._comm, self._workers = comm, comm.size - 1
-        self._center = _Buffer(c)
+        self._comm, self._workers, self._wire = comm, comm.size - 1, wire
+        self._center = _Buffer(c, make_wire(c, wire))
         self._slots_left, self._free = slots, list[_Buffer]()
         self._headers = [bytearray(COMMIT_BYTES) for _ in range(self._workers)]
         self._posted: dict[int, MPI.Request] = {}  # header receives, by worker
@@ -260,10 +279,15 @@ class P2PCenter:
             def post(x: Array, source: int = source) -> MPI.Request:
                 return self._comm.Irecv(x, source, _DELTA)
 
-            self._receiving.append((commit, slot, _Stream(post, slot.x, self._ticks)))
+            def arrived(part: slice, slot: _Buffer = slot) -> None:
+                slot.wire.arrived(slot.x, part)
+
+            pieces = cut(slot.wire.incoming(slot.x), PIECE)
+            self._receiving.append((commit, slot, _Stream(post, pieces, self._ticks, done=arrived)))
         for item in self._receiving[:]:
             commit, slot, stream = item
             if stream.test():
+                slot.wire.settle(slot.x)
                 self._receiving.remove(item)
                 self._ready.append((commit, slot))
 
@@ -273,7 +297,7 @@ class P2PCenter:
         if not self._slots_left:
             return None
         self._slots_left -= 1
-        return _Buffer(empty_like(self.c))
+        return _Buffer(empty_like(self.c), make_wire(self.c, self._wire))
 
     def _own_center(self) -> bool:
         """Make c safe to change: if a reply still reads it, go on with a copy; False if no slot is free."""
@@ -290,7 +314,7 @@ class P2PCenter:
         request = self._comm.Isend(reply.encode(), dest, _REPLY)
         stream = None
         if commit.wants & PULL:
-            stream = _Stream(lambda x: self._comm.Isend(x, dest, _CENTER_VARIABLE), buffer.x, self._ticks)
+            stream = _Stream(lambda x: self._comm.Isend(x, dest, _CENTER_VARIABLE), buffer.outgoing(), self._ticks)
             buffer.readers += 1
         self._replies.append((request, stream, buffer))
 

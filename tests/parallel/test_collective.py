@@ -141,9 +141,9 @@ def test_replicas_that_differ_are_noticed(comm):
 
 
 def test_a_rule_with_a_server_is_refused(comm):
-    from agnmpi.launch import check_fit
+    from agnmpi.wiring import Setup, check_fit
 
     with pytest.raises(ConfigError, match="use 'p2p'"):
-        check_fit(rules.agn(), "collective", comm, sgd(1.0), False)
+        check_fit(rules.agn(), Setup("collective"), comm, sgd(1.0), None)
     with pytest.raises(ConfigError, match="use 'collective'"):
-        check_fit(rules.synchronous(), "p2p", comm, sgd(1.0), False)
+        check_fit(rules.synchronous(), Setup("p2p"), comm, sgd(1.0), None)

@@ -1,0 +1,196 @@
+"""Whether this MPI takes device pointers: found out by trying, in two ranks of their own.
+
+No query can be trusted (MPIX_Query_cuda_support, ompi_info and mpi_memory_alloc_kinds all err). The trial may crash
+or hang: that is an answer, too. It is run by `agnmpi doctor` and kept for each host and MPI; without an answer vectors
+on a device travel staged, through pinned host memory.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from .agree import ConfigError, allgather
+from .backend import Array, choose, device_count, namespace, on_host, synchronize
+from .checkpoint import write_atomic
+from .waiting import finish
+
+_SIZE = 1 << 20  # float32 numbers: 4 MB, beyond every eager limit
+# Of the launcher's variables only these are kept: a child of a rank that inherits the others hangs or aborts.
+_KEPT = {
+    "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "PRTE_MCA_rmaps_default_mapping_policy",
+    "PRTE_MCA_hwloc_default_binding_policy", "OMPI_MCA_mpi_yield_when_idle", "OMPI_MCA_osc", "OMPI_MCA_pml",
+    "OMPI_MCA_opal_common_ucx_tls", "OMPI_MCA_opal_common_ucx_devices",
+}  # fmt: skip
+_LAUNCHERS = ("PMI", "PRTE", "OMPI_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")  # PMI: also PMIX
+
+
+class Answer(NamedTuple):
+    """Whether device pointers work, and why we think so."""
+
+    direct: bool
+    why: str
+
+
+def stripped(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what a launcher has put there for its own ranks."""
+    return {k: v for k, v in environment.items() if k in _KEPT or not k.startswith(_LAUNCHERS)}
+
+
+def run(command: Sequence[str] | None = None, timeout: float = 60.0) -> Answer:
+    """Try device pointers in a two-rank mpiexec; never raises. `command`: instead of our own; `timeout` in seconds."""
+    if command is None:
+        beside = str(Path(sys.executable).parent)
+        mpiexec = shutil.which("mpiexec", path=beside) or shutil.which("mpiexec")
+        if mpiexec is None:
+            return Answer(False, "there is no mpiexec to try it with")
+        command = [mpiexec, "-n", "2", sys.executable, "-m", "agnmpi.probe"]
+    try:
+        done = subprocess.run(
+            command, env=stripped(os.environ), capture_output=True, text=True, timeout=timeout, check=False,
+            start_new_session=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Answer(False, f"the trial hung for {timeout:g} s")
+    except OSError as error:
+        return Answer(False, f"the trial could not be run: {error}")
+    for line in done.stdout.splitlines():
+        if line.startswith("agnmpi.probe "):
+            direct, why = json.loads(line.partition(" ")[2])
+            return Answer(bool(direct) and done.returncode == 0, why)
+    if done.returncode < 0 or done.returncode > 128:
+        return Answer(False, f"the trial was killed by signal {abs(done.returncode) % 128}")
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return Answer(False, f"the trial failed with code {done.returncode}: {last[:200]}")
+
+
+def cache_file(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where the answer for this host, this MPI and this way of using it is kept."""
+    root = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    how = [f"{k}={v}" for k, v in sorted(environment.items()) if k.startswith("OMPI_MCA_") and k in _KEPT]
+    key = "\n".join([platform.node(), MPI.Get_library_version(), environment.get("LD_LIBRARY_PATH", ""), *how])
+    return root / "agnmpi" / f"direct-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def remember(answer: Answer) -> None:
+    """Keep `answer` for later runs; raises OSError if it cannot be written."""
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(answer).encode())
+
+
+def recall() -> Answer | None:
+    """The kept answer; None if there is none that can be read."""
+    try:
+        direct, why = json.loads(cache_file().read_text())
+        return Answer(bool(direct), str(why))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def resolve(wire: str, environment: Mapping[str, str] = os.environ) -> Answer:
+    """What `wire` ("auto", "staged" or "direct") means here, and why. Raises ValueError for another word."""
+    if wire in ("staged", "direct"):
+        return Answer(wire == "direct", "as asked for")
+    if wire != "auto":
+        raise ValueError(f"wire must be auto, staged or direct, not {wire!r}")
+    said = environment.get("AGNMPI_CUDA_AWARE", "")
+    if said not in ("", "0", "1"):
+        raise ValueError(f"AGNMPI_CUDA_AWARE must be 0 or 1, not {said!r}")
+    if said:
+        return Answer(said == "1", f"AGNMPI_CUDA_AWARE={said}")
+    return recall() or Answer(False, "not tried on this host yet; type: python -m agnmpi doctor")
+
+
+def choose_wire(comm: MPI.Comm, x: Array, wire: str) -> str:
+    """The wire for vectors like `x`, the same on all ranks; collective. Rank 0 says what was chosen, and why.
+
+    Direct is chosen if all ranks with a device want it; then a vector with known numbers is sent and checked
+    first. Raises ConfigError on all ranks if it arrives wrong.
+    """
+    try:
+        mine = resolve(wire)
+        said = [not on_host(x), *mine, ""]
+    except ValueError as error:
+        said = [False, False, "", str(error)]
+    everyone = [json.loads(text) for text in allgather(comm, json.dumps(said))]
+    refused = [text for *_, text in everyone if text]
+    if refused:
+        raise ConfigError(refused[0])
+    on_device = [(direct, why) for device, direct, why, _ in everyone if device]
+    if not on_device:
+        return "staged"
+    direct, why = min(on_device)
+    if comm.rank == 0:
+        print(f"agnmpi: wire {'direct' if direct else 'staged'}: {why}", file=sys.stderr, flush=True)
+    if not direct:
+        return "staged"
+    wrong = [text for text in allgather(comm, try_out(comm, namespace(x))) if text]
+    if wrong:
+        raise ConfigError(f"wire direct gives wrong numbers ({wrong[0]}); use --wire staged, or AGNMPI_CUDA_AWARE=0")
+    return "direct"
+
+
+def try_out(comm: MPI.Comm, xp: ModuleType) -> str:
+    """Send known numbers from `xp` memory of every rank to host memory of rank 0, and back, two-sided and
+    one-sided; collective. Returns what went wrong, or an empty string."""
+    sent = (np.arange(_SIZE) % 1021 + comm.rank).astype(np.float32)
+    x, y = xp.asarray(sent), xp.zeros(_SIZE, np.float32)
+    synchronize(x)
+    wrong = ""
+    win = MPI.Win.Allocate(4 * _SIZE * comm.size if comm.rank == 0 else 0, 1, MPI.INFO_NULL, comm)  # type: ignore[arg-type]
+    if comm.rank == 0:
+        host = np.empty(_SIZE, np.float32)
+        for source in range(1, comm.size):
+            comm.Recv(host, source, 1)
+            if not np.array_equal(host, np.arange(_SIZE) % 1021 + source):
+                wrong = f"Recv from rank {source}"
+            comm.Send(host + np.float32(0.5), source, 2)
+    else:
+        comm.Send(x, 0, 1)
+        comm.Recv(y, 0, 2)
+        if not bool((y == x + 0.5).all()):
+            wrong = f"Recv on rank {comm.rank}"
+    win.Lock_all()
+    if comm.rank:
+        y[...] = 0
+        synchronize(y)
+        win.Put(x, 0, 4 * _SIZE * comm.rank)
+        win.Flush(0)
+        win.Get(y, 0, 4 * _SIZE * comm.rank)
+        win.Flush(0)
+        if not wrong and not bool((y == x).all()):
+            wrong = f"Put and Get on rank {comm.rank}"
+    finish(comm.Ibarrier().Test)
+    win.Unlock_all()
+    win.Free()
+    return wrong
+
+
+def main() -> None:
+    """One of the two ranks of a trial; rank 0 prints the answer."""
+    comm = MPI.COMM_WORLD
+    if not device_count():
+        answer = Answer(False, "no CUDA device that CuPy can use")
+    elif comm.size != 2:
+        answer = Answer(False, f"mpiexec gave {comm.size} ranks, not 2: it is of another MPI")
+    else:
+        wrong = [text for text in allgather(comm, try_out(comm, choose("gpu", comm.rank))) if text]
+        library = MPI.Get_library_version().split(",")[0].split("\n")[0]
+        answer = Answer(not wrong, f"tried on {platform.node()}: " + (wrong[0] if wrong else f"{library} passed"))
+    if comm.rank == 0:
+        print("agnmpi.probe", json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

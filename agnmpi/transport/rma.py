@@ -1,0 +1,230 @@
+"""The one-sided mailbox: any rule, any center optimizer, whole pulls.
+
+A worker puts its delta into its own slot and raises a counter; the center applies slot by slot, and the worker
+gets c.
+"""
+
+import numpy as np
+from mpi4py import MPI
+
+from ..backend import Array
+from ..waiting import finish
+from .base import LEAVE, PULL, Apply, Capabilities, Commit, Handle, Reply
+from .windows import APPLIED, CENTER, CLOCK, COMMIT_WORDS, LEFT, READERS, REPLY_WORDS, STEPS, WRITING, Windows
+from .wire import Direct, Wire
+
+
+class _Exchange:
+    """A worker's message under way: already whole in its slot; what is left is to wait and to pull."""
+
+    def __init__(self, end: "RMAWorker", posted: int, out: Array | None, leaving: bool) -> None:
+        self._end, self._posted, self._out, self._leaving = end, posted, out, leaving
+        self._reply: Reply | None = None
+
+    def test(self) -> bool:
+        if self._reply is None:
+            end, windows = self._end, self._end.windows
+            if windows.read(windows.taken + end.worker) != self._posted:
+                return False
+            pulled = None if self._out is None else end.try_pull(self._out)
+            if self._out is None or pulled is not None:
+                reply = Reply.decode(windows.get(windows.reply(end.worker), REPLY_WORDS).tobytes())
+                if pulled is not None:
+                    reply = reply._replace(clock=pulled.clock, steps=pulled.steps, applied=pulled.applied)
+                if self._leaving:
+                    windows.add(LEFT, 1)  # the next session may begin: the final center has been read
+                self._reply = reply
+        return self._reply is not None
+
+    def wait(self) -> Reply:
+        finish(self.test)
+        assert self._reply is not None
+        return self._reply
+
+
+class _Pull:
+    """A pull under way."""
+
+    def __init__(self, end: "RMAWorker", out: Array) -> None:
+        self._end, self._out = end, out
+        self._reply: Reply | None = None
+
+    def test(self) -> bool:
+        if self._reply is None:
+            self._reply = self._end.try_pull(self._out)
+        return self._reply is not None
+
+    def wait(self) -> Reply:
+        finish(self.test)
+        assert self._reply is not None
+        return self._reply
+
+
+class RMAWorker:
+    """A worker's end of the mailbox: every rank but 0 of `comm`. `like`: a vector like x (n,).
+
+    Starting an exchange, and the pull at its end, block for as long as their bytes are on the way.
+    """
+
+    capabilities = Capabilities(server=True)
+
+    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None) -> None:
+        self.worker, self.wire = comm.rank - 1, wire or Direct()
+        self.windows = Windows(comm, like, comm.size - 1)
+        self._posted = 0  # odd while a message is being put, even when it is whole
+
+    def exchange(self, commit: Commit, out: Array | None) -> _Exchange:
+        """Put `commit` into this worker's slot, which is free: one exchange at a time."""
+        windows, payload = self.windows, commit.payload
+        if payload is not None:
+            # Odd: the center stays awake while bytes are coming: across hosts they need it inside MPI.
+            windows.add(windows.posted + self.worker, self._posted + 1, MPI.REPLACE)
+            slots = windows.slots
+            windows.push(
+                self.wire,
+                payload,
+                lambda piece, at: slots.Put(piece, CENTER, at),
+                slots,
+                self.worker * windows.stride,
+            )
+        wants = commit.wants | (PULL if out is not None else 0)
+        commit = commit._replace(wants=wants, nbytes=0 if payload is None else payload.nbytes)
+        windows.put(windows.header(self.worker), commit.encode())
+        self._posted += 2
+        windows.add(windows.posted + self.worker, self._posted, MPI.REPLACE)
+        return _Exchange(self, self._posted, out, bool(commit.wants & LEAVE))
+
+    def pull(self, out: Array) -> _Pull:
+        """Get the center; needs nothing of the center rank but that it be in MPI now and then across hosts."""
+        return _Pull(self, out)
+
+    def try_pull(self, out: Array) -> Reply | None:
+        """Get c as one whole, unless it changes just now."""
+        windows = self.windows
+        if windows.add(READERS, 1) >= WRITING:
+            windows.add(READERS, -1)
+            return None
+        head = windows.get(0, APPLIED + windows.workers)
+        windows.pull(self.wire, out)
+        windows.add(READERS, -1)
+        return Reply(int(head[CLOCK]), steps=int(head[STEPS]), applied=tuple(head[APPLIED:].tolist()))
+
+    def leave(self, commit: Commit | None, out: Array) -> Handle:
+        """Put the last commit and the farewell as one message; it is taken when all have left."""
+        last = commit or Commit(self.worker)
+        return self.exchange(last._replace(wants=LEAVE), out)
+
+    def close(self) -> None:
+        """Free the windows; collective."""
+        self.windows.free()
+
+
+class RMACenter:
+    """The center's end of the mailbox: rank 0 of `comm`; memory: c and a slot for each worker.
+
+    `c`: (n,) center variable in host memory, copied into the window. Slots are served round robin.
+    """
+
+    def __init__(self, comm: MPI.Comm, c: Array) -> None:
+        self._comm, self._workers = comm, comm.size - 1
+        self._windows = windows = Windows(comm, c, self._workers)
+        self._c = windows.vector(windows.center)
+        self._c[...] = c
+        self._slots = [windows.vector(windows.slots, worker) for worker in range(self._workers)]
+        self._taken = np.zeros(self._workers, np.int64)  # posted messages that have been served
+        self._turn, self._locked = 0, False
+        self._left: list[int] = []
+        self._sessions = self._gone = 0  # farewells of all sessions that are over for their workers, too
+        self.progress = 0  # changes while anything is under way
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable."""
+        return self._c
+
+    @property
+    def live(self) -> int:
+        """Workers that have not left this session."""
+        return self._sessions * self._workers - self._gone
+
+    def open(self) -> None:
+        """Begin a session."""
+        self._left.clear()
+        self._sessions += 1
+
+    def serve_one(self, apply: Apply) -> bool:
+        """Serve the next worker, in turn, whose message is whole."""
+        windows = self._windows
+        self._comm.Iprobe()  # progress for what comes from other hosts
+        if len(self._left) == self._workers:
+            self._gone = windows.read(LEFT)
+            return False
+        posted = self._posted()
+        if not windows.one_host and ((posted % 2).any() or windows.read(READERS) % WRITING):
+            self.progress += 1
+        for i in range(self._workers):
+            worker = (self._turn + i) % self._workers
+            if posted[worker] != self._taken[worker] and not posted[worker] % 2:
+                self._turn = worker  # until it is served: readers of c may have to finish first
+                if not self._serve(worker, int(posted[worker]), apply):
+                    return False
+                self._turn = worker + 1
+                return True
+        return False
+
+    def _posted(self) -> Array:
+        """The counters of all workers, each read at once."""
+        windows, posted = self._windows, np.empty_like(self._taken)
+        windows.control.Get_accumulate(self._taken, posted, CENTER, 8 * windows.posted, MPI.NO_OP)
+        windows.control.Flush(CENTER)
+        return posted
+
+    def _serve(self, worker: int, posted: int, apply: Apply) -> bool:
+        windows = self._windows
+        windows.sync()
+        commit = Commit.decode(windows.words[windows.header(worker) :][:COMMIT_WORDS].tobytes())
+        if commit.worker != worker or commit.nbytes not in (0, self._c.nbytes):
+            raise ValueError(
+                f"rank {worker + 1} put {commit.nbytes} bytes as worker {commit.worker}; expected worker {worker} "
+                f"and {self._c.nbytes} bytes: all ranks must give the same parameters"
+            )
+        if commit.nbytes:
+            if not self._lock():
+                return False
+            commit = commit._replace(payload=self._slots[worker])
+        reply = apply(commit, self._c)
+        words = windows.words
+        words[CLOCK], words[STEPS] = reply.clock, reply.steps
+        words[APPLIED:][: len(reply.applied)] = reply.applied
+        if self._locked:
+            windows.sync()
+            windows.add(READERS, -WRITING)
+            self._locked = False
+        self._taken[worker] = posted
+        if commit.wants & LEAVE:
+            self._left.append(worker)
+            if len(self._left) == self._workers:
+                for leaver in self._left:
+                    self._answer(leaver, reply)
+        else:
+            self._answer(worker, reply)
+        return True
+
+    def _lock(self) -> bool:
+        """Keep new readers of c out; whether those within have finished."""
+        if not self._locked:
+            self._windows.add(READERS, WRITING)
+            self._locked = True
+        return self._windows.read(READERS) == WRITING
+
+    def _answer(self, worker: int, reply: Reply) -> None:
+        windows, answer = self._windows, reply._replace(applied=())
+        windows.words[windows.reply(worker) :][:REPLY_WORDS] = np.frombuffer(answer.encode(), np.int64)
+        windows.sync()
+        windows.add(windows.taken + worker, int(self._taken[worker]), MPI.REPLACE)
+
+    def close(self) -> None:
+        """Free the windows; collective. c lives on in memory of its own."""
+        self._c = self._c.copy()
+        self._slots.clear()
+        self._windows.free()

@@ -1,0 +1,172 @@
+"""The one-sided way without a server: workers sum their deltas straight into c, element by element.
+
+TensorFlow's `use_locking=False`, for rules whose commits are added as they are. Leases are a counter, too.
+"""
+
+import numpy as np
+from mpi4py import MPI
+
+from ..agree import agree_on_total
+from ..backend import Array
+from ..data import NONE, Lease
+from ..waiting import finish
+from .base import DUPLICATE, OK, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
+from .windows import APPLIED, CENTER, CLOCK, LEFT, LOSS, NEXT, READERS, STALENESS, STALEST, STEPS, Windows
+from .wire import Direct, Wire
+
+
+class _Farewell:
+    """A worker's goodbye: waits until all have left, and pulls the final center."""
+
+    def __init__(self, end: "SumWorker", out: Array) -> None:
+        self._end, self._out, self._until = end, out, end.sessions * end.windows.workers
+        self._reply: Reply | None = None
+
+    def test(self) -> bool:
+        windows = self._end.windows
+        if self._reply is None and windows.read(LEFT) >= self._until:
+            self._reply = self._end.pull(self._out).wait()
+        return self._reply is not None
+
+    def wait(self) -> Reply:
+        finish(self.test)
+        assert self._reply is not None
+        return self._reply
+
+
+class SumWorker:
+    """A worker's end of the serverless way (TensorFlow's `use_locking=False`), for rules whose commits are added as
+    they are: an exchange is `Accumulate(SUM)` into c, and `Get`.
+
+    What it gives up: sums are atomic element by element, so a pull may hold a part of a commit under way;
+    commits are neither ordered nor weighed nor refused. Rank 0 need not be in MPI on a machine with shared memory.
+    """
+
+    capabilities = Capabilities(
+        server=True, whole_pulls=False, exact_clock=False, weights=False, center_optimizer=False
+    )
+
+    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None) -> None:
+        self.worker, self.wire = comm.rank - 1, wire or Direct()
+        self.windows = Windows(comm, like, 0)
+        self._total: int | None = None
+        self._period = 1
+        self._sequence = self.sessions = 0
+
+    def begin(self, total: int | None, period: int) -> None:
+        """Begin a session of `total` steps (None: no end), leased λ = `period` at a time; collective."""
+        self._total, self._period = total, period
+        self.sessions += 1
+        agree_on_total(self.windows.comm, total)
+
+    def exchange(self, commit: Commit, out: Array | None) -> Handle:
+        """Sum the payload into c at once; then pull."""
+        windows, status = self.windows, OK
+        if not windows.one_host:
+            windows.add(READERS, 1)  # the center stays awake while bytes are on the way
+        if commit.payload is not None and commit.sequence <= self._sequence:
+            status = DUPLICATE
+        elif commit.payload is not None:
+            self._add(commit, commit.payload)
+        head = windows.get(0, APPLIED + windows.workers)
+        if out is not None:
+            windows.pull(self.wire, out)  # an accepted race: others may be adding to c meanwhile
+        if not windows.one_host:
+            windows.add(READERS, -1)
+        work = self._grant() if commit.wants & WORK else NONE
+        applied = tuple(head[APPLIED:].tolist())
+        return Done(Reply(int(head[CLOCK]), status, work=work, steps=int(head[STEPS]), applied=applied))
+
+    def _add(self, commit: Commit, payload: Array) -> None:
+        windows, center = self.windows, self.windows.center
+        windows.push(self.wire, payload, lambda piece, at: center.Accumulate(piece, CENTER, at, MPI.SUM), center)
+        self._sequence = commit.sequence
+        windows.add(STEPS, commit.steps)
+        if commit.steps:
+            windows.control.Accumulate(np.array([commit.loss * commit.steps]), CENTER, 8 * LOSS, MPI.SUM)
+        staleness = windows.add(CLOCK, 1) - commit.clock
+        windows.add(STALENESS, staleness)
+        windows.add(STALEST, staleness, MPI.MAX)
+        windows.add(APPLIED + self.worker, commit.sequence, MPI.REPLACE)
+
+    def _grant(self) -> Lease:
+        first = self.windows.add(NEXT, self._period)
+        if self._total is None:
+            return Lease(first, self._period)
+        return Lease(first, min(self._period, self._total - first)) if first < self._total else NONE
+
+    def pull(self, out: Array) -> Handle:
+        """Get c, whoever is adding to it."""
+        return self.exchange(Commit(self.worker), out)
+
+    def leave(self, commit: Commit | None, out: Array) -> Handle:
+        """Sum the last commit, and wait for the others."""
+        if commit is not None:
+            self.exchange(commit, None)
+        self.windows.add(LEFT, 1)
+        return _Farewell(self, out)
+
+    def close(self) -> None:
+        """Free the windows; collective."""
+        self.windows.free()
+
+
+class SumCenter:
+    """The center's end of the serverless way: holds the memory and reads the counters; memory: c alone."""
+
+    def __init__(self, comm: MPI.Comm, c: Array) -> None:
+        self._windows = windows = Windows(comm, c, 0)
+        self._c = windows.vector(windows.center)
+        self._c[...] = c
+        self._left = self._sessions = 0
+        self._seen = [0, 0]  # clock and steps of which `apply` has been told
+        self._loss = 0.0
+        self.progress = 0
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable, as it is this very moment."""
+        return self._c
+
+    @property
+    def live(self) -> int:
+        """Workers that have not left this session."""
+        return self._sessions * self._windows.workers - self._left
+
+    @property
+    def staleness(self) -> tuple[int, int]:
+        """Sum and maximum of the staleness of all commits."""
+        return self._windows.read(STALENESS), self._windows.read(STALEST)
+
+    def begin(self, total: int | None, _period: int) -> None:
+        """Begin a session; collective."""
+        self._sessions += 1
+        self._windows.words[NEXT] = 0
+        self._windows.sync()
+        agree_on_total(self._windows.comm, total)
+
+    def open(self) -> None:
+        """Nothing to do: `begin` has begun."""
+
+    def serve_one(self, apply: Apply) -> bool:
+        """Tell `apply` of what has been summed since the last time, as one commit without payload."""
+        windows = self._windows
+        windows.comm.Iprobe()  # progress for what comes from other hosts
+        if not windows.one_host and windows.read(READERS):
+            self.progress += 1
+        left = windows.read(LEFT)  # before the clock: who has left has committed
+        clock, steps = windows.read(CLOCK), windows.read(STEPS)
+        commits, done = clock - self._seen[0], steps - self._seen[1]
+        if commits:
+            windows.sync()
+            loss = float(windows.words.view(np.float64)[LOSS])
+            mean = (loss - self._loss) / done if done else float("nan")
+            first, self._seen, self._loss = self._seen[1], [clock, steps], loss
+            apply(Commit(0, steps=done, first=first, commits=commits, loss=mean), self._c)
+        self._left = left
+        return commits > 0
+
+    def close(self) -> None:
+        """Free the windows; collective. c lives on in memory of its own."""
+        self._c = self._c.copy()
+        self._windows.free()

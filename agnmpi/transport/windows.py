@@ -1,0 +1,144 @@
+"""Memory at the center, rank 0 of the communicator, that every rank reaches by passive-target one-sided calls.
+
+All windows stay locked (shared) from beginning to end: MPICH 5.0.2's Win_lock waits for the target to enter MPI even in
+shared memory (2 ms for a center that naps, 3 s for one that sleeps so long), and both MPIs spin in it. Whoever needs
+c as one whole keeps to a lock of our own, a word of the control window.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from mpi4py import MPI
+
+from ..agree import ConfigError, agree, allgather
+from ..backend import Array
+from ..waiting import finish
+from .base import COMMIT_BYTES, Reply
+from .wire import Wire
+
+CENTER = 0  # rank
+_PAGE = 4096
+
+# Words (int64) of the control window: counts; then for each worker what is applied, posted and taken; then the
+# headers of messages and replies.
+READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, LOSS, APPLIED = range(9)
+COMMIT_WORDS, REPLY_WORDS = COMMIT_BYTES // 8, len(Reply(0).encode()) // 8
+WRITING = 1 << 40  # added to the count of readers while c changes
+
+
+class Windows:
+    """Memory at the center that every rank reaches; collective over `comm`.
+
+    `like`: a vector like c (n,); `slots`: vectors beside c. Raises ConfigError on all ranks if it does not fit.
+    """
+
+    def __init__(self, comm: MPI.Comm, like: Array, slots: int) -> None:
+        agree(comm, {"size of the vector": str(like.size), "dtype": str(like.dtype)})
+        self.comm, self.dtype, self.size, self.workers = comm, like.dtype, like.size, comm.size - 1
+        self.stride = -(-like.nbytes // _PAGE) * _PAGE  # vectors begin at pages
+        _check_room(comm, (1 + slots) * self.stride)
+        workers = self.workers
+        self.posted, self.taken = APPLIED + workers, APPLIED + 2 * workers  # first words of these
+        self.headers = APPLIED + 3 * workers
+        self.replies = self.headers + COMMIT_WORDS * workers
+        words = self.replies + REPLY_WORDS * workers
+        here = comm.rank == CENTER
+        # Win.Allocate, not Win.Create: on one node both MPIs then use shared memory.
+        self._all = [
+            MPI.Win.Allocate(size if here else 0, 1, MPI.INFO_NULL, comm)  # type: ignore[arg-type]
+            for size in (self.stride, slots * self.stride, 8 * words)
+        ]
+        self.center, self.slots, self.control = self._all
+        self.words = np.asarray(self.control.tomemory()).view(np.int64) if here else np.empty(0, np.int64)
+        self.words[:] = 0
+        self._one, self._old = np.empty(1, np.int64), np.empty(1, np.int64)
+        for win in self._all:
+            win.Lock_all(MPI.MODE_NOCHECK)
+            win.Sync()
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.one_host = node.size == comm.size
+        node.Free()
+        finish(comm.Ibarrier().Test)
+
+    def header(self, worker: int) -> int:
+        """First word of the header of a worker's message."""
+        return self.headers + COMMIT_WORDS * worker
+
+    def reply(self, worker: int) -> int:
+        """First word of the answer to a worker."""
+        return self.replies + REPLY_WORDS * worker
+
+    def vector(self, win: MPI.Win, index: int = 0) -> Array:
+        """The vector number `index` of `win`, at the center."""
+        memory = np.asarray(win.tomemory())
+        vector: Array = memory[index * self.stride :][: self.size * self.dtype.itemsize].view(self.dtype)
+        return vector
+
+    def add(self, word: int, value: int, op: MPI.Op = MPI.SUM) -> int:
+        """Change a word of the control window at once (`op`: SUM, MAX, REPLACE, NO_OP), and return the old value."""
+        self._one[0] = value
+        # No type is named: numpy's int64 travels as MPI_LONG, and MPICH refuses to mix it with MPI_INT64_T.
+        self.control.Fetch_and_op(self._one, self._old, CENTER, 8 * word, op)
+        self.control.Flush(CENTER)
+        return int(self._old[0])
+
+    def read(self, word: int) -> int:
+        """A word of the control window, at once."""
+        return self.add(word, 0, MPI.NO_OP)
+
+    def get(self, word: int, count: int) -> Array:
+        """`count` words that nobody changes now."""
+        out = np.empty(count, np.int64)
+        self.control.Get(out, CENTER, 8 * word)
+        self.control.Flush(CENTER)
+        return out
+
+    def put(self, word: int, values: bytes) -> None:
+        """Write words that nobody reads now."""
+        self.control.Put(np.frombuffer(values, np.int64), CENTER, 8 * word)
+        self.control.Flush(CENTER)
+
+    def sync(self) -> None:
+        """Let this process see what others have written, and them what it has."""
+        for win in self._all:
+            win.Sync()
+
+    def pull(self, wire: Wire, out: Array) -> None:
+        """Get c into `out`, piece by piece, so that a copy to the device and the wire overlap."""
+        buffer = wire.incoming(out)
+        for part in wire.cuts(out):
+            self.center.Get(buffer[part], CENTER, part.start * self.dtype.itemsize)
+            self.center.Flush(CENTER)
+            wire.arrived(out, part)
+        wire.settle(out)
+
+    def push(self, wire: Wire, x: Array, send: Callable[[Array, int], None], win: MPI.Win, offset: int = 0) -> None:
+        """Send `x` piece by piece to byte `offset` of `win` by `send(piece, byte)`."""
+        for piece in wire.outgoing(x):
+            send(piece, offset)
+            offset += piece.nbytes
+        win.Flush(CENTER)
+
+    def free(self) -> None:
+        """Unlock and free; collective."""
+        finish(self.comm.Ibarrier().Test)
+        for win in self._all:
+            win.Unlock_all()
+        self.words = self.words[:0]
+        for win in self._all:
+            win.Free()
+
+
+def _check_room(comm: MPI.Comm, nbytes: int) -> None:
+    """Refuse windows that shared memory has no room for: the first write beyond it would be a SIGBUS."""
+    shared = Path("/dev/shm")
+    free = shutil.disk_usage(shared).free if comm.rank == CENTER and shared.is_dir() else nbytes
+    free = int(allgather(comm, str(free))[CENTER])
+    if free < nbytes:
+        raise ConfigError(
+            f"the windows of the center need {nbytes >> 20} MiB of shared memory, but {shared} on the host of rank 0 "
+            f"has {free >> 20} MiB free: enlarge it (docker run --shm-size, mount -o remount,size=…), use fewer "
+            "workers, or transport p2p"
+        )

@@ -1,0 +1,37 @@
+"""The conformance suite over every transport, wire and number of centers, at the sizes of world that mpiexec gives."""
+
+import pytest
+from conformance import CHECKS, SIZES, declared
+from worlds import MPIWorld
+
+from agnmpi.wiring import Setup
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+WORLDS = {
+    "p2p-1-slot": (Setup("p2p", slots=1), False),
+    "p2p": (Setup("p2p"), False),
+    "p2p-staged": (Setup("p2p"), True),
+    "p2p-2-centers": (Setup("p2p", centers=2), False),
+    "rma": (Setup("rma"), False),
+    "rma-staged": (Setup("rma"), True),
+    "rma-2-centers": (Setup("rma", centers=2), False),
+    "serverless": (Setup("rma", use_locking=False), False),
+    "serverless-staged": (Setup("rma", use_locking=False), True),
+    "serverless-2-centers": (Setup("rma", use_locking=False, centers=2), False),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("n", SIZES)
+def test_conformance(comm, check, world, n):
+    setup, on_paper = WORLDS[world]
+    if n == SIZES[-1] and comm.size > 3:
+        pytest.skip("24 MB vectors on many ranks of a small machine: covered with fewer ranks")
+    if setup.centers > 1 and (n < setup.centers or comm.size <= setup.centers):
+        pytest.skip("needs a parameter for each center, and a worker")
+    made = MPIWorld(comm, setup, on_paper)
+    if not declared(made, check):
+        pytest.skip(f"{world} does not declare what this needs")
+    check(made, n)
