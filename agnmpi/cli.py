@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "Under mpiexec it reports the whole world.",
     )
     doctor.add_argument("--period", type=int, default=10, help="communication period λ, for the advice")
+    doctor.add_argument("--probe", action="store_true", help="try device pointers again, whatever is remembered")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     return top
 
@@ -156,7 +157,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     if args.command == "doctor":
         from . import doctor
 
-        return doctor.main(world, args.period, args.json)
+        return doctor.main(world, args.period, args.probe, args.json)
     if args.command == "bench":
         from . import bench
 

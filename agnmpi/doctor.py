@@ -12,11 +12,12 @@ from typing import Any
 from mpi4py import MPI
 from rich.table import Table
 
-from . import agree, launch
+from . import agree, launch, probe
 from .backend import device_count
 from .job import library
 from .rules import agn
 from .version import __version__
+from .waiting import finish
 
 _LEVELS = {
     MPI.THREAD_SINGLE: "single",
@@ -26,8 +27,27 @@ _LEVELS = {
 }
 
 
-def examine(comm: MPI.Comm, period: int) -> dict[str, Any]:
-    """Gather the facts of the whole world; collective, the same on every rank."""
+def _wire(comm: MPI.Comm, devices: int, again: bool) -> str:
+    """How vectors on a device would travel from this rank, and why; one rank of each host tries it. Collective."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    if devices and node.rank == 0 and (again or probe.recall() is None):
+        probe.remember(probe.run())
+    finish(node.Ibarrier().Test)
+    node.Free()
+    if not devices:
+        return "host memory: sent as it is"
+    try:
+        answer = probe.resolve("auto")
+    except ValueError as error:
+        return f"refused: {error}"
+    return f"{'direct' if answer.direct else 'staged'}: {answer.why}"
+
+
+def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
+    """Gather the facts of the whole world; collective, the same on every rank.
+
+    `again`: try device pointers anew, whatever is remembered.
+    """
     problems = []
     try:
         launch.check_world(comm)
@@ -36,6 +56,7 @@ def examine(comm: MPI.Comm, period: int) -> dict[str, Any]:
     trains = comm.rank > 0 or comm.size == 1
     here = launch.place(comm, trains)
     devices = device_count()
+    wire = _wire(comm, devices, again)
     mine = {
         "rank": comm.rank,
         "host": here.host,
@@ -44,6 +65,7 @@ def examine(comm: MPI.Comm, period: int) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "blas_threads": here.threads,
         "local_size": here.local_size,
+        "wire": wire,
         "library": library(),
         "agnmpi": __version__,
     }
@@ -82,11 +104,11 @@ def _no_device() -> str:
     return "CPU only: CuPy is installed but finds no CUDA device or driver here (nvidia-smi tells)"
 
 
-def main(comm: MPI.Comm, period: int, as_json: bool) -> int:
+def main(comm: MPI.Comm, period: int, again: bool, as_json: bool) -> int:
     """Print the report on rank 0; returns 1 if something is wrong, else 0."""
     if period < 1:
         raise agree.ConfigError(f"period must be at least 1, not {period}")
-    report = examine(comm, period)
+    report = examine(comm, period, again)
     if comm.rank == 0:
         print(json.dumps(report, indent=2)) if as_json else _show(report)
     return 1 if report["problems"] else 0
@@ -106,6 +128,11 @@ def _show(report: dict[str, Any]) -> None:
     for rank in report["ranks"]:
         table.add_row(*(str(rank[key]) for key in ("rank", "host", "role", "device", "cores", "blas_threads")))
     console.print(table)
+    wires: dict[str, list[int]] = {}
+    for rank in report["ranks"]:
+        wires.setdefault(rank["wire"], []).append(rank["rank"])
+    for wire, ranks in wires.items():
+        console.print(f"wire of {agree.ranks_in_words(ranks)}: {wire}", markup=False, soft_wrap=True)
     for line in report["advice"] + report["hints"]:
         console.print(line, markup=False, soft_wrap=True)
     for line in report["problems"]:

@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,7 +46,12 @@ class Answer(NamedTuple):
 
 def stripped(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without what a launcher has put there for its own ranks."""
-    return {k: v for k, v in environment.items() if k in _KEPT or not k.startswith(_LAUNCHERS)}
+    kept = {k: v for k, v in environment.items() if k in _KEPT or not k.startswith(_LAUNCHERS)}
+    # Two ranks may be more than there are cores, and whoever is root here has decided so.
+    asked = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    if os.geteuid() == 0:
+        asked |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return asked | kept
 
 
 def run(command: Sequence[str] | None = None, timeout: float = 60.0) -> Answer:
@@ -56,22 +63,26 @@ def run(command: Sequence[str] | None = None, timeout: float = 60.0) -> Answer:
             return Answer(False, "there is no mpiexec to try it with")
         command = [mpiexec, "-n", "2", sys.executable, "-m", "agnmpi.probe"]
     try:
-        done = subprocess.run(
-            command, env=stripped(os.environ), capture_output=True, text=True, timeout=timeout, check=False,
-            start_new_session=True,
+        trial = subprocess.Popen(
+            command, env=stripped(os.environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return Answer(False, f"the trial hung for {timeout:g} s")
     except OSError as error:
         return Answer(False, f"the trial could not be run: {error}")
-    for line in done.stdout.splitlines():
+    try:
+        said, complaint = trial.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(trial.pid, signal.SIGKILL)  # the ranks, too
+        trial.communicate()
+        return Answer(False, f"the trial hung for {timeout:g} s")
+    for line in said.splitlines():
         if line.startswith("agnmpi.probe "):
             direct, why = json.loads(line.partition(" ")[2])
-            return Answer(bool(direct) and done.returncode == 0, why)
-    if done.returncode < 0 or done.returncode > 128:
-        return Answer(False, f"the trial was killed by signal {abs(done.returncode) % 128}")
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return Answer(False, f"the trial failed with code {done.returncode}: {last[:200]}")
+            return Answer(bool(direct) and trial.returncode == 0, why)
+    if trial.returncode < 0 or trial.returncode > 128:
+        return Answer(False, f"the trial was killed by signal {abs(trial.returncode) % 128}")
+    words = [line for line in complaint.splitlines() if re.search(r"\w", line)] or ["it said nothing"]
+    return Answer(False, f"the trial failed with code {trial.returncode}: {words[-1][:200]}")
 
 
 def cache_file(environment: Mapping[str, str] = os.environ) -> Path:

@@ -22,14 +22,20 @@ def loss_of(gradient):
     return lambda p: (1.0, {name: np.full_like(x, gradient) for name, x in p.items()})
 
 
+MAILBOX, SUMS = {"transport": "rma"}, {"transport": "rma", "use_locking": False}
+
+
+@pytest.mark.parametrize("how", [{}, MAILBOX, SUMS], ids=["p2p", "rma", "serverless"])
 @pytest.mark.parametrize("case", ONE_WORKER)
-def test_golden_one_worker(comm, case):
+def test_golden_one_worker(comm, case, how):
+    if how is SUMS and "gradient" in case:
+        pytest.skip("a center optimizer needs whole commits")
     rule, optimizer, center_optimizer, gradients, start, period, local_after, center_after = ONE_WORKER[case]
     part = first_ranks(comm, 2)
     if part is None:
         return
     params = [np.array([v]) for v in start]
-    with AGNOptimizer(optimizer, params, part, period, rule=rule, center_optimizer=center_optimizer) as opt:
+    with AGNOptimizer(optimizer, params, part, period, rule=rule, center_optimizer=center_optimizer, **how) as opt:
         for step in opt.steps():
             t = step + 1
             opt.minimize(loss_of(gradients[step]))
@@ -47,17 +53,24 @@ def test_golden_one_worker(comm, case):
 
 
 @pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize("centers", [1, 2])
+@pytest.mark.parametrize("how", [{}, MAILBOX, SUMS], ids=["p2p", "rma", "serverless"])
 @pytest.mark.parametrize("case", TWO_WORKERS)
-def test_golden_two_workers(comm, case):
+def test_golden_two_workers(comm, case, how, centers):
+    """TensorFlow's [2, 4] variable, on one center or split over two: the same in every element."""
     rule, optimizer, start, turns = TWO_WORKERS[case]
-    part = first_ranks(comm, 3)
+    if comm.size < centers + 2:
+        pytest.skip("needs two workers")
+    part = first_ranks(comm, centers + 2)
     if part is None:
         return
-    params = [np.full((2, 4), v) for v in start]  # TensorFlow's [2, 4] variable: the same in every element
-    workers = part.Split(int(part.rank > 0), part.rank)
-    with AGNOptimizer(optimizer, params, part, 1, rule=rule) as opt:
+    params = [np.full((2, 4), v) for v in start]
+    workers = part.Split(int(part.rank >= centers), part.rank)
+    with AGNOptimizer(optimizer, params, part, 1, rule=rule, centers=centers, **how) as opt:
         remaining = list(turns)
         for _ in opt.steps():
+            if len(remaining) == len(turns):
+                workers.Barrier()  # both begin before either commits
             while remaining:
                 turn, x, c = remaining.pop(0)
                 mine = turn == workers.rank
@@ -79,23 +92,27 @@ def test_golden_two_workers(comm, case):
     part.Free()
 
 
-def test_every_step_is_taken_once_and_every_rank_has_the_center(comm):
-    with AGNOptimizer(sgd(1.0), {"w": np.zeros((2, 2)), "b": np.zeros(3)}, comm, 3) as opt:
+@pytest.mark.parametrize("how", [{}, MAILBOX, SUMS], ids=["p2p", "rma", "serverless"])
+@pytest.mark.parametrize("centers", [1, 2])
+def test_every_step_is_taken_once_and_every_rank_has_the_center(comm, how, centers):
+    if comm.size <= centers:
+        pytest.skip("needs a worker")
+    with AGNOptimizer(sgd(1.0), {"w": np.zeros((2, 2)), "b": np.zeros(3)}, comm, 3, centers=centers, **how) as opt:
         taken = []
         for step in opt.steps(20):
             opt.minimize(loss_of(-1))
             taken.append(step)
-        assert opt.is_center == (comm.rank == 0)
+        assert opt.is_center == (comm.rank < centers)
         assert not (opt.is_center and taken)
         everyone = comm.allgather(taken)
         assert sorted(s for steps in everyone for s in steps) == list(range(20))
-        centers = comm.allgather({k: v.tolist() for k, v in opt.center.items()})
-        assert centers == centers[:1] * comm.size
+        seen = comm.allgather({k: v.tolist() for k, v in opt.center.items()})
+        assert seen == seen[:1] * comm.size
         # Each commit of k steps adds k/k = 1, less what was adopted in between; each element alike.
         value = opt.center["w"][0, 0]
         assert (opt.center["b"] == value).all()
         assert value == opt.global_step == comm.bcast(opt.global_step)
-        assert opt.num_worker == comm.size - 1
+        assert opt.num_worker == comm.size - centers
         assert (opt.params["w"] == value).all()
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from agnmpi import nesterov, rules, sgd
 from agnmpi.agree import ConfigError
-from agnmpi.launch import connect
+from agnmpi.wiring import Setup, check_fit, connect
 from agnmpi.worker import train
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.mpi(min_size=2)
 
 def join(comm, rule, optimizer, n=3, center_optimizer=None, overlap=False):
     x = np.full(n, float(comm.rank))  # rank 0's counts
-    return connect(comm, rule, x, optimizer, center_optimizer, transport="collective", overlap=overlap)
+    return connect(comm, rule, x, optimizer, center_optimizer, Setup("collective", overlap=overlap))
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -141,8 +141,6 @@ def test_replicas_that_differ_are_noticed(comm):
 
 
 def test_a_rule_with_a_server_is_refused(comm):
-    from agnmpi.wiring import Setup, check_fit
-
     with pytest.raises(ConfigError, match="use 'p2p'"):
         check_fit(rules.agn(), Setup("collective"), comm, sgd(1.0), None)
     with pytest.raises(ConfigError, match="use 'collective'"):

@@ -1,0 +1,143 @@
+"""What is particular to windows: a center that is busy or asleep, a worker that leaves early, memory, refusals."""
+
+import shutil
+import time
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from worlds import MPIWorld
+
+from agnmpi import AGNOptimizer, probe, rules, sgd
+from agnmpi.agree import ConfigError
+from agnmpi.transport.base import Commit
+from agnmpi.wiring import Setup, check_fit, connect
+
+pytestmark = pytest.mark.mpi(min_size=2)
+MAILBOX, SUMS = Setup("rma"), Setup("rma", use_locking=False)
+
+
+def one_host(comm):
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    same = node.size == comm.size
+    node.Free()
+    return same
+
+
+@pytest.mark.parametrize("n", [10, 300_000])
+@pytest.mark.parametrize("setup", [MAILBOX, SUMS], ids=["rma", "serverless"])
+def test_a_busy_center_costs_no_more_than_its_delay(comm, setup, n):
+    def sleepy(end, center):
+        serve_one, naps = end.serve_one, [0.3, 0.0, 0.3]
+
+        def late(apply):
+            if naps:
+                time.sleep(naps.pop())
+            return serve_one(apply)
+
+        end.serve_one = late
+
+    def work(end, index):
+        out = np.empty(n)
+        for k in range(1, 5):
+            end.exchange(Commit(index, k, steps=1, payload=np.ones(n)), out).wait()
+        end.leave(None, out).wait()
+        assert (out == 4 * (comm.size - 1)).all()
+
+    MPIWorld(comm, setup).play(n, work, on_end=sleepy)
+
+
+def test_serverless_commits_land_while_rank_0_is_away(comm):
+    """On one machine rank 0 need not be in the library, nor in MPI, for them to arrive."""
+    if not one_host(comm):
+        pytest.skip("across hosts the windows need rank 0 in MPI now and then")
+    n = 1000
+    member = connect(comm, rules.agn(), np.zeros(n), None, setup=SUMS)
+    member.begin(None, 1)
+    if member.serves:
+        before = time.monotonic()
+        while not (member.end.c == 3 * (comm.size - 1)).all():  # plain memory: no call of MPI
+            assert time.monotonic() - before < 60, "commits wait for rank 0"
+            time.sleep(0.01)
+        member.serve()
+        assert member.center.clock == 3 * (comm.size - 1)
+    else:
+        (worker,) = member.workers
+        out = np.empty(n)
+        for k in range(1, 4):
+            worker.end.exchange(Commit(worker.index, k, steps=1, payload=np.ones(n)), out).wait()
+        worker.end.leave(None, out).wait()
+        assert (out == 3 * (comm.size - 1)).all()
+    member.close()
+
+
+@pytest.mark.parametrize("setup", [MAILBOX, SUMS], ids=["rma", "serverless"])
+def test_a_worker_may_leave_early(comm, setup):
+    def work(end, index):
+        out = np.empty(5)
+        if index:  # worker 0 leaves without a commit
+            end.exchange(Commit(index, 1, payload=np.ones(5)), None).wait()
+        end.leave(Commit(index, 2, payload=np.ones(5)) if index else None, out).wait()
+        assert (out == 2 * (comm.size - 2)).all()
+
+    MPIWorld(comm, setup).play(5, work, sessions=1)
+
+
+def test_memory_at_the_center(comm):
+    """The mailbox holds c and a slot for each worker, the serverless way c alone."""
+    n = 5000
+    for setup, slots in ((MAILBOX, comm.size - 1), (SUMS, 0)):
+        member = connect(comm, rules.agn(), np.zeros(n), None, setup=setup)
+        windows = member.end._windows if member.serves else member.workers[0].end.windows
+        assert windows.slots.tomemory().nbytes == (slots * windows.stride if comm.rank == 0 else 0)
+        assert windows.stride < 8 * n + 4096
+        member.close()
+
+
+def test_windows_beyond_shared_memory_are_refused(comm, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(2**20, 2**19, 2**19))
+    with pytest.raises(ConfigError, match=r"MiB of shared memory.*transport p2p"):
+        connect(comm, rules.agn(), np.zeros(10**6), None, setup=MAILBOX)
+
+
+def test_vectors_that_differ_are_refused(comm):
+    with pytest.raises(ConfigError, match="size of the vector differs between ranks"):
+        connect(comm, rules.agn(), np.zeros(10 + (comm.rank > 0)), None, setup=MAILBOX)
+
+
+@pytest.mark.parametrize(
+    ("rule", "setup", "center_optimizer", "text"),
+    [
+        (rules.dynsgd(), SUMS, None, "weighs commits"),
+        (rules.agn("gradient"), SUMS, sgd(1.0), "no center optimizer"),
+        (rules.agn(), SUMS, sgd(1.0), "no center optimizer"),
+        (rules.agn(), Setup("p2p", use_locking=False), None, "needs transport 'rma'"),
+        (rules.synchronous(), MAILBOX, None, "use 'collective'"),
+        (rules.agn(), Setup("p2p", centers=99), None, "99 centers and at least one worker"),
+        (rules.agn(), Setup("rma", center_device="gpu"), None, "windows lie in host memory"),
+    ],
+)
+def test_what_a_transport_lacks_is_refused(comm, rule, setup, center_optimizer, text):
+    with pytest.raises(ConfigError, match=text):
+        check_fit(rule, setup, comm, sgd(1.0), center_optimizer)
+
+
+@pytest.mark.parametrize("how", [{}, {"use_locking": False}], ids=["rma", "serverless"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_loops_follow_each_other_and_may_be_broken_off(comm, how, overlap):
+    with AGNOptimizer(sgd(0.1), np.zeros(20), comm, 3, transport="rma", overlap=overlap, **how) as opt:
+        for session in range(1, 5):
+            for count, _ in enumerate(opt.steps(12 * opt.num_worker)):
+                opt.minimize(lambda p: (0.0, -np.ones(20)))
+                if session == 2 and comm.rank == comm.size - 1 and count == 1:
+                    break
+            seen = comm.allgather((opt.center["0"].tolist(), opt.global_step))
+            assert seen == seen[:1] * comm.size
+
+
+def test_the_trial_of_device_pointers_checks_what_arrives(comm):
+    """Here with host memory, which every MPI sends."""
+    assert probe.try_out(comm, np) == ""
+    assert probe.choose_wire(comm, np.zeros(3), "direct") == "staged", "nobody has a device"
+    with pytest.raises(ConfigError, match="auto, staged or direct"):
+        probe.choose_wire(comm, np.zeros(3), "telepathy" if comm.rank == 0 else "auto")
