@@ -9,6 +9,7 @@ from typing import Any
 from .config import Config, load
 from .version import __version__
 
+_TRANSPORTS = ("p2p", "rma", "serverless", "collective")
 _GROUPS = {
     "rule": "exchange",
     "optimizer": "optimizers",
@@ -29,10 +30,20 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="measure exchanges and optimizers against the limit of this machine",
-        description="Measure, side by side in one run, exchanges against bare mpi4py calls, and host optimizers "
-        "against memcpy. The exchange part needs mpiexec -n 2 or more.",
+        description="Measure, side by side in one run, exchanges against bare mpi4py calls and memcpy, what a worker "
+        "does for an exchange besides the wire, and host optimizers against memcpy. The exchange part needs "
+        "mpiexec -n 2 or more.",
     )
     bench.add_argument("--sizes", type=int, nargs="+", default=[1, 1_000_000], metavar="N", help="float32 numbers")
+    bench.add_argument(
+        "--transports", nargs="+", default=list(_TRANSPORTS), choices=_TRANSPORTS, metavar="NAME",
+        help=f"of {', '.join(_TRANSPORTS)}",
+    )  # fmt: skip
+    bench.add_argument("--workers", type=int, nargs="+", default=[], metavar="N", help="numbers of workers [all]")
+    bench.add_argument("--device", default="cpu", choices=("cpu", "gpu"), help="where the workers' vectors lie")
+    bench.add_argument(
+        "--pack-only", action="store_true", help="no wire: only forming the delta and adopting the center"
+    )
     bench.add_argument("--rounds", type=int, default=200, help="rounds of each measurement")
     bench.add_argument("--quiet", type=int, default=10, metavar="ROUNDS", help="rounds of waiting; 0: none")
     bench.add_argument("--optimizer-size", type=int, default=10_000_000, metavar="N", help="0: no optimizers")
@@ -161,7 +172,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     if args.command == "bench":
         from . import bench
 
-        return bench.main(world, args.sizes, args.rounds, args.quiet, args.optimizer_size, args.json)
+        return bench.main(world, bench.Options(*(getattr(args, name) for name in bench.Options._fields)))
     from .agree import ConfigError, together
     from .job import run
 

@@ -37,6 +37,10 @@ def events(directory):
         (3, ["--rule", "diloco", "--rate", "0.05"]),
         (1, ["--rule", "synchronous"]),
         (1, ["--transport", "local", "--workers", "3"]),
+        (3, ["--transport", "rma"]),
+        (3, ["--transport", "rma", "--no-use-locking", "--overlap"]),
+        (4, ["--centers", "2", "--rule", "dynsgd", "--rate", "0.05"]),
+        (5, ["--transport", "rma", "--centers", "2", "--center-optimizer", "momentum"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -310,9 +314,14 @@ def test_bench(tmp_path):
     )  # fmt: skip
     assert code == 0, output
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert [(row["side"], row["n"]) for row in report["exchanges"]] == [
-        ("p2p", 1), ("floor", 1), ("p2p", 300000), ("floor", 300000),
-    ]  # fmt: skip
+    assert [(row["transport"], row["n"], row["side"]) for row in report["exchanges"]] == [
+        (transport, n, side)
+        for transport in ("p2p", "rma", "serverless", "collective")
+        for n in (1, 300000)
+        for side in ("agnmpi", "floor", "memcpy")
+    ]
+    assert all(row["seconds"] > 0 for row in report["exchanges"])
+    assert [row["n"] for row in report["pack"]] == [1, 300000]
     assert {row["name"] for row in report["optimizers"]} == {"memcpy", "sgd", "momentum", "adam"}
     assert set(report["quiet"]) == {"center_cpu", "worker_cpu", "busy_seconds", "quiet_seconds"}
 

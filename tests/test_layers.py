@@ -14,7 +14,7 @@ LAYERS = [
     {"transport.sharded"},
     {"center", "worker", "faults"},
     {"wiring", "probe"},
-    {"agn", "launch", "monitor", "job", "simulate", "bench", "doctor", "report"},
+    {"agn", "launch", "monitor", "job", "simulate", "floors", "bench", "doctor", "report"},
     {"cli", "__main__"},
 ]
 # A module may import these from its own layer.
@@ -22,7 +22,7 @@ WITHIN = {
     "rules": {"optimizers"},  # Optimizer, as a type and as the center's step
     "transport.windows": {"transport.base", "transport.wire"},
     "config": {"optimizers", "rules"},  # the names and numbers it validates
-    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor"}, "bench": {"launch", "job", "monitor"},
+    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor"}, "bench": {"floors", "launch", "job", "monitor"},
     "doctor": {"launch", "job", "monitor"}, "__main__": {"cli"},
 }  # fmt: skip
 MPI = {
@@ -39,6 +39,7 @@ MPI = {
     "launch",
     "job",
     "bench",
+    "floors",
     "doctor",
     "cli",
 }
