@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "agnmpi"
 LAYERS = [
-    {"version", "backend"},
+    {"version", "backend", "kernels"},
     {"params", "optimizers", "rules", "data", "checkpoint", "metrics", "config", "problem", "agree", "hook"},
     {"transport.base", "transport.wire"},
     {"transport.local", "transport.p2p", "transport.collective"},
@@ -18,6 +18,7 @@ LAYERS = [
 ]
 # A module may import these from its own layer.
 WITHIN = {
+    "kernels": {"backend"},  # where a vector lies
     "rules": {"optimizers"},  # Optimizer, as a type and as the center's step
     "config": {"optimizers", "rules"},  # the names and numbers it validates
     "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor"}, "bench": {"launch", "job", "monitor"},
