@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from . import agree, optimizers, rules
+from . import agree, rules
 from .backend import Array, empty_like, full_like
+from .bench_optimizers import optimizer_bandwidth
 from .center import Center, serve
 from .job import library
 from .transport.base import Commit, finish
@@ -164,33 +165,6 @@ def quiet(comm: MPI.Comm, rounds: int, pause: float = 0.2, n: int = 1000) -> dic
         "busy_seconds": median("busy"),
         "quiet_seconds": median("quiet"),
     }
-
-
-def optimizer_bandwidth(n: int, rounds: int = 9) -> list[dict[str, Any]]:
-    """Bytes per second of host optimizers on n float32 parameters, counting the bytes each must touch."""
-    rng = np.random.default_rng(0)
-    x, g, y = rng.random(n, np.float32), rng.random(n, np.float32), np.empty(n, np.float32)
-    tried = {  # words read and written for each parameter
-        "sgd": (optimizers.sgd(1e-3), 3),
-        "momentum": (optimizers.momentum(1e-3), 5),
-        "adam": (optimizers.adam(1e-3), 7),
-    }
-    states = {name: optimizer.init(x) for name, (optimizer, _) in tried.items()}
-    times: dict[str, list[float]] = {name: [] for name in ("memcpy", *tried)}
-    for _ in range(rounds + 1):
-        times["memcpy"].append(_timed(lambda: np.copyto(y, x)))
-        for name, (optimizer, _) in tried.items():
-
-            def update(name: str = name, optimizer: optimizers.Optimizer = optimizer) -> None:
-                states[name] = optimizer.update(x, g, states[name])
-
-            times[name].append(_timed(update))
-    words = {"memcpy": 2} | {name: count for name, (_, count) in tried.items()}
-    rates = {name: 4 * n * words[name] / statistics.median(seconds[1:]) for name, seconds in times.items()}
-    return [
-        {"name": name, "n": n, "bytes_per_second": rate, "ratio": rate / rates["memcpy"]}
-        for name, rate in rates.items()
-    ]
 
 
 def main(

@@ -11,7 +11,7 @@ import pytest
 from golden import ONE_WORKER, close
 from test_rules import world
 
-from agnmpi import backend, kernels, rules, sgd
+from agnmpi import backend, bench_optimizers, kernels, rules, sgd
 from agnmpi.kernels import KERNELS
 from agnmpi.optimizers import OPTIMIZERS, global_norm
 from agnmpi.params import Layout
@@ -257,3 +257,31 @@ def test_device_code_reads_and_writes_each_vector_once_and_in_its_own_precision(
             assert len(re.findall(rf"st\.global\S*\.{kind}", code)) == moved, name
             if dtype == "float32":
                 assert "f64" not in code, f"{name} computes in double"
+
+
+def test_the_device_bench_runs_each_side_as_often_as_the_others(xp, monkeypatch):
+    monkeypatch.setattr(bench_optimizers, "choose", lambda device, _index: xp if device == "gpu" else None)
+    monkeypatch.setitem(sys.modules, "torch", None)  # not installed
+    rows = {row["name"]: row for row in bench_optimizers.device_bandwidth(1000, rounds=3)}
+    calls = 4 * 5  # three rounds and one to warm up, five calls between the events
+    for name, launched in [("device copy", "copy"), ("sgd", "sgd"), ("momentum", "momentum"), ("adam", "adam"),
+                           ("center add", "add"), ("agn delta", "delta")]:  # fmt: skip
+        assert xp.log.count(launched) >= calls, name
+        words = {"device copy": 2, "momentum": 5, "adam": 7}.get(name, 3)
+        assert rows[name]["bytes_per_second"] == pytest.approx(words * 4 * 1000 / (1e-3 / 5))
+        assert rows[name]["ratio"] == pytest.approx(words / 2)
+    assert len(rows) == 6
+
+
+def test_torch_steps_move_the_same_vector_to_the_same_place():
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    x, g = np.random.default_rng(0).random((2, 100), np.float32)
+    for name in ("sgd", "momentum", "adam"):
+        here, there, optimizer = x.copy(), x.copy(), OPTIMIZERS[name](1e-3)
+        step, _ = bench_optimizers.torch_steps(there, g)[f"torch {name}"]
+        state = optimizer.init(here)
+        for _ in range(3):
+            step()
+            state = optimizer.update(here, g, state)
+        np.testing.assert_allclose(there, here, rtol=1e-5)
+        assert (there != x).all()

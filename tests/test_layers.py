@@ -13,7 +13,7 @@ LAYERS = [
     {"transport.local", "transport.p2p", "transport.collective"},
     {"transport.sharded"},
     {"center", "worker", "faults"},
-    {"agn", "launch", "monitor", "job", "simulate", "bench", "doctor", "report"},
+    {"agn", "launch", "monitor", "job", "simulate", "bench", "bench_optimizers", "doctor", "report"},
     {"cli", "__main__"},
 ]
 # A module may import these from its own layer.
@@ -21,7 +21,8 @@ WITHIN = {
     "kernels": {"backend"},  # where a vector lies
     "rules": {"optimizers"},  # Optimizer, as a type and as the center's step
     "config": {"optimizers", "rules"},  # the names and numbers it validates
-    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor"}, "bench": {"launch", "job", "monitor"},
+    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor"},
+    "bench": {"launch", "job", "monitor", "bench_optimizers"},
     "doctor": {"launch", "job", "monitor"}, "__main__": {"cli"},
 }  # fmt: skip
 MPI = {
