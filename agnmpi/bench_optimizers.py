@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import optimizers, rules
-from .backend import Array, choose
+from .backend import Array, choose, empty_like, full_like
 
 Row = dict[str, Any]
 Timer = Callable[[Callable[[], Any]], float]
@@ -34,7 +34,8 @@ def _wall(call: Callable[[], Any]) -> float:
 
 def _vectors(n: int, xp: Any) -> tuple[Array, Array]:
     rng = np.random.default_rng(0)
-    return xp.asarray(rng.random(n, np.float32)), xp.asarray(rng.random(n, np.float32))
+    x, g = (xp.asarray(rng.random(n, np.float32)) for _ in range(2))
+    return full_like(x, x), full_like(g, g)  # where the library's own vectors begin
 
 
 def _stepper(optimizer: optimizers.Optimizer, x: Array, g: Array) -> Callable[[], None]:
@@ -67,7 +68,7 @@ def optimizer_bandwidth(n: int, rounds: int = 9) -> list[Row]:
     Rows of name, n, bytes_per_second and ratio to memcpy.
     """
     x, g = _vectors(n, np)
-    y = np.empty_like(x)
+    y = empty_like(x)
     sides: dict[str, tuple[Callable[[], Any], int]] = {"memcpy": (partial(np.copyto, y, x), 2)}
     for name, (optimizer, words) in _TRIED.items():
         sides[name] = _stepper(optimizer, x, g), words
@@ -82,7 +83,7 @@ def device_bandwidth(n: int, rounds: int = 20) -> list[Row]:
     """
     xp: Any = choose("gpu", 0)
     x, g = _vectors(n, xp)
-    c = x.copy()
+    c = full_like(x, x)
     sides: dict[str, tuple[Callable[[], Any], int]] = {"device copy": (partial(xp.copyto, c, x), 2)}
     for name, (optimizer, words) in _TRIED.items():
         sides[name] = _stepper(optimizer, x, g), words

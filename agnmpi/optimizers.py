@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from .backend import Array, blocks, namespace, on_host, scratch
+from .backend import Array, blocks, full_like, on_host, scratch
 from .kernels import launch
 
 Schedule: TypeAlias = Callable[[int], float]
@@ -215,7 +215,7 @@ def _make(
     host = _HOST[kernel]
 
     def init(x: Array) -> Any:
-        return state_type(0, *(namespace(x).zeros_like(x) for _ in slot_names))
+        return state_type(0, *(full_like(x, 0) for _ in slot_names))
 
     def update(
         x: Array,
