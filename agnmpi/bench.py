@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from . import agree, optimizers, rules
+from . import agree, rules
 from .backend import Array, choose, full_like, namespace, synchronize
+from .bench_optimizers import device_bandwidth, optimizer_bandwidth
 from .center import Center, serve
 from .data import Lease, rounds
 from .floors import FLOORS
@@ -79,7 +80,9 @@ class _Ours:
         for _ in range(count):
             self._sequence += 1
             commit = Commit(worker.index, self._sequence, steps=1, wants=WORK, payload=self._x)
-            times.append(timed(lambda commit=commit: worker.end.exchange(commit, self._out).wait()))  # type: ignore[misc]
+            start = time.perf_counter()
+            worker.end.exchange(commit, self._out).wait()
+            times.append(time.perf_counter() - start)
         worker.end.leave(None, self._out).wait()
         return times
 
@@ -221,11 +224,13 @@ def quiet(comm: MPI.Comm, turns: int, pause: float = 0.2, n: int = 1000) -> dict
             facts["cpu"].append((time.process_time() - cpu) / (time.perf_counter() - start))
         else:
             out = np.empty_like(x)
+
             for sequence, kind in enumerate(("busy", "busy", "quiet"), 1):
                 if kind == "quiet":
                     time.sleep(pause)
-                commit = Commit(comm.rank - 1, sequence, steps=1, payload=x)
-                seconds = timed(lambda commit=commit: end.exchange(commit, out).wait())  # type: ignore[misc]
+                start = time.perf_counter()
+                end.exchange(Commit(comm.rank - 1, sequence, steps=1, payload=x), out).wait()
+                seconds = time.perf_counter() - start
                 if sequence > 1:
                     facts[kind].append(seconds)
             end.leave(None, out).wait()
@@ -256,33 +261,6 @@ def quiet(comm: MPI.Comm, turns: int, pause: float = 0.2, n: int = 1000) -> dict
         "busy_seconds": median("busy"),
         "quiet_seconds": median("quiet"),
     }
-
-
-def optimizer_bandwidth(n: int, rounds: int = 9) -> list[dict[str, Any]]:
-    """Bytes per second of host optimizers on n float32 parameters, counting the bytes each must touch."""
-    rng = np.random.default_rng(0)
-    x, g, y = rng.random(n, np.float32), rng.random(n, np.float32), np.empty(n, np.float32)
-    tried = {  # words read and written for each parameter
-        "sgd": (optimizers.sgd(1e-3), 3),
-        "momentum": (optimizers.momentum(1e-3), 5),
-        "adam": (optimizers.adam(1e-3), 7),
-    }
-    states = {name: optimizer.init(x) for name, (optimizer, _) in tried.items()}
-    times: dict[str, list[float]] = {name: [] for name in ("memcpy", *tried)}
-    for _ in range(rounds + 1):
-        times["memcpy"].append(timed(lambda: np.copyto(y, x)))
-        for name, (optimizer, _) in tried.items():
-
-            def update(name: str = name, optimizer: optimizers.Optimizer = optimizer) -> None:
-                states[name] = optimizer.update(x, g, states[name])
-
-            times[name].append(timed(update))
-    words = {"memcpy": 2} | {name: count for name, (_, count) in tried.items()}
-    rates = {name: 4 * n * words[name] / statistics.median(seconds[1:]) for name, seconds in times.items()}
-    return [
-        {"name": name, "n": n, "bytes_per_second": rate, "ratio": rate / rates["memcpy"]}
-        for name, rate in rates.items()
-    ]
 
 
 class Options(NamedTuple):
@@ -321,7 +299,10 @@ def main(comm: MPI.Comm, given: Options) -> int:
     packed = pack_only(given.sizes, given.rounds, xp) if alone else []
     meet(comm)
     report["pack"] = json.loads(agree.allgather(comm, json.dumps(packed))[min(1, comm.size - 1)])
-    report["optimizers"] = optimizer_bandwidth(given.optimizer_size) if comm.rank == 0 and given.optimizer_size else []
+    measured = []
+    if alone and given.optimizer_size:
+        measured = optimizer_bandwidth(given.optimizer_size) if xp is np else device_bandwidth(given.optimizer_size)
+    report["optimizers"] = json.loads(agree.allgather(comm, json.dumps(measured))[min(1, comm.size - 1)])
     meet(comm)
     if comm.rank == 0:
         _show(report)
@@ -378,4 +359,4 @@ def _show(report: dict[str, Any]) -> None:
             [row["name"], f"{row['n']:,}", f"{row['bytes_per_second'] / 1e9:.1f}", f"{100 * row['ratio']:.0f} %"]
             for row in report["optimizers"]
         ]
-        table("host optimizers, float32", ("name", "n", "GB/s", "of memcpy"), lines)
+        table("optimizers, float32", ("name", "n", "GB/s", "of memcpy"), lines)

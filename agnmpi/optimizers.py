@@ -1,7 +1,8 @@
 """Optimizers as (init, update) pairs over one flat vector, and rate schedules.
 
 An update works in place and in cache-sized blocks on the host: x, its gradient and its slots pass through
-the cache once, and no temporary is longer than a block. On a device it works on the whole vector.
+the cache once, and no temporary is longer than a block. On a device it is one launch of the kernel of the same name
+in `kernels`, with weight decay and scaling in it.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +11,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from .backend import Array, blocks, namespace, scratch
+from .backend import Array, blocks, full_like, on_host, scratch
+from .kernels import launch
 
 Schedule: TypeAlias = Callable[[int], float]
 Range: TypeAlias = tuple[int, int]
@@ -83,20 +85,121 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
     return lambda step: schedule(step) * min(1.0, (step + 1) / steps)
 
 
+def _joined(ranges: Sequence[Range]) -> list[Range]:
+    """`ranges`, with those that follow on each other made one: fewer launches.
+
+    >>> _joined([(0, 3), (3, 5), (7, 9)])
+    [(0, 5), (7, 9)]
+    """
+    joined: list[Range] = []
+    for lo, hi in ranges:
+        if joined and joined[-1][1] == lo:
+            lo = joined.pop()[0]
+        joined.append((lo, hi))
+    return joined
+
+
 def global_norm(g: Array, ranges: Sequence[Range]) -> float:
-    """‖g‖₂ over the ranges, summed in float64 from block to block."""
-    return sqrt(sum(float(g[part] @ g[part]) for lo, hi in ranges for part in blocks(g, lo, hi)))
+    """‖g‖₂ over the ranges: on the host summed in float64 from block to block, on a device in g's dtype."""
+    if on_host(g):
+        return sqrt(sum(float(g[part] @ g[part]) for lo, hi in ranges for part in blocks(g, lo, hi)))
+    squares = [g[lo:hi] @ g[lo:hi] for lo, hi in _joined(ranges)]
+    return sqrt(float(sum(squares[1:], squares[0]))) if squares else 0.0  # the one wait for the device
 
 
-# A kernel moves one block x against g, in place, with the block's slots, two scratch arrays, the rate and
-# the step count t (from 1).
-Kernel: TypeAlias = Callable[[Array, Array, Sequence[Array], Array, Array, float, int], None]
+# A host kernel moves one block x against g, in place, with the block's slots, two scratch arrays and the scalars of
+# the step: 0-d arrays of x's dtype, for which NumPy's calls cost less than for Python's numbers.
+HostKernel: TypeAlias = Callable[..., None]
+
+
+def _sgd(x: Array, g: Array, _slots: Sequence[Array], s: Array, _r: Array, eta: Array) -> None:
+    x -= np.multiply(g, eta, out=s)
+
+
+def _momentum(x: Array, g: Array, slots: Sequence[Array], s: Array, _r: Array, eta: Array, beta: Array) -> None:
+    (m,) = slots
+    m *= beta
+    m += g
+    x -= np.multiply(m, eta, out=s)
+
+
+def _nesterov(x: Array, g: Array, slots: Sequence[Array], s: Array, _r: Array, eta: Array, beta: Array) -> None:
+    (m,) = slots
+    m *= beta
+    m += g
+    np.multiply(m, beta, out=s)
+    s += g
+    s *= eta
+    x -= s
+
+
+def _adagrad(x: Array, g: Array, slots: Sequence[Array], s: Array, r: Array, eta: Array, epsilon: Array) -> None:
+    (v,) = slots
+    v += np.multiply(g, g, out=s)
+    np.sqrt(v, out=s)
+    s += epsilon
+    np.multiply(g, eta, out=r)
+    x -= np.divide(r, s, out=s)
+
+
+def _rmsprop(
+    x: Array, g: Array, slots: Sequence[Array], s: Array, r: Array, eta: Array, rho: Array, fresh: Array, epsilon: Array
+) -> None:
+    (v,) = slots
+    np.multiply(g, g, out=s)
+    s *= fresh
+    v *= rho
+    v += s
+    np.sqrt(v, out=s)
+    s += epsilon
+    np.multiply(g, eta, out=r)
+    x -= np.divide(r, s, out=s)
+
+
+def _adam(
+    x: Array,
+    g: Array,
+    slots: Sequence[Array],
+    s: Array,
+    _r: Array,
+    beta1: Array,
+    fresh1: Array,
+    beta2: Array,
+    fresh2: Array,
+    epsilon: Array,
+    eta: Array,
+) -> None:
+    m, v = slots
+    # The order that was fastest of several: g is used twice while it is near, and few calls take three vectors.
+    np.multiply(g, fresh2, out=s)
+    s *= g
+    v *= beta2
+    v += s
+    np.multiply(g, fresh1, out=s)
+    m *= beta1
+    m += s
+    np.sqrt(v, out=s)
+    s += epsilon
+    np.divide(m, s, out=s)
+    s *= eta
+    x -= s
+
+
+_HOST: dict[str, HostKernel] = {
+    "sgd": _sgd,
+    "momentum": _momentum,
+    "nesterov": _nesterov,
+    "adagrad": _adagrad,
+    "rmsprop": _rmsprop,
+    "adam": _adam,
+}
 
 
 def _make(
     name: str,
     state_type: type[Any],
-    kernel: Kernel,
+    kernel: str,
+    scalars: Callable[[float, int, np.dtype[Any]], Sequence[float]],  # of rate, step count from 1, dtype
     rate: float | Schedule,
     weight_decay: float,
     clip: float,
@@ -109,9 +212,10 @@ def _make(
     if not clip >= 0:
         raise ValueError(f"clip must not be negative, but is {clip!r} (0 means no clipping)")
     slot_names = state_type._fields[1:]
+    host = _HOST[kernel]
 
     def init(x: Array) -> Any:
-        return state_type(0, *(namespace(x).zeros_like(x) for _ in slot_names))
+        return state_type(0, *(full_like(x, 0) for _ in slot_names))
 
     def update(
         x: Array,
@@ -130,7 +234,16 @@ def _make(
             norm = abs(scale) * global_norm(g, ranges)
             if norm > clip:
                 scale *= clip / norm
-        slots = state[1:]
+        slots, now = state[1:], scalars(eta, count, x.dtype)
+        if not on_host(x):
+            keep = 1 - eta * weight_decay if decoupled else 1.0
+            decay = 0.0 if decoupled else weight_decay
+            for lo, hi in _joined(ranges):
+                launch(kernel, g[lo:hi], scale, decay, keep, *now, x[lo:hi], *(slot[lo:hi] for slot in slots))
+                if between:
+                    between()
+            return state._replace(step=count)
+        constants = [np.array(number, x.dtype) for number in now]
         s, r, scaled = scratch(x, 3)
         for lo, hi in ranges:
             for part in blocks(x, lo, hi):
@@ -138,11 +251,11 @@ def _make(
                 if scale != 1.0:
                     gb = np.multiply(gb, scale, out=scaled[:size])
                 if weight_decay and not decoupled:
-                    decay = np.multiply(xb, weight_decay, out=s[:size])
-                    gb = np.add(gb, decay, out=scaled[:size])
+                    wx = np.multiply(xb, weight_decay, out=s[:size])
+                    gb = np.add(gb, wx, out=scaled[:size])
                 elif weight_decay:
                     xb *= 1 - eta * weight_decay
-                kernel(xb, gb, [slot[part] for slot in slots], s[:size], r[:size], eta, count)
+                host(xb, gb, [slot[part] for slot in slots], s[:size], r[:size], *constants)
                 if between:
                     between()
         return state._replace(step=count)
@@ -170,10 +283,7 @@ def sgd(rate: float | Schedule, weight_decay: float = 0.0, clip: float = 0.0) ->
     array([0.5, 1.5])
     """
 
-    def kernel(x: Array, g: Array, _slots: Sequence[Array], s: Array, _r: Array, eta: float, _t: int) -> None:
-        x -= np.multiply(g, eta, out=s)
-
-    return _make("sgd", SgdState, kernel, rate, weight_decay, clip)
+    return _make("sgd", SgdState, "sgd", lambda eta, _t, _dtype: (eta,), rate, weight_decay, clip)
 
 
 class MomentumState(NamedTuple):
@@ -188,15 +298,7 @@ def momentum(rate: float | Schedule, beta: float = 0.9, weight_decay: float = 0.
 
     Raises ValueError unless 0 ≤ β < 1.
     """
-    _fraction(beta=beta)
-
-    def kernel(x: Array, g: Array, slots: Sequence[Array], s: Array, _r: Array, eta: float, _t: int) -> None:
-        (m,) = slots
-        m *= beta
-        m += g
-        x -= np.multiply(m, eta, out=s)
-
-    return _make("momentum", MomentumState, kernel, rate, weight_decay, clip, numbers=f", beta {beta:g}")
+    return _momentum_like("momentum", rate, beta, weight_decay, clip)
 
 
 def nesterov(rate: float | Schedule, beta: float = 0.9, weight_decay: float = 0.0, clip: float = 0.0) -> Optimizer:
@@ -204,18 +306,16 @@ def nesterov(rate: float | Schedule, beta: float = 0.9, weight_decay: float = 0.
 
     Raises ValueError unless 0 ≤ β < 1.
     """
+    return _momentum_like("nesterov", rate, beta, weight_decay, clip)
+
+
+def _momentum_like(name: str, rate: float | Schedule, beta: float, weight_decay: float, clip: float) -> Optimizer:
     _fraction(beta=beta)
 
-    def kernel(x: Array, g: Array, slots: Sequence[Array], s: Array, _r: Array, eta: float, _t: int) -> None:
-        (m,) = slots
-        m *= beta
-        m += g
-        np.multiply(m, beta, out=s)
-        s += g
-        s *= eta
-        x -= s
+    def scalars(eta: float, _t: int, _dtype: np.dtype[Any]) -> Sequence[float]:
+        return eta, beta
 
-    return _make("nesterov", MomentumState, kernel, rate, weight_decay, clip, numbers=f", beta {beta:g}")
+    return _make(name, MomentumState, name, scalars, rate, weight_decay, clip, numbers=f", beta {beta:g}")
 
 
 class AdagradState(NamedTuple):
@@ -229,15 +329,11 @@ def adagrad(rate: float | Schedule, epsilon: float = 1e-10, weight_decay: float 
     """Adagrad: v ← v + g², x ← x − ηg/(√v + ε) (Duchi, Hazan, Singer 2011; diagonal, v from 0)."""
     _positive("epsilon", epsilon)
 
-    def kernel(x: Array, g: Array, slots: Sequence[Array], s: Array, r: Array, eta: float, _t: int) -> None:
-        (v,) = slots
-        v += np.multiply(g, g, out=s)
-        np.sqrt(v, out=s)
-        s += epsilon
-        np.multiply(g, eta, out=r)
-        x -= np.divide(r, s, out=s)
+    def scalars(eta: float, _t: int, _dtype: np.dtype[Any]) -> Sequence[float]:
+        return eta, epsilon
 
-    return _make("adagrad", AdagradState, kernel, rate, weight_decay, clip, numbers=f", epsilon {epsilon:g}")
+    numbers = f", epsilon {epsilon:g}"
+    return _make("adagrad", AdagradState, "adagrad", scalars, rate, weight_decay, clip, numbers=numbers)
 
 
 class RmspropState(NamedTuple):
@@ -261,19 +357,11 @@ def rmsprop(
     _fraction(decay=decay)
     _positive("epsilon", epsilon)
 
-    def kernel(x: Array, g: Array, slots: Sequence[Array], s: Array, r: Array, eta: float, _t: int) -> None:
-        (v,) = slots
-        np.multiply(g, g, out=s)
-        s *= 1 - decay
-        v *= decay
-        v += s
-        np.sqrt(v, out=s)
-        s += epsilon
-        np.multiply(g, eta, out=r)
-        x -= np.divide(r, s, out=s)
+    def scalars(eta: float, _t: int, _dtype: np.dtype[Any]) -> Sequence[float]:
+        return eta, decay, 1 - decay, epsilon
 
     numbers = f", decay {decay:g}, epsilon {epsilon:g}"
-    return _make("rmsprop", RmspropState, kernel, rate, weight_decay, clip, numbers=numbers)
+    return _make("rmsprop", RmspropState, "rmsprop", scalars, rate, weight_decay, clip, numbers=numbers)
 
 
 class AdamState(NamedTuple):
@@ -284,7 +372,7 @@ class AdamState(NamedTuple):
     v: Array
 
 
-def _adam(
+def _adam_like(
     name: str,
     rate: float | Schedule,
     beta1: float,
@@ -297,25 +385,20 @@ def _adam(
     _fraction(beta1=beta1, beta2=beta2)
     _positive("epsilon", epsilon)
 
-    def kernel(x: Array, g: Array, slots: Sequence[Array], s: Array, _r: Array, eta: float, t: int) -> None:
-        m, v = slots
-        np.subtract(g, m, out=s)
-        s *= 1 - beta1
-        m += s
-        np.multiply(g, g, out=s)
-        s -= v
-        s *= 1 - beta2
-        v += s
+    def scalars(eta: float, t: int, dtype: np.dtype[Any]) -> Sequence[float]:
+        held1, held2 = _held(beta1, dtype), _held(beta2, dtype)
         # η m̂/(√v̂ + ε) with both bias corrections drawn into two scalars.
-        root = sqrt(1 - beta2**t)
-        np.sqrt(v, out=s)
-        s += epsilon * root
-        np.divide(m, s, out=s)
-        s *= eta * root / (1 - beta1**t)
-        x -= s
+        root = sqrt(1 - held2**t)
+        return held1, 1 - held1, held2, 1 - held2, epsilon * root, eta * root / (1 - held1**t)
 
     numbers = f", beta1 {beta1:g}, beta2 {beta2:g}, epsilon {epsilon:g}"
-    return _make(name, AdamState, kernel, rate, weight_decay, clip, decoupled, numbers)
+    return _make(name, AdamState, "adam", scalars, rate, weight_decay, clip, decoupled, numbers)
+
+
+def _held(beta: float, dtype: np.dtype[Any]) -> float:
+    """β as `dtype` holds it: of the float32 next to 0.999, 1 − β is not 0.001 but 1.3e-5 of it less."""
+    held = float(dtype.type(beta))
+    return held if held < 1 else beta
 
 
 def adam(
@@ -330,7 +413,7 @@ def adam(
 
     m̂ and v̂ are corrected for bias; weight decay adds wx to g. Raises ValueError unless 0 ≤ β₁, β₂ < 1.
     """
-    return _adam("adam", rate, beta1, beta2, epsilon, weight_decay, clip, decoupled=False)
+    return _adam_like("adam", rate, beta1, beta2, epsilon, weight_decay, clip, decoupled=False)
 
 
 def adamw(
@@ -342,7 +425,7 @@ def adamw(
     clip: float = 0.0,
 ) -> Optimizer:
     """Adam with decoupled weight decay: x ← (1 − ηw)x before Adam's step (Loshchilov, Hutter, arXiv:1711.05101)."""
-    return _adam("adamw", rate, beta1, beta2, epsilon, weight_decay, clip, decoupled=True)
+    return _adam_like("adamw", rate, beta1, beta2, epsilon, weight_decay, clip, decoupled=True)
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

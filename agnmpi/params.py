@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backend import Array, as_array, namespace
+from .backend import Array, as_array, empty, namespace, on_host
 
 Params = Mapping[str, Any]
 
@@ -98,16 +98,27 @@ class Layout(NamedTuple):
         if set(items) != set(self.names):
             raise ValueError(f"parameters are named {sorted(items)}, expected {sorted(self.names)}")
         if out is None:
-            out = namespace(items[self.names[0]]).empty(self.size, self.dtype)
+            out = empty(self.size, self.dtype, items[self.names[0]])
+        if not on_host(out) and not any(on_host(value) for value in items.values()):
+            for name, shape in zip(self.names, self.shapes):
+                self.check(name, shape, items[name])
+            # CuPy copies many small arrays in one launch.
+            namespace(out).concatenate([items[name].reshape(-1) for name in self.names], out=out)
+            return out
         for name, view in self.views(out).items():
             self.fill(name, view, items[name])
         return out
 
     @staticmethod
-    def fill(name: str, view: Array, value: Array) -> None:
+    def check(name: str, shape: tuple[int, ...], value: Array) -> None:
+        """Raise ValueError unless `value`, meant for `name`, has `shape`."""
+        if value.shape != shape:
+            raise ValueError(f"{name!r} has shape {value.shape}, expected {shape}")
+
+    @classmethod
+    def fill(cls, name: str, view: Array, value: Array) -> None:
         """Copy `value` into the view of `name`; raises ValueError for another shape."""
-        if value.shape != view.shape:
-            raise ValueError(f"{name!r} has shape {value.shape}, expected {view.shape}")
+        cls.check(name, view.shape, value)
         view[...] = value
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .backend import Array, blocks, scratch
+from .backend import Array, blocks, on_host, scratch
+from .kernels import launch
 from .optimizers import Optimizer
 
 
@@ -17,6 +18,9 @@ def _adopt_center(x: Array, sent: Array, _delta: Array, c: Array) -> None:
     """x ← c + (x − sent), where sent is x when the delta was formed; without overlap sent is x: x ← c."""
     if sent is x:
         x[...] = c
+        return
+    if not on_host(x):
+        launch("adopt", c, sent, x)
         return
     (s,) = scratch(x, 1)
     for part in blocks(x):
@@ -76,6 +80,9 @@ def agn(variant: str = "displacement") -> Rule:
     """
 
     def displacement(x: Array, o: Array, _a: Array, k: int, out: Array) -> None:
+        if not on_host(x):
+            launch("delta", x, o, k, out)
+            return
         for part in blocks(x):
             d = np.subtract(x[part], o[part], out=out[part])
             d /= k
@@ -105,6 +112,9 @@ def _elastic(name: str, alpha: float) -> Rule:
         raise ValueError(f"{name}: α = ηρ must lie in (0, 1], not {alpha!r}; lower rho or the rate")
 
     def delta(x: Array, o: Array, _a: Array, _k: int, out: Array) -> None:
+        if not on_host(x):
+            launch("elastic", x, o, alpha, out)
+            return
         for part in blocks(x):
             d = np.subtract(x[part], o[part], out=out[part])
             d *= alpha
@@ -160,6 +170,11 @@ def center_step(
     """
     if optimizer is not None:
         return optimizer.update(c, delta, state, scale=-weight, step=steps, between=between)
+    if not on_host(c):
+        launch("add", delta, weight, c)
+        if between:
+            between()
+        return state
     (s,) = scratch(c, 1)
     for part in blocks(c):
         d = delta[part] if weight == 1.0 else np.multiply(delta[part], weight, out=s[: part.stop - part.start])

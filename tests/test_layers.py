@@ -14,15 +14,17 @@ LAYERS = [
     {"transport.sharded"},
     {"center", "worker", "faults"},
     {"wiring", "probe"},
-    {"agn", "launch", "monitor", "job", "simulate", "floors", "bench", "doctor", "report"},
+    {"agn", "launch", "monitor", "job", "simulate", "floors", "bench", "bench_optimizers", "doctor", "report"},
     {"cli", "__main__"},
 ]
 # A module may import these from its own layer.
 WITHIN = {
+    "kernels": {"backend"},  # where a vector lies
     "rules": {"optimizers"},  # Optimizer, as a type and as the center's step
     "transport.windows": {"transport.base", "transport.wire"},
     "config": {"optimizers", "rules"},  # the names and numbers it validates
-    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor"}, "bench": {"floors", "launch", "job", "monitor"},
+    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor"},
+    "bench": {"bench_optimizers", "floors", "launch", "job", "monitor"},
     "doctor": {"launch", "job", "monitor"}, "__main__": {"cli"},
 }  # fmt: skip
 MPI = {

@@ -1,0 +1,70 @@
+"""Fused kernels for devices: one pass over memory, each vector read once and written once.
+
+A kernel is a short C expression over one element. CuPy compiles it for float32 and for float64; T is the vectors'
+dtype, and scalars, computed on the host in double, are rounded to it, as NumPy does. Each body reads all that it
+needs before it writes: the compiler may not assume that the vectors lie apart, and would read them again.
+"""
+
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from .backend import Array, namespace
+
+
+class Body(NamedTuple):
+    """What a kernel takes, in this order, and what it does to one element."""
+
+    inputs: str  # vectors and scalars that it reads
+    inouts: str  # vectors that it moves in place, or writes
+    code: str
+
+
+def _step(slots: str, scalars: str, code: str) -> Body:
+    """An optimizer's kernel: d = scale·g + decay·x is what it sees as gradient, y = keep·x where it starts from.
+
+    scale: clipping, weight at the center, sign; decay: w of coupled weight decay; keep: 1 − ηw of the decoupled.
+    """
+    inouts = f"T x, {slots}" if slots else "T x"
+    return Body(
+        f"T g, T scale, T decay, T keep, {scalars}", inouts, f"const T d = scale * g + decay * x, y = keep * x; {code}"
+    )
+
+
+KERNELS = {
+    # Optimizers: as the functions of these names in `optimizers`, with the same scalars in the same order.
+    "sgd": _step("", "T eta", "x = y - eta * d;"),
+    "momentum": _step("T m", "T eta, T beta", "const T u = beta * m + d; m = u; x = y - eta * u;"),
+    "nesterov": _step("T m", "T eta, T beta", "const T u = beta * m + d; m = u; x = y - eta * (beta * u + d);"),
+    "adagrad": _step("T v", "T eta, T epsilon", "const T u = v + d * d; v = u; x = y - eta * d / (sqrt(u) + epsilon);"),
+    "rmsprop": _step(
+        "T v",
+        "T eta, T rho, T fresh, T epsilon",
+        "const T u = rho * v + fresh * (d * d); v = u; x = y - eta * d / (sqrt(u) + epsilon);",
+    ),
+    "adam": _step(
+        "T m, T v",
+        "T beta1, T fresh1, T beta2, T fresh2, T epsilon, T eta",
+        "const T p = beta1 * m + fresh1 * d, q = beta2 * v + fresh2 * d * d; "
+        "m = p; v = q; x = y - eta * (p / (sqrt(q) + epsilon));",
+    ),
+    # Rules.
+    "delta": Body("T x, T o, T k", "T delta", "delta = (x - o) / k;"),
+    "elastic": Body("T x, T c, T alpha", "T delta", "delta = alpha * (x - c);"),
+    "adopt": Body("T c, T sent", "T x", "x = x + (c - sent);"),
+    "add": Body("T delta, T weight", "T c", "c = c + weight * delta;"),
+}
+
+
+@cache
+def kernel(xp: ModuleType, name: str) -> Any:
+    """The kernel `name` as an ElementwiseKernel of `xp`; made once, compiled at the first launch for each dtype."""
+    return xp.ElementwiseKernel(*KERNELS[name], f"agnmpi_{name}")
+
+
+def launch(name: str, first: Array, *rest: Array | float) -> None:
+    """Run the kernel `name`, one launch on the current stream, on device vectors (n,) and scalars.
+
+    The arguments stand in the order of its Body: inputs, then those that are moved in place.
+    """
+    kernel(namespace(first), name)(first, *rest)
