@@ -257,15 +257,23 @@ def test_train_itself_refuses_worlds_of_one(slurm, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_right_srun(slurm, tmp_path):
+def test_without_mpiexec_the_right_srun_is_found(slurm, tmp_path):
     offered = slurm.call("srun", "--mpi=list")[1].split()
     if RIGHT not in offered:
         pytest.skip(f"this SLURM has no --mpi={RIGHT}, only {offered}")
+    venv = tmp_path / "venv/bin"
+    venv.mkdir(parents=True)
+    (venv / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (venv / "python3").chmod(0o755)
+    path = ":".join(d for d in os.environ["PATH"].split(":") if d != str(Path(sys.executable).parent))
+    if found := shutil.which("mpiexec", path=path):
+        pytest.skip(f"there is a {found} besides")
     states, output, runs = slurm.run(
         tmp_path, "nodes.sbatch", QUADRATIC, "--epochs", 4, options=["--ntasks-per-node=2"],
-        env={"AGNMPI_LAUNCH": f"srun --mpi={RIGHT}"},
+        env={"AGNMPI_VENV": str(venv.parent), "PATH": path},
     )  # fmt: skip
     assert states == ["COMPLETED"], output
+    assert f": srun --mpi={RIGHT} --cpus-per-task=1 -n 4 python3 -m agnmpi" in output
     (result,) = results(runs)
     assert result["workers"] == 3
 
