@@ -80,7 +80,7 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
     if not shutil.which("mpiexec") and not shutil.which("mpiexec", path=beside):
         hints.append("no mpiexec on PATH; type: pip install 'agnmpi[mpich]', or load your cluster's MPI module")
     if not devices:
-        hints.append(_no_device())
+        hints += [*launch.unused_devices(devices), _no_device()]
     crowded = any(rank["local_size"] > rank["cores"] for rank in ranks)
     if crowded and "Open MPI" in library() and os.environ.get("OMPI_MCA_mpi_yield_when_idle") != "1":  # noqa: SIM112
         hints.append("more ranks than cores under Open MPI: type: . jobs/env-openmpi.sh, so that waiting ranks yield")

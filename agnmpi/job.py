@@ -11,7 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from . import agree, launch
-from .backend import Array, choose
+from .backend import Array, choose, device_count
 from .checkpoint import save, write_atomic
 from .config import Config
 from .data import Plan
@@ -153,6 +153,7 @@ def _introduction(config: Config, layout: Layout, plan: Plan, workers: int, size
         f"{config.optimizer} {config.rate:g}, center {config.center_optimizer}, transport {config.transport}, "
         f"{library()}",
         *launch.advice(config.make_rule(), workers, config.period),
+        *(launch.unused_devices(device_count()) if config.device == "auto" else ()),
     ]
 
 

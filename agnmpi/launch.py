@@ -54,17 +54,37 @@ def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> 
     if MPI.COMM_WORLD.size > 1 or comm.size > 1:
         return
     library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
+    # Under mpiexec the tasks of the step are its daemons, one on each node.
+    by_mpiexec = "OMPI_COMM_WORLD_SIZE" in environment or "MPI_LOCALNRANKS" in environment
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1") if "SLURM_STEP_ID" in environment else "1"
+    if tasks not in ("", "1") and not by_mpiexec:
+        speaks = "pmix" if library.startswith("Open MPI") else "pmi2"
+        raise ConfigError(
+            f"srun started {tasks} tasks, but each is a world of its own: {library} "
+            f"does not speak what srun offered; pass srun --mpi={speaks}, or use mpiexec of the same environment "
+            "in the batch file"
+        )
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"):
         if environment.get(name, "1") not in ("", "0", "1"):
             raise ConfigError(
                 f"the launcher started {environment[name]} ranks, but each is a world of its own: mpiexec is of "
                 f"another MPI than mpi4py's ({library}); use the mpiexec of the same environment"
             )
-    if "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "1"):
-        raise ConfigError(
-            f"srun started {environment['SLURM_STEP_NUM_TASKS']} tasks, but each is a world of its own: {library} "
-            "does not speak what srun offered; pass srun --mpi=pmi2 (MPICH) or --mpi=pmix (Open MPI), or use mpiexec"
-        )
+
+
+def unused_devices(devices: int, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Say that SLURM gave this node GPUs of which none can be used; `devices`: how many can.
+
+    >>> unused_devices(4, {"SLURM_GPUS_ON_NODE": "4"}), unused_devices(0, {})
+    ([], [])
+    """
+    given = environment.get("SLURM_GPUS_ON_NODE", "")
+    if devices or given in ("", "0"):
+        return []
+    return [
+        f"WARNING: SLURM gave this job {given} GPU(s) on this node, but CuPy finds none: the workers compute on the "
+        "CPU; agnmpi doctor says what is missing"
+    ]
 
 
 def agree_on_model(comm: MPI.Comm, layout: Layout, facts: Mapping[str, str]) -> None:

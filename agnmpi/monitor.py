@@ -31,7 +31,9 @@ def terminal() -> tuple[bool, int]:
     """
     path = _launcher_output()
     if path is None:
-        return sys.stdout.isatty(), os.get_terminal_size(1).columns if sys.stdout.isatty() else 100
+        # Under Open MPI's daemon on a node of its own the pseudo-terminal says nothing of where the output ends.
+        live = sys.stdout.isatty() and "PMIX_RANK" not in os.environ
+        return live, (os.get_terminal_size(1).columns if live else 100) or 80
     if not re.match(r"/dev/(pts/|tty)", path):
         return False, 100
     try:

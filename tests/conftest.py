@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,11 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_collection_modifyitems(items):
     from agnmpi.backend import device_count
 
+    if os.environ.get("AGNMPI_LONG") != "1":
+        skip = pytest.mark.skip(reason="takes minutes: AGNMPI_LONG=1")
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(skip)
     if not device_count():
         skip = pytest.mark.skip(reason="no CUDA device that CuPy can use")
         for item in items:

@@ -80,12 +80,17 @@ def test_worlds_of_one_that_were_meant_to_be_many():
 
     if MPI.COMM_WORLD.size > 1:
         pytest.skip("one rank only")
+    speaks = "pmix" if MPI.Get_library_version().startswith("Open MPI") else "pmi2"
     check_world(MPI.COMM_WORLD, {})
     check_world(MPI.COMM_WORLD, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"})
+    # `mpiexec -n 1` over two nodes: the step is that of its daemons.
+    check_world(MPI.COMM_WORLD, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"})
     for environment, text in [
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "started 4 ranks, but each is a world of its own"),
         ({"PMI_SIZE": "8"}, "another MPI"),
-        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "srun --mpi=pmi2"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}, f"srun --mpi={speaks}"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "PMI_SIZE": "4"}, f"srun --mpi={speaks}"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "2"}, "another MPI"),
     ]:
         with pytest.raises(ConfigError, match=text):
             check_world(MPI.COMM_WORLD, environment)
