@@ -8,11 +8,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "agnmpi"
 LAYERS = [
     {"version", "backend"},
-    {"params", "optimizers", "rules", "data", "checkpoint", "metrics", "config", "problem", "agree", "hook"},
+    {"params", "optimizers", "rules", "data", "checkpoint", "metrics", "config", "timing", "problem", "agree", "hook"},
     {"transport.base", "transport.wire"},
     {"transport.local", "transport.p2p", "transport.collective"},
-    {"transport.sharded"},
-    {"center", "worker", "faults"},
+    {"transport.sharded", "transport.virtual"},
+    {"center", "worker", "record", "faults"},
     {"agn", "launch", "monitor", "job", "simulate", "bench", "doctor", "report"},
     {"cli", "__main__"},
 ]
@@ -20,7 +20,10 @@ LAYERS = [
 WITHIN = {
     "rules": {"optimizers"},  # Optimizer, as a type and as the center's step
     "config": {"optimizers", "rules"},  # the names and numbers it validates
-    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor"}, "bench": {"launch", "job", "monitor"},
+    "timing": {"config"},  # how options are declared and checked
+    "simulate": {"launch", "job", "monitor"},
+    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor"},
+    "bench": {"launch", "job", "monitor"},
     "doctor": {"launch", "job", "monitor"}, "__main__": {"cli"},
 }  # fmt: skip
 MPI = {
