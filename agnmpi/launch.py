@@ -25,6 +25,7 @@ from .version import __version__
 from .worker import Worker
 
 Observe = Callable[[Commit, Array], None]
+Record = Callable[[Commit, Reply], None]
 
 
 class Place(NamedTuple):
@@ -57,6 +58,13 @@ def limit_blas(threads: int) -> None:
     import threadpoolctl
 
     threadpoolctl.threadpool_limits(threads)
+
+
+def blas_threads() -> int:
+    """Count the threads that BLAS uses here."""
+    import threadpoolctl
+
+    return max((int(pool["num_threads"]) for pool in threadpoolctl.threadpool_info()), default=1)
 
 
 def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> None:
@@ -172,11 +180,13 @@ def connect(
     slots: int = 4,
     workers: int = 1,
     observe: Observe | None = None,
+    record: Record | None = None,
 ) -> Member:
     """Give this rank its part; collective over `comm`, which must be ours (duplicated).
 
     `x`: (n,) parameters of this rank, moved in place; rank 0's are the center's. `observe(commit, c)` is called
-    after each applied commit where the center is applied (every rank with transport collective).
+    after each applied commit where the center is applied (every rank with transport collective), `record(commit,
+    reply)` after each message, whatever it asks.
     """
     wire = Direct() if on_host(x) else Staged()
     count = {"p2p": comm.size - 1, "collective": comm.size, "local": workers}[transport]
@@ -185,6 +195,8 @@ def connect(
         reply = center.apply(commit, c)
         if observe is not None and commit.payload is not None:
             observe(commit, c)
+        if record is not None:
+            record(commit, reply)
         return reply
 
     def worker(end: WorkerEnd, index: int, x: Array) -> Worker:
