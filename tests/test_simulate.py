@@ -169,6 +169,28 @@ def test_a_pull_is_of_the_moment_of_its_service():
     np.testing.assert_array_equal(c, 4 * n)
 
 
+@pytest.mark.parametrize("costs", [FREE, {}], ids=["free", "costly"])
+def test_no_message_overtakes_another(costs):
+    """A last commit and the farewell behind it leave together; the farewell is shorter, and ties are drawn."""
+    for seed in range(8):
+        timing, kinds = Timing(ties="random", time_seed=seed, **costs), []
+        agenda = Agenda(timing.tie())
+        held = Center(rules.agn(), np.zeros(1000), 1)
+
+        def apply(commit, c, held=held, kinds=kinds):
+            reply = held.apply(commit, c)
+            kinds.append(record.Served.of(commit, reply).kind)
+            return reply
+
+        station = Station(agenda, LocalCenter(np.zeros(1000), 1, apply), timing)
+        end, out = VirtualWorker(0, [station], [slice(0, 1000)]), np.full(1000, np.nan)
+        handle = end.leave(Commit(0, 1, payload=np.ones(1000)), out)
+        agenda.run()
+        assert handle.test()
+        assert kinds == ["commit", "leave"]
+        np.testing.assert_array_equal(out, 1)
+
+
 @pytest.mark.parametrize("rule", ["agn", "aeasgd"])
 @pytest.mark.parametrize("centers", [1, 2])
 def test_timing_only_says_what_the_simulation_says(tmp_path, rule, centers):

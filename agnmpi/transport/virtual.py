@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
+from math import inf, nextafter
 
 from ..backend import Array
 from ..timing import Timing
@@ -41,7 +42,7 @@ class Station:
         self._agenda, self._center, self._timing = agenda, center, timing
         self._line: deque[tuple[float, LocalHandle, Callable[[], None]]] = deque()
         self._serving = False
-        self._behind: dict[int, float] = {}  # arrival of each worker's last message: none overtakes another
+        self._flying: dict[int, float] = {}  # arrival of a worker's last message, while that is on its way
         self.served, self.longest = 0.0, 0  # seconds of service, longest line
         self.waits: list[float] = []
 
@@ -50,12 +51,16 @@ class Station:
         handle = LocalHandle(self._center, commit, out)
         payload = 0 if commit.payload is None else commit.payload.nbytes
         arrival = self._agenda.now + (self._timing.transfer(payload) if payload else self._timing.latency)
-        arrival = max(arrival, self._behind.get(commit.worker, 0.0))
-        self._behind[commit.worker] = arrival
+        before = self._flying.get(commit.worker)
+        if before is not None and arrival <= before:  # a worker's messages do not overtake each other
+            arrival = nextafter(before, inf)
+        self._flying[commit.worker] = arrival
         self._agenda.at(arrival, commit.worker, partial(self._arrive, handle, answered))
         return handle
 
     def _arrive(self, handle: LocalHandle, answered: Callable[[], None]) -> None:
+        if self._flying[handle.commit.worker] == self._agenda.now:
+            del self._flying[handle.commit.worker]
         self._center.put(handle)
         self._line.append((self._agenda.now, handle, answered))
         if self._serving:
