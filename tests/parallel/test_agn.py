@@ -58,6 +58,8 @@ def test_golden_two_workers(comm, case):
     with AGNOptimizer(optimizer, params, part, 1, rule=rule) as opt:
         remaining = list(turns)
         for _ in opt.steps():
+            if len(remaining) == len(turns):
+                workers.Barrier()  # both have begun, from the center before any commit
             while remaining:
                 turn, x, c = remaining.pop(0)
                 mine = turn == workers.rank
