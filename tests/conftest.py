@@ -13,9 +13,14 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     from agnmpi.backend import device_count
 
+    if "long" not in config.option.markexpr:
+        skip = pytest.mark.skip(reason="long, or a measurement: pytest -m long runs it")
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(skip)
     if not device_count():
         skip = pytest.mark.skip(reason="no CUDA device that CuPy can use")
         for item in items:

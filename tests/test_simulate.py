@@ -375,3 +375,28 @@ def test_a_record_cut_short_by_a_crash_replays_to_where_it_ends(tmp_path):
     (crashed / record.NAME).write_text("".join(lines))
     with pytest.raises(RuntimeError, match=r"order.jsonl, line 11: the run had Served"):
         simulate.replay(crashed, config(tmp_path / "b", 1))()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("workers", "spread", "last", "rule"),
+    [(2, 0.0, 1.0, "agn"), (4, 1.0, 1.0, "agn"), (6, 0.5, 4.0, "agn"), (8, 0.5, 1.0, "agn"), (4, 0.5, 2.0, "aeasgd")],
+)
+def test_a_real_run_takes_the_time_that_was_simulated(tmp_path, workers, spread, last, rule):
+    """Steps of 20 ms that sleep: commits per second and staleness within 15 %. It measures: leave the machine alone."""
+    real, options = tmp_path / "real", {"rule": rule, "period": 5, "steps": 250 * workers, "evaluate_every": 0}
+    given = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+    times = ["--set", "options.mean=0.02", "--set", f"options.spread={spread}", "--set", f"options.last={last}"]
+    timed = f"{ROOT}/tests/problems.py:Timed"
+    code, output = agnmpi(workers + 1, "train", timed, "--rate", 0.05, *given, *times, "--run", real, timeout=120)
+    assert code == 0, output
+    factors = ",".join(["1"] * (workers - 1) + [str(last)])
+    timing = Timing(step_time=0.02, step_distribution="exponential", step_spread=spread, speed_factors=factors)
+    virtual = simulate.run(config(tmp_path / "virtual", workers, **options), timing)()
+    real = json.loads((real / "result.json").read_text())
+    rates = real["commits"] / real["seconds"], virtual["virtual"]["commits_per_second"]
+    staleness = real["staleness"]["mean"], virtual["staleness"]["mean"]
+    print(f"real and virtual: {rates} commits/s, staleness {staleness}, {real['staleness']} {virtual['staleness']}")
+    assert rates[0] == pytest.approx(rates[1], rel=0.15)
+    if rule == "agn":  # an elastic rule's commit follows its pull by microseconds here: no staleness to compare
+        assert staleness[0] == pytest.approx(staleness[1], rel=0.15)
