@@ -1,4 +1,4 @@
-"""The command line: train, bench, doctor."""
+"""The command line: train, simulate, bench, doctor."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from .config import Config, load
+from .timing import Timing, load_timing
 from .version import __version__
 
 _TRANSPORTS = ("p2p", "rma", "serverless", "collective")
@@ -14,6 +15,7 @@ _GROUPS = {
     "rule": "exchange",
     "optimizer": "optimizers",
     "run": "run",
+    "time": "virtual time",
 }
 
 
@@ -27,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"agnmpi {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_simulate(commands)
     bench = commands.add_parser(
         "bench",
         help="measure exchanges and optimizers against the limit of this machine",
@@ -76,10 +79,44 @@ def _add_train(commands: Any) -> None:
         "--set", action="append", dest="sets", metavar="KEY=VALUE", default=[],
         help="set any option, also in a table: --set options.hidden=64 --set optimizer_options.beta1=0.8",
     )  # fmt: skip
-    groups = {name: train.add_argument_group(title) for name, title in _GROUPS.items()}
-    for f in fields(Config):
+    _add_fields(train, Config)
+
+
+def _add_simulate(commands: Any) -> None:
+    simulate = commands.add_parser(
+        "simulate",
+        help="train in virtual time: any number of workers in one process; or replay a recorded run",
+        usage="python -m agnmpi simulate MODULE:PROBLEM --workers n [options]\n"
+        "       python -m agnmpi simulate --timing-only --workers n [options]\n"
+        "       python -m agnmpi simulate --replay RUN [options]",
+        description="Train with n asynchronous workers and their center in one process and in virtual time: real "
+        "gradients, the workers, rules and center of `train`, seeded and repeatable. The options of `train` hold here, "
+        "too; RUN/config.toml, with its table [simulation], repeats a simulation.",
+        argument_default=argparse.SUPPRESS,
+    )
+    simulate.add_argument("problem", nargs="?", metavar="MODULE:PROBLEM", help=_field("problem").metadata["help"])
+    simulate.add_argument("--config", metavar="FILE", help="TOML file; RUN/config.toml repeats a run", default=None)
+    simulate.add_argument("--set", action="append", dest="sets", metavar="KEY=VALUE", default=[], help="as in train")
+    simulate.add_argument(
+        "--timing-only",
+        action="store_true",
+        default=False,
+        help="no gradients: throughput and staleness from n, λ, bytes, bandwidth and shards",
+    )
+    simulate.add_argument(
+        "--replay", metavar="RUN", default=None, help="repeat RUN, of train --record, message for message"
+    )
+    _add_fields(simulate, Config, ("transport", "slots", "use_locking", "wire", "center_device"))
+    _add_fields(simulate, Timing)
+
+
+def _add_fields(command: Any, options: type[Config] | type[Timing], without: Sequence[str] = ()) -> None:
+    """Add an option for each field of the dataclass `options`, but not for tables."""
+    used = dict.fromkeys(f.metadata["group"] for f in fields(options))
+    groups = {name: command.add_argument_group(_GROUPS[name]) for name in used if name in _GROUPS}
+    for f in fields(options):
         meta = f.metadata
-        if f.name == "problem" or f.name.endswith("options"):
+        if f.name == "problem" or f.name.endswith("options") or f.name in without:
             continue
         default = f.default if f.default is not None else None
         text = meta["help"] if default is None else f"{meta['help']} [default: {default}]"
@@ -173,6 +210,8 @@ def _command(args: argparse.Namespace, world: Any) -> int:
         from . import bench
 
         return bench.main(world, bench.Options(*(getattr(args, name) for name in bench.Options._fields)))
+    if args.command == "simulate":
+        return _simulate(args, world)
     from .agree import ConfigError, together
     from .job import run
 
@@ -186,3 +225,41 @@ def _command(args: argparse.Namespace, world: Any) -> int:
 
     run(together(world, read), world)
     return 0
+
+
+def _simulate(args: argparse.Namespace, world: Any) -> int:
+    from pathlib import Path
+
+    from . import simulate
+    from .agree import ConfigError, together
+
+    if world.size > 1:
+        raise ConfigError(f"simulate is one process, but mpiexec started {world.size} ranks; start it without mpiexec")
+    not_config = {"command", "config", "sets", "timing_only", "replay"}
+    timings = {f.name for f in fields(Timing)} & set(vars(args))
+    given = {key: value for key, value in vars(args).items() if key not in not_config | timings}
+    given["transport"] = "local"
+
+    def ready() -> Any:
+        if args.replay is not None:
+            run = Path(args.replay)
+            own = load(str(run / "config.toml"), {"run": None, "record": False} | given, args.sets)
+            return simulate.replay(run, own)
+        config = load(args.config, given, args.sets)
+        timing = load_timing(args.config, {key: getattr(args, key) for key in timings})
+        if args.timing_only:
+            found = simulate.network(config, timing)
+            return lambda: found
+        if not config.problem:
+            raise ConfigError("which problem? Give MODULE:PROBLEM, or a --config that names one, or --timing-only")
+        return simulate.run(config, timing)
+
+    result = together(world, ready)()
+    if args.timing_only:
+        for line in simulate.in_words(result):
+            print(line)
+        if "run" in given:
+            directory = Path(given["run"])
+            directory.mkdir(parents=True, exist_ok=True)
+            simulate.write_result(directory, result)
+    return 1 if result.get("same_bits") is False else 0

@@ -83,6 +83,7 @@ class Config:
     center_device: str = _option("cpu", "run", "where the center lies", choices=("cpu", "gpu"))
     evaluate_every: float = _option(1.0, "run", "epochs between evaluations; 0: only at the end", float)
     log_every: float = _option(1.0, "run", "seconds between lines in events.jsonl", float)
+    record: bool = _option(False, "run", "write the order of messages at the center, for simulate --replay", bool)
     run: str | None = _option(None, "run", "directory for what the run writes [default: runs/PROBLEM-DATE]")
 
     def __post_init__(self) -> None:
@@ -102,6 +103,11 @@ class Config:
             raise ValueError(f"schedule 'step' needs decay_every > 0, not {self.decay_every!r}")
         if self.workers != 1 and self.transport != "local":
             raise ValueError(f"workers = {self.workers} is for --transport local; else the ranks are counted")
+        if self.record and self.overlap:
+            raise ValueError(
+                "record with overlap cannot be replayed: the center does not know after which step a worker took up "
+                "its pull; leave one of them"
+            )
         if self.variant != "displacement" and self.rule != "agn":
             raise ValueError(f"variant {self.variant!r} is of rule agn, not of {self.rule}")
 
@@ -128,6 +134,10 @@ class Config:
         transport = self.transport
         if transport == "auto":
             transport = self.make_rule(rate).transport
+        if self.record and (self.centers > 1 or not self.use_locking):
+            raise ValueError("record is of one center that serves: with several each has an order of its own")
+        if self.record and transport == "collective":
+            raise ValueError("record is of runs with a center; on transport collective every run repeats itself")
         whole = replace(
             self,
             optimizer=optimizer,
@@ -225,6 +235,7 @@ def load(path: str | None = None, given: Mapping[str, Any] | None = None, sets: 
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is no TOML: {error}") from error
+        values.pop("simulation", None)  # of `simulate`, which reads it itself
     values |= given or {}
     for item in sets:
         key, equals, text = item.partition("=")

@@ -19,7 +19,8 @@ from .monitor import Monitor
 from .params import Layout
 from .probe import choose_wire
 from .problem import Problem, absolute, load_problem
-from .transport.base import Commit
+from .record import Recorder
+from .transport.base import Commit, Reply
 from .version import __version__
 from .wiring import Setup, check_fit, connect
 from .worker import Worker, train
@@ -79,10 +80,15 @@ def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
     launch.agree_on_model(comm, layout, {"samples": str(problem.samples), **told})
 
     monitor: Monitor | None = None
+    recorder: Recorder | None = None
 
     def observe(commit: Commit, c: Array) -> None:
         if monitor is not None:
             monitor.commit(commit, c)
+
+    def record(commit: Commit, reply: Reply) -> None:
+        if recorder is not None:
+            recorder(commit, reply)
 
     setup = setup._replace(wire=choose_wire(comm, x, config.wire))
     member = connect(
@@ -93,13 +99,18 @@ def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
         config.make_center_optimizer(plan.steps),
         setup,
         observe=observe if comm.rank == 0 else None,
+        record=record if comm.rank == 0 and config.record else None,
     )
     workers = member.count
     member.begin(plan.steps, config.period)
+    threads = agree.allgather(comm, str(launch.blas_threads())) if config.record else []
     directory = agree.together(comm, lambda: run_directory(config) if comm.rank == 0 else None)
     if comm.rank == 0:
         assert directory is not None
-        write_atomic(directory / "config.toml", _repeatable(config).to_toml().encode())
+        write_atomic(directory / "config.toml", repeatable(config).to_toml().encode())
+        if config.record:
+            said = {"agnmpi": __version__, "workers": workers, "blas_threads": [int(t) for t in threads[-workers:]]}
+            recorder = Recorder(directory, said)
         monitor = Monitor(config, plan, member, directory, lambda c: problem.evaluate(layout.views(c)))
         for line in _introduction(config, layout, plan, workers, comm.size):
             monitor.say(line)
@@ -107,7 +118,9 @@ def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
     if member.serves:
         member.serve(monitor.tick if monitor else None)
     else:
-        launch.drive([train(worker, _gradient(problem, layout, plan, worker)) for worker in member.workers])
+        launch.drive([train(worker, gradient_of(problem, layout, plan, worker)) for worker in member.workers])
+    if recorder is not None:
+        recorder.close()
     result = None
     if monitor is not None:
         assert directory is not None
@@ -139,7 +152,7 @@ def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
     return result
 
 
-def _repeatable(config: Config) -> Config:
+def repeatable(config: Config) -> Config:
     """The configuration without what must differ when it is repeated."""
     return replace(config, problem=absolute(config.problem), run=None)
 
@@ -157,8 +170,11 @@ def _introduction(config: Config, layout: Layout, plan: Plan, workers: int, size
     ]
 
 
-def _gradient(problem: Problem, layout: Layout, plan: Plan, worker: Worker) -> Callable[[int], tuple[float, Array]]:
-    views, g = layout.views(worker.x), worker.x.copy()
+def gradient_of(
+    problem: Problem, layout: Layout, plan: Plan, worker: Worker, g: Array | None = None
+) -> Callable[[int], tuple[float, Array]]:
+    """Return what gives loss and gradient of a step at the worker's x; `g` (n,) holds the gradient, or a new vector."""
+    views, g = layout.views(worker.x), worker.x.copy() if g is None else g
 
     def gradient(step: int) -> tuple[float, Array]:
         loss, gradients = problem.gradient(views, plan.indices(step))

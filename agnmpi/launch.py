@@ -49,6 +49,13 @@ def limit_blas(threads: int) -> None:
     threadpoolctl.threadpool_limits(threads)
 
 
+def blas_threads() -> int:
+    """Count the threads that BLAS uses here."""
+    import threadpoolctl
+
+    return max((int(pool["num_threads"]) for pool in threadpoolctl.threadpool_info()), default=1)
+
+
 def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse a world of one rank that a launcher meant to be one of many."""
     if MPI.COMM_WORLD.size > 1 or comm.size > 1:

@@ -85,11 +85,20 @@ class Monitor:
 
     `commit` follows each applied commit, `tick` may be called at any time; neither blocks: evaluations run in
     a thread, on a copy of the center, and the next is put off while one is under way. Where the rank trains, too
-    (`serves` is false), they run in turn with the steps, so that a problem need not be safe for threads.
+    (`serves` is false), they run in turn with the steps, so that a problem need not be safe for threads. `stamp` gives
+    what each event shall carry besides.
     """
 
-    def __init__(self, config: Config, plan: Plan, member: Member, directory: Path, evaluate: Evaluate) -> None:
-        self._member, self._center = member, member.center
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        member: Member,
+        directory: Path,
+        evaluate: Evaluate,
+        stamp: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self._member, self._center, self._stamp = member, member.center, stamp
         self._config, self._plan, self._evaluate = config, plan, evaluate
         self._events = JsonLines(directory / "events.jsonl")
         self._loss = RecentMean(plan.steps_per_epoch)
@@ -102,7 +111,7 @@ class Monitor:
         self._snapshot: Callable[[], Array | None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         self._pending: Future[Mapping[str, float]] | None = None
-        self._pending_at = (0, 0)
+        self._pending_at = (0, 0, 0.0)
         self.metrics: dict[str, float] = {}
         self._start = self._logged = time.monotonic()
         self.console = console()
@@ -140,7 +149,7 @@ class Monitor:
         idle = self._pending is None and self._snapshot is None
         if self._wanted and idle and self._center.steps < self._plan.steps:
             self._wanted = False
-            self._pending_at = (self._center.steps, self._center.clock)
+            self._pending_at = (self._center.steps, self._center.clock, self._loss.value)
             if not self._member.serves:
                 self._evaluated(self._evaluate(c), *self._pending_at)
                 return
@@ -166,7 +175,7 @@ class Monitor:
         if self._pending is not None:
             self._evaluated(self._pending.result(), *self._pending_at)
         self._write_progress()
-        self._evaluated(self._evaluate(c), self._center.steps, self._center.clock)
+        self._evaluated(self._evaluate(c), self._center.steps, self._center.clock, self._loss.value)
         if self._live:
             self._progress.stop()
         self._pool.shutdown()
@@ -185,13 +194,21 @@ class Monitor:
             },
         }
         result = dict(finite(result))
-        self._events.write("end", result=result)
+        self._events.write("end", result=result, **self._stamp())
         self._events.close()
         return result
 
-    def _evaluated(self, metrics: Mapping[str, float], steps: int, clock: int) -> None:
+    def _evaluated(self, metrics: Mapping[str, float], steps: int, clock: int, loss: float) -> None:
         self.metrics = {name: float(value) for name, value in metrics.items()}
-        self._events.write("evaluation", step=steps, epoch=self._epoch(steps), clock=clock, metrics=self.metrics)
+        self._events.write(
+            "evaluation",
+            step=steps,
+            epoch=self._epoch(steps),
+            clock=clock,
+            loss=loss,
+            metrics=self.metrics,
+            **self._stamp(),
+        )
         if not self._live:
             self.say(f"evaluation at epoch {self._epoch(steps):.3g}: {_words(self.metrics)}")
 
@@ -223,6 +240,7 @@ class Monitor:
             staleness_max=self._center.staleness_max,
             commits_per_second=round(rates[0], 2),
             samples_per_second=round(rates[1], 1),
+            **self._stamp(),
         )
         self._progress.update(
             self._task, completed=self._center.steps, epoch=self._epochs(), facts=self._facts(rates), left=self._left()

@@ -20,6 +20,7 @@ from .waiting import finish
 from .worker import Worker
 
 Observe = Callable[[Commit, Array], None]
+Record = Callable[[Commit, Reply], None]
 
 
 class Setup(NamedTuple):
@@ -204,32 +205,36 @@ def connect(
     center_optimizer: Optimizer | None = None,
     setup: Setup = Setup(),  # noqa: B008
     observe: Observe | None = None,
+    record: Record | None = None,
 ) -> Member:
     """Give this rank its part; collective over `comm`, which must be ours (duplicated).
 
     `x`: (n,) parameters of this rank, moved in place; rank 0's are the center's. `observe(commit, c)` is called
-    after each applied commit where the center is applied (every rank with transport collective).
+    after each applied commit where the center is applied (every rank with transport collective), `record(commit,
+    reply)` after each message that a center serves, whatever it asks.
     """
     if setup.transport == "collective":
         return _collective(comm, rule, x, optimizer, center_optimizer, setup, observe)
     if setup.transport == "local":
         c = x.copy()
         center = Center(rule, c, setup.workers, center_optimizer)
-        apply = _apply(center, observe)
+        apply = _apply(center, observe, record)
         local = LocalCenter(c, setup.workers, apply)
         copies = [x if i == 0 else x.copy() for i in range(setup.workers)]
         workers = [Worker(mine, rule, optimizer, local.worker_end(i), i) for i, mine in enumerate(copies)]
         return Member(center, workers, setup.workers, end=local, apply=apply)
     if comm.rank >= setup.centers:
         return _worker(comm, rule, x, optimizer, setup)
-    return _center(comm, rule, x, center_optimizer, setup, observe)
+    return _center(comm, rule, x, center_optimizer, setup, observe, record)
 
 
-def _apply(center: Center, observe: Observe | None) -> Apply:
+def _apply(center: Center, observe: Observe | None, record: Record | None = None) -> Apply:
     def apply(commit: Commit, c: Array) -> Reply:
         reply = center.apply(commit, c)
         if observe is not None and commit.payload is not None:
             observe(commit, c)
+        if record is not None:
+            record(commit, reply)
         return reply
 
     return apply
@@ -289,6 +294,7 @@ def _center(
     center_optimizer: Optimizer | None,
     setup: Setup,
     observe: Observe | None,
+    record: Record | None,
 ) -> Member:
     centers: MPI.Comm | None = None
     whole: Array | None = None
@@ -318,7 +324,7 @@ def _center(
         from .transport.serverless import SumCenter
 
         end = SumCenter(mine, c)
-    apply = _apply(center, observe) if setup.use_locking else _booked(center, end, observe)
+    apply = _apply(center, observe, record) if setup.use_locking else _booked(center, end, observe)
     others: list[WorkerEnd] = []
     if comm.rank == 0 and whole is not None:
         rest = list(enumerate(spans))[1:]

@@ -1,15 +1,33 @@
-"""A worker: a value and its three steps, and the one loop that drives them."""
+"""A worker: a value and its three steps, and the one loop that drives them.
+
+What must wait is written as a generator of the handles to wait for: over MPI each is waited for at once; a driver with
+a clock of its own (`simulate`) takes it up again when the handle is done.
+"""
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from math import nan
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from .backend import Array, empty_like, namespace
 from .data import Lease
 from .optimizers import Optimizer, Range
 from .rules import Rule
 from .transport.base import STOP, WORK, Commit, Handle, Reply, WorkerEnd
+
+T = TypeVar("T")
+Waits: TypeAlias = Generator[Handle, None, T]  # yields the handles to wait for
+
+
+def _wait(waits: Waits[T]) -> T:
+    """Run `waits` to its end, waiting for each handle."""
+    while True:
+        try:
+            handle = next(waits)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+        handle.wait()
 
 
 class Worker:
@@ -105,15 +123,21 @@ class Worker:
 
     def finish_exchange(self) -> None:
         """Wait for the exchange under way, and adopt what it brought."""
+        _wait(self._finish_exchange())
+
+    def _finish_exchange(self) -> Waits[None]:
         assert self._handle is not None
         assert self._commit is not None
         handle, self._handle = self._handle, None
+        yield handle
         reply = handle.wait()
         self.o, self._pulled = self._pulled, self.o
         self.clock = reply.clock
         if self.rule.pulls == "before":
             self.rule.delta(self.x, self.o, self.a, max(self._commit.steps, 1), self._delta)
-            reply = self.end.exchange(self._commit._replace(clock=self.clock), None).wait()
+            handle = self.end.exchange(self._commit._replace(clock=self.clock), None)
+            yield handle
+            reply = handle.wait()
         self.rule.adopt(self.x, self._sent, self._delta, self.o)
         self.pulls += 1
         self._commit = None
@@ -122,31 +146,41 @@ class Worker:
     def step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
         """The loop's body: a local step, and the exchange when the period is full."""
         self.local_step(g, loss, ranges)
-        if self.done == self.leases[0].steps:
-            self._exchange()
-        elif self._handle is not None and self._handle.test():
-            self.finish_exchange()
+        _wait(self._after_step())
 
-    def _exchange(self) -> None:
+    def _after_step(self) -> Waits[None]:
+        if self.done == self.leases[0].steps:
+            yield from self._exchange()
+        elif self._handle is not None and self._handle.test():
+            yield from self._finish_exchange()
+
+    def _exchange(self) -> Waits[None]:
         if self._handle is not None:
-            self.finish_exchange()
+            yield from self._finish_exchange()
         if not self.leases:  # the center said stop while this period was computed
             return
         self.start_exchange()
         if not self.overlap or not self.leases:
-            self.finish_exchange()
+            yield from self._finish_exchange()
 
     def begin(self) -> None:
         """Start from the center, whatever x was, and ask for work (for two periods with overlap)."""
-        self.settle()
+        _wait(self._begin())
+
+    def _begin(self) -> Waits[None]:
+        yield from self._settle()
         ask = Commit(self.index, first=-1 if self.total is None else self.total, wants=WORK)
-        reply = self.end.exchange(ask, self.o).wait()
+        handle = self.end.exchange(ask, self.o)
+        yield handle
+        reply = handle.wait()
         self.x[...] = self.o
         self.pulls += 1
         self.clock = reply.clock
         self._take(reply)
         if self.overlap and self.leases:
-            self._take(self.end.exchange(ask, None).wait())
+            handle = self.end.exchange(ask, None)
+            yield handle
+            self._take(handle.wait())
 
     def _take(self, reply: Reply) -> None:
         if reply.control == STOP and self.rule.collective:  # there is no further round: with overlap, steps are dropped
@@ -161,12 +195,12 @@ class Worker:
         elif reply.work.first >= 0:
             self.leases.append(reply.work)
 
-    def _has_work(self) -> bool:
+    def _has_work(self) -> Waits[bool]:
         while not self.leases or self.done >= self.leases[0].steps:
             if self.leases:  # a lease of nothing in a round of all, or one cut short by STOP
-                self._exchange()
+                yield from self._exchange()
             elif self._handle is not None:
-                self.finish_exchange()
+                yield from self._finish_exchange()
             else:
                 return False
         return True
@@ -179,7 +213,7 @@ class Worker:
         """
         self.begin()
         try:
-            while self._has_work():
+            while _wait(self._has_work()):
                 yield self.step_number
         except GeneratorExit:
             # A break, or an exception in the caller's loop on its way up: do not wait for the others here, or the
@@ -191,14 +225,17 @@ class Worker:
 
     def leave(self) -> None:
         """Finish the exchange under way, commit what is done, and say farewell, without waiting for the answer."""
+        _wait(self._leave())
+
+    def _leave(self) -> Waits[None]:
         if self._commit is not None and self._handle is None:
             return  # an exchange has failed: its exception is on its way up, and nothing may hold it back
         if self._handle is not None:
-            self.finish_exchange()
+            yield from self._finish_exchange()
         last = None
         if self.done and self.rule.pulls == "before":
             self.start_exchange()
-            self.finish_exchange()  # the work that it was granted goes back with the farewell
+            yield from self._finish_exchange()  # the work that it was granted goes back with the farewell
         elif self.done:
             last = self._form_commit(0)
         self.leases.clear()
@@ -206,7 +243,11 @@ class Worker:
 
     def settle(self) -> None:
         """After leaving: wait until all workers have left, and take the final center into x and o."""
+        _wait(self._settle())
+
+    def _settle(self) -> Waits[None]:
         if self._farewell is not None:
+            yield self._farewell
             reply = self._farewell.wait()
             self.clock, self.before = reply.clock, reply.steps
             self._farewell = None
@@ -226,3 +267,19 @@ def train(
         loss, g = gradient(step)
         worker.step(g, loss)
         yield step
+
+
+def session(worker: Worker, gradient: Callable[[int], tuple[float, Array]]) -> Generator[int | Handle, None, None]:
+    """As `train`, for a driver that must not wait: a step's number when it is computed, each handle to wait for.
+
+    The driver goes on after a step when the step's time is over, and after a handle when that is done.
+    """
+    yield from worker._begin()
+    while (yield from worker._has_work()):
+        step = worker.step_number
+        loss, g = gradient(step)
+        worker.local_step(g, loss)
+        yield step
+        yield from worker._after_step()
+    yield from worker._leave()
+    yield from worker._settle()

@@ -14,7 +14,7 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     from agnmpi.backend import device_count
 
     if os.environ.get("AGNMPI_LONG") != "1":

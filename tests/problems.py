@@ -2,8 +2,12 @@
 
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from mlp import MLP
 
 
 def on_last_rank():
@@ -106,3 +110,26 @@ class SlowEvaluation(Quadratic):
     def evaluate(self, params):
         time.sleep(0.5)
         return super().evaluate(params)
+
+
+class Timed(Quadratic):
+    """Steps of `mean` seconds, of which the part `spread` is an exponential tail; the last rank's `last` times that."""
+
+    def __init__(self, xp=np, mean=0.01, spread=0.0, last=1.0):
+        super().__init__(xp)
+        self.mean, self.spread = mean * (last if on_last_rank() else 1.0), spread
+        self.rng = np.random.default_rng()
+
+    def gradient(self, params, indices):
+        self.slow = self.mean * (1 - self.spread + self.spread * self.rng.exponential())
+        return super().gradient(params, indices)
+
+
+class Blobs(MLP):
+    """An MLP that tells Gaussian clusters apart: matrix products of the size that BLAS spreads over threads."""
+
+    def __init__(self, xp=np, dtype="float32", samples=600, hidden=100):
+        rng = np.random.default_rng(0)
+        y = rng.integers(10, size=samples)
+        x = (rng.normal(size=(10, 50))[y] + rng.normal(size=(samples, 50))).astype(dtype)
+        super().__init__(xp, (x[100:], y[100:]), (x[:100], y[:100]), [hidden])

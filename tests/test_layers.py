@@ -8,11 +8,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "agnmpi"
 LAYERS = [
     {"version", "backend", "waiting", "kernels"},
-    {"params", "optimizers", "rules", "data", "checkpoint", "metrics", "config", "problem", "agree", "hook"},
+    {"params", "optimizers", "rules", "data", "checkpoint", "metrics", "config", "timing", "problem", "agree", "hook"},
     {"transport.base", "transport.wire", "transport.windows"},
     {"transport.local", "transport.p2p", "transport.collective", "transport.rma", "transport.serverless"},
-    {"transport.sharded"},
-    {"center", "worker", "faults"},
+    {"transport.sharded", "transport.virtual"},
+    {"center", "worker", "record", "faults"},
     {"wiring", "probe"},
     {"agn", "launch", "monitor", "job", "simulate", "floors", "bench", "bench_optimizers", "doctor", "report"},
     {"cli", "__main__"},
@@ -23,6 +23,8 @@ WITHIN = {
     "rules": {"optimizers"},  # Optimizer, as a type and as the center's step
     "transport.windows": {"transport.base", "transport.wire"},
     "config": {"optimizers", "rules"},  # the names and numbers it validates
+    "timing": {"config"},  # how options are declared and checked
+    "simulate": {"launch", "job", "monitor"},
     "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor"},
     "bench": {"bench_optimizers", "floors", "launch", "job", "monitor"},
     "doctor": {"launch", "job", "monitor"}, "__main__": {"cli"},

@@ -1,0 +1,298 @@
+"""Virtual-time runs of the same workers, rules and center as over MPI, in one process; and replays of recorded runs."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import launch, record
+from .backend import Array, choose, full_like, to_host
+from .center import Center
+from .checkpoint import load, save, write_atomic
+from .config import Config
+from .data import Leases, Plan
+from .job import gradient_of, repeatable, run_directory
+from .metrics import finite
+from .monitor import Monitor
+from .params import Layout, parts
+from .problem import load_problem
+from .timing import Timing, figures, timing_only
+from .transport.base import Commit, Handle, Reply, WorkerEnd
+from .transport.local import LocalCenter, LocalHandle, LocalWorker
+from .transport.virtual import Agenda, Station, VirtualHandle, VirtualWorker
+from .version import __version__
+from .wiring import Member
+from .worker import Worker, session
+
+
+class Stage:
+    """What a simulation and a replay share: problem, centers, workers and files; they differ in what drives them.
+
+    Raises ValueError for what cannot be.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config = config.complete()
+        centers = config.centers
+        self.rule, n = config.make_rule(), config.workers
+        if self.rule.collective:
+            raise ValueError(f"rule {self.rule.name} has no center and no staleness: train it, there is no more to see")
+        xp = choose(config.device, 0)
+        self.problem = load_problem(config.problem, xp, config.options)
+        initial = self.problem.init(np.random.default_rng(config.seed))
+        self.layout = layout = Layout.of(initial)
+        self.x = layout.pack(initial)
+        self.plan = Plan(self.problem.samples, config.batch, config.epochs, config.steps, config.seed)
+        if centers > layout.size:
+            raise ValueError(f"{centers} centers for a model of {layout.size} numbers: each needs one at least")
+        self.c = full_like(self.x, self.x)
+        self.parts = list(parts(layout.size, centers))
+        optimizer = config.make_center_optimizer(self.plan.steps)
+        self.centers = [Center(self.rule, self.c[part], n, optimizer) for part in self.parts]
+        self.centers[0].leases = Leases(self.plan.steps, config.period)
+        self.locals = [LocalCenter(self.c[p], n, partial(self._apply, i)) for i, p in enumerate(self.parts)]
+        self.staleness: list[int] = []
+        self._monitor: Monitor | None = None
+        self._recorder: record.Recorder | None = None
+        self.directory = run_directory(config)
+
+    def _apply(self, i: int, commit: Commit, c: Array) -> Reply:
+        center = self.centers[i]
+        before = center.clock
+        reply = center.apply(commit, c)
+        if i == 0 and center.clock > before:
+            self.staleness.append(before - commit.clock)
+            if self._monitor is not None:
+                self._monitor.commit(commit, self.c)
+        if i == 0 and self._recorder is not None:
+            self._recorder(commit, reply)
+        return reply
+
+    def sessions(self, end: Callable[[int], WorkerEnd]) -> list[Iterator[int | Handle]]:
+        """A session for each worker, on the end that `end(index)` makes."""
+        optimizer, g = self.config.make_optimizer(self.plan.steps), self.x.copy()
+        sessions = list[Iterator[int | Handle]]()
+        for i in range(self.config.workers):
+            worker = Worker(full_like(self.x, self.x), self.rule, optimizer, end(i), i, self.config.overlap)
+            worker.total = self.plan.steps
+            # One vector for all gradients: a gradient is used up before another is computed.
+            sessions.append(session(worker, gradient_of(self.problem, self.layout, self.plan, worker, g)))
+        return sessions
+
+    def play(
+        self,
+        drive: Callable[[], None],
+        said: list[str],
+        also: Callable[[], dict[str, Any]],
+        table: str = "",
+        stamp: Callable[[], dict[str, float]] = dict,
+    ) -> dict[str, Any]:
+        """Let `drive` run the workers, and write the result.
+
+        `said`: lines about the run; `also()`: further parts of the result; `table`: further lines of config.toml.
+        """
+        config, layout, plan = self.config, self.layout, self.plan
+        directory = self.directory
+        write_atomic(directory / "config.toml", (repeatable(config).to_toml() + table).encode())
+        monitor = Monitor(
+            config,
+            plan,
+            Member(self.centers[0], [], config.workers),
+            directory,
+            lambda c: self.problem.evaluate(layout.views(c)),
+            stamp,
+        )
+        if config.record:
+            facts = {"agnmpi": __version__, "workers": config.workers, "blas_threads": [launch.blas_threads()]}
+            self._recorder = record.Recorder(directory, facts)
+        monitor.say(
+            f"agnmpi {__version__}: {config.problem}, {layout.size:,} parameters ({layout.dtype}), {plan.samples:,} "
+            f"samples, {plan.steps:,} steps of {plan.batch}; rule {config.rule}, {config.workers} workers, period "
+            f"{config.period}, {config.optimizer} {config.rate:g}, center {config.center_optimizer}"
+        )
+        for line in said + launch.advice(self.rule, config.workers, config.period):
+            monitor.say(line)
+        self._monitor = monitor
+        monitor.start()
+        drive()
+        if self._recorder is not None:
+            self._recorder.close()
+        meta = {"agnmpi": __version__, "clock": str(self.centers[0].clock), "rule": config.rule}
+        save(directory / "center.safetensors", layout.views(self.c), meta)
+        result = {
+            "problem": config.problem,
+            "rule": config.rule,
+            "variant": config.variant,
+            "transport": "virtual",
+            "workers": config.workers,
+            "centers": len(self.parts),
+            "period": config.period,
+            **monitor.finish(self.c),
+            **finite(also()),
+            "agnmpi": __version__,
+        }
+        write_result(directory, result)
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
+        monitor.say(
+            f"done: {metrics}; {result['samples']} samples, {result['commits']} commits in {result['seconds']} s"
+        )
+        for line in in_words(result):
+            monitor.say(line)
+        monitor.say(f"written to {directory}/")
+        return result
+
+
+def write_result(directory: Path, result: dict[str, Any]) -> None:
+    """Write RUN/result.json."""
+    write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+
+
+def in_words(result: dict[str, Any]) -> list[str]:
+    """Lines about virtual time and staleness, as far as `result` has them."""
+    lines = []
+    if virtual := result.get("virtual"):
+        used = virtual["utilisation"]
+        lines.append(
+            f"virtual time {virtual['seconds']:.6g} s, {virtual['commits_per_second']:.6g} commits/s; busy: workers "
+            f"{used['workers']:.1%}, center {used['center']:.1%}; queue {virtual['queue']['mean']:.2f} "
+            f"(max {virtual['queue']['max']}), wait {virtual['wait_mean']:.3g} s"
+        )
+    if staleness := result.get("staleness"):
+        lines.append(f"staleness {staleness['mean']:.2f} (max {staleness['max']})")
+    if "same_bits" in result:
+        verdict = {True: "the same bits as", False: "NOT the same bits as", None: "nothing to compare with:"}
+        lines.append(f"center: {verdict[result['same_bits']]} {result['replayed']}/center.safetensors")
+    return lines
+
+
+def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
+    """Make ready n = `config.workers` workers and their center in virtual time; the call runs them to the result.
+
+    A worker's local step takes the time that `timing` draws; a message the latency, its bytes' time, its turn in the
+    center's queue (first come, first served) and its service. Bit for bit repeatable. Raises ValueError, before
+    anything is written, for what cannot be.
+    """
+    stage, n = Stage(config), config.workers
+    agenda = Agenda(timing.tie())
+    stations = [Station(agenda, local, timing) for local in stage.locals]
+    sessions = stage.sessions(lambda i: VirtualWorker(i, stations, stage.parts))
+    seconds, noise = (timing.step_time * timing.factors(n)).tolist(), timing.noise()
+    computed = 0.0
+
+    def go_on(worker: int) -> None:
+        nonlocal computed
+        for what in sessions[worker]:
+            if isinstance(what, int):
+                taken = seconds[worker] * next(noise)
+                computed += taken
+                agenda.at(agenda.now + taken, worker, partial(go_on, worker))
+                return
+            assert isinstance(what, VirtualHandle)
+            if not what.test():
+                what.then = partial(go_on, worker)
+                return
+
+    def drive() -> None:
+        for worker, start in enumerate(timing.starts(n).tolist()):
+            agenda.at(start, worker, partial(go_on, worker))
+        agenda.run()
+
+    def also() -> dict[str, Any]:
+        first = stations[0]  # the queues of all shards move in step
+        return figures(agenda.now, np.array(stage.staleness), computed, first.served, first.waits, first.longest, n)
+
+    import tomli_w
+
+    table = "\n" + tomli_w.dumps({"simulation": asdict(timing)})
+    said = [
+        f"virtual time: steps {timing.step_distribution} {timing.step_time:g} s, message {timing.latency:g} s + bytes "
+        f"/ {timing.bandwidth:g}, service {timing.service:g} s + bytes / {timing.service_bandwidth:g}, centers "
+        f"{config.centers}"
+    ]
+    return lambda: stage.play(drive, said, also, table, lambda: {"virtual_seconds": agenda.now})
+
+
+class _Outbox(LocalWorker):
+    """A worker's end whose messages lie there until the record says that it is their turn."""
+
+    def __init__(self, center: LocalCenter, worker: int) -> None:
+        super().__init__(center, worker)
+        self._held = center
+        self.messages: deque[LocalHandle] = deque()
+
+    def exchange(self, commit: Commit, out: Array | None) -> LocalHandle:
+        """Lay the message down."""
+        handle = LocalHandle(self._held, commit, out)
+        self.messages.append(handle)
+        return handle
+
+
+def replay(recorded: Path, config: Config) -> Callable[[], dict[str, Any]]:
+    """Make ready to serve the messages of the run in `recorded` once more, in their order; the call does it.
+
+    `config`: the run's own. With the same dtype and BLAS threads the center gets the same bits, which is checked
+    if the run ended. Raises ValueError if there is no record, RuntimeError where the run cannot be repeated.
+    """
+    facts, order = record.read(recorded)
+    stage = Stage(replace(config, workers=facts["workers"]))
+    threads, local = facts["blas_threads"], stage.locals[0]
+    launch.limit_blas(threads[0])
+    said = [f"replay of {recorded}"]
+    if set(threads) != {launch.blas_threads()}:
+        said.append(
+            f"WARNING: the run's workers had {threads} BLAS threads, this process has {launch.blas_threads()}: the "
+            f"bits may differ; set OMP_NUM_THREADS={threads[0]}"
+        )
+    outboxes = [_Outbox(local, i) for i in range(stage.config.workers)]
+    sessions = stage.sessions(outboxes.__getitem__)
+
+    def drive() -> None:
+        for line, expected in enumerate(order, 2):
+            messages = outboxes[expected.worker].messages
+            while not messages and next(sessions[expected.worker], None) is not None:
+                pass
+            handle = messages.popleft() if messages else None
+            found = None
+            if handle is not None:
+                local.put(handle)
+                local.serve_one(local.apply)
+                assert handle.reply is not None
+                found = record.Served.of(handle.commit, handle.reply)
+            if found != expected:
+                raise RuntimeError(
+                    f"{recorded / record.NAME}, line {line}: the run had {expected}, the replay has {found}: the "
+                    "problem, its data or agnmpi are no longer those of the run"
+                )
+
+    def also() -> dict[str, Any]:
+        theirs, same = recorded / "center.safetensors", None
+        if theirs.is_file():
+            arrays, _ = load(theirs)
+            same = stage.layout.pack(arrays).tobytes() == to_host(stage.c).tobytes()
+        stale = figures(0.0, np.array(stage.staleness), 0.0, 0.0, [], 0, stage.config.workers)["staleness"]
+        return {"staleness": stale, "replayed": str(recorded), "same_bits": same}
+
+    return lambda: stage.play(drive, said, also)
+
+
+def network(config: Config, timing: Timing) -> dict[str, Any]:
+    """Virtual time without gradients: throughput and staleness of `config.workers` workers; see `timing_only`."""
+    nbytes = 4 * timing.parameters
+    config = config.complete()
+    rule = config.make_rule()
+    if rule.collective:
+        raise ValueError(f"rule {rule.name} has no center: --timing-only is of rules with one")
+    if config.problem:
+        problem = load_problem(config.problem, choose(config.device, 0), config.options)
+        layout = Layout.of(problem.init(np.random.default_rng(config.seed)))
+        nbytes = layout.size * np.dtype(layout.dtype).itemsize
+    return {
+        "rule": rule.name,
+        **timing_only(timing, config.workers, config.period, nbytes, rule.pulls, config.overlap, config.centers),
+        "agnmpi": __version__,
+    }
