@@ -40,7 +40,8 @@ class AGNOptimizer:
     `overlap`: compute while an exchange is under way; `centers`: k, ranks 0 … k−1 hold a block of the center each (a
     pull is then whole per block; a clip at the center is per block); `wire`: of vectors on a device, "staged" through
     pinned host memory, "direct" with CUDA-aware MPI, "auto" as `agnmpi doctor` has found out; `center_device`:
-    "gpu" keeps the center where rank 0's parameters lie; `slots`: message vectors at a p2p center.
+    "gpu" keeps the center where rank 0's parameters lie; `slots`: message vectors at a p2p center; `dylu`: λ is of the
+    fastest worker, the others' are in proportion to their speeds.
 
     The same script runs on every rank: on rank 0 the loop `for step in opt.steps(n)` serves and yields nothing.
 
@@ -77,6 +78,7 @@ class AGNOptimizer:
         wire: str = "auto",
         center_device: str = "cpu",
         slots: int = 4,
+        dylu: bool = False,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
@@ -120,6 +122,7 @@ class AGNOptimizer:
                 "use_locking": str(use_locking),
                 "centers": str(centers),
                 "center_device": center_device,
+                "dylu": str(dylu),
             }
             agree_on_model(self._comm, layout, facts)
             if transport == "auto":
@@ -131,6 +134,7 @@ class AGNOptimizer:
                 centers=centers,
                 center_device=center_device,
                 slots=slots,
+                dylu=dylu,
             )
             check_fit(self._rule, setup, self._comm, optimizer, center_optimizer)
         except ConfigError:

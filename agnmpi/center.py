@@ -6,8 +6,8 @@ from typing import Any
 from .backend import Array
 from .data import NONE, Lease, Leases
 from .optimizers import Optimizer
-from .rules import Rule, center_step
-from .transport.base import DUPLICATE, LEAVE, OK, WORK, Apply, CenterEnd, Commit, Reply
+from .rules import Rule, Seen, center_step
+from .transport.base import DROPPED, DUPLICATE, LEAVE, OK, WORK, Apply, CenterEnd, Commit, Reply
 from .waiting import Idle
 
 
@@ -24,8 +24,10 @@ class Center:
         self.applied = [0] * workers  # last sequence, by worker
         self.between: Callable[[], None] | None = None  # called between blocks of a step: messages move on meanwhile
         self.leases: Leases | None = None  # None: the work is shared out elsewhere
+        self.now: Callable[[], float] | None = None  # what measures the workers' speeds, where λ_k goes by them
         self.staleness_sum = self.staleness_max = 0
         self.steps = 0  # local steps in all applied commits
+        self.dropped = 0  # commits that weighed nothing
 
     @property
     def staleness_mean(self) -> float:
@@ -45,6 +47,11 @@ class Center:
                 self._step(commit, c)
             elif commit.sequence <= self.applied[commit.worker]:
                 status = DUPLICATE
+            elif not self.weight(commit):
+                status = DROPPED
+                self.dropped += 1
+                if self.leases:
+                    self.leases.refuse(commit.worker, Lease(commit.first, commit.steps))
             else:
                 self._step(commit, c)
                 self.applied[commit.worker] = commit.sequence
@@ -55,11 +62,16 @@ class Center:
         work = self.leases.grant(commit.worker) if self.leases and commit.wants & WORK else NONE
         return Reply(self.clock, status, work=work, steps=self.steps, applied=tuple(self.applied))
 
+    def weight(self, commit: Commit) -> float:
+        """The weight of `commit` by the rule, were it applied now; 0: it is to be dropped."""
+        return self.rule.weight(Seen(self.clock - commit.clock, commit.commits, commit.steps, self.workers))
+
     def _step(self, commit: Commit, c: Array) -> None:
         assert commit.payload is not None
         staleness = self.clock - commit.clock
-        weight = self.rule.weight(staleness, commit.commits)
-        self.state = center_step(c, commit.payload, weight, self.optimizer, self.state, self.steps, self.between)
+        self.state = center_step(
+            c, commit.payload, self.weight(commit), self.optimizer, self.state, self.steps, self.between
+        )
         self.clock += commit.commits
         self.steps += commit.steps
         self.staleness_sum += staleness * commit.commits

@@ -59,6 +59,7 @@ def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
         center_device=config.center_device,
         slots=config.slots,
         workers=config.workers,
+        dylu=config.dylu,
     )
     check_fit(rule, setup, comm, config.make_optimizer(1), config.make_center_optimizer(1))
     trains = not setup.serves or comm.rank >= setup.centers
@@ -96,7 +97,7 @@ def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
         rule,
         x,
         config.make_optimizer(plan.steps),
-        config.make_center_optimizer(plan.steps),
+        config.make_center_optimizer(plan.steps, setup.count(comm.size)),
         setup,
         observe=observe if comm.rank == 0 else None,
         record=record if comm.rank == 0 and config.record else None,

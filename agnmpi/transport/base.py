@@ -12,6 +12,7 @@ from ..data import NONE, Lease
 PULL, WORK, LEAVE = 1, 2, 4
 # Reply.status
 OK, DUPLICATE = 0, 1
+DROPPED = 3  # the commit weighs nothing, such as one too old
 # Reply.control; STOP: give back the work in hand, commit what is done, leave.
 CONTINUE, STOP = 0, 1
 
