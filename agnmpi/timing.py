@@ -147,11 +147,12 @@ def timing_only(
 ) -> dict[str, Any]:
     """Virtual time without gradients: a closed queueing network of n workers and a FIFO center.
 
-    `nbytes`: of the model; `centers`: shards, each with an equal part of the bytes; `pulls`: "after",
-    one message for an exchange, or "before", two. A worker asks for work, then computes λ steps, exchanges, and so on (with `overlap` it computes meanwhile). The shards of a message leave
-    and arrive together, so that their queues move in step: one stands for all. The first fifth of the exchanges is
-    left out of the figures. With exponential step times, many workers, λ = 1 and a low load this is M/D/1: the mean
-    wait is Dρ/(2(1 − ρ)) (Pollaczek 1930, Khinchine 1932). Raises ValueError for an overlap that pulls before.
+    `nbytes`: of the model; `centers`: shards, each with an equal part of the bytes; `pulls`: "after", one message for
+    an exchange, or "before", two. A worker asks for work, then computes λ steps, exchanges, and so on (with `overlap`
+    it computes meanwhile). The shards of a message leave and arrive together, so that their queues move in step: one
+    stands for all. The first fifth of the exchanges is left out of the figures. With exponential step times, many
+    workers, λ = 1 and a low load this is M/D/1: the mean wait is Dρ/(2(1 − ρ)) (Pollaczek 1930, Khinchine 1932).
+    Raises ValueError for an overlap that pulls before.
     """
     if overlap and pulls == "before":
         raise ValueError("--timing-only does not know when an elastic rule with overlap takes up its pull: leave one")
