@@ -58,7 +58,8 @@ class Worker:
         self.total: int | None = None  # steps of this session, over all workers
         self.before = 0  # steps of all workers in earlier sessions: schedules go on
         self.sequence = 0  # commits sent
-        self.dropped = 0  # steps that the center dropped, or no round took because another rank broke off
+        self.refused = 0  # commits that the center did not take
+        self.dropped = 0  # steps that no round took, because another rank broke off
         self.pulls = 0  # times x was adopted from a pull
         self.done = 0  # steps since the last exchange was started
         self.leases: deque[Lease] = deque()  # the first is under way
@@ -138,8 +139,8 @@ class Worker:
             handle = self.end.exchange(self._commit._replace(clock=self.clock), None)
             yield handle
             reply = handle.wait()
-        if reply.status == DROPPED:  # its steps are free again; what the reply has brought is pulled afresh
-            self.dropped += self._commit.steps
+        if reply.status == DROPPED:  # its steps are free again; what the reply has brought is adopted all the same
+            self.refused += 1
         self.rule.adopt(self.x, self._sent, self._delta, self.o)
         self.pulls += 1
         self._commit = None

@@ -88,7 +88,7 @@ def test_what_is_too_old_is_dropped_and_done_again():
         worker.finish_exchange()
     assert [reply.status for reply in replies] == [OK, OK, DROPPED]
     close([local.c[0], made[2].x[0], made[2].o[0]], [2, 2, 2])
-    assert (held.clock, held.steps, held.dropped, made[2].dropped, made[2].clock) == (2, 4, 1, 2, 2)
+    assert (held.clock, held.steps, held.dropped, made[2].refused, made[2].clock) == (2, 4, 1, 1, 2)
     assert held.applied == [1, 1, 0]
     assert made[2].leases[0] == Lease(4, 2), "its steps, and nobody has done them"
     made[0].leave(), made[1].leave()
