@@ -147,6 +147,8 @@ def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
             f"({result['samples_per_second']:.0f}/s), {result['commits']} commits, "
             f"staleness {result['staleness']['mean']:.2f} (max {result['staleness']['max']})"
         )
+        if result["dropped"]:
+            monitor.say(f"{result['dropped']} commits were too old and were dropped; their steps were done again")
         monitor.say(f"written to {directory}/")
     member.close()
     comm.Free()

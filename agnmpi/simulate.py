@@ -164,6 +164,8 @@ def in_words(result: dict[str, Any]) -> list[str]:
         )
     if staleness := result.get("staleness"):
         lines.append(f"staleness {staleness['mean']:.2f} (max {staleness['max']})")
+    if dropped := result.get("dropped"):
+        lines.append(f"{dropped} commits were too old and were dropped; their steps were done again")
     if "same_bits" in result:
         verdict = {True: "the same bits as", False: "NOT the same bits as", None: "nothing to compare with:"}
         lines.append(f"center: {verdict[result['same_bits']]} {result['replayed']}/center.safetensors")

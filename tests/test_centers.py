@@ -77,6 +77,31 @@ def test_r_1_averages_whatever_lambda_is():
     close(local.c, [3.0])
 
 
+@pytest.mark.parametrize("workers", [1, 2, 7, 40])
+def test_an_outer_rate_of_1_is_stable_whatever_n_is(workers):
+    """Workers that reach their optimum, 0, in each period; in turn, so that their staleness is n − 1.
+
+    Then c ← c − (r/n)·c_old, which is stable for r/n < 2 cos(kπ/(2k + 1)), k = n − 1 (Levin, May 1976): for large n
+    r < π/2. So r = 1 is, and would be with an overshoot of half; r = 2, that is n/λ = 2, is not.
+    """
+
+    def end(r):
+        rule = rules.weighted(rules.agn(), rules.outer_rate(r))
+        _, local, made = world(rule, None, [1.0], workers, 3)
+        for _ in range(60):
+            for worker in made:
+                for _ in range(3):
+                    worker.x[:] = 0
+                    worker.step(None)
+        return abs(local.c[0])
+
+    edge = workers * 2 * np.cos((workers - 1) * np.pi / (2 * workers - 1))
+    assert edge > np.pi / 2
+    assert end(1.0) < 1e-4
+    assert end(0.8 * edge) < 0.1
+    assert end(1.2 * edge) > 10
+
+
 def test_what_is_too_old_is_dropped_and_done_again():
     rule = rules.weighted(rules.agn(), rules.staleness_cap(1))
     held, local, made = world(rule, sgd(1.0), [0.0], 3, 2, total=8)

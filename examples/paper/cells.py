@@ -59,7 +59,8 @@ def quick() -> list[Cell]:
     # With n = λ an outer rate of 1 is AGN itself.
     runs += [("AGN r=1", n, period) for n, period in ((4, 10), (40, 10))]
     runs += [("AGN r=2", n, period) for n, period in PAIRS]
-    runs += [(method, 20, 10) for method in ("AGN", "AGN r=1")]
+    # n/λ = 2, the edge of what was published as stable.
+    runs += [(method, n, period) for n, period in ((20, 10), (40, 20)) for method in ("AGN", "AEASGD", "AGN r=1")]
     runs += [(method, n, period) for n, period in ((4, 10), (40, 10)) for method in ("AGN stale", "AGN r=1 momentum")]
     scenes = [("AGN", 40, 10, "saturated"), ("AGN r=1", 40, 10, "saturated")]
     scenes += [(method, 10, 10, "stragglers") for method in ("AGN", "AGN DyLU")]
