@@ -35,7 +35,8 @@ class AGNOptimizer:
     are kept up to date at each exchange; `comm`: any communicator, it is duplicated, and its rank 0 holds the
     center; `communication_period`: λ; `use_locking`: False sums commits straight into the center, element by element,
     with transport "rma" and rules whose commits are added as they are;
-    `name`: of this optimizer; `rule`: another rule of exchange; `variant`: of AGN, "gradient" as TensorFlow did;
+    `name`: of this optimizer; `rule`: another rule of exchange, or one that weighs commits, such as
+    `rules.weighted(rules.agn(), rules.outer_rate(1.0))`; `variant`: of AGN, "gradient" as TensorFlow did;
     `center_optimizer`: None adds; `transport`: "auto", "p2p", "rma", "collective" or "local" (one process);
     `overlap`: compute while an exchange is under way; `centers`: k, ranks 0 … k−1 hold a block of the center each (a
     pull is then whole per block; a clip at the center is per block); `wire`: of vectors on a device, "staged" through

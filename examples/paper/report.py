@@ -169,13 +169,13 @@ def accuracy_axis(axis, least=0.05, greatest=0.985) -> None:
 
 def _pairs(groups: dict[tuple, list[dict]]) -> list[tuple[int, int]]:
     pairs = {key[2:] for key in groups if key[0] == "equal"} - {(1, 1)}
-    if len(pairs) > 6:  # the full grid: the corners and the middle
+    if len(pairs) > 12:  # the full grid: the corners and the middle
         pairs &= {(10, 10), (20, 20), (40, 40), (40, 20), (40, 10), (10, 40)}
     return sorted(pairs, key=lambda pair: (pair[0] / pair[1], pair))
 
 
 def _panels(plt, count: int, height: float):
-    columns = min(3, count)
+    columns = min(3 if count <= 6 else 4, count)
     lines = -(-count // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4.1 * columns, height * lines), squeeze=False)
     for axis in axes.flat[count:]:
@@ -229,9 +229,13 @@ def over_ratio(plt, groups):
             ends = np.array([row["accuracy"] / 100 for row in groups["equal", method, n, period]])
             middle, low, high = stretched(ends.mean()), stretched(ends.min()), stretched(ends.max())
             axis.vlines(ratio * shift, low, high, color=COLORS[method], lw=2.5, alpha=0.55)
+            if i == 0 and sum(other == ratio for other, _, _ in at) > 1:
+                axis.text(
+                    ratio * shift / 1.04, middle, f"n = {n}", ha="right", va="center", fontsize=8, color="#5f6368"
+                )
             axis.plot(
                 ratio * shift, middle, "o", color=COLORS[method], ms=7, mec="white", mew=0.8,
-                label=None if j else method,
+                label=None if j else f"{method} (at n/λ = 1: AGN)" if method == "AGN r=1" else method,
             )  # fmt: skip
     known = [(n / period, value / 100) for (method, n, period), value in PUBLISHED.items() if method == "AGN"]
     x, y = np.array(sorted(known)).T
@@ -239,8 +243,8 @@ def over_ratio(plt, groups):
     if alone := groups.get(("equal", "alone", 1, 1)):
         best = stretched(mean(row["accuracy"] for row in alone) / 100)
         axis.axhline(best, color=COLORS["alone"], ls=(0, (4, 3)), lw=1.2, label="one process")
-    axis.axvspan(2, 5.6, color="#fdecea", zorder=0, lw=0)
-    axis.text(2.06, stretched(0.075), "n/λ > 2", color="#b3483f", fontsize=10)
+    axis.axvspan(2.5, 5.6, color="#fdecea", zorder=0, lw=0)
+    axis.text(2.6, stretched(0.985), "n/λ > 2", color="#b3483f", fontsize=10, va="center")
     axis.set_xscale("log", base=2)
     ratios = sorted({key[2] / key[3] for key in groups if key[1] != "alone"})
     axis.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
@@ -278,13 +282,15 @@ def staleness(plt, groups):
                 axis.stairs(share, edges, fill=True, color=color, alpha=0.75, label=label)
             else:
                 axis.stairs(share, edges, color=color, lw=1.6, label=label)
+        axis.set_ylim(top=axis.get_ylim()[1] * 1.1)
         axis.axvline(n - 1, color="#3c4043", ls=(0, (4, 3)), lw=1, label="n − 1")
         axis.set_title(f"n = {n}, λ = {period}")
         axis.set_xlabel("staleness of a commit")
         axis.set_yticks([])
         axis.spines["left"].set_visible(False)
         axis.grid(False)
-        axis.legend(fontsize=8, loc="upper left")
+        crowded = "right" if axis.get_xlim()[1] > 2.5 * n else "left"
+        axis.legend(fontsize=8, loc=f"upper {crowded}")
     figure.suptitle("Staleness of AGN's commits", x=0.01, ha="left", fontsize=13, fontweight="bold", color="#202124")
     figure.tight_layout()
     return figure

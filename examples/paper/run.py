@@ -26,7 +26,7 @@ from cells import FULL, METHODS, QUICK, SCENES, Cell, Size, full, quick
 MNIST = f"{Path(__file__).resolve().parent.parent}/mnist_mlp.py:Mnist"
 
 
-def run_cell(cell: Cell, size: Size, data: str) -> dict:
+def run_cell(cell: Cell, size: Size, data: str, device: str = "cpu") -> dict:
     """Simulate a cell; returns what the report needs."""
     from agnmpi import simulate
     from agnmpi.config import Config
@@ -46,7 +46,7 @@ def run_cell(cell: Cell, size: Size, data: str) -> dict:
             epochs=size.epochs,
             evaluate_every=size.evaluate_every,
             seed=cell.seed,
-            device="cpu",
+            device=device,
             run=directory,
             **METHODS[cell.method],
         )
@@ -75,6 +75,7 @@ def main() -> None:
     which.add_argument("--full", action="store_true", help="784-1000-2000-1000-10, 40 epochs, 49 cells: days on a CPU")
     parser.add_argument("--data", default="mnist", help="directory of MNIST's four IDX files")
     parser.add_argument("--out", type=Path, help="directory of the results [default: results/ beside this file]")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"), help="with gpu, give --jobs 1")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time, a core each")
     parser.add_argument("--report", action="store_true", help="only tables and pictures, from the cells there are")
     args = parser.parse_args()
@@ -90,7 +91,7 @@ def main() -> None:
     print(f"{len(cells)} cells, {len(left)} to do, {args.jobs} at a time; results in {out}/", flush=True)
     started = time.monotonic()
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool, file.open("a") as log:
-        futures = [pool.submit(run_cell, cell, size, str(Path(args.data).resolve())) for cell in left]
+        futures = [pool.submit(run_cell, cell, size, str(Path(args.data).resolve()), args.device) for cell in left]
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 row = future.result()
