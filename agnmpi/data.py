@@ -4,8 +4,8 @@ Steps are numbered over the whole run and all workers. Step t of an epoch takes 
 seeded permutation; so whoever is granted step t knows its samples, and each sample of an epoch is used once.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,6 +78,33 @@ class Leases:
         self._free: list[Lease] = []  # given back
         self._held: dict[int, list[Lease]] = {}
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: what is committed; whatever is leased is free again for who resumes."""
+        free = [*self._free, *(lease for held in self._held.values() for lease in held)]
+        return {"next": self._next, "free": [list(lease) for lease in sorted(free)], "committed": self.committed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; leases longer than λ are cut."""
+        self._next, self.committed = int(state["next"]), int(state["committed"])
+        for first, steps in reversed(state["free"]):
+            for at in reversed(range(first, first + steps, self.period)):
+                self._free.append(Lease(at, min(self.period, first + steps - at)))
+
+    @property
+    def next(self) -> int:
+        """First step that was never granted."""
+        return self._next
+
+    @property
+    def free(self) -> list[Lease]:
+        """Leases that were given back."""
+        return list(self._free)
+
+    @property
+    def held(self) -> bool:
+        """Whether any worker holds a lease: what it does not commit will be free again."""
+        return bool(self._held)
+
     def grant(self, worker: int) -> Lease:
         """Lease the next free steps to `worker`."""
         if self._free:
@@ -98,8 +125,19 @@ class Leases:
         if lease is None or done.steps > lease.steps:
             raise ValueError(f"worker {worker} commits steps {done}, but holds {held}")
         held.remove(lease)
+        if not held:
+            del self._held[worker]
         self.committed += done.steps
         self._give_back(Lease(done.first + done.steps, lease.steps - done.steps))
+
+    def refuse(self, worker: int, done: Lease) -> None:
+        """Take back the lease whose steps `done` were refused."""
+        held = self._held.get(worker, [])
+        for lease in [lease for lease in held if lease.first == done.first]:
+            held.remove(lease)
+            self._give_back(lease)
+        if not held:
+            self._held.pop(worker, None)
 
     def release(self, worker: int) -> None:
         """Take back all that `worker` holds."""
@@ -111,16 +149,20 @@ class Leases:
             self._free.append(lease)
 
 
-def rounds(total: int | None, period: int, worker: int, workers: int) -> Iterator[Lease]:
+def rounds(
+    total: int | None, period: int, worker: int, workers: int, start: int = 0, free: Sequence[Lease] = ()
+) -> Iterator[Lease]:
     """The leases of `worker` where all workers exchange together: equal rounds, the last shared out evenly.
 
     A round takes λ consecutive steps for each worker. Every worker sees the same number of rounds; in the last
-    one its lease may be empty, and it takes part all the same.
+    one its lease may be empty, and it takes part all the same. `start`: steps that were granted before, of which
+    those of `free` were not taken: they come first.
 
     >>> [list(rounds(8, 3, worker, 2)) for worker in (0, 1)]
     [[Lease(first=0, steps=3), Lease(first=6, steps=1)], [Lease(first=3, steps=3), Lease(first=7, steps=1)]]
     """
-    start = 0
+    for i in range(0, len(free), workers):
+        yield free[i + worker] if i + worker < len(free) else Lease(start, 0)
     while total is None or start < total:
         share = period * workers if total is None else min(period * workers, total - start)
         base, extra = divmod(share, workers)
