@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from math import isfinite
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -89,6 +90,18 @@ def scratch(x: Array, count: int) -> list[Array]:
     """Allocate `count` work arrays as long as one block of `x`."""
     size = min(x.size, BLOCK) if on_host(x) else x.size
     return [empty(size, x.dtype, x) for _ in range(count)]
+
+
+def all_finite(x: Array) -> bool:
+    """Whether `x` (n,) holds neither NaN nor infinity; one pass, from block to block on the host."""
+    for part in blocks(x):
+        block = x[part]
+        # A dot product is several times faster than isfinite; where it overflows, look closely.
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = float(block @ block)
+        if not isfinite(squares) and not bool(namespace(x).isfinite(block).all()):
+            return False
+    return True
 
 
 def synchronize(x: Array) -> None:

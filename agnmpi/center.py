@@ -1,33 +1,56 @@
 """The center's state, and the loop of a center rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .backend import Array
+from .backend import Array, all_finite, namespace
 from .data import NONE, Lease, Leases
 from .optimizers import Optimizer
 from .rules import Rule, Seen, center_step
-from .transport.base import DROPPED, DUPLICATE, LEAVE, OK, WORK, Apply, CenterEnd, Commit, Reply
+from .transport.base import (
+    CONTINUE,
+    DROPPED,
+    DUPLICATE,
+    LEAVE,
+    OK,
+    REFUSED,
+    SAVE,
+    STOP,
+    WAIT,
+    WORK,
+    Apply,
+    CenterEnd,
+    Commit,
+    Reply,
+)
 from .waiting import Idle
 
 
 class Center:
     """All that the center knows beside the center variable itself, which its end holds.
 
-    `like`: the center variable (n,); `workers`: n; `optimizer`: the center optimizer, None to add.
+    `like`: the center variable (n,); `workers`: n; `optimizer`: the center optimizer, None to add; `patience`: refused
+    commits in a row after which the run ends.
     """
 
-    def __init__(self, rule: Rule, like: Array, workers: int, optimizer: Optimizer | None = None) -> None:
-        self.rule, self.workers, self.optimizer = rule, workers, optimizer
+    def __init__(
+        self, rule: Rule, like: Array, workers: int, optimizer: Optimizer | None = None, patience: int = 10
+    ) -> None:
+        self.rule, self.workers, self.optimizer, self.patience = rule, workers, optimizer, patience
         self.state: Any = optimizer.init(like) if optimizer else None
         self.clock = 0
         self.applied = [0] * workers  # last sequence, by worker
         self.between: Callable[[], None] | None = None  # called between blocks of a step: messages move on meanwhile
         self.leases: Leases | None = None  # None: the work is shared out elsewhere
         self.now: Callable[[], float] | None = None  # what measures the workers' speeds, where λ_k goes by them
+        self.parks = False  # a worker that asks in vain shall ask again while others hold work
         self.staleness_sum = self.staleness_max = 0
         self.steps = 0  # local steps in all applied commits
+        self.refused = self._in_a_row = 0  # commits
         self.dropped = 0  # commits that weighed nothing
+        self.control = CONTINUE  # STOP asks all workers to leave
+        self.checkpoint = 0  # steps at the newest checkpoint
+        self.on_save: Callable[[int], None] | None = None  # the first center asks for a checkpoint of this number
 
     @property
     def staleness_mean(self) -> float:
@@ -35,32 +58,106 @@ class Center:
         return self.staleness_sum / self.clock if self.clock else 0.0
 
     def apply(self, commit: Commit, c: Array) -> Reply:
-        """Apply `commit` to `c` in place, once, and answer what it asks for."""
-        status = OK
-        if self.leases and commit.payload is None and commit.wants & WORK and commit.first != self.leases.total_said:
+        """Apply `commit` to `c` in place, once, and answer what it asks for.
+
+        A commit that is not finite is refused, and one that weighs nothing dropped: nothing of it is applied, and its
+        steps are free again. Raises RuntimeError when `patience` is at its end.
+        """
+        status, leases = OK, self.leases
+        if leases and commit.payload is None and commit.wants & WORK and commit.first != leases.total_said:
             raise ValueError(
                 f"worker {commit.worker} asks for {_said(commit.first)}, the center for "
-                f"{_said(self.leases.total_said)}: all ranks must give the same number of steps"
+                f"{_said(leases.total_said)}: all ranks must give the same number of steps"
             )
         if commit.payload is not None:
-            if self.rule.collective:
-                self._step(commit, c)
-            elif commit.sequence <= self.applied[commit.worker]:
-                status = DUPLICATE
-            elif not self.weight(commit):
-                status = DROPPED
-                self.dropped += 1
-                if self.leases:
-                    self.leases.refuse(commit.worker, Lease(commit.first, commit.steps))
-            else:
-                self._step(commit, c)
-                self.applied[commit.worker] = commit.sequence
-                if self.leases:
-                    self.leases.commit(commit.worker, Lease(commit.first, commit.steps))
-        if self.leases and commit.wants & LEAVE:
-            self.leases.release(commit.worker)
-        work = self.leases.grant(commit.worker) if self.leases and commit.wants & WORK else NONE
-        return Reply(self.clock, status, work=work, steps=self.steps, applied=tuple(self.applied))
+            status = self._take(commit, commit.payload, c)
+        if commit.wants & SAVE and self.on_save:
+            self.on_save(commit.first)
+        if leases and commit.wants & LEAVE:
+            leases.release(commit.worker)
+        control, work = self.control, NONE
+        if leases and commit.wants & WORK and control != STOP:
+            work = leases.grant(commit.worker)
+            if work == NONE and self.parks and leases.held:
+                control = WAIT
+        return Reply(
+            self.clock,
+            status,
+            control,
+            work=work,
+            steps=self.steps,
+            checkpoint=self.checkpoint,
+            applied=tuple(self.applied),
+        )
+
+    def _take(self, commit: Commit, payload: Array, c: Array) -> int:
+        """Apply or refuse a delta; returns the status of the reply."""
+        if not self.rule.collective and commit.sequence <= self.applied[commit.worker]:
+            return DUPLICATE
+        done = Lease(commit.first, commit.steps)
+        if not all_finite(payload):
+            self.refused += 1
+            self._in_a_row += 1
+            if self._in_a_row >= self.patience:
+                raise RuntimeError(
+                    f"{self._in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
+                    f"{commit.first}): they hold NaN or infinity; lower the rate, clip the gradients, or look at the "
+                    "samples of these steps"
+                )
+            if self.leases:
+                self.leases.refuse(commit.worker, done)
+            if self.rule.collective:  # all ranks refuse alike, and go on to the next round
+                self.steps += commit.steps
+            return REFUSED
+        self._in_a_row = 0
+        if not self.weight(commit):
+            self.dropped += 1
+            if self.leases:
+                self.leases.refuse(commit.worker, done)
+            return DROPPED
+        self._step(commit, c)
+        if not self.rule.collective:
+            self.applied[commit.worker] = commit.sequence
+            if self.leases:
+                self.leases.commit(commit.worker, done)
+        return OK
+
+    def lose(self, worker: int) -> None:
+        """A worker is gone: what it has not committed is free for the others."""
+        if self.leases:
+            self.leases.release(worker)
+
+    def save(self, c: Array) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Copy what a checkpoint keeps: `c` (n,) and the slots, and the facts about them."""
+        slots = self.optimizer.slots(self.state) if self.optimizer else {}
+        arrays = {"c": c.copy()} | {f"slot/{name}": slot.copy() for name, slot in slots.items()}
+        return arrays, {
+            "clock": self.clock,
+            "steps": self.steps,
+            "applied": self.applied,
+            "refused": self.refused,
+            "dropped": self.dropped,
+            "staleness": [self.staleness_sum, self.staleness_max],
+            "center_optimizer": self.optimizer.name if self.optimizer else "add",
+            "center_optimizer_step": self.state.step if self.optimizer else 0,
+            "leases": self.leases.state() if self.leases else None,
+        }
+
+    def restore(self, arrays: Mapping[str, Array], facts: Mapping[str, Any], c: Array) -> None:
+        """Go on from what `save` has kept; the vectors are those of this center. Raises ValueError for what differs."""
+        name = self.optimizer.name if self.optimizer else "add"
+        if facts["center_optimizer"] != name:
+            raise ValueError(f"the checkpoint's center optimizer is {facts['center_optimizer']}, not {name}")
+        c[...] = namespace(c).asarray(arrays["c"])
+        self.clock, self.steps, self.refused = int(facts["clock"]), int(facts["steps"]), int(facts["refused"])
+        self.checkpoint, self.dropped = self.steps, int(facts["dropped"])
+        self.staleness_sum, self.staleness_max = map(int, facts["staleness"])
+        if self.optimizer:
+            for slot_name, slot in self.optimizer.slots(self.state).items():
+                slot[...] = namespace(slot).asarray(arrays[f"slot/{slot_name}"])
+            self.state = self.state._replace(step=int(facts["center_optimizer_step"]))
+        if self.leases and facts["leases"]:
+            self.leases.restore(facts["leases"])
 
     def weight(self, commit: Commit) -> float:
         """The weight of `commit` by the rule, were it applied now; 0: it is to be dropped."""

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from .config import Config, load
@@ -158,7 +159,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for what is refused before training, 1 for failures."""
+    """Run a command; returns the exit code: 0; 2 if refused before training; 1 for failures; 75 if interrupted."""
     # Under MPI_THREAD_MULTIPLE Open MPI 5.0 can lock itself in btl/tcp after a failure; no thread of ours calls MPI.
     import mpi4py
 
@@ -174,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     world = MPI.COMM_WORLD
     from .agree import ConfigError
+    from .faults import INTERRUPTED, Interrupted
     from .launch import abort, say_and_abort
 
     try:
@@ -188,6 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(said, end="", file=sys.stderr, flush=True)
         world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 say it
         return 2
+    except Interrupted:
+        world.Barrier()  # all leave together: Open MPI kills the job when a first rank exits with an error
+        return INTERRUPTED
     except KeyboardInterrupt:
         if world.rank == 0:
             print("\nagnmpi: interrupted; ending the job", file=sys.stderr, flush=True)
@@ -213,17 +218,28 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     if args.command == "simulate":
         return _simulate(args, world)
     from .agree import ConfigError, together
+    from .faults import Signals
     from .job import run
+    from .launch import abort
 
     given = {key: value for key, value in vars(args).items() if key not in ("command", "config", "sets")}
 
     def read() -> Config:
-        config = load(args.config, given, args.sets)
+        path, resume = args.config, given.get("resume")
+        if path is None and resume not in (None, "auto"):
+            path = str(Path(resume) / "config.toml")  # the run goes on as it began
+        config = load(path, given, args.sets)
         if not config.problem:
             raise ConfigError("which problem? Give MODULE:PROBLEM, or a --config that names one")
         return config
 
-    run(together(world, read), world)
+    config = together(world, read)
+    signals = Signals(lambda code: abort(world, code))
+    signals.install()
+    try:
+        run(config, world, signals)
+    finally:
+        signals.remove()
     return 0
 
 

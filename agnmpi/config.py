@@ -105,6 +105,12 @@ class Config:
     evaluate_every: float = _option(1.0, "run", "epochs between evaluations; 0: only at the end", float)
     log_every: float = _option(1.0, "run", "seconds between lines in events.jsonl", float)
     record: bool = _option(False, "run", "write the order of messages at the center, for simulate --replay", bool)
+    checkpoint_seconds: float = _option(300.0, "run", "seconds between checkpoints; 0: by commits alone", float)
+    checkpoint_commits: int = _option(0, "run", "commits between checkpoints; 0: by seconds alone", int)
+    keep: int = _option(3, "run", "number of checkpoints that stay; 0: write none, not even at the end", int)
+    resume: str | None = _option(
+        None, "run", "go on from the newest checkpoint of this run's directory; auto: of --run, if there is one"
+    )
     run: str | None = _option(None, "run", "directory for what the run writes [default: runs/PROBLEM-DATE]")
 
     def __post_init__(self) -> None:
@@ -112,7 +118,8 @@ class Config:
             _check_type(f.name, getattr(self, f.name), f.metadata)
         for name in ("period", "workers", "centers", "slots", "batch"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("clip", "warmup", "evaluate_every", "seed", "staleness_power"):
+        counts = ("clip", "warmup", "evaluate_every", "seed", "checkpoint_seconds", "checkpoint_commits", "keep")
+        for name in (*counts, "staleness_power"):
             _at_least(name, getattr(self, name), 0)
         if self.staleness_cap is not None:
             _at_least("staleness_cap", self.staleness_cap, 0)
@@ -137,6 +144,10 @@ class Config:
                 "record with overlap cannot be replayed: the center does not know after which step a worker took up "
                 "its pull; leave one of them"
             )
+        if self.resume == "auto" and self.run is None:
+            raise ValueError("resume 'auto' looks for checkpoints in the run's directory: name it with run")
+        if self.resume is not None and self.record:
+            raise ValueError("a record begins with the run: leave out record, or resume")
         if self.variant != "displacement" and self.rule != "agn":
             raise ValueError(f"variant {self.variant!r} is of rule agn, not of {self.rule}")
 

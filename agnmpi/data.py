@@ -4,8 +4,8 @@ Steps are numbered over the whole run and all workers. Step t of an epoch takes 
 seeded permutation; so whoever is granted step t knows its samples, and each sample of an epoch is used once.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -113,6 +113,33 @@ class Leases:
         self._held: dict[int, list[Lease]] = {}
         self._done: dict[int, int] = {}  # steps of a worker since its last grant
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: what is committed; whatever is leased is free again for who resumes."""
+        free = [*self._free, *(lease for held in self._held.values() for lease in held)]
+        return {"next": self._next, "free": [list(lease) for lease in sorted(free)], "committed": self.committed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; leases longer than λ are cut."""
+        self._next, self.committed = int(state["next"]), int(state["committed"])
+        for first, steps in reversed(state["free"]):
+            for at in reversed(range(first, first + steps, self.period)):
+                self._free.append(Lease(at, min(self.period, first + steps - at)))
+
+    @property
+    def next(self) -> int:
+        """First step that was never granted."""
+        return self._next
+
+    @property
+    def free(self) -> list[Lease]:
+        """Leases that were given back."""
+        return list(self._free)
+
+    @property
+    def held(self) -> bool:
+        """Whether any worker holds a lease: what it does not commit will be free again."""
+        return bool(self._held)
+
     def grant(self, worker: int) -> Lease:
         """Lease the next free steps to `worker`."""
         period = self.pace(worker, self._done.pop(worker, 0)) if self.pace else self.period
@@ -136,6 +163,8 @@ class Leases:
         if lease is None or done.steps > lease.steps:
             raise ValueError(f"worker {worker} commits steps {done}, but holds {held}")
         held.remove(lease)
+        if not held:
+            del self._held[worker]
         self.committed += done.steps
         self._done[worker] = self._done.get(worker, 0) + done.steps
         self._give_back(Lease(done.first + done.steps, lease.steps - done.steps))
@@ -147,6 +176,8 @@ class Leases:
             held.remove(lease)
             self._done[worker] = self._done.get(worker, 0) + done.steps
             self._give_back(lease)
+        if not held:
+            self._held.pop(worker, None)
 
     def release(self, worker: int) -> None:
         """Take back all that `worker` holds."""
@@ -158,16 +189,20 @@ class Leases:
             self._free.append(lease)
 
 
-def rounds(total: int | None, period: int, worker: int, workers: int) -> Iterator[Lease]:
+def rounds(
+    total: int | None, period: int, worker: int, workers: int, start: int = 0, free: Sequence[Lease] = ()
+) -> Iterator[Lease]:
     """The leases of `worker` where all workers exchange together: equal rounds, the last shared out evenly.
 
     A round takes λ consecutive steps for each worker. Every worker sees the same number of rounds; in the last
-    one its lease may be empty, and it takes part all the same.
+    one its lease may be empty, and it takes part all the same. `start`: steps that were granted before, of which
+    those of `free` were not taken: they come first.
 
     >>> [list(rounds(8, 3, worker, 2)) for worker in (0, 1)]
     [[Lease(first=0, steps=3), Lease(first=6, steps=1)], [Lease(first=3, steps=3), Lease(first=7, steps=1)]]
     """
-    start = 0
+    for i in range(0, len(free), workers):
+        yield free[i + worker] if i + worker < len(free) else Lease(start, 0)
     while total is None or start < total:
         share = period * workers if total is None else min(period * workers, total - start)
         base, extra = divmod(share, workers)

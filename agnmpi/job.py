@@ -1,8 +1,9 @@
 """A training job from a configuration: what `agnmpi train` does on every rank."""
 
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ from mpi4py import MPI
 
 from . import agree, launch
 from .backend import Array, choose, device_count
-from .checkpoint import save, write_atomic
+from .checkpoint import newest, read_center, save, unseal, worker_file, write_atomic
 from .config import Config
 from .data import Plan
+from .faults import Interrupted, Signals
 from .monitor import Monitor
 from .params import Layout
 from .probe import choose_wire
 from .problem import Problem, absolute, load_problem
 from .record import Recorder
-from .transport.base import Commit, Reply
+from .saver import CenterSaver, save_worker
+from .transport.base import STOP, Commit, Reply
 from .version import __version__
+from .waiting import finish
 from .wiring import Setup, check_fit, connect
 from .worker import Worker, train
 
@@ -34,6 +38,10 @@ def library() -> str:
 
 def run_directory(config: Config) -> Path:
     """Make the run's directory; raises FileExistsError rather than write over another run."""
+    if config.resume is not None:
+        path = Path((config.run or "") if config.resume == "auto" else config.resume)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
     name = config.problem.rpartition(":")[2].lower()
     path = Path(config.run) if config.run else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (path / "config.toml").exists():
@@ -42,105 +50,281 @@ def run_directory(config: Config) -> Path:
     return path
 
 
-def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
+def run(config: Config, world: MPI.Comm, signals: Signals | None = None) -> dict[str, Any] | None:
     """Train as `config` says; collective over `world`. Returns the result on rank 0, None elsewhere.
 
-    Raises ConfigError, on every rank, for what is refused before training.
+    Raises ConfigError, on every rank, for what is refused before training, and Interrupted, on every rank, if one of
+    `signals` has asked the run to stop.
     """
-    launch.check_world(world)
-    comm = world.Dup()
-    config = agree.together(comm, config.complete)
-    rule, transport = config.make_rule(), config.transport
-    setup = Setup(
-        transport=transport,
-        overlap=config.overlap,
-        use_locking=config.use_locking,
-        centers=config.centers,
-        center_device=config.center_device,
-        slots=config.slots,
-        workers=config.workers,
-        dylu=config.dylu,
-    )
-    check_fit(rule, setup, comm, config.make_optimizer(1), config.make_center_optimizer(1))
-    trains = not setup.serves or comm.rank >= setup.centers
-    here = launch.place(comm, trains)
-    launch.limit_blas(here.threads)
+    return Job(config, world, signals or Signals(lambda _code: None)).run()
 
-    def prepare() -> tuple[Problem, Layout, Array, Plan]:
-        xp = choose(config.device if trains else config.center_device, here.worker_index)
-        problem = load_problem(config.problem, xp, config.options)
-        initial = problem.init(np.random.default_rng(config.seed))
-        layout = Layout.of(initial)
-        plan = Plan(problem.samples, config.batch, config.epochs, config.steps, config.seed)
-        return problem, layout, layout.pack(initial), plan
 
-    problem, layout, x, plan = agree.together(comm, prepare)
-    launch.limit_blas(here.threads)  # again, for the libraries that the problem has imported
-    # The run's directory is rank 0's alone.
-    told = {f"option {key}": repr(value) for key, value in asdict(config).items() if key != "run"}
-    launch.agree_on_model(comm, layout, {"samples": str(problem.samples), **told})
+class Job:
+    """A run of `agnmpi train` on this rank."""
 
-    monitor: Monitor | None = None
-    recorder: Recorder | None = None
+    def __init__(self, config: Config, world: MPI.Comm, signals: Signals) -> None:
+        launch.check_world(world)
+        self.comm, self.signals = world.Dup(), signals
+        self.config = config = agree.together(self.comm, config.complete)
+        self.rule = config.make_rule()
+        self.setup = Setup(
+            transport=config.transport,
+            overlap=config.overlap,
+            use_locking=config.use_locking,
+            centers=config.centers,
+            center_device=config.center_device,
+            slots=config.slots,
+            workers=config.workers,
+            dylu=config.dylu,
+        )
+        check_fit(self.rule, self.setup, self.comm, config.make_optimizer(1), config.make_center_optimizer(1))
+        self.rank = self.comm.rank
+        trains = not self.setup.serves or self.rank >= self.setup.centers
+        here = launch.place(self.comm, trains)
+        launch.limit_blas(here.threads)
 
-    def observe(commit: Commit, c: Array) -> None:
-        if monitor is not None:
-            monitor.commit(commit, c)
+        def prepare() -> tuple[Problem, Layout, Array, Plan]:
+            xp = choose(config.device if trains else config.center_device, here.worker_index)
+            problem = load_problem(config.problem, xp, config.options)
+            initial = problem.init(np.random.default_rng(config.seed))
+            layout = Layout.of(initial)
+            plan = Plan(problem.samples, config.batch, config.epochs, config.steps, config.seed)
+            return problem, layout, layout.pack(initial), plan
 
-    def record(commit: Commit, reply: Reply) -> None:
-        if recorder is not None:
-            recorder(commit, reply)
+        self.problem, self.layout, self.x, self.plan = agree.together(self.comm, prepare)
+        launch.limit_blas(here.threads)  # again, for the libraries that the problem has imported
+        # Where the run's directory lies is rank 0's affair.
+        told = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run", "resume")}
+        launch.agree_on_model(self.comm, self.layout, {"samples": str(self.problem.samples), **told})
+        self.monitor: Monitor | None = None
+        self.recorder: Recorder | None = None
+        self.saver: CenterSaver | None = None
+        self.directory = Path()
+        self.said = list[str]()  # lines for the monitor, once it is there
+        self.interrupted = False
 
-    setup = setup._replace(wire=choose_wire(comm, x, config.wire))
-    member = connect(
-        comm,
-        rule,
-        x,
-        config.make_optimizer(plan.steps),
-        config.make_center_optimizer(plan.steps, setup.count(comm.size)),
-        setup,
-        observe=observe if comm.rank == 0 else None,
-        record=record if comm.rank == 0 and config.record else None,
-    )
-    workers = member.count
-    member.begin(plan.steps, config.period)
-    threads = agree.allgather(comm, str(launch.blas_threads())) if config.record else []
-    directory = agree.together(comm, lambda: run_directory(config) if comm.rank == 0 else None)
-    if comm.rank == 0:
-        assert directory is not None
-        write_atomic(directory / "config.toml", repeatable(config).to_toml().encode())
+    def run(self) -> dict[str, Any] | None:
+        """Wire, resume, train, and write the result."""
+        config, comm = self.config, self.comm
+        chosen = choose_wire(comm, self.x, config.wire)
+        self.member = member = connect(
+            comm,
+            self.rule,
+            self.x,
+            config.make_optimizer(self.plan.steps),
+            config.make_center_optimizer(self.plan.steps, self.setup.count(comm.size)),
+            self.setup._replace(wire=chosen),
+            observe=self._observe if self.rank == 0 else None,
+            record=self._record if self.rank == 0 and config.record else None,
+        )
+        resumed = self._resume() if config.resume is not None else None
+        member.begin(self.plan.steps, config.period)
+        made = agree.together(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
+        self.directory = Path(agree.allgather(comm, made)[0])
+        threads = agree.allgather(comm, str(launch.blas_threads())) if config.record else []
+        if self.rank == 0:
+            self._open([int(t) for t in threads[-member.count :]], resumed)
+        if config.keep and (self.rank == 0 or member.serves):
+            self.saver = CenterSaver(
+                self.directory,
+                member.center,
+                self._facts,
+                self._say,
+                config.checkpoint_seconds if self.rank == 0 else 0.0,
+                config.checkpoint_commits if self.rank == 0 else 0,
+                config.keep,
+                self.rank if member.serves else 0,
+            )
+            member.center.on_save = self._save_block
+        self._train()
+        self._last_checkpoint()
+        return self._end()
+
+    def _train(self) -> None:
+        member = self.member
+        if member.serves:
+            member.serve(self._turn if self.rank == 0 else None)
+            return
+        loops = [self._steps(worker) for worker in member.workers]
+        launch.drive(loops)
+
+    def _steps(self, worker: Worker) -> Iterator[int]:
+        """The loop of a worker: saves its state when the center has, and stops where nobody else would stop it."""
+        loop = train(worker, gradient_of(self.problem, self.layout, self.plan, worker))
+        saved = worker.checkpoint
+        for step in loop:
+            if worker.checkpoint != saved and not worker.done:
+                saved = worker.checkpoint
+                save_worker(self.directory, worker, saved, self._say)
+            if self.signals.asked and not self.setup.serves:
+                loop.close()
+                worker.settle()
+                return
+            yield step
+
+    def _turn(self) -> None:
+        """What rank 0 does beside serving, between two messages."""
+        assert self.monitor is not None
+        member, center = self.member, self.member.center
+        self.monitor.tick()
+        if self.signals.asked and center.control != STOP:
+            center.control = STOP
+            self._say(f"{self.signals.asked}: the workers commit what they have done; then a checkpoint, and the end")
+        if self.saver is not None and self.saver.tick(self._own_center()):
+            member.save_others(center.checkpoint)
+        if not self.setup.use_locking:
+            end: Any = member.end
+            end.tell(center.control, center.checkpoint)
+
+    def _own_center(self) -> Array:
+        """What this rank holds of the center variable."""
+        return self.member.c if self.member.end is None else self.member.end.c
+
+    def _save_block(self, steps: int) -> None:
+        assert self.saver is not None
+        self.saver.save(self._own_center(), steps)
+
+    def _observe(self, commit: Commit, c: Array) -> None:
+        if self.monitor is None:
+            return
+        self.monitor.commit(commit, c)
+        if not self.member.serves and self.saver is not None:
+            self.saver.tick(c)
+
+    def _record(self, commit: Commit, reply: Reply) -> None:
+        if self.recorder is not None:
+            self.recorder(commit, reply)
+
+    def _say(self, line: str) -> None:
+        if self.monitor is not None:
+            self.monitor.say(line)
+        else:
+            print(f"agnmpi: rank {self.rank}: {line}", file=sys.stderr, flush=True)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint says beside the center's own facts."""
+        return {
+            "agnmpi": __version__,
+            "centers": self.setup.centers if self.setup.serves else 1,
+            "workers": self.member.count,
+            "layout": self.layout._asdict(),
+            "config": asdict(self.config),
+            **(self.monitor.progress if self.monitor is not None else {}),
+        }
+
+    def _open(self, threads: list[int], resumed: Mapping[str, Any] | None) -> None:
+        """Rank 0: the files and the display of the run."""
+        config, member = self.config, self.member
+        write_atomic(self.directory / "config.toml", repeatable(config).to_toml().encode())
         if config.record:
-            said = {"agnmpi": __version__, "workers": workers, "blas_threads": [int(t) for t in threads[-workers:]]}
-            recorder = Recorder(directory, said)
-        monitor = Monitor(config, plan, member, directory, lambda c: problem.evaluate(layout.views(c)))
-        for line in _introduction(config, layout, plan, workers, comm.size):
-            monitor.say(line)
-        monitor.start()
-    if member.serves:
-        member.serve(monitor.tick if monitor else None)
-    else:
-        launch.drive([train(worker, gradient_of(problem, layout, plan, worker)) for worker in member.workers])
-    if recorder is not None:
-        recorder.close()
-    result = None
-    if monitor is not None:
-        assert directory is not None
+            said = {"agnmpi": __version__, "workers": member.count, "blas_threads": threads}
+            said["parks"] = member.center.parks
+            self.recorder = Recorder(self.directory, said)
+        layout, evaluate = self.layout, self.problem.evaluate
+        self.monitor = Monitor(config, self.plan, member, self.directory, lambda c: evaluate(layout.views(c)))
+        lines = _introduction(config, layout, self.plan, member.count, self.comm.size) + self.said
+        for line in lines:
+            self.monitor.say(line)
+        self.monitor.start()
+        if resumed is not None:
+            self.monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
+
+    def _resume(self) -> Mapping[str, Any] | None:
+        """Take up the newest whole checkpoint; returns its facts, None if `auto` found none."""
+        config, comm = self.config, self.comm
+
+        def find() -> tuple[str, dict[str, Any]]:
+            if self.rank:
+                return "", {}
+            where = run_directory(config)
+            found = newest(where, self.said.append)
+            if found is None and config.resume != "auto":
+                raise ValueError(f"{where} has no whole checkpoint to resume from")
+            if found is None:
+                return "", {}
+            check_model(self.layout, found[2], str(found[0]))
+            return str(found[0].resolve()), found[2]
+
+        name, facts = json.loads(agree.allgather(comm, json.dumps(agree.together(comm, find)))[0])
+        if not name:
+            return None
+
+        def restore() -> bool:
+            member = self.member
+            needs = member.end is not None or self.rule.collective
+            member.resume(read_center(Path(name))[0] if needs else {}, facts)
+            if facts["workers"] != member.count:
+                return False
+            states = []
+            for worker in member.workers:
+                file = worker_file(Path(name), worker.index)
+                if not file.is_file():
+                    return False
+                states.append((worker, *unseal(file)))
+            for worker, arrays, mine in states:
+                worker.restore(arrays, mine)
+            return True
+
+        mine = agree.together(comm, restore)
+        local = all(json.loads(text) for text in agree.allgather(comm, json.dumps(mine)))
+        self.said.append(
+            f"resumed from {Path(name).name}: {facts['steps']} of {self.plan.steps} steps, clock {facts['clock']}"
+            + ("" if local else "; not all workers find their local state: their optimizers start anew there")
+        )
+        return dict(facts)
+
+    def _last_checkpoint(self) -> None:
+        """Save what all have reached, if any has a place for it; and find out whether the run was asked to stop."""
+        member, center = self.member, self.member.center
+        if self.recorder is not None:
+            self.recorder.close()
+        said = [center.steps, self.signals.asked if self.rank == 0 else None]
+        steps, asked = json.loads(agree.allgather(self.comm, json.dumps(said))[0])
+        self.interrupted = asked is not None and steps < self.plan.steps
+        if self.config.keep:
+            for worker in member.workers:
+                save_worker(self.directory, worker, steps, self._say)
+        if self.saver is not None:
+            self.saver.save(self._own_center(), steps)
+            self.saver.finish()
+        finish(self.comm.Ibarrier().Test)
+
+    def _end(self) -> dict[str, Any] | None:
+        result = self._result() if self.monitor is not None and not self.interrupted else None
+        self.member.close()
+        if self.interrupted:
+            if self.monitor is not None:
+                self.monitor.stop("interrupted", signal=self.signals.asked)
+                resume = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
+                self.monitor.say(f"interrupted at step {self.member.center.steps} of {self.plan.steps}; {resume}")
+            self.comm.Free()
+            raise Interrupted
+        self.comm.Free()
+        return result
+
+    def _result(self) -> dict[str, Any]:
+        config, member, monitor, directory = self.config, self.member, self.monitor, self.directory
+        assert monitor is not None
         meta = {"agnmpi": __version__, "clock": str(member.center.clock), "rule": config.rule}
-        save(directory / "center.safetensors", layout.views(member.c), meta)  # before the evaluation, which may fail
+        # Before the evaluation, which may fail.
+        save(directory / "center.safetensors", self.layout.views(member.c), meta)
         result = {
             "problem": config.problem,
             "rule": config.rule,
             "variant": config.variant,
-            "transport": transport,
-            "workers": workers,
+            "transport": config.transport,
+            "workers": member.count,
             "period": config.period,
             **monitor.finish(member.c),
+            "refused": member.center.refused,
             "mpi": library(),
             "agnmpi": __version__,
         }
         write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
         if result["loss"] is None or None in result["metrics"].values():
             monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
+        if result["refused"]:
+            monitor.say(f"WARNING: {result['refused']} commits were refused, since they were not finite")
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
         monitor.say(
             f"done: {metrics}; {result['samples']} samples in {result['seconds']:.1f} s "
@@ -150,14 +334,30 @@ def run(config: Config, world: MPI.Comm) -> dict[str, Any] | None:
         if result["dropped"]:
             monitor.say(f"{result['dropped']} commits were too old and were dropped; their steps were done again")
         monitor.say(f"written to {directory}/")
-    member.close()
-    comm.Free()
-    return result
+        return result
+
+
+def check_model(layout: Layout, facts: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError, with the differences, for a checkpoint of another model."""
+    theirs = facts["layout"]
+    ours = dict(zip(layout.names, layout.shapes))
+    saved = {n: tuple(shape) for n, shape in zip(theirs["names"], theirs["shapes"])}
+    differ = [
+        f"{n!r} is {saved.get(n, 'missing')} there and {ours.get(n, 'missing')} here"
+        for n in dict.fromkeys([*saved, *ours])
+        if saved.get(n) != ours.get(n)
+    ]
+    if theirs["dtype"] != layout.dtype:
+        differ.append(f"dtype is {theirs['dtype']} there and {layout.dtype} here")
+    if not differ and list(saved) != list(ours):
+        differ.append(f"the order is {', '.join(saved)} there and {', '.join(ours)} here")
+    if differ:
+        raise ValueError(f"{name} is of another model: {'; '.join(differ[:5])}")
 
 
 def repeatable(config: Config) -> Config:
     """The configuration without what must differ when it is repeated."""
-    return replace(config, problem=absolute(config.problem), run=None)
+    return replace(config, problem=absolute(config.problem), run=None, resume=None)
 
 
 def _introduction(config: Config, layout: Layout, plan: Plan, workers: int, size: int) -> list[str]:

@@ -140,6 +140,28 @@ class Monitor:
             self._progress.start()
             self.console.show_cursor(True)  # a killed run must not leave the terminal without one
 
+    def resume(self, samples: int, seconds: float) -> None:
+        """The run goes on, after `samples` and `seconds` of earlier turns."""
+        self._samples = self._logged_samples = samples
+        self._start -= seconds
+        self._logged_clock = self._center.clock
+        if self._due is not None:
+            self._due(self._center.steps)
+        self._events.write("resume", step=self._center.steps, clock=self._center.clock)
+
+    @property
+    def progress(self) -> dict[str, float]:
+        """What a checkpoint keeps of this run's progress."""
+        return {"samples": self._samples, "seconds": round(time.monotonic() - self._start, 3)}
+
+    def stop(self, event: str, **facts: Any) -> None:
+        """The run ends early: close the display and the files."""
+        if self._live:
+            self._progress.stop()
+        self._pool.shutdown(cancel_futures=True)
+        self._events.write(event, step=self._center.steps, clock=self._center.clock, **facts)
+        self._events.close()
+
     def commit(self, commit: Commit, c: Array) -> None:
         """A commit was applied, and made the center `c`."""
         self._loss.add(commit.loss, commit.steps)

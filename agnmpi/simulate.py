@@ -108,7 +108,12 @@ class Stage:
             stamp,
         )
         if config.record:
-            facts = {"agnmpi": __version__, "workers": config.workers, "blas_threads": [launch.blas_threads()]}
+            facts = {
+                "agnmpi": __version__,
+                "workers": config.workers,
+                "blas_threads": [launch.blas_threads()],
+                "parks": False,
+            }
             self._recorder = record.Recorder(directory, facts)
         monitor.say(
             f"agnmpi {__version__}: {config.problem}, {layout.size:,} parameters ({layout.dtype}), {plan.samples:,} "
@@ -252,6 +257,7 @@ def replay(recorded: Path, config: Config) -> Callable[[], dict[str, Any]]:
             f"WARNING: the run's workers had {threads} BLAS threads, this process has {launch.blas_threads()}: the "
             f"bits may differ; set OMP_NUM_THREADS={threads[0]}"
         )
+    stage.centers[0].parks = facts["parks"]
     outboxes = [_Outbox(local, i) for i in range(stage.config.workers)]
     sessions = stage.sessions(outboxes.__getitem__)
 

@@ -1,7 +1,7 @@
 """Roles from a communicator: which ranks serve and which train, and what connects them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpi4py import MPI
@@ -13,7 +13,7 @@ from .data import Leases, rounds, speed_proportional
 from .optimizers import Optimizer
 from .params import parts
 from .rules import Rule
-from .transport.base import OK, Apply, Capabilities, CenterEnd, Commit, Handle, Reply, WorkerEnd
+from .transport.base import OK, SAVE, Apply, Capabilities, CenterEnd, Commit, Handle, Reply, WorkerEnd
 from .transport.local import LocalCenter, LocalWorker
 from .transport.sharded import ShardedWorker
 from .transport.wire import make_wire
@@ -136,20 +136,46 @@ class Member:
         self.center, self.workers, self.count, self.serves = center, workers, count, serves
         self.end, self._apply = end, apply
         self._spans, self._others, self._centers, self._whole = spans, others, centers, whole
+        self._asked: list[Handle] = []
+        self._resumed: Mapping[str, Any] | None = None
         self.first = centers is None or centers.rank == 0  # whether this center grants the work
+
+    def resume(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+        """Go on, in the next session, from a checkpoint: whole vectors and the center's facts; on every rank.
+
+        Raises ValueError if the checkpoint is of another center optimizer.
+        """
+        self._resumed = facts
+        if self.end is not None:
+            span = self._spans[self._centers.rank] if self._centers else slice(None)
+            self.center.restore({name: x[span] for name, x in arrays.items()}, facts, self.end.c)
+            if self._whole is not None:
+                self._whole[...] = arrays["c"]
+            if hasattr(self.end, "resume"):
+                self.end.resume(self.center.clock, self.center.steps)
+        elif self.center.rule.collective:
+            end: Any = self.workers[0].end
+            self.center.restore(arrays, facts, end.c)
+            end.clock, end.steps = self.center.clock, self.center.steps
 
     def begin(self, total: int | None, period: int) -> None:
         """Lay out the work of a session: `total` steps over all workers (None: no end), λ = `period`; collective."""
+        resumed, self._resumed = self._resumed, None
+        pace = None if self.center.now is None else speed_proportional(period, self.center.now)
+        leases = Leases(total, period, pace)
+        if resumed:
+            done = int(resumed["steps"])
+            leases.restore(resumed["leases"] or {"next": done, "free": [], "committed": done})
         if self.center.rule.collective:
             (worker,) = self.workers
             collective: Any = worker.end
-            collective.begin(total, rounds(total, period, worker.index, self.count))
-        elif self.end is not None and self.first:
-            pace = None if self.center.now is None else speed_proportional(period, self.center.now)
-            self.center.leases = Leases(total, period, pace)
+            work = rounds(total, period, worker.index, self.count, leases.next, leases.free)
+            collective.begin(total, work)
+        elif self.end is not None and self.first and not hasattr(self.end, "begin"):
+            self.center.leases = leases
         for end in self._ends():
             if not self.center.rule.collective and hasattr(end, "begin"):
-                end.begin(total, period)  # serverless: a lease is a counter
+                end.begin(total, period, leases.next)  # serverless: a lease is a counter
         for worker in self.workers:
             worker.total = total
         if self.end is not None and not self.serves:
@@ -171,11 +197,19 @@ class Member:
         if self._whole is None or self._centers is None:
             return
         if self.first:
+            for handle in self._asked:
+                handle.wait()
             farewells = [end.leave(None, self._whole[span]) for end, span in zip(self._others, self._spans[1:])]
             for farewell in farewells:
                 farewell.wait()
             self._whole[self._spans[0]] = to_host(self.end.c)
         finish(self._centers.Ibcast(self._whole, 0).Test)
+
+    def save_others(self, steps: int) -> None:
+        """At rank 0: have the other centers save their blocks, too, for the checkpoint after `steps` steps."""
+        self._asked = [handle for handle in self._asked if not handle.test()]
+        for end in self._others:
+            self._asked.append(end.exchange(Commit(self.count, wants=SAVE, first=steps), None))
 
     def snapshot(self) -> Callable[[], Array | None]:
         """Begin to copy the center variable; call what is returned, now and then, until it gives the copy (n,)."""
@@ -336,6 +370,7 @@ def _center(
         from .transport.serverless import SumCenter
 
         end = SumCenter(mine, c)
+    center.parks = setup.use_locking
     apply = _apply(center, observe, record) if setup.use_locking else _booked(center, end, observe)
     others: list[WorkerEnd] = []
     if comm.rank == 0 and whole is not None:

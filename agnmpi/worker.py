@@ -5,7 +5,7 @@ a clock of its own (`simulate`) takes it up again when the handle is done.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from math import nan
 from typing import Any, TypeAlias, TypeVar
 
@@ -13,7 +13,7 @@ from .backend import Array, empty_like, namespace
 from .data import Lease
 from .optimizers import Optimizer, Range
 from .rules import Rule
-from .transport.base import DROPPED, STOP, WORK, Commit, Handle, Reply, WorkerEnd
+from .transport.base import DROPPED, REFUSED, STOP, WAIT, WORK, Commit, Handle, Pause, Reply, WorkerEnd
 
 T = TypeVar("T")
 Waits: TypeAlias = Generator[Handle, None, T]  # yields the handles to wait for
@@ -52,6 +52,7 @@ class Worker:
         self.x, self.rule, self.optimizer, self.end, self.index = x, rule, optimizer, end, index
         self.overlap = overlap
         self.state: Any = optimizer.init(x) if optimizer else None
+        self.parted = x  # what x was when this worker left, before it took the final center
         self.o = empty(x)  # the center as last pulled
         self.a = namespace(x).zeros_like(x) if rule.accumulates else x
         self.clock = 0  # of o
@@ -59,6 +60,9 @@ class Worker:
         self.before = 0  # steps of all workers in earlier sessions: schedules go on
         self.sequence = 0  # commits sent
         self.refused = 0  # commits that the center did not take
+        self.checkpoint = 0  # steps at the newest checkpoint: this worker's state belongs to it
+        self.resumed = False  # the next session begins with the x of a checkpoint, where the rule keeps x
+        self._waiting = False  # for work that others hold
         self.dropped = 0  # steps that no round took, because another rank broke off
         self.pulls = 0  # times x was adopted from a pull
         self.done = 0  # steps since the last exchange was started
@@ -139,12 +143,24 @@ class Worker:
             handle = self.end.exchange(self._commit._replace(clock=self.clock), None)
             yield handle
             reply = handle.wait()
-        if reply.status == DROPPED:  # its steps are free again; what the reply has brought is adopted all the same
-            self.refused += 1
-        self.rule.adopt(self.x, self._sent, self._delta, self.o)
+        if reply.status == REFUSED:
+            self._start_afresh()
+        else:
+            self.refused += reply.status == DROPPED  # what the reply has brought is adopted all the same
+            self.rule.adopt(self.x, self._sent, self._delta, self.o)
         self.pulls += 1
         self._commit = None
         self._take(reply)
+
+    def _start_afresh(self) -> None:
+        """The last commit was refused: neither x nor the slots can be trusted, nor what was computed since."""
+        self.refused += 1
+        self.x[...] = self.o
+        if self.rule.accumulates:
+            self.a[...] = 0
+        if self.optimizer is not None:
+            count = self.state.step
+            self.state = self.optimizer.init(self.x)._replace(step=count)
 
     def step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
         """The loop's body: a local step, and the exchange when the period is full."""
@@ -172,20 +188,24 @@ class Worker:
 
     def _begin(self) -> Waits[None]:
         yield from self._settle()
-        ask = Commit(self.index, first=-1 if self.total is None else self.total, wants=WORK)
-        handle = self.end.exchange(ask, self.o)
+        self.parted = self.x
+        handle = self.end.exchange(self._ask(), self.o)
         yield handle
         reply = handle.wait()
-        self.x[...] = self.o
+        if not (self.resumed and self.rule.pulls == "before"):
+            self.x[...] = self.o
+        self.resumed = False
         self.pulls += 1
         self.clock = reply.clock
         self._take(reply)
         if self.overlap and self.leases:
-            handle = self.end.exchange(ask, None)
+            handle = self.end.exchange(self._ask(), None)
             yield handle
             self._take(handle.wait())
 
     def _take(self, reply: Reply) -> None:
+        self.checkpoint = max(self.checkpoint, reply.checkpoint)
+        self._waiting = reply.control == WAIT
         if reply.control == STOP and self.rule.collective:  # there is no further round: with overlap, steps are dropped
             self.leases.clear()
             self.dropped += self.done
@@ -204,9 +224,26 @@ class Worker:
                 yield from self._exchange()
             elif self._handle is not None:
                 yield from self._finish_exchange()
+            elif self._waiting:
+                yield from self._ask_again()
             else:
                 return False
         return True
+
+    def _ask_again(self) -> Waits[None]:
+        """Others hold work that may become free: by a break, a refusal, or the loss of a rank."""
+        yield Pause(0.05)
+        handle = self.end.exchange(self._ask(), self.o)
+        yield handle
+        reply = handle.wait()
+        if self.rule.pulls == "after":  # nothing was computed since the last pull
+            self.x[...] = self.o
+            self.pulls += 1
+        self.clock = reply.clock
+        self._take(reply)
+
+    def _ask(self) -> Commit:
+        return Commit(self.index, first=-1 if self.total is None else self.total, wants=WORK)
 
     def steps(self) -> Generator[int, None, None]:
         """Yield the number of each step granted to this worker; the caller then calls `step`, once.
@@ -244,6 +281,33 @@ class Worker:
         self.leases.clear()
         self._farewell = self.end.leave(last, self.o)
 
+    def save(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Copy what a checkpoint keeps of this worker, between two periods: x, o and the slots, and facts."""
+        slots = self.optimizer.slots(self.state) if self.optimizer else {}
+        arrays = {"x": self.parted.copy(), "o": self.o.copy()}
+        arrays |= {f"slot/{name}": slot.copy() for name, slot in slots.items()}
+        return arrays, {
+            "worker": self.index,
+            "clock": self.clock,
+            "optimizer": self.optimizer.name if self.optimizer else None,
+            "optimizer_step": self.state.step if self.optimizer else 0,
+        }
+
+    def restore(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+        """Go on from what `save` has kept. Raises ValueError for another optimizer or another model."""
+        name = self.optimizer.name if self.optimizer else None
+        if facts["optimizer"] != name or arrays["x"].shape != self.x.shape:
+            raise ValueError(
+                f"the worker's state is of optimizer {facts['optimizer']}, not {name}, or of another model"
+            )
+        xp = namespace(self.x)
+        self.x[...], self.o[...] = xp.asarray(arrays["x"]), xp.asarray(arrays["o"])
+        if self.optimizer:
+            for slot_name, slot in self.optimizer.slots(self.state).items():
+                slot[...] = xp.asarray(arrays[f"slot/{slot_name}"])
+            self.state = self.state._replace(step=int(facts["optimizer_step"]))
+        self.resumed = True
+
     def settle(self) -> None:
         """After leaving: wait until all workers have left, and take the final center into x and o."""
         _wait(self._settle())
@@ -254,6 +318,7 @@ class Worker:
             reply = self._farewell.wait()
             self.clock, self.before = reply.clock, reply.steps
             self._farewell = None
+            self.parted = self.x.copy() if self.rule.pulls == "before" else self.x
             self.x[...] = self.o
             self.pulls += 1
 

@@ -133,3 +133,28 @@ class Blobs(MLP):
         y = rng.integers(10, size=samples)
         x = (rng.normal(size=(10, 50))[y] + rng.normal(size=(samples, 50))).astype(dtype)
         super().__init__(xp, (x[100:], y[100:]), (x[:100], y[:100]), [hidden])
+
+
+class Stuck(Quadratic):
+    """A period that takes for ever."""
+
+    def gradient(self, params, indices):
+        time.sleep(2)
+        return super().gradient(params, indices)
+
+
+class SometimesNaN(Quadratic):
+    """The first gradients of each rank go wrong, once."""
+
+    calls = 0
+
+    def gradient(self, params, indices):
+        self.calls += 1
+        loss, grads = super().gradient(params, indices)
+        return loss, {name: g * np.nan for name, g in grads.items()} if self.calls == 6 else grads
+
+
+class AlwaysNaN(Quadratic):
+    def gradient(self, params, indices):
+        loss, grads = super().gradient(params, indices)
+        return loss, {name: g * np.nan for name, g in grads.items()}

@@ -14,7 +14,7 @@ LAYERS = [
     {"transport.sharded", "transport.virtual"},
     {"center", "worker", "record", "faults"},
     {"wiring", "probe"},
-    {"agn", "launch", "monitor", "job", "simulate", "floors", "bench", "bench_optimizers", "doctor", "report"},
+    {"agn", "launch", "monitor", "saver", "job", "simulate", "floors", "bench", "bench_optimizers", "doctor", "report"},
     {"cli", "__main__"},
 ]
 # A module may import these from its own layer.
@@ -25,7 +25,7 @@ WITHIN = {
     "config": {"optimizers", "rules"},  # the names and numbers it validates
     "timing": {"config"},  # how options are declared and checked
     "simulate": {"launch", "job", "monitor"},
-    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor"},
+    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor", "saver"},
     "bench": {"bench_optimizers", "floors", "launch", "job", "monitor"},
     "doctor": {"launch", "job", "monitor"}, "__main__": {"cli"},
 }  # fmt: skip

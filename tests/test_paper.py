@@ -33,6 +33,7 @@ def test_it_resumes_and_reports(tmp_path, images, monkeypatch, capsys):
         cells.Cell("alone", 1, 1),
         *(cells.Cell(method, 4, 2, seed) for method in ("AGN", "AGN r=1") for seed in (0, 1)),
     ]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which main would set, for good
     monkeypatch.setattr(run, "QUICK", cells.Size([8], 4.0, 2, 1.0))
     monkeypatch.setattr(run, "quick", lambda: mine[:3])
     monkeypatch.setattr(sys, "argv", ["run.py", "--data", str(images), "--out", str(tmp_path / "out"), "--jobs", "1"])

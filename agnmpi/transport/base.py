@@ -1,6 +1,7 @@
 """The contract between a worker, a center and whatever carries their messages."""
 
 import struct
+import time
 from collections.abc import Callable
 from math import nan
 from typing import NamedTuple, Protocol, TypeAlias
@@ -9,15 +10,15 @@ from ..backend import Array
 from ..data import NONE, Lease
 
 # What a message to the center asks for, besides applying its payload.
-PULL, WORK, LEAVE = 1, 2, 4
+PULL, WORK, LEAVE, SAVE = 1, 2, 4, 8
 # Reply.status
-OK, DUPLICATE = 0, 1
-DROPPED = 3  # the commit weighs nothing, such as one too old
-# Reply.control; STOP: give back the work in hand, commit what is done, leave.
-CONTINUE, STOP = 0, 1
+OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3  # refused: not finite; dropped: of no weight, such as too old
+# Reply.control; STOP: give back the work in hand, commit what is done, leave. WAIT: no work is free now, but others
+# hold some that may become free: ask again.
+CONTINUE, STOP, WAIT = 0, 1, 2
 
 _COMMIT = struct.Struct("<9qd")
-_REPLY = struct.Struct("<6q")
+_REPLY = struct.Struct("<7q")
 
 
 class Commit(NamedTuple):
@@ -56,19 +57,20 @@ class Reply(NamedTuple):
     control: int = CONTINUE
     work: Lease = NONE
     steps: int = 0  # local steps in all commits so far
+    checkpoint: int = 0  # steps at the newest checkpoint: workers save their state for it
     applied: tuple[int, ...] = ()  # last sequence applied, by worker
 
     def encode(self) -> bytes:
         """The header, as it travels."""
-        fixed = _REPLY.pack(self.clock, self.status, self.control, *self.work, self.steps)
+        fixed = _REPLY.pack(self.clock, self.status, self.control, *self.work, self.steps, self.checkpoint)
         return fixed + struct.pack(f"<{len(self.applied)}q", *self.applied)
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Reply":
         """Read a header."""
-        clock, status, control, first, count, steps = _REPLY.unpack_from(header)
+        clock, status, control, first, count, steps, checkpoint = _REPLY.unpack_from(header)
         applied = struct.unpack(f"<{(len(header) - _REPLY.size) // 8}q", header[_REPLY.size :])
-        return cls(clock, status, control, Lease(first, count), steps, applied)
+        return cls(clock, status, control, Lease(first, count), steps, checkpoint, applied)
 
 
 def reply_bytes(workers: int) -> int:
@@ -162,6 +164,22 @@ class InTurn:
     def wait(self) -> Reply:
         """Finish all."""
         return [handle.wait() for handle in self._handles][-1]
+
+
+class Pause:
+    """A handle that is done when some seconds are over."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+
+    def test(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() >= self._until
+
+    def wait(self) -> Reply:
+        """Sleep until then."""
+        time.sleep(max(0.0, self._until - time.monotonic()))
+        return Reply(0)
 
 
 class Done:

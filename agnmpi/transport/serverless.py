@@ -7,11 +7,25 @@ import numpy as np
 from mpi4py import MPI
 
 from ..agree import agree_on_total
-from ..backend import Array
+from ..backend import Array, all_finite
 from ..data import NONE, Lease
 from ..waiting import finish
-from .base import DUPLICATE, OK, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
-from .windows import APPLIED, CENTER, CLOCK, LEFT, LOSS, NEXT, READERS, STALENESS, STALEST, STEPS, Windows
+from .base import DUPLICATE, OK, REFUSED, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
+from .windows import (
+    APPLIED,
+    CENTER,
+    CHECKPOINT,
+    CLOCK,
+    CONTROL,
+    LEFT,
+    LOSS,
+    NEXT,
+    READERS,
+    STALENESS,
+    STALEST,
+    STEPS,
+    Windows,
+)
 from .wire import Direct, Wire
 
 
@@ -53,7 +67,7 @@ class SumWorker:
         self._period = 1
         self._sequence = self.sessions = 0
 
-    def begin(self, total: int | None, period: int) -> None:
+    def begin(self, total: int | None, period: int, _start: int = 0) -> None:
         """Begin a session of `total` steps (None: no end), leased λ = `period` at a time; collective."""
         self._total, self._period = total, period
         self.sessions += 1
@@ -66,16 +80,20 @@ class SumWorker:
             windows.add(READERS, 1)  # the center stays awake while bytes are on the way
         if commit.payload is not None and commit.sequence <= self._sequence:
             status = DUPLICATE
-        elif commit.payload is not None:
+        elif commit.payload is not None and all_finite(commit.payload):
             self._add(commit, commit.payload)
+        elif commit.payload is not None:  # nobody else could refuse it
+            status = REFUSED
+            windows.add(STEPS, commit.steps)
         head = windows.get(0, APPLIED + windows.workers)
         if out is not None:
             windows.pull(self.wire, out)  # an accepted race: others may be adding to c meanwhile
         if not windows.one_host:
             windows.add(READERS, -1)
-        work = self._grant() if commit.wants & WORK else NONE
+        work = self._grant() if commit.wants & WORK and head[CONTROL] != STOP else NONE
         applied = tuple(head[APPLIED:].tolist())
-        return Done(Reply(int(head[CLOCK]), status, work=work, steps=int(head[STEPS]), applied=applied))
+        said = int(head[CONTROL]), work, int(head[STEPS]), int(head[CHECKPOINT])
+        return Done(Reply(int(head[CLOCK]), status, *said, applied))
 
     def _add(self, commit: Commit, payload: Array) -> None:
         windows, center = self.windows, self.windows.center
@@ -138,12 +156,22 @@ class SumCenter:
         """Sum and maximum of the staleness of all commits."""
         return self._windows.read(STALENESS), self._windows.read(STALEST)
 
-    def begin(self, total: int | None, _period: int) -> None:
-        """Begin a session; collective."""
+    def begin(self, total: int | None, _period: int, start: int = 0) -> None:
+        """Begin a session, `start` steps into its work; collective."""
         self._sessions += 1
-        self._windows.words[NEXT] = 0
+        self._windows.words[NEXT] = start
         self._windows.sync()
         agree_on_total(self._windows.comm, total)
+
+    def tell(self, control: int, checkpoint: int) -> None:
+        """What the replies to come shall say."""
+        self._windows.words[[CONTROL, CHECKPOINT]] = control, checkpoint
+        self._windows.sync()
+
+    def resume(self, clock: int, steps: int) -> None:
+        """Go on from a checkpoint."""
+        self._windows.words[[CLOCK, STEPS]] = self._seen = [clock, steps]
+        self._windows.sync()
 
     def open(self) -> None:
         """Nothing to do: `begin` has begun."""

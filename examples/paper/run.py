@@ -17,7 +17,6 @@ from contextlib import redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process for each core; before NumPy is imported
 sys.path.insert(0, str(Path(__file__).parent))
 
 import report
@@ -90,6 +89,7 @@ def main() -> None:
     left = [] if args.report else [cell for cell in cells if cell not in done]
     print(f"{len(cells)} cells, {len(left)} to do, {args.jobs} at a time; results in {out}/", flush=True)
     started = time.monotonic()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes to come: one for each core
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool, file.open("a") as log:
         futures = [pool.submit(run_cell, cell, size, str(Path(args.data).resolve()), args.device) for cell in left]
         try:
