@@ -1,6 +1,7 @@
 """A training job from a configuration: what `agnmpi train` does on every rank."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from .backend import Array, choose, device_count
 from .checkpoint import newest, read_center, save, unseal, worker_file, write_atomic
 from .config import Config
 from .data import Plan
-from .faults import Interrupted, Signals
+from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, fault_tolerant, read_faults
 from .monitor import Monitor
 from .params import Layout
 from .probe import choose_wire
@@ -50,19 +51,20 @@ def run_directory(config: Config) -> Path:
     return path
 
 
-def run(config: Config, world: MPI.Comm, signals: Signals | None = None) -> dict[str, Any] | None:
+def run(config: Config, world: MPI.Comm, signals: Signals | None = None, inject: bool = False) -> dict[str, Any] | None:
     """Train as `config` says; collective over `world`. Returns the result on rank 0, None elsewhere.
 
     Raises ConfigError, on every rank, for what is refused before training, and Interrupted, on every rank, if one of
-    `signals` has asked the run to stop.
+    `signals` has asked the run to stop, or Degraded if it ended with fewer ranks. `inject`: tests give faults in
+    the environment variable AGNMPI_FAULTS.
     """
-    return Job(config, world, signals or Signals(lambda _code: None)).run()
+    return Job(config, world, signals or Signals(lambda _code: None), inject).run()
 
 
 class Job:
     """A run of `agnmpi train` on this rank."""
 
-    def __init__(self, config: Config, world: MPI.Comm, signals: Signals) -> None:
+    def __init__(self, config: Config, world: MPI.Comm, signals: Signals, inject: bool = False) -> None:
         launch.check_world(world)
         self.comm, self.signals = world.Dup(), signals
         self.config = config = agree.together(self.comm, config.complete)
@@ -101,6 +103,10 @@ class Job:
         self.directory = Path()
         self.said = list[str]()  # lines for the monitor, once it is there
         self.interrupted = False
+        faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
+        self.injection = Injection(agree.together(self.comm, lambda: read_faults(faults)), self.rank)
+        self.lost: list[int] = []  # ranks
+        self.hosts = agree.allgather(self.comm, here.host)
 
     def run(self) -> dict[str, Any] | None:
         """Wire, resume, train, and write the result."""
@@ -141,15 +147,43 @@ class Job:
 
     def _train(self) -> None:
         member = self.member
+        injection = self.injection
+        # A dead worker is dropped, without Revoke or Shrink, where MPI tells of it and a center serves by messages.
+        survives = fault_tolerant() and self.setup.transport == "p2p" and self.setup.centers == 1
         if member.serves:
+            end: Any = member.end
+            if survives:
+                end.on_loss = self._lose
             member.serve(self._turn if self.rank == 0 else None)
-            return
-        loops = [self._steps(worker) for worker in member.workers]
-        launch.drive(loops)
+        else:
+            for worker in member.workers:
+                worker.end = injection.wrap(worker.end)
+            launch.drive([self._steps(worker, injection) for worker in member.workers])
+        if survives:
+            self.comm = self.comm.Shrink()
 
-    def _steps(self, worker: Worker) -> Iterator[int]:
+    def _lose(self, worker: int) -> None:
+        """A worker has died: what it had not committed goes to the others."""
+        center, rank = self.member.center, worker + self.setup.centers
+        self.lost.append(rank)
+        held = center.leases.state()["free"] if center.leases else []
+        center.lose(worker)
+        self._say(
+            f"WARNING: rank {rank} on {self.hosts[rank]} is lost, at step {center.steps}; what it had not committed "
+            f"goes to the {self.member.count - len(self.lost)} others"
+        )
+        if self.monitor is not None:
+            self.monitor.note("lost", rank=rank, host=self.hosts[rank], uncommitted=held)
+
+    def _steps(self, worker: Worker, injection: Injection) -> Iterator[int]:
         """The loop of a worker: saves its state when the center has, and stops where nobody else would stop it."""
-        loop = train(worker, gradient_of(self.problem, self.layout, self.plan, worker))
+        gradient = gradient_of(self.problem, self.layout, self.plan, worker)
+
+        def compute(step: int) -> tuple[float, Array]:
+            injection.step()
+            return gradient(step)
+
+        loop = train(worker, compute)
         saved = worker.checkpoint
         for step in loop:
             if worker.checkpoint != saved and not worker.done:
@@ -187,6 +221,8 @@ class Job:
         if self.monitor is None:
             return
         self.monitor.commit(commit, c)
+        if self.member.serves:
+            self.injection.step()
         if not self.member.serves and self.saver is not None:
             self.saver.tick(c)
 
@@ -277,8 +313,8 @@ class Job:
         member, center = self.member, self.member.center
         if self.recorder is not None:
             self.recorder.close()
-        said = [center.steps, self.signals.asked if self.rank == 0 else None]
-        steps, asked = json.loads(agree.allgather(self.comm, json.dumps(said))[0])
+        said = [center.steps, self.signals.asked if self.rank == 0 else None, self.lost]
+        steps, asked, self.lost = json.loads(agree.allgather(self.comm, json.dumps(said))[0])
         self.interrupted = asked is not None and steps < self.plan.steps
         if self.config.keep:
             for worker in member.workers:
@@ -289,15 +325,21 @@ class Job:
         finish(self.comm.Ibarrier().Test)
 
     def _end(self) -> dict[str, Any] | None:
+        if self.lost and len(self.lost) == self.member.count:
+            self._say(f"all workers are lost, ranks {self.lost}; resume with --resume {self.directory}")
+            raise Degraded(1)
         result = self._result() if self.monitor is not None and not self.interrupted else None
-        self.member.close()
+        if not self.lost:
+            self.member.close()
         if self.interrupted:
             if self.monitor is not None:
                 self.monitor.stop("interrupted", signal=self.signals.asked)
                 resume = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
                 self.monitor.say(f"interrupted at step {self.member.center.steps} of {self.plan.steps}; {resume}")
-            self.comm.Free()
             raise Interrupted
+        if self.lost:
+            finish(self.comm.Ibarrier().Test)  # the last: who has lost a rank cannot finalize MPI
+            raise Degraded(DEGRADED)
         self.comm.Free()
         return result
 
@@ -316,12 +358,15 @@ class Job:
             "period": config.period,
             **monitor.finish(member.c),
             "refused": member.center.refused,
+            "lost": self.lost,
             "mpi": library(),
             "agnmpi": __version__,
         }
         write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
         if result["loss"] is None or None in result["metrics"].values():
             monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
+        if self.lost:
+            monitor.say(f"WARNING: the run ended without ranks {self.lost}: exit code {DEGRADED}")
         if result["refused"]:
             monitor.say(f"WARNING: {result['refused']} commits were refused, since they were not finite")
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
