@@ -153,6 +153,8 @@ class Center:
     def _step(self, commit: Commit, c: Array) -> None:
         assert commit.payload is not None
         staleness = self.clock - commit.clock
+        if staleness < 0:
+            raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
         weight = self.rule.weight(staleness, commit.commits)
         self.state = center_step(c, commit.payload, weight, self.optimizer, self.state, self.steps, self.between)
         self.clock += commit.commits
