@@ -18,6 +18,7 @@ from .checkpoint import newest, read_center, save, unseal, worker_file, write_at
 from .config import Config
 from .data import Plan
 from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, fault_tolerant, read_faults
+from .metrics import Every
 from .monitor import Monitor
 from .params import Layout
 from .probe import choose_wire
@@ -106,6 +107,9 @@ class Job:
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
         self.injection = Injection(agree.together(self.comm, lambda: read_faults(faults)), self.rank)
         self.lost: list[int] = []  # ranks
+        self.heard: dict[int, float] = {}  # when each worker last gave a sign of life
+        self._stalled = set[int]()  # those that have been reported
+        self._look = Every(seconds=1.0)
         self.hosts = agree.allgather(self.comm, here.host)
 
     def run(self) -> dict[str, Any] | None:
@@ -120,7 +124,7 @@ class Job:
             config.make_center_optimizer(self.plan.steps),
             self.setup._replace(wire=chosen),
             observe=self._observe if self.rank == 0 else None,
-            record=self._record if self.rank == 0 and config.record else None,
+            record=self._served if self.rank == 0 else None,
         )
         resumed = self._resume() if config.resume is not None else None
         member.begin(self.plan.steps, config.period)
@@ -203,11 +207,24 @@ class Job:
         if self.signals.asked and center.control != STOP:
             center.control = STOP
             self._say(f"{self.signals.asked}: the workers commit what they have done; then a checkpoint, and the end")
+        if self.config.stall_limit and self._look():
+            self._report_stalled()
         if self.saver is not None and self.saver.tick(self._own_center()):
             member.save_others(center.checkpoint)
         if not self.setup.use_locking:
             end: Any = member.end
             end.tell(center.control, center.checkpoint)
+
+    def _report_stalled(self) -> None:
+        """Name the workers that have been silent for too long, once; and those that are back."""
+        now = time.monotonic()
+        for worker, last in self.heard.items():
+            rank, silent = worker + self.setup.centers, now - last
+            if rank in self.lost or (silent < self.config.stall_limit) == (worker not in self._stalled):
+                continue
+            self._stalled ^= {worker}
+            said = f"is silent for {silent:.1f} s" if worker in self._stalled else "is back"
+            self._say(f"WARNING: rank {rank} on {self.hosts[rank]} {said}, at step {self.member.center.steps}")
 
     def _own_center(self) -> Array:
         """What this rank holds of the center variable."""
@@ -226,7 +243,8 @@ class Job:
         if not self.member.serves and self.saver is not None:
             self.saver.tick(c)
 
-    def _record(self, commit: Commit, reply: Reply) -> None:
+    def _served(self, commit: Commit, reply: Reply) -> None:
+        self.heard[commit.worker] = time.monotonic()
         if self.recorder is not None:
             self.recorder(commit, reply)
 

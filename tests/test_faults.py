@@ -80,6 +80,15 @@ def test_a_worker_that_dies_in_the_last_period(tmp_path):
     assert result["samples"] == 480
 
 
+def test_a_worker_that_stalls_is_reported(tmp_path):
+    run = tmp_path / "run"
+    code, output = train(run, 3, "stall:2@20:5", "--stall-limit", "2", launcher=())
+    check(run, code, output, [])
+    assert "WARNING: rank 2 on " in output
+    assert " is silent for " in output
+    assert " is back" in output
+
+
 @ulfm
 def test_all_workers_die(tmp_path):
     run = tmp_path / "run"
