@@ -160,8 +160,14 @@ class Center:
             self.leases.restore(facts["leases"])
 
     def weight(self, commit: Commit) -> float:
-        """The weight of `commit` by the rule, were it applied now; 0: it is to be dropped."""
-        return self.rule.weight(Seen(self.clock - commit.clock, commit.commits, commit.steps, self.workers))
+        """The weight of `commit` by the rule, were it applied now; 0: it is to be dropped.
+
+        Raises ValueError for a pull from the future.
+        """
+        staleness = self.clock - commit.clock
+        if staleness < 0:
+            raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
+        return self.rule.weight(Seen(staleness, commit.commits, commit.steps, self.workers))
 
     def _step(self, commit: Commit, c: Array) -> None:
         assert commit.payload is not None

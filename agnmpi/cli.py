@@ -1,11 +1,12 @@
 """The command line: train, simulate, bench, doctor."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .config import Config, load
 from .timing import Timing, load_timing
@@ -75,6 +76,7 @@ def _add_train(commands: Any) -> None:
         argument_default=argparse.SUPPRESS,
     )
     train.add_argument("problem", nargs="?", metavar="MODULE:PROBLEM", help=_field("problem").metadata["help"])
+    train.add_argument("--inject-faults", action="store_true", default=False, help=argparse.SUPPRESS)  # for tests
     train.add_argument("--config", metavar="FILE", help="TOML file; RUN/config.toml repeats a run", default=None)
     train.add_argument(
         "--set", action="append", dest="sets", metavar="KEY=VALUE", default=[],
@@ -175,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     world = MPI.COMM_WORLD
     from .agree import ConfigError
-    from .faults import INTERRUPTED, Interrupted
+    from .faults import INTERRUPTED, Degraded, Interrupted, fault_tolerant
     from .launch import abort, say_and_abort
 
     try:
@@ -191,8 +193,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 say it
         return 2
     except Interrupted:
+        if fault_tolerant():
+            _leave_at_once(INTERRUPTED)
         world.Barrier()  # all leave together: Open MPI kills the job when a first rank exits with an error
         return INTERRUPTED
+    except Degraded as lost:
+        _leave_at_once(*lost.args)
     except KeyboardInterrupt:
         if world.rank == 0:
             print("\nagnmpi: interrupted; ending the job", file=sys.stderr, flush=True)
@@ -204,6 +210,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say_and_abort(world, error)
         return 1
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Leave without MPI_Finalize, which hangs in Open MPI 5.0 once a rank is lost."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _command(args: argparse.Namespace, world: Any) -> int:
@@ -222,7 +235,8 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     from .job import run
     from .launch import abort
 
-    given = {key: value for key, value in vars(args).items() if key not in ("command", "config", "sets")}
+    not_config = {"command", "config", "sets", "inject_faults"}
+    given = {key: value for key, value in vars(args).items() if key not in not_config}
 
     def read() -> Config:
         path, resume = args.config, given.get("resume")
@@ -237,7 +251,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     signals = Signals(lambda code: abort(world, code))
     signals.install()
     try:
-        run(config, world, signals)
+        run(config, world, signals, args.inject_faults)
     finally:
         signals.remove()
     return 0

@@ -108,6 +108,7 @@ class Config:
     checkpoint_seconds: float = _option(300.0, "run", "seconds between checkpoints; 0: by commits alone", float)
     checkpoint_commits: int = _option(0, "run", "commits between checkpoints; 0: by seconds alone", int)
     keep: int = _option(3, "run", "number of checkpoints that stay; 0: write none, not even at the end", int)
+    stall_limit: float = _option(0.0, "run", "report a worker that is silent for so many seconds; 0: never", float)
     resume: str | None = _option(
         None, "run", "go on from the newest checkpoint of this run's directory; auto: of --run, if there is one"
     )
@@ -118,8 +119,17 @@ class Config:
             _check_type(f.name, getattr(self, f.name), f.metadata)
         for name in ("period", "workers", "centers", "slots", "batch"):
             _at_least(name, getattr(self, name), 1)
-        counts = ("clip", "warmup", "evaluate_every", "seed", "checkpoint_seconds", "checkpoint_commits", "keep")
-        for name in (*counts, "staleness_power"):
+        for name in (
+            "clip",
+            "warmup",
+            "evaluate_every",
+            "seed",
+            "checkpoint_seconds",
+            "checkpoint_commits",
+            "keep",
+            "stall_limit",
+            "staleness_power",
+        ):
             _at_least(name, getattr(self, name), 0)
         if self.staleness_cap is not None:
             _at_least("staleness_cap", self.staleness_cap, 0)

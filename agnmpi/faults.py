@@ -1,17 +1,34 @@
-"""Signals: what a person or a scheduler asks of a running job."""
+"""What happens to a running job: signals, lost ranks, and faults injected by tests."""
 
+import os
+import re
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
+
+from .backend import Array
+from .transport.base import Commit, Handle, WorkerEnd
 
 # The exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL).
 INTERRUPTED = 75
+# That of a run which went to its end, but lost workers on the way.
+DEGRADED = 76
 _ASKED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
     """The run was asked to stop; what is committed is in its newest checkpoint."""
+
+
+class Degraded(Exception):
+    """Ranks were lost, and MPI cannot be finalized any more; leave with exit code `args[0]`."""
+
+
+def fault_tolerant(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this MPI goes on when a rank dies: Open MPI's `mpiexec --with-ft ulfm`, or AGNMPI_FT=1 for others."""
+    return "1" in (environment.get("OMPI_MCA_mpi_ft_enable"), environment.get("AGNMPI_FT"))
 
 
 class Signals:
@@ -41,3 +58,84 @@ class Signals:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous.clear()
+
+
+class Fault(NamedTuple):
+    """One injected fault; `at`: local steps (or exchanges, for kind "cut" and "corrupt") of that rank before it."""
+
+    kind: str
+    rank: int
+    at: int
+    seconds: float = 0.0
+
+
+def read_faults(text: str) -> list[Fault]:
+    """Read `KIND:RANK@AT[:SECONDS],…`; kinds: kill, cut (killed in an exchange), stall, slow, corrupt.
+
+    >>> read_faults("kill:2@40,slow:1@0:0.01")
+    [Fault(kind='kill', rank=2, at=40, seconds=0.0), Fault(kind='slow', rank=1, at=0, seconds=0.01)]
+    """
+    faults = []
+    for item in filter(None, text.split(",")):
+        match = re.fullmatch(r"(kill|cut|stall|slow|corrupt):(\d+)@(\d+)(?::([\d.]+))?", item)
+        if match is None:
+            raise ValueError(f"fault {item!r}: give KIND:RANK@AT[:SECONDS], such as kill:2@40")
+        kind, rank, at, seconds = match.groups()
+        faults.append(Fault(kind, int(rank), int(at), float(seconds or 0)))
+    return faults
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Injection:
+    """The faults of one rank, for tests."""
+
+    def __init__(self, faults: list[Fault], rank: int) -> None:
+        self._faults = [fault for fault in faults if fault.rank == rank]
+        self._steps = 0
+
+    def step(self) -> None:
+        """To be called before each local step (on a center rank: before each commit)."""
+        for fault in self._faults:
+            if fault.kind == "kill" and fault.at == self._steps:
+                _die()
+            elif (fault.kind == "stall" and fault.at == self._steps) or (
+                fault.kind == "slow" and fault.at <= self._steps
+            ):
+                time.sleep(fault.seconds)
+        self._steps += 1
+
+    def wrap(self, end: WorkerEnd) -> WorkerEnd:
+        """An end that cuts or corrupts exchanges, if any fault says so."""
+        faults = [fault for fault in self._faults if fault.kind in ("cut", "corrupt")]
+        return _FaultyEnd(end, faults) if faults else end
+
+
+class _FaultyEnd:
+    def __init__(self, end: WorkerEnd, faults: list[Fault]) -> None:
+        self._end, self._faults, self._exchanges = end, faults, 0
+        self.capabilities = end.capabilities
+
+    def exchange(self, commit: Commit, out: Array | None) -> Handle:
+        if commit.payload is None:
+            return self._end.exchange(commit, out)
+        kinds = {fault.kind for fault in self._faults if fault.at == self._exchanges}
+        self._exchanges += 1
+        if "corrupt" in kinds:
+            commit.payload[0] = float("nan")
+        handle = self._end.exchange(commit, out)
+        if "cut" in kinds:
+            handle.test()
+            _die()
+        return handle
+
+    def pull(self, out: Array) -> Handle:
+        return self._end.pull(out)
+
+    def leave(self, commit: Commit | None, out: Array) -> Handle:
+        return self._end.leave(commit, out)
+
+    def close(self) -> None:
+        self._end.close()

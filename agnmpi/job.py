@@ -1,6 +1,7 @@
 """A training job from a configuration: what `agnmpi train` does on every rank."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,8 @@ from .backend import Array, choose, device_count
 from .checkpoint import newest, read_center, save, unseal, worker_file, write_atomic
 from .config import Config
 from .data import Plan
-from .faults import Interrupted, Signals
+from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, fault_tolerant, read_faults
+from .metrics import Every
 from .monitor import Monitor
 from .params import Layout
 from .probe import choose_wire
@@ -50,19 +52,20 @@ def run_directory(config: Config) -> Path:
     return path
 
 
-def run(config: Config, world: MPI.Comm, signals: Signals | None = None) -> dict[str, Any] | None:
+def run(config: Config, world: MPI.Comm, signals: Signals | None = None, inject: bool = False) -> dict[str, Any] | None:
     """Train as `config` says; collective over `world`. Returns the result on rank 0, None elsewhere.
 
     Raises ConfigError, on every rank, for what is refused before training, and Interrupted, on every rank, if one of
-    `signals` has asked the run to stop.
+    `signals` has asked the run to stop, or Degraded if it ended with fewer ranks. `inject`: tests give faults in
+    the environment variable AGNMPI_FAULTS.
     """
-    return Job(config, world, signals or Signals(lambda _code: None)).run()
+    return Job(config, world, signals or Signals(lambda _code: None), inject).run()
 
 
 class Job:
     """A run of `agnmpi train` on this rank."""
 
-    def __init__(self, config: Config, world: MPI.Comm, signals: Signals) -> None:
+    def __init__(self, config: Config, world: MPI.Comm, signals: Signals, inject: bool = False) -> None:
         launch.check_world(world)
         self.comm, self.signals = world.Dup(), signals
         self.config = config = agree.together(self.comm, config.complete)
@@ -102,6 +105,13 @@ class Job:
         self.directory = Path()
         self.said = list[str]()  # lines for the monitor, once it is there
         self.interrupted = False
+        faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
+        self.injection = Injection(agree.together(self.comm, lambda: read_faults(faults)), self.rank)
+        self.lost: list[int] = []  # ranks
+        self.heard: dict[int, float] = {}  # when each worker last gave a sign of life
+        self._stalled = set[int]()  # those that have been reported
+        self._look = Every(seconds=1.0)
+        self.hosts = agree.allgather(self.comm, here.host)
 
     def run(self) -> dict[str, Any] | None:
         """Wire, resume, train, and write the result."""
@@ -115,7 +125,7 @@ class Job:
             config.make_center_optimizer(self.plan.steps, self.setup.count(comm.size)),
             self.setup._replace(wire=chosen),
             observe=self._observe if self.rank == 0 else None,
-            record=self._record if self.rank == 0 and config.record else None,
+            record=self._served if self.rank == 0 else None,
         )
         resumed = self._resume() if config.resume is not None else None
         member.begin(self.plan.steps, config.period)
@@ -142,15 +152,43 @@ class Job:
 
     def _train(self) -> None:
         member = self.member
+        injection = self.injection
+        # A dead worker is dropped, without Revoke or Shrink, where MPI tells of it and a center serves by messages.
+        survives = fault_tolerant() and self.setup.transport == "p2p" and self.setup.centers == 1
         if member.serves:
+            end: Any = member.end
+            if survives:
+                end.on_loss = self._lose
             member.serve(self._turn if self.rank == 0 else None)
-            return
-        loops = [self._steps(worker) for worker in member.workers]
-        launch.drive(loops)
+        else:
+            for worker in member.workers:
+                worker.end = injection.wrap(worker.end)
+            launch.drive([self._steps(worker, injection) for worker in member.workers])
+        if survives:
+            self.comm = self.comm.Shrink()
 
-    def _steps(self, worker: Worker) -> Iterator[int]:
+    def _lose(self, worker: int) -> None:
+        """A worker has died: what it had not committed goes to the others."""
+        center, rank = self.member.center, worker + self.setup.centers
+        self.lost.append(rank)
+        held = center.leases.state()["free"] if center.leases else []
+        center.lose(worker)
+        self._say(
+            f"WARNING: rank {rank} on {self.hosts[rank]} is lost, at step {center.steps}; what it had not committed "
+            f"goes to the {self.member.count - len(self.lost)} others"
+        )
+        if self.monitor is not None:
+            self.monitor.note("lost", rank=rank, host=self.hosts[rank], uncommitted=held)
+
+    def _steps(self, worker: Worker, injection: Injection) -> Iterator[int]:
         """The loop of a worker: saves its state when the center has, and stops where nobody else would stop it."""
-        loop = train(worker, gradient_of(self.problem, self.layout, self.plan, worker))
+        gradient = gradient_of(self.problem, self.layout, self.plan, worker)
+
+        def compute(step: int) -> tuple[float, Array]:
+            injection.step()
+            return gradient(step)
+
+        loop = train(worker, compute)
         saved = worker.checkpoint
         for step in loop:
             if worker.checkpoint != saved and not worker.done:
@@ -170,11 +208,24 @@ class Job:
         if self.signals.asked and center.control != STOP:
             center.control = STOP
             self._say(f"{self.signals.asked}: the workers commit what they have done; then a checkpoint, and the end")
+        if self.config.stall_limit and self._look():
+            self._report_stalled()
         if self.saver is not None and self.saver.tick(self._own_center()):
             member.save_others(center.checkpoint)
         if not self.setup.use_locking:
             end: Any = member.end
             end.tell(center.control, center.checkpoint)
+
+    def _report_stalled(self) -> None:
+        """Name the workers that have been silent for too long, once; and those that are back."""
+        now = time.monotonic()
+        for worker, last in self.heard.items():
+            rank, silent = worker + self.setup.centers, now - last
+            if rank in self.lost or (silent < self.config.stall_limit) == (worker not in self._stalled):
+                continue
+            self._stalled ^= {worker}
+            said = f"is silent for {silent:.1f} s" if worker in self._stalled else "is back"
+            self._say(f"WARNING: rank {rank} on {self.hosts[rank]} {said}, at step {self.member.center.steps}")
 
     def _own_center(self) -> Array:
         """What this rank holds of the center variable."""
@@ -188,10 +239,13 @@ class Job:
         if self.monitor is None:
             return
         self.monitor.commit(commit, c)
+        if self.member.serves:
+            self.injection.step()
         if not self.member.serves and self.saver is not None:
             self.saver.tick(c)
 
-    def _record(self, commit: Commit, reply: Reply) -> None:
+    def _served(self, commit: Commit, reply: Reply) -> None:
+        self.heard[commit.worker] = time.monotonic()
         if self.recorder is not None:
             self.recorder(commit, reply)
 
@@ -278,8 +332,8 @@ class Job:
         member, center = self.member, self.member.center
         if self.recorder is not None:
             self.recorder.close()
-        said = [center.steps, self.signals.asked if self.rank == 0 else None]
-        steps, asked = json.loads(agree.allgather(self.comm, json.dumps(said))[0])
+        said = [center.steps, self.signals.asked if self.rank == 0 else None, self.lost]
+        steps, asked, self.lost = json.loads(agree.allgather(self.comm, json.dumps(said))[0])
         self.interrupted = asked is not None and steps < self.plan.steps
         if self.config.keep:
             for worker in member.workers:
@@ -290,15 +344,21 @@ class Job:
         finish(self.comm.Ibarrier().Test)
 
     def _end(self) -> dict[str, Any] | None:
+        if self.lost and len(self.lost) == self.member.count:
+            self._say(f"all workers are lost, ranks {self.lost}; resume with --resume {self.directory}")
+            raise Degraded(1)
         result = self._result() if self.monitor is not None and not self.interrupted else None
-        self.member.close()
+        if not self.lost:
+            self.member.close()
         if self.interrupted:
             if self.monitor is not None:
                 self.monitor.stop("interrupted", signal=self.signals.asked)
                 resume = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
                 self.monitor.say(f"interrupted at step {self.member.center.steps} of {self.plan.steps}; {resume}")
-            self.comm.Free()
             raise Interrupted
+        if self.lost:
+            finish(self.comm.Ibarrier().Test)  # the last: who has lost a rank cannot finalize MPI
+            raise Degraded(DEGRADED)
         self.comm.Free()
         return result
 
@@ -317,12 +377,15 @@ class Job:
             "period": config.period,
             **monitor.finish(member.c),
             "refused": member.center.refused,
+            "lost": self.lost,
             "mpi": library(),
             "agnmpi": __version__,
         }
         write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
         if result["loss"] is None or None in result["metrics"].values():
             monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
+        if self.lost:
+            monitor.say(f"WARNING: the run ended without ranks {self.lost}: exit code {DEGRADED}")
         if result["refused"]:
             monitor.say(f"WARNING: {result['refused']} commits were refused, since they were not finite")
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())

@@ -154,6 +154,10 @@ class Monitor:
         """What a checkpoint keeps of this run's progress."""
         return {"samples": self._samples, "seconds": round(time.monotonic() - self._start, 3)}
 
+    def note(self, event: str, **facts: Any) -> None:
+        """Write an event."""
+        self._events.write(event, step=self._center.steps, clock=self._center.clock, **facts)
+
     def stop(self, event: str, **facts: Any) -> None:
         """The run ends early: close the display and the files."""
         if self._live:

@@ -37,11 +37,11 @@ def mpi_kind() -> str:
 class Job:
     """A running mpiexec in a process group of its own."""
 
-    def __init__(self, n, *args, cwd=None, env=None):
+    def __init__(self, n, *args, cwd=None, env=None, launcher=()):
         self.directory = tempfile.TemporaryDirectory(prefix="agnmpi-")  # Open MPI leaves session directories
         clean = {k: v for k, v in os.environ.items() if not k.startswith(INHERITED)}
         clean |= {"TMPDIR": self.directory.name, "PYTHONUNBUFFERED": "1"} | (env or {})
-        command = shlex.join([mpiexec_path(), "-n", str(n), *map(str, args)])
+        command = shlex.join([mpiexec_path(), *launcher, "-n", str(n), *map(str, args)])
         self.process = subprocess.Popen(
             ["bash", "-c", f". {ROOT}/jobs/env-{mpi_kind()}.sh; exec {command}"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -61,10 +61,10 @@ class Job:
         return self.process.returncode, output
 
 
-def mpiexec(n, *args, timeout=60, cwd=None, env=None):
+def mpiexec(n, *args, timeout=60, **options):
     """Run to the end; returns (exit code, output)."""
     for _ in range(3):
-        code, output = Job(n, *args, cwd=cwd, env=env).finish(timeout)
+        code, output = Job(n, *args, **options).finish(timeout)
         if KNOWN_FAILURE not in output:
             break
     return code, output

@@ -40,6 +40,7 @@ def result(run):
         (2, ["--rule", "eamsgd", "--rho", "2"]),
         (2, ["--variant", "gradient", "--optimizer", "momentum"]),
         (3, ["--centers", "2", "--center-optimizer", "nesterov"]),
+        (2, ["--outer-rate", "0.7", "--center-optimizer", "delayed_nesterov", "--set", "center_options.every=4"]),
         (2, ["--transport", "rma", "--no-use-locking"]),
         (1, ["--rule", "diloco"]),
     ],

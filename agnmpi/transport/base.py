@@ -42,8 +42,20 @@ class Commit(NamedTuple):
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Commit":
-        """Read a header; the payload follows on its own."""
+        """Read a header; the payload follows on its own. Raises ValueError for another length."""
+        if len(header) != _COMMIT.size:
+            raise ValueError(f"a commit's header has {_COMMIT.size} bytes, not {len(header)}")
         return cls(*_COMMIT.unpack(header))
+
+    def check(self, worker: int, nbytes: int) -> None:
+        """Raise ValueError unless this is of `worker` and brings nothing, or a vector of `nbytes`."""
+        whole = self.nbytes in (0, nbytes) and not self.encoding
+        if self.worker != worker or not whole or self.steps < 0 or self.commits != 1:
+            raise ValueError(
+                f"rank {worker + 1} of the transport sent {self.nbytes} bytes, {self.steps} steps and {self.commits} "
+                f"commits as worker {self.worker} (encoding {self.encoding}); expected worker {worker} and {nbytes} "
+                "bytes: all ranks must give the same parameters"
+            )
 
 
 COMMIT_BYTES = _COMMIT.size
@@ -67,7 +79,9 @@ class Reply(NamedTuple):
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Reply":
-        """Read a header."""
+        """Read a header. Raises ValueError for a length that no header has."""
+        if len(header) < _REPLY.size or (len(header) - _REPLY.size) % 8:
+            raise ValueError(f"a reply's header cannot have {len(header)} bytes")
         clock, status, control, first, count, steps, checkpoint = _REPLY.unpack_from(header)
         applied = struct.unpack(f"<{(len(header) - _REPLY.size) // 8}q", header[_REPLY.size :])
         return cls(clock, status, control, Lease(first, count), steps, checkpoint, applied)

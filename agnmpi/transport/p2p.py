@@ -11,6 +11,7 @@ Each request is tested by itself: Waitany's order starves high ranks, and Waital
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from mpi4py import MPI
 
@@ -147,6 +148,13 @@ class P2PWorker:
         """Nothing to free."""
 
 
+def _gone(error: MPI.Exception) -> bool:
+    """Whether `error` tells of a dead peer (ULFM)."""
+    found: int = error.Get_error_class()
+    names = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
+    return found in [getattr(MPI, name) for name in names if hasattr(MPI, name)]
+
+
 class _Buffer:
     """A vector at the center, the wire that carries it, and the number of replies under way that read it."""
 
@@ -161,6 +169,19 @@ class _Buffer:
         else:
             self._copied = chunks = list(self.wire.outgoing(self.x))
         return (piece for chunk in chunks for piece in cut(chunk, PIECE))
+
+
+class _Answer(NamedTuple):
+    """A reply under way."""
+
+    worker: int
+    header: bytes
+    request: MPI.Request
+    stream: _Stream | None
+    buffer: _Buffer
+
+    def test(self) -> bool:
+        return self.request.Test() and (self.stream is None or self.stream.test())
 
 
 class P2PCenter:
@@ -183,8 +204,13 @@ class P2PCenter:
         self._queue: deque[Commit] = deque()  # deltas that wait for a slot, by arrival
         self._receiving: list[tuple[Commit, _Buffer, _Stream]] = []
         self._ready: deque[tuple[Commit, _Buffer | None]] = deque()
-        self._replies: list[tuple[MPI.Request, _Stream | None, _Buffer]] = []
+        self._replies: list[_Answer] = []
         self._left: list[Commit] = []
+        self.lost = set[int]()  # workers that have died, with `on_loss` alone; else the error is raised
+        self.on_loss: Callable[[int], None] | None = None  # told of each, after its messages are forgotten
+        self._dying: list[int] = []  # lost, but not reported yet
+        self._farewell: Reply | None = None
+        self._buried: list[object] = []  # requests of the dead, and what MPI may still touch for them
         self._ticks = _Ticks()
         self._moved = 0.0  # time of the last look at the messages
 
@@ -196,7 +222,7 @@ class P2PCenter:
     @property
     def live(self) -> int:
         """Workers that have not left this session."""
-        return self._workers - len(self._left)
+        return self._workers - len({commit.worker for commit in self._left} | self.lost)
 
     @property
     def progress(self) -> int:
@@ -212,6 +238,7 @@ class P2PCenter:
     def serve_one(self, apply: Apply) -> bool:
         """Make progress on all messages and serve the first that is whole."""
         self._move()
+        self._report_lost()
         if not self._ready:
             return False
         commit, slot = self._ready[0]
@@ -226,11 +253,57 @@ class P2PCenter:
             self._post(commit.worker)
             return True
         self._left.append(commit)
-        if not self.live:
-            for leaver in self._left:
-                self._answer(leaver, reply)
-            finish(self._flush)
+        self._farewell = reply
+        self._part()
         return True
+
+    def _part(self) -> None:
+        """Answer the farewells if no worker is left."""
+        if self.live or self._farewell is None:
+            return
+        farewell, self._farewell = self._farewell, None
+        for leaver in self._left:
+            self._answer(leaver, farewell)
+        finish(self._flush)
+
+    def _try(self, worker: int, call: Callable[[], bool]) -> bool:
+        """Call what speaks with `worker`; if that is dead, forget it, and go on without."""
+        try:
+            return call()
+        except MPI.Exception as error:
+            if self.on_loss is None or not _gone(error):
+                raise
+            self._bury(worker)
+            return False
+
+    def _bury(self, worker: int) -> None:
+        """Forget the messages of a dead worker; it is reported between two messages, not amid an apply."""
+        if self._dead(worker):
+            return
+        self._dying.append(worker)
+        # The memory of what is under way stays as long as we live: MPI may still write there.
+        self._buried.append(self._posted.pop(worker, None))
+        self._queue = deque(commit for commit in self._queue if commit.worker != worker)
+        for item in [item for item in self._receiving if item[0].worker == worker]:
+            self._receiving.remove(item)
+            self._buried.append(item)
+            self._slots_left += 1
+        for reply in [reply for reply in self._replies if reply.worker == worker]:
+            self._replies.remove(reply)
+            self._buried.append(reply)
+            self._done_reading(reply)
+        for whole in [whole for whole in self._ready if whole[0].worker == worker]:
+            self._ready.remove(whole)
+            if whole[1] is not None:
+                self._free.append(whole[1])
+
+    def _report_lost(self) -> None:
+        while self._dying:
+            worker = self._dying.pop()
+            self.lost.add(worker)
+            if self.on_loss is not None:
+                self.on_loss(worker)
+            self._part()
 
     def move_on(self) -> None:
         """Move other messages on while one is applied; cheap to call often."""
@@ -248,10 +321,10 @@ class P2PCenter:
         for i in range(self._workers):
             worker = (self._turn + i) % self._workers
             request = self._posted.get(worker)
-            if request is not None and request.Test():
+            if request is not None and self._try(worker, request.Test):
                 self._ticks.count += 1
                 commit = Commit.decode(self._headers[worker])
-                self._check(commit, worker)
+                commit.check(worker, self.c.nbytes)
                 if commit.nbytes:
                     self._queue.append(commit)
                 else:
@@ -261,14 +334,15 @@ class P2PCenter:
         self._turn += 1
 
     def _post(self, worker: int) -> None:
-        self._posted[worker] = self._comm.Irecv(self._headers[worker], worker + 1, _HEADER)
+        def post() -> bool:
+            self._posted[worker] = self._comm.Irecv(self._headers[worker], worker + 1, _HEADER)
+            return True
 
-    def _check(self, commit: Commit, worker: int) -> None:
-        if commit.worker != worker or commit.nbytes not in (0, self.c.nbytes):
-            raise ValueError(
-                f"rank {worker + 1} sent {commit.nbytes} bytes as worker {commit.worker}; expected worker "
-                f"{worker} and {self.c.nbytes} bytes: all ranks must give the same parameters"
-            )
+        if not self._dead(worker):
+            self._try(worker, post)
+
+    def _dead(self, worker: int) -> bool:
+        return worker in self.lost or worker in self._dying
 
     def _receive(self) -> None:
         """Give free slots to waiting deltas, and move on those that have arrived."""
@@ -282,11 +356,20 @@ class P2PCenter:
             def arrived(part: slice, slot: _Buffer = slot) -> None:
                 slot.wire.arrived(slot.x, part)
 
-            pieces = cut(slot.wire.incoming(slot.x), PIECE)
-            self._receiving.append((commit, slot, _Stream(post, pieces, self._ticks, done=arrived)))
+            def start(
+                commit: Commit = commit,
+                slot: _Buffer = slot,
+                post: Callable[[Array], MPI.Request] = post,
+                arrived: Callable[[slice], None] = arrived,
+            ) -> bool:
+                stream = _Stream(post, cut(slot.wire.incoming(slot.x), PIECE), self._ticks, done=arrived)
+                self._receiving.append((commit, slot, stream))
+                return True
+
+            self._try(commit.worker, start)
         for item in self._receiving[:]:
             commit, slot, stream = item
-            if stream.test():
+            if self._try(commit.worker, stream.test):
                 slot.wire.settle(slot.x)
                 self._receiving.remove(item)
                 self._ready.append((commit, slot))
@@ -311,26 +394,33 @@ class P2PCenter:
 
     def _answer(self, commit: Commit, reply: Reply) -> None:
         dest, buffer = commit.worker + 1, self._center
-        request = self._comm.Isend(reply.encode(), dest, _REPLY)
-        stream = None
-        if commit.wants & PULL:
-            stream = _Stream(lambda x: self._comm.Isend(x, dest, _CENTER_VARIABLE), buffer.outgoing(), self._ticks)
-            buffer.readers += 1
-        self._replies.append((request, stream, buffer))
+
+        def send() -> bool:
+            header = reply.encode()
+            request, stream = self._comm.Isend(header, dest, _REPLY), None
+            if commit.wants & PULL:
+                stream = _Stream(lambda x: self._comm.Isend(x, dest, _CENTER_VARIABLE), buffer.outgoing(), self._ticks)
+                buffer.readers += 1
+            self._replies.append(_Answer(commit.worker, header, request, stream, buffer))
+            return True
+
+        if not self._dead(commit.worker):
+            self._try(commit.worker, send)
 
     def _flush(self) -> bool:
         """Push the replies; whether all are out."""
-        under_way = []
-        for item in self._replies:
-            request, stream, buffer = item
-            if not request.Test() or (stream and not stream.test()):
-                under_way.append(item)
-            elif stream:
-                buffer.readers -= 1
-                if not buffer.readers and buffer is not self._center:
-                    self._free.append(buffer)
-        self._replies = under_way
-        return not under_way
+        for answer in self._replies[:]:
+            if self._try(answer.worker, answer.test) and answer in self._replies:
+                self._replies.remove(answer)
+                self._done_reading(answer)
+        return not self._replies
+
+    def _done_reading(self, answer: "_Answer") -> None:
+        buffer = answer.buffer
+        if answer.stream:
+            buffer.readers -= 1
+            if not buffer.readers and buffer is not self._center:
+                self._free.append(buffer)
 
     def close(self) -> None:
         """Nothing to free: no receive is posted once all workers have left."""

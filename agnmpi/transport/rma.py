@@ -183,11 +183,7 @@ class RMACenter:
         windows = self._windows
         windows.sync()
         commit = Commit.decode(windows.words[windows.header(worker) :][:COMMIT_WORDS].tobytes())
-        if commit.worker != worker or commit.nbytes not in (0, self._c.nbytes):
-            raise ValueError(
-                f"rank {worker + 1} put {commit.nbytes} bytes as worker {commit.worker}; expected worker {worker} "
-                f"and {self._c.nbytes} bytes: all ranks must give the same parameters"
-            )
+        commit.check(worker, self._c.nbytes)
         if commit.nbytes:
             if not self._lock():
                 return False
