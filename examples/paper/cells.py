@@ -48,7 +48,8 @@ class Cell(NamedTuple):
     scene: str = "equal"
 
 
-QUICK, FULL = Size([200, 200], 8.0, 3, 1.0), Size([1000, 2000, 1000], 40.0, 1, 1.0)
+QUICK, LONG = Size([200, 200], 8.0, 3, 1.0), Size([200, 200], 40.0, 1, 2.0)
+FULL = Size([1000, 2000, 1000], 40.0, 1, 1.0)
 PAPER, PAIRS = ("AGN", "AEASGD", "DOWNPOUR"), [(4, 10), (10, 10), (20, 20), (40, 10), (40, 40)]
 
 
@@ -69,6 +70,13 @@ def quick() -> list[Cell]:
         for seed in range(QUICK.seeds)
         for cell in (*(Cell(*run, seed) for run in runs), *(Cell(*run, seed, scene) for *run, scene in scenes))
     ]
+
+
+def long() -> list[Cell]:
+    """The published number of epochs with the small MLP, where n/λ is 1 or more: is it a matter of the start?"""
+    runs = [(method, n, period) for n, period in ((40, 20), (20, 10), (40, 10)) for method in ("AGN", "AGN r=1")]
+    runs += [("AGN", 40, 40), ("AEASGD", 40, 40), ("AEASGD", 40, 10), ("alone", 1, 1)]
+    return [Cell(*run, seed) for run in runs for seed in range(LONG.seeds)]
 
 
 def full() -> list[Cell]:

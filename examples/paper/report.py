@@ -145,7 +145,7 @@ def write(out: Path, rows: list[dict]) -> None:
         "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
         "axes.edgecolor": "#9aa0a6", "axes.labelcolor": "#3c4043", "xtick.color": "#5f6368", "ytick.color": "#5f6368",
         "axes.grid": True, "grid.color": "#eceff1", "axes.axisbelow": True, "axes.titlesize": 11,
-        "axes.titlelocation": "left", "axes.titleweight": "bold", "legend.frameon": False, "savefig.dpi": 130,
+        "axes.titlelocation": "left", "axes.titleweight": "bold", "legend.frameon": False, "savefig.dpi": 110,
     }  # fmt: skip
     with plt.rc_context(style):
         for picture in (over_time, over_ratio, staleness):
