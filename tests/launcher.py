@@ -35,13 +35,13 @@ def mpi_kind() -> str:
 
 
 class Job:
-    """A running mpiexec in a process group of its own."""
+    """A running mpiexec in a process group of its own. `start`: a command to start it instead."""
 
-    def __init__(self, n, *args, cwd=None, env=None):
+    def __init__(self, n, *args, cwd=None, env=None, start=None):
         self.directory = tempfile.TemporaryDirectory(prefix="agnmpi-")  # Open MPI leaves session directories
         clean = {k: v for k, v in os.environ.items() if not k.startswith(INHERITED)}
         clean |= {"TMPDIR": self.directory.name, "PYTHONUNBUFFERED": "1"} | (env or {})
-        command = shlex.join([mpiexec_path(), "-n", str(n), *map(str, args)])
+        command = shlex.join([*(start or [mpiexec_path(), "-n", str(n)]), *map(str, args)])
         self.process = subprocess.Popen(
             ["bash", "-c", f". {ROOT}/jobs/env-{mpi_kind()}.sh; exec {command}"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -61,10 +61,10 @@ class Job:
         return self.process.returncode, output
 
 
-def mpiexec(n, *args, timeout=60, cwd=None, env=None):
+def mpiexec(n, *args, timeout=60, cwd=None, env=None, start=None):
     """Run to the end; returns (exit code, output)."""
     for _ in range(3):
-        code, output = Job(n, *args, cwd=cwd, env=env).finish(timeout)
+        code, output = Job(n, *args, cwd=cwd, env=env, start=start).finish(timeout)
         if KNOWN_FAILURE not in output:
             break
     return code, output
