@@ -95,7 +95,7 @@ def bed():
     bed = Bed(Path(tempfile.mkdtemp(prefix="agnmpi-netlab-")))
     # A keeper takes the bed down when its input ends: also when this process is killed.
     keeper = subprocess.Popen(
-        ["bash", "-c", f'"$0" up {HOSTS} --rate 1gbit && echo up && read -r; "$0" down', NETLAB],
+        ["bash", "-c", f'"$0" up {HOSTS} --rate 1gbit && echo up && read -r; "$0" down; rm -rf "$NC_BIN"', NETLAB],
         env=os.environ | bed.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
     )  # fmt: skip
