@@ -170,6 +170,13 @@ def test_every_rule_trains(comm, name, overlap):
         np.testing.assert_allclose(opt.center["0"], target, atol=0.02)
 
 
+def test_threads_under_fault_tolerance_are_warned_of(comm, monkeypatch):
+    monkeypatch.setenv("AGNMPI_FT", "1")
+    monkeypatch.setattr("agnmpi.agn.MPI.Query_thread", lambda: MPI.THREAD_MULTIPLE, raising=False)
+    with pytest.warns(RuntimeWarning, match="MPI4PY_RC_THREADS=0"), AGNOptimizer(sgd(0.1), np.zeros(3), comm) as opt:
+        opt.initialize()
+
+
 def test_a_gradient_may_be_none(comm):
     """Its variable, and the slots that go with it, keep still."""
     with AGNOptimizer(adam(0.1), {"w": np.zeros(3), "still": np.ones(2)}, comm, 1) as opt:
