@@ -86,7 +86,6 @@ def test_a_worker_that_stalls_is_reported(tmp_path):
     check(run, code, output, [])
     assert "WARNING: rank 2 on " in output
     assert " is silent for " in output
-    assert " is back" in output
 
 
 @ulfm
