@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 from .agree import ConfigError, together
 from .backend import Array, as_array, namespace
+from .faults import fault_tolerant
 from .hook import Hook
 from .launch import AbortOnException, agree_on_model, check_world
 from .optimizers import Optimizer, Range
@@ -84,6 +85,14 @@ class AGNOptimizer:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
         check_world(comm)
+        if fault_tolerant() and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            # Open MPI 5.0: btl/tcp locks itself when a peer dies amid a large message.
+            warnings.warn(
+                f"{name}: MPI runs fault tolerant and with MPI_THREAD_MULTIPLE, under which Open MPI may hang when a "
+                "rank dies; set MPI4PY_RC_THREADS=0, or mpi4py.rc.threads = False before the import of MPI",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self._comm = comm.Dup()
         self._hook = AbortOnException(self._comm)
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from . import agree, launch, probe
 from .backend import device_count
+from .faults import fault_tolerant
 from .job import library
 from .rules import agn
 from .version import __version__
@@ -89,6 +90,7 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
         "mpi": library(),
         "mpi_standard": "{}.{}".format(*MPI.Get_version()),
         "mpi4py": importlib.metadata.version("mpi4py"),
+        "fault_tolerant": fault_tolerant(),
         "thread_level": _LEVELS[MPI.Query_thread()],
         "world": comm.size,
         "ranks": ranks,
@@ -133,6 +135,8 @@ def _show(report: dict[str, Any]) -> None:
         wires.setdefault(rank["wire"], []).append(rank["rank"])
     for wire, ranks in wires.items():
         console.print(f"wire of {agree.ranks_in_words(ranks)}: {wire}", markup=False, soft_wrap=True)
+    if report["fault_tolerant"]:
+        console.print("fault tolerant (ULFM): train goes on without workers that die (transport p2p, one center)")
     for line in report["advice"] + report["hints"]:
         console.print(line, markup=False, soft_wrap=True)
     for line in report["problems"]:

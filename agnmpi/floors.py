@@ -98,7 +98,8 @@ class Mailbox(_Bare):
         left = count * (comm.size - 1)
         while left:
             comm.Iprobe()
-            self.control.Lock(0)
+            # Shared: over TCP Open MPI never grants an exclusive lock while three workers poll; a flag has one writer.
+            self.control.Lock(0, MPI.LOCK_SHARED)
             waiting = np.flatnonzero(flags[:, 0] != flags[:, 1])
             self.control.Unlock(0)
             for worker in waiting:
@@ -107,7 +108,7 @@ class Mailbox(_Bare):
                 c += slots[worker * x.nbytes :][: x.nbytes].view(x.dtype)
                 self.center.Unlock(0)
                 self.slots.Unlock(0)
-                self.control.Lock(0)
+                self.control.Lock(0, MPI.LOCK_SHARED)
                 flags[worker, 1] = flags[worker, 0]
                 self.control.Unlock(0)
                 left -= 1

@@ -58,6 +58,8 @@ class RecentMean:
 
     def add(self, value: float, weight: float) -> None:
         """Add `value`; what then lies more than the span back is forgotten."""
+        if not weight:
+            return  # a value of nothing may be NaN
         self._values.append((value, weight))
         self._weight += weight
         while self._weight - self._values[0][1] >= self._span:

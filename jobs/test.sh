@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# Lint, types, and all tests, serial and under mpiexec, on a fresh machine.   Usage: jobs/test.sh [mpich|openmpi|all]
+# Lint, types, and all tests, serial and under mpiexec, on a fresh machine.
+# Usage: jobs/test.sh [--long] [mpich|openmpi|all]   --long: only what takes minutes or measures time
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+only=()
+if [ "${1:-}" = --long ]; then
+    shift
+    export AGNMPI_LONG=1
+    only=(-m long)
+fi
 case ${1:-mpich} in
     all) mpis=(mpich openmpi) ;;
     mpich | openmpi) mpis=("${1:-mpich}") ;;
-    *) echo "usage: $0 [mpich|openmpi|all]" >&2; exit 2 ;;
+    *) echo "usage: $0 [--long] [mpich|openmpi|all]" >&2; exit 2 ;;
 esac
 cd "$here/.."
 for mpi in "${mpis[@]}"; do
@@ -17,5 +24,5 @@ for mpi in "${mpis[@]}"; do
         "$venv/bin/mypy"
     fi
     echo "== tests with $mpi"
-    "$venv/bin/python" -m pytest
+    "$venv/bin/python" -m pytest ${only[@]+"${only[@]}"}
 done

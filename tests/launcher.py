@@ -35,13 +35,13 @@ def mpi_kind() -> str:
 
 
 class Job:
-    """A running mpiexec in a process group of its own."""
+    """A running mpiexec in a process group of its own. `start`: a command to start it instead."""
 
-    def __init__(self, n, *args, cwd=None, env=None, launcher=()):
+    def __init__(self, n, *args, cwd=None, env=None, launcher=(), start=None):
         self.directory = tempfile.TemporaryDirectory(prefix="agnmpi-")  # Open MPI leaves session directories
         clean = {k: v for k, v in os.environ.items() if not k.startswith(INHERITED)}
         clean |= {"TMPDIR": self.directory.name, "PYTHONUNBUFFERED": "1"} | (env or {})
-        command = shlex.join([mpiexec_path(), *launcher, "-n", str(n), *map(str, args)])
+        command = shlex.join([*(start or [mpiexec_path(), *launcher, "-n", str(n)]), *map(str, args)])
         self.process = subprocess.Popen(
             ["bash", "-c", f". {ROOT}/jobs/env-{mpi_kind()}.sh; exec {command}"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -54,11 +54,11 @@ def check(run, code, output, lost, epochs=EPOCHS):
         ("kill:2@0", [2]),  # at the start
         ("kill:2@40", [2]),  # in the middle of a period
         ("cut:3@7", [3]),  # in the middle of an exchange
-        ("cut:1@0", [1]),  # in the first of them
-        ("kill:1@30,kill:3@31", [1, 3]),
+        pytest.param("cut:1@0", [1], marks=pytest.mark.long),  # in the first of them
+        pytest.param("kill:1@30,kill:3@31", [1, 3], marks=pytest.mark.long),
         ("kill:1@0,kill:2@50,cut:3@9", [1, 2, 3]),  # all but one
         ("corrupt:2@5,corrupt:1@6", []),
-        ("stall:1@20:2,slow:2@0:0.001", []),
+        pytest.param("stall:1@20:2,slow:2@0:0.001", [], marks=pytest.mark.long),
     ],
 )
 def test_lost_workers_cost_only_their_uncommitted_periods(tmp_path, faults, lost):
@@ -86,7 +86,6 @@ def test_a_worker_that_stalls_is_reported(tmp_path):
     check(run, code, output, [])
     assert "WARNING: rank 2 on " in output
     assert " is silent for " in output
-    assert " is back" in output
 
 
 @ulfm

@@ -69,6 +69,7 @@ def test_recent_mean():
     mean.add(10, 1)
     mean.add(1, 2)
     mean.add(4, 1)
+    mean.add(float("nan"), 0)  # no steps, and so no loss
     assert mean.value == pytest.approx(2.0)
 
 

@@ -35,21 +35,18 @@ def result(run):
     ("ranks", "options"),
     [
         (1, ["--transport", "local", "--optimizer", "adamw"]),
-        (2, ["--overlap"]),
         (2, ["--transport", "rma", "--schedule", "step", "--decay-every", "24"]),
         (2, ["--rule", "eamsgd", "--rho", "2"]),
-        (2, ["--variant", "gradient", "--optimizer", "momentum"]),
+        pytest.param(2, ["--variant", "gradient", "--optimizer", "momentum"], marks=pytest.mark.long),
         (3, ["--centers", "2", "--center-optimizer", "nesterov"]),
         (2, ["--outer-rate", "0.7", "--center-optimizer", "delayed_nesterov", "--set", "center_options.every=4"]),
-        (2, ["--transport", "rma", "--no-use-locking"]),
+        pytest.param(2, ["--transport", "rma", "--no-use-locking"], marks=pytest.mark.long),
         (1, ["--rule", "diloco"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_half_and_half_is_the_whole_bit_for_bit(tmp_path, ranks, options):
-    """One worker: k steps, resume, k steps equal 2k steps; λ divides k."""
-    if "--overlap" in options:
-        pytest.skip("with overlap a worker begins a session with nothing under way: resuming cuts the overlap once")
+    """One worker: k steps, resume, k steps equal 2k steps; λ divides k. (With overlap resuming cuts it once.)"""
     whole, half = tmp_path / "whole", tmp_path / "half"
     train(ranks, *SHORT, *options, "--steps", "48", "--run", whole)
     train(ranks, *SHORT, *options, "--steps", "24", "--run", half)
@@ -66,9 +63,9 @@ def test_half_and_half_is_the_whole_bit_for_bit(tmp_path, ranks, options):
     ("then", "options"),
     [
         (2, []),
-        (5, []),
+        pytest.param(5, [], marks=pytest.mark.long),
         (4, ["--centers", "2"]),
-        (3, ["--transport", "rma"]),
+        pytest.param(3, ["--transport", "rma"], marks=pytest.mark.long),
         (1, ["--transport", "local", "--workers", "3"]),
     ],
     ids=str,
@@ -118,8 +115,8 @@ def interrupted(tmp_path, ranks, *options, number=signal.SIGUSR1):
     [
         (4, []),
         (3, ["--transport", "rma"]),
-        (3, ["--transport", "rma", "--no-use-locking"]),
-        (4, ["--centers", "2"]),
+        pytest.param(3, ["--transport", "rma", "--no-use-locking"], marks=pytest.mark.long),
+        pytest.param(4, ["--centers", "2"], marks=pytest.mark.long),
         (3, ["--rule", "synchronous"]),
     ],
     ids=str,

@@ -37,6 +37,7 @@ _HEADER, _DELTA, _REPLY, _CENTER_VARIABLE = range(1, 5)  # tags, on a communicat
 PIECE = 1 << 20  # bytes; ULFM: large sends under way when a rank dies can hang Open MPI 5.0's btl/tcp
 IN_FLIGHT = 4  # pieces, at the center; a worker posts all of its own at once, so that any MPI call moves them
 _ALL = 1 << 60
+_STALLED = 0.05  # seconds without a piece
 
 
 class _Ticks:
@@ -59,11 +60,20 @@ class _Stream:
         self._post, self._pieces, self._ticks, self._done = post, pieces, ticks, done
         self._in_flight, self._at = in_flight, 0
         self._requests: deque[tuple[MPI.Request, int]] = deque()
+        self._posted, self._moved = False, time.perf_counter()
         self._fill()
 
     def _fill(self) -> None:
-        while len(self._requests) < self._in_flight and (piece := next(self._pieces, None)) is not None:
+        while len(self._requests) < self._in_flight:
+            if (piece := next(self._pieces, None)) is None:
+                self._posted = True
+                return
             self._requests.append((self._post(piece), piece.size))
+
+    @property
+    def busy(self) -> bool:
+        """Whether this stream keeps its link busy for a while: it moves, and is not at its last pieces."""
+        return not self._posted and time.perf_counter() - self._moved < _STALLED
 
     def test(self) -> bool:
         requests = self._requests
@@ -71,6 +81,7 @@ class _Stream:
             _, size = requests.popleft()
             self._done(slice(self._at, self._at + size))
             self._at += size
+            self._moved = time.perf_counter()
             self._ticks.count += 1
             self._fill()
         return not requests
@@ -346,7 +357,9 @@ class P2PCenter:
 
     def _receive(self) -> None:
         """Give free slots to waiting deltas, and move on those that have arrived."""
-        while self._queue and (slot := self._slot()):
+        # One delta after the other, as long as it comes: while the next arrives, the reply to this one leaves, and both
+        # directions of the link stay busy. Together they would all arrive at the same time, and nothing leave before.
+        while self._queue and not any(stream.busy for _, _, stream in self._receiving) and (slot := self._slot()):
             commit = self._queue.popleft()
             source = commit.worker + 1
 

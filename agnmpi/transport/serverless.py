@@ -65,6 +65,7 @@ class SumWorker:
         self.windows = Windows(comm, like, 0)
         self._total: int | None = None
         self._period = 1
+        self._loss = np.empty(1)  # lives until a flush: across hosts an Accumulate is still to be sent when it returns
         self._sequence = self.sessions = 0
 
     def begin(self, total: int | None, period: int, _start: int = 0) -> None:
@@ -101,7 +102,8 @@ class SumWorker:
         self._sequence = commit.sequence
         windows.add(STEPS, commit.steps)
         if commit.steps:
-            windows.control.Accumulate(np.array([commit.loss * commit.steps]), CENTER, 8 * LOSS, MPI.SUM)
+            self._loss[0] = commit.loss * commit.steps
+            windows.control.Accumulate(self._loss, CENTER, 8 * LOSS, MPI.SUM)
         staleness = windows.add(CLOCK, 1) - commit.clock
         windows.add(STALENESS, staleness)
         windows.add(STALEST, staleness, MPI.MAX)
@@ -187,9 +189,11 @@ class SumCenter:
         commits, done = clock - self._seen[0], steps - self._seen[1]
         if commits:
             windows.sync()
-            loss = float(windows.words.view(np.float64)[LOSS])
-            mean = (loss - self._loss) / done if done else float("nan")
-            first, self._seen, self._loss = self._seen[1], [clock, steps], loss
+            first, self._seen = self._seen[1], [clock, steps]
+            mean = float("nan")
+            if done:  # else they were seen before their commits
+                loss = float(windows.words.view(np.float64)[LOSS])
+                mean, self._loss = (loss - self._loss) / done, loss
             apply(Commit(0, steps=done, first=first, commits=commits, loss=mean), self._c)
         self._left = left
         return commits > 0
