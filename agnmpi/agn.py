@@ -36,12 +36,14 @@ class AGNOptimizer:
     are kept up to date at each exchange; `comm`: any communicator, it is duplicated, and its rank 0 holds the
     center; `communication_period`: λ; `use_locking`: False sums commits straight into the center, element by element,
     with transport "rma" and rules whose commits are added as they are;
-    `name`: of this optimizer; `rule`: another rule of exchange; `variant`: of AGN, "gradient" as TensorFlow did;
+    `name`: of this optimizer; `rule`: another rule of exchange, or one that weighs commits, such as
+    `rules.weighted(rules.agn(), rules.outer_rate(1.0))`; `variant`: of AGN, "gradient" as TensorFlow did;
     `center_optimizer`: None adds; `transport`: "auto", "p2p", "rma", "collective" or "local" (one process);
     `overlap`: compute while an exchange is under way; `centers`: k, ranks 0 … k−1 hold a block of the center each (a
     pull is then whole per block; a clip at the center is per block); `wire`: of vectors on a device, "staged" through
     pinned host memory, "direct" with CUDA-aware MPI, "auto" as `agnmpi doctor` has found out; `center_device`:
-    "gpu" keeps the center where rank 0's parameters lie; `slots`: message vectors at a p2p center.
+    "gpu" keeps the center where rank 0's parameters lie; `slots`: message vectors at a p2p center; `dylu`: λ is of the
+    fastest worker, the others' are in proportion to their speeds.
 
     The same script runs on every rank: on rank 0 the loop `for step in opt.steps(n)` serves and yields nothing.
 
@@ -78,6 +80,7 @@ class AGNOptimizer:
         wire: str = "auto",
         center_device: str = "cpu",
         slots: int = 4,
+        dylu: bool = False,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
@@ -129,6 +132,7 @@ class AGNOptimizer:
                 "use_locking": str(use_locking),
                 "centers": str(centers),
                 "center_device": center_device,
+                "dylu": str(dylu),
             }
             agree_on_model(self._comm, layout, facts)
             if transport == "auto":
@@ -140,6 +144,7 @@ class AGNOptimizer:
                 centers=centers,
                 center_device=center_device,
                 slots=slots,
+                dylu=dylu,
             )
             check_fit(self._rule, setup, self._comm, optimizer, center_optimizer)
         except ConfigError:

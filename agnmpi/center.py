@@ -6,9 +6,10 @@ from typing import Any
 from .backend import Array, all_finite, namespace
 from .data import NONE, Lease, Leases
 from .optimizers import Optimizer
-from .rules import Rule, center_step
+from .rules import Rule, Seen, center_step
 from .transport.base import (
     CONTINUE,
+    DROPPED,
     DUPLICATE,
     LEAVE,
     OK,
@@ -41,10 +42,12 @@ class Center:
         self.applied = [0] * workers  # last sequence, by worker
         self.between: Callable[[], None] | None = None  # called between blocks of a step: messages move on meanwhile
         self.leases: Leases | None = None  # None: the work is shared out elsewhere
+        self.now: Callable[[], float] | None = None  # what measures the workers' speeds, where λ_k goes by them
         self.parks = False  # a worker that asks in vain shall ask again while others hold work
         self.staleness_sum = self.staleness_max = 0
         self.steps = 0  # local steps in all applied commits
         self.refused = self._in_a_row = 0  # commits
+        self.dropped = 0  # commits that weighed nothing
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
         self.on_save: Callable[[int], None] | None = None  # the first center asks for a checkpoint of this number
@@ -57,8 +60,8 @@ class Center:
     def apply(self, commit: Commit, c: Array) -> Reply:
         """Apply `commit` to `c` in place, once, and answer what it asks for.
 
-        A commit that is not finite is refused: nothing of it is applied, and its steps are free again. Raises
-        RuntimeError when `patience` is at its end.
+        A commit that is not finite is refused, and one that weighs nothing dropped: nothing of it is applied, and its
+        steps are free again. Raises RuntimeError when `patience` is at its end.
         """
         status, leases = OK, self.leases
         if leases and commit.payload is None and commit.wants & WORK and commit.first != leases.total_said:
@@ -107,6 +110,11 @@ class Center:
                 self.steps += commit.steps
             return REFUSED
         self._in_a_row = 0
+        if not self.weight(commit):
+            self.dropped += 1
+            if self.leases:
+                self.leases.refuse(commit.worker, done)
+            return DROPPED
         self._step(commit, c)
         if not self.rule.collective:
             self.applied[commit.worker] = commit.sequence
@@ -128,6 +136,7 @@ class Center:
             "steps": self.steps,
             "applied": self.applied,
             "refused": self.refused,
+            "dropped": self.dropped,
             "staleness": [self.staleness_sum, self.staleness_max],
             "center_optimizer": self.optimizer.name if self.optimizer else "add",
             "center_optimizer_step": self.state.step if self.optimizer else 0,
@@ -141,7 +150,7 @@ class Center:
             raise ValueError(f"the checkpoint's center optimizer is {facts['center_optimizer']}, not {name}")
         c[...] = namespace(c).asarray(arrays["c"])
         self.clock, self.steps, self.refused = int(facts["clock"]), int(facts["steps"]), int(facts["refused"])
-        self.checkpoint = self.steps
+        self.checkpoint, self.dropped = self.steps, int(facts["dropped"])
         self.staleness_sum, self.staleness_max = map(int, facts["staleness"])
         if self.optimizer:
             for slot_name, slot in self.optimizer.slots(self.state).items():
@@ -150,13 +159,22 @@ class Center:
         if self.leases and facts["leases"]:
             self.leases.restore(facts["leases"])
 
-    def _step(self, commit: Commit, c: Array) -> None:
-        assert commit.payload is not None
+    def weight(self, commit: Commit) -> float:
+        """The weight of `commit` by the rule, were it applied now; 0: it is to be dropped.
+
+        Raises ValueError for a pull from the future.
+        """
         staleness = self.clock - commit.clock
         if staleness < 0:
             raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
-        weight = self.rule.weight(staleness, commit.commits)
-        self.state = center_step(c, commit.payload, weight, self.optimizer, self.state, self.steps, self.between)
+        return self.rule.weight(Seen(staleness, commit.commits, commit.steps, self.workers))
+
+    def _step(self, commit: Commit, c: Array) -> None:
+        assert commit.payload is not None
+        staleness = self.clock - commit.clock
+        self.state = center_step(
+            c, commit.payload, self.weight(commit), self.optimizer, self.state, self.steps, self.between
+        )
         self.clock += commit.commits
         self.steps += commit.steps
         self.staleness_sum += staleness * commit.commits

@@ -8,8 +8,18 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from .optimizers import OPTIMIZERS, SCHEDULES, Optimizer, Schedule, constant, cosine, step_decay, warmup
-from .rules import RULES, Rule
+from .optimizers import (
+    CENTER_OPTIMIZERS,
+    OPTIMIZERS,
+    SCHEDULES,
+    Optimizer,
+    Schedule,
+    constant,
+    cosine,
+    step_decay,
+    warmup,
+)
+from .rules import RULES, Rule, Weight, outer_rate, staleness_cap, staleness_power, weighted
 
 TRANSPORTS = ("auto", "p2p", "rma", "collective", "local")
 
@@ -32,6 +42,17 @@ class Config:
     variant: str = _option("displacement", "rule", "of agn", choices=("displacement", "gradient"))
     period: int = _option(10, "rule", "communication period λ: local steps between exchanges", int)
     rho: float = _option(5.0, "rule", "ρ of the elastic rules; α = rate·ρ", float)
+    outer_rate: float | None = _option(
+        None,
+        "rule",
+        "r of agn: commits count rλ/n, so that a round of n moves the center by r mean displacements",
+        float,
+    )
+    staleness_power: float = _option(
+        0.0, "rule", "a: a commit of staleness s counts min(1, (n/(1 + s))^a); 0: whole", float
+    )
+    staleness_cap: int | None = _option(None, "rule", "commits of a greater staleness are dropped", int)
+    dylu: bool = _option(False, "rule", "λ is of the fastest worker; the others' are in proportion to speed", bool)
     overlap: bool = _option(False, "rule", "compute the next period while an exchange is under way", bool)
     transport: str = _option(
         "auto",
@@ -70,7 +91,7 @@ class Config:
         None,
         "optimizer",
         "at the center [default: add, or what the rule is known with]",
-        choices=["add", *OPTIMIZERS],
+        choices=["add", *CENTER_OPTIMIZERS],
     )
     center_rate: float | None = _option(None, "optimizer", "its learning rate", float)
     center_options: dict[str, Any] = _option({}, "optimizer", "its further numbers, such as beta")
@@ -107,11 +128,20 @@ class Config:
             "checkpoint_commits",
             "keep",
             "stall_limit",
+            "staleness_power",
         ):
             _at_least(name, getattr(self, name), 0)
+        if self.staleness_cap is not None:
+            _at_least("staleness_cap", self.staleness_cap, 0)
+            if self.centers > 1:
+                raise ValueError(
+                    "staleness_cap with several centers: each has a clock of its own, and would drop alone"
+                )
+        if self.outer_rate is not None and self.rule != "agn":
+            raise ValueError(f"outer_rate is of rule agn, not of {self.rule}")
         if self.steps is not None:
             _at_least("steps", self.steps, 1)
-        for name in ("rate", "center_rate", "rho", "epochs", "log_every", "decay_factor"):
+        for name in ("rate", "center_rate", "outer_rate", "rho", "epochs", "log_every", "decay_factor"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, not {value!r}")
@@ -150,7 +180,7 @@ class Config:
         if center == "add" and (center_rate is not None or center_options):
             raise ValueError("center_rate and center_options need a center_optimizer other than 'add'")
         if center != "add":
-            center_rate = center_rate or rate
+            center_rate = center_rate or (1.0 if center == "delayed_nesterov" else rate)
         transport = self.transport
         if transport == "auto":
             transport = self.make_rule(rate).transport
@@ -172,7 +202,19 @@ class Config:
 
     def make_rule(self, rate: float | None = None) -> Rule:
         """The rule, with its numbers."""
-        rate = rate or self.rate
+        return weighted(self._make_rule(rate or self.rate), *self._weights())
+
+    def _weights(self) -> list[Weight]:
+        weights = []
+        if self.outer_rate is not None:
+            weights.append(outer_rate(self.outer_rate))
+        if self.staleness_power:
+            weights.append(staleness_power(self.staleness_power))
+        if self.staleness_cap is not None:
+            weights.append(staleness_cap(self.staleness_cap))
+        return weights
+
+    def _make_rule(self, rate: float | None) -> Rule:
         if self.rule in ("aeasgd", "eamsgd"):
             assert rate is not None
             return RULES[self.rule](rate * self.rho)
@@ -193,15 +235,19 @@ class Config:
         assert self.optimizer is not None
         return self._make(self.optimizer, self.make_schedule(steps), self.optimizer_options)
 
-    def make_center_optimizer(self, steps: int) -> Optimizer | None:
-        """The center's optimizer, None to add; with variant "gradient" its rate follows the schedule."""
+    def make_center_optimizer(self, steps: int, workers: int = 1) -> Optimizer | None:
+        """The center's optimizer, None to add; with variant "gradient" its rate follows the schedule.
+
+        `workers`: n, between as many commits the momentum of delayed_nesterov keeps still, unless `every` is given.
+        """
         if self.center_optimizer in (None, "add"):
             return None
         assert self.center_rate is not None
         if self.variant == "gradient":
             schedule = replace(self, rate=self.center_rate).make_schedule(steps)
             return self._make(self.center_optimizer, schedule, self.center_options)
-        return self._build(self.center_optimizer, constant(self.center_rate), self.center_options)
+        known = {"every": workers} if self.center_optimizer == "delayed_nesterov" else {}
+        return self._build(self.center_optimizer, constant(self.center_rate), known | self.center_options)
 
     def _make(self, name: str, rate: Schedule, options: Mapping[str, Any]) -> Optimizer:
         decay = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
@@ -210,7 +256,7 @@ class Config:
     @staticmethod
     def _build(name: str, rate: Schedule, options: Mapping[str, Any]) -> Optimizer:
         try:
-            return OPTIMIZERS[name](rate, **options)
+            return CENTER_OPTIMIZERS[name](rate, **options)
         except TypeError as error:
             raise ValueError(f"optimizer {name}: {error}") from error
 

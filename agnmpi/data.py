@@ -4,8 +4,8 @@ Steps are numbered over the whole run and all workers. Step t of an epoch takes 
 seeded permutation; so whoever is granted step t knows its samples, and each sample of an epoch is used once.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -60,23 +60,58 @@ class Plan:
         return epoch * self.samples + t * self.batch
 
 
+# λ_k for a worker that has done so many steps since it was asked last.
+Pace: TypeAlias = Callable[[int, int], int]
+
+
+def speed_proportional(period: int, now: Callable[[], float]) -> Pace:
+    """DyLU: λ_k = max(1, round(λ v_k / max v)), v_k the steps per second of worker k, exchanges included.
+
+    `period`: λ, of the fastest worker; `now() -> seconds`: the clock to measure with. Steps and seconds of the past
+    count half as much with each commit. Equal speeds give λ to all. Source: dynamic local updates of Liu et al. 2024
+    (arXiv:2401.09135), rounded to the nearest, and measured while it runs.
+
+    >>> clock = iter([0, 0, 10, 20])
+    >>> pace = speed_proportional(10, lambda: next(clock))
+    >>> [pace(worker, steps) for worker, steps in ((0, 0), (1, 0), (0, 10), (1, 10))]
+    [10, 10, 10, 5]
+    """
+    seen: dict[int, tuple[float, float, float]] = {}  # time of the last commit, steps, seconds, by worker
+    speeds: dict[int, float] = {}
+
+    def pace(worker: int, steps: int) -> int:
+        time = now()
+        last, done, seconds = seen.get(worker, (time, 0.0, 0.0))
+        if steps:
+            last, done, seconds = time, done / 2 + steps, seconds / 2 + time - last
+        seen[worker] = last, done, seconds
+        if seconds > 0:
+            speeds[worker] = done / seconds
+        own = speeds.get(worker)
+        return period if own is None else max(1, round(period * own / max(speeds.values())))
+
+    return pace
+
+
 class Leases:
     """The center's book of work: which steps are free, leased, or committed.
 
-    `total`: steps over all workers, None for no end; `period`: λ, the steps of a lease.
+    `total`: steps over all workers, None for no end; `period`: λ, the steps of a lease; `pace`: gives each worker
+    a λ_k of its own.
 
     >>> book = Leases(total=5, period=2)
     >>> [book.grant(worker) for worker in (0, 1, 0, 1)]
     [Lease(first=0, steps=2), Lease(first=2, steps=2), Lease(first=4, steps=1), Lease(first=-1, steps=0)]
     """
 
-    def __init__(self, total: int | None, period: int) -> None:
-        self.total, self.period = total, period
+    def __init__(self, total: int | None, period: int, pace: Pace | None = None) -> None:
+        self.total, self.period, self.pace = total, period, pace
         self.total_said = -1 if total is None else total  # as it travels
         self.committed = 0
         self._next = 0
         self._free: list[Lease] = []  # given back
         self._held: dict[int, list[Lease]] = {}
+        self._done: dict[int, int] = {}  # steps of a worker since its last grant
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: what is committed; whatever is leased is free again for who resumes."""
@@ -107,11 +142,14 @@ class Leases:
 
     def grant(self, worker: int) -> Lease:
         """Lease the next free steps to `worker`."""
+        period = self.pace(worker, self._done.pop(worker, 0)) if self.pace else self.period
         if self._free:
             lease = self._free.pop()
+            self._give_back(Lease(lease.first + period, lease.steps - period))
+            lease = Lease(lease.first, min(period, lease.steps))
         else:
-            left = self.period if self.total is None else self.total - self._next
-            lease = Lease(self._next, min(self.period, left))
+            left = period if self.total is None else self.total - self._next
+            lease = Lease(self._next, min(period, left))
             self._next += lease.steps
         if not lease.steps:
             return NONE
@@ -128,6 +166,7 @@ class Leases:
         if not held:
             del self._held[worker]
         self.committed += done.steps
+        self._done[worker] = self._done.get(worker, 0) + done.steps
         self._give_back(Lease(done.first + done.steps, lease.steps - done.steps))
 
     def refuse(self, worker: int, done: Lease) -> None:
@@ -135,6 +174,7 @@ class Leases:
         held = self._held.get(worker, [])
         for lease in [lease for lease in held if lease.first == done.first]:
             held.remove(lease)
+            self._done[worker] = self._done.get(worker, 0) + done.steps
             self._give_back(lease)
         if not held:
             self._held.pop(worker, None)
@@ -145,7 +185,7 @@ class Leases:
             self._give_back(lease)
 
     def _give_back(self, lease: Lease) -> None:
-        if lease.steps:
+        if lease.steps > 0:
             self._free.append(lease)
 
 

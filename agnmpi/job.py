@@ -78,6 +78,7 @@ class Job:
             center_device=config.center_device,
             slots=config.slots,
             workers=config.workers,
+            dylu=config.dylu,
         )
         check_fit(self.rule, self.setup, self.comm, config.make_optimizer(1), config.make_center_optimizer(1))
         self.rank = self.comm.rank
@@ -121,7 +122,7 @@ class Job:
             self.rule,
             self.x,
             config.make_optimizer(self.plan.steps),
-            config.make_center_optimizer(self.plan.steps),
+            config.make_center_optimizer(self.plan.steps, self.setup.count(comm.size)),
             self.setup._replace(wire=chosen),
             observe=self._observe if self.rank == 0 else None,
             record=self._served if self.rank == 0 else None,
@@ -393,6 +394,8 @@ class Job:
             f"({result['samples_per_second']:.0f}/s), {result['commits']} commits, "
             f"staleness {result['staleness']['mean']:.2f} (max {result['staleness']['max']})"
         )
+        if result["dropped"]:
+            monitor.say(f"{result['dropped']} commits were too old and were dropped; their steps were done again")
         monitor.say(f"written to {directory}/")
         return result
 

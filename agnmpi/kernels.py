@@ -48,6 +48,12 @@ KERNELS = {
         "const T p = beta1 * m + fresh1 * d, q = beta2 * v + fresh2 * d * d; "
         "m = p; v = q; x = y - eta * (p / (sqrt(q) + epsilon));",
     ),
+    # When the momentum moves: push ηβ, beta β, add 1, hold 0; otherwise 0, 1, 0, 1.
+    "delayed_nesterov": _step(
+        "T m, T b",
+        "T eta, T push, T beta, T add, T hold",
+        "const T u = b + d, p = beta * m + add * u; m = p; b = hold * u; x = y - (eta * d + push * p);",
+    ),
     # Rules.
     "delta": Body("T x, T o, T k", "T delta", "delta = (x - o) / k;"),
     "elastic": Body("T x, T c, T alpha", "T delta", "delta = alpha * (x - c);"),

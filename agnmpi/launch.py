@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from .agree import ConfigError, agree, allgather
 from .params import Layout
-from .rules import Rule
+from .rules import Rule, Seen
 from .version import __version__
 
 
@@ -107,15 +107,19 @@ def advice(rule: Rule, workers: int, period: int) -> list[str]:
         return []
     ratio = workers / period
     lines = [f"n/λ = {workers}/{period} = {ratio:.3g} (workers / communication period)"]
+    if rule.weighs:
+        ratio *= rule.weight(Seen(workers - 1, 1, period, workers))
+        lines.append(f"effective outer rate {ratio:.3g}: what a round of {workers} ordinary commits counts")
     if ratio > 2:
         lines.append(
             "WARNING: above 2 AGN becomes unstable: expect worse accuracy or divergence; "
-            f"use a period of at least {-(-workers // 2)}, or fewer workers"
+            f"use a period of at least {-(-workers // 2)}, fewer workers, or an outer rate of 1"
         )
     elif ratio < 0.8:
         lines.append(
             f"note: each round of commits moves the center by only {ratio:.3g} mean displacements, so progress "
-            f"per sample is slow at first; a shorter period (about {max(1, workers)}) often learns more per sample"
+            f"per sample is slow at first; a shorter period (about {max(1, workers)}), or an outer rate of 1, often "
+            "learns more per sample"
         )
     return lines
 

@@ -218,6 +218,7 @@ class Monitor:
                 "mean": round(self._center.staleness_mean, 3),
                 "max": self._center.staleness_max,
             },
+            "dropped": self._center.dropped,  # commits of no weight, such as too old
         }
         result = dict(finite(result))
         self._events.write("end", result=result, **self._stamp())

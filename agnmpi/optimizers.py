@@ -185,6 +185,28 @@ def _adam(
     x -= s
 
 
+def _delayed_nesterov(
+    x: Array,
+    g: Array,
+    slots: Sequence[Array],
+    s: Array,
+    _r: Array,
+    eta: Array,
+    push: Array,
+    beta: Array,
+    add: Array,
+    _hold: Array,
+) -> None:
+    m, b = slots
+    b += g
+    x -= np.multiply(g, eta, out=s)
+    if add:
+        m *= beta
+        m += b
+        b[...] = 0
+        x -= np.multiply(m, push, out=s)
+
+
 _HOST: dict[str, HostKernel] = {
     "sgd": _sgd,
     "momentum": _momentum,
@@ -192,6 +214,7 @@ _HOST: dict[str, HostKernel] = {
     "adagrad": _adagrad,
     "rmsprop": _rmsprop,
     "adam": _adam,
+    "delayed_nesterov": _delayed_nesterov,
 }
 
 
@@ -431,4 +454,35 @@ def adamw(
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     f.__name__: f for f in (sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw)
 }
+
+
+class DelayedNesterovState(NamedTuple):
+    """State of `delayed_nesterov`."""
+
+    step: int
+    momentum: Array
+    buffer: Array
+
+
+def delayed_nesterov(rate: float | Schedule = 1.0, every: int = 1, beta: float = 0.5) -> Optimizer:
+    """Delayed Nesterov, for the center: the momentum moves every N commits only, by all that came since.
+
+    B ← B + g, x ← x − ηg; at every N-th g also m ← βm + B, x ← x − ηβm, B ← 0. `rate`: η; `every`: N, usually n;
+    `beta`: β. With ε = ηN and m/N for m it is the published form, whose rate is ε; η = 1 and β = 0 add, as AGN does.
+
+    Raises ValueError unless 0 ≤ β < 1 and N ≥ 1. Source: Liu et al. 2024, arXiv:2401.09135, algorithm 3, with c = 0.
+    """
+    _fraction(beta=beta)
+    if every < 1:
+        raise ValueError(f"every is a number of commits, at least 1, not {every!r}")
+
+    def scalars(eta: float, t: int, _dtype: np.dtype[Any]) -> Sequence[float]:
+        return (eta, 0.0, 1.0, 0.0, 1.0) if t % every else (eta, eta * beta, beta, 1.0, 0.0)
+
+    name = "delayed_nesterov"
+    return _make(name, DelayedNesterovState, name, scalars, rate, 0.0, 0.0, numbers=f", every {every}, beta {beta:g}")
+
+
+# At the center also:
+CENTER_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {**OPTIMIZERS, "delayed_nesterov": delayed_nesterov}
 SCHEDULES = ("constant", "step", "cosine")

@@ -5,7 +5,8 @@ k local steps since then; c center; s staleness; α elastic rate. A rule is pure
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from math import isfinite, prod
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -33,7 +34,19 @@ def _adopt_elastic(x: Array, _sent: Array, delta: Array, _c: Array) -> None:
     x -= delta
 
 
-def _whole(_staleness: int, _commits: int) -> float:
+class Seen(NamedTuple):
+    """What the center sees of a commit when it weighs it."""
+
+    staleness: int  # s
+    commits: int = 1  # deltas summed in the payload
+    steps: int = 1  # k, local steps in it
+    workers: int = 1  # n
+
+
+Weight: TypeAlias = Callable[[Seen], float]
+
+
+def _whole(_seen: Seen) -> float:
     return 1.0
 
 
@@ -41,14 +54,14 @@ class Rule(NamedTuple):
     """Four small things: delta, pull order, adopt, weight; and what the rule needs.
 
     `delta(x, o, a, k, out)` writes the commit; `adopt(x, sent, delta, c)` moves x after the pull;
-    `weight(staleness, commits)` is the weight at the center, `commits` how many deltas the payload sums.
+    `weight(seen)` is the weight at the center; a commit of weight 0 is dropped, and its worker told.
     """
 
     name: str
     delta: Callable[[Array, Array, Array, int, Array], None]
     pulls: Literal["after", "before"] = "after"
     adopt: Callable[[Array, Array, Array, Array], None] = _adopt_center
-    weight: Callable[[int, int], float] = _whole
+    weight: Weight = _whole
     accumulates: bool = False  # needs a, an accumulator of its own
     collective: bool = False  # all ranks together, by Allreduce
     alpha: float = 0.0  # of the elastic rules
@@ -104,7 +117,7 @@ def downpour() -> Rule:
 
 def dynsgd() -> Rule:
     """DynSGD: DOWNPOUR whose commits the center weighs by 1/(s + 1) (Jiang et al., SIGMOD 2017)."""
-    return Rule("dynsgd", _displacement, weight=lambda staleness, _commits: 1 / (staleness + 1))
+    return Rule("dynsgd", _displacement, weight=lambda seen: 1 / (seen.staleness + 1))
 
 
 def _elastic(name: str, alpha: float) -> Rule:
@@ -135,8 +148,8 @@ def eamsgd(alpha: float) -> Rule:
     return _elastic("eamsgd", alpha)
 
 
-def _mean(_staleness: int, commits: int) -> float:
-    return 1 / commits
+def _mean(seen: Seen) -> float:
+    return 1 / seen.commits
 
 
 def synchronous() -> Rule:
@@ -152,6 +165,61 @@ def diloco() -> Rule:
 RULES: dict[str, Callable[..., Rule]] = {
     f.__name__: f for f in (agn, downpour, dynsgd, aeasgd, eamsgd, synchronous, diloco)
 }
+
+
+def outer_rate(r: float) -> Weight:
+    """Weight s = rk/n of AGN's commits (x − o)/k: c ← c + (r/n)(x − o).
+
+    `r`: effective outer rate of a round of n commits, whatever n and λ are: r = 1 averages the displacements, r = n/λ
+    is AGN itself, r = n DOWNPOUR. k is the commit's own number of steps, so that λ may differ between workers and the
+    last period counts for what it is. Raises ValueError unless r is positive. Source: ours; as the outer rate of
+    local SGD (Reddi et al. 2021, arXiv:2003.00295).
+
+    >>> outer_rate(2.0)(Seen(staleness=3, steps=10, workers=40))
+    0.5
+    """
+    if not (r > 0 and isfinite(r)):
+        raise ValueError(f"the outer rate r must be a positive number, not {r!r}")
+    return lambda seen: r * seen.steps / seen.workers
+
+
+def staleness_power(a: float) -> Weight:
+    """Weight min(1, ((1 + E[s])/(1 + s))^a), E[s] = n − 1: commits of ordinary staleness stay whole; a = 0 is AGN.
+
+    Raises ValueError for a negative a. Source: (1 + s)^−a of Xie, Koyejo, Gupta 2019 (arXiv:1903.03934), relative to
+    the mean staleness of n equal workers, which is ours.
+
+    >>> weight = staleness_power(0.5)
+    >>> weight(Seen(staleness=2, workers=4)), weight(Seen(staleness=15, workers=4))
+    (1.0, 0.5)
+    """
+    if not (a >= 0 and isfinite(a)):
+        raise ValueError(f"the power a of the staleness weight must not be negative, but is {a!r}")
+    return lambda seen: min(1.0, (seen.workers / (1 + seen.staleness)) ** a)
+
+
+def staleness_cap(cap: int) -> Weight:
+    """Weight 1 up to staleness `cap`, 0 above: what is too old is dropped, and its worker pulls afresh.
+
+    Its steps are free again. Raises ValueError for a negative cap. Source: bounded staleness, here at the center (Ho
+    et al., NIPS 2013, let the workers wait instead).
+    """
+    if cap < 0:
+        raise ValueError(f"the cap on the staleness must not be negative, but is {cap!r}")
+    return lambda seen: float(seen.staleness <= cap)
+
+
+def weighted(rule: Rule, *weights: Weight) -> Rule:
+    """`rule`, its weight multiplied by `weights`; the rule itself without any.
+
+    Raises ValueError for elastic rules, which take from x what they add to c, and for collective ones.
+    """
+    if not weights:
+        return rule
+    if rule.pulls == "before" or rule.collective:
+        raise ValueError(f"rule {rule.name} takes no further weights; they are of agn, downpour and dynsgd")
+    factors = (rule.weight, *weights)
+    return rule._replace(weight=lambda seen: prod(weight(seen) for weight in factors))
 
 
 def center_step(

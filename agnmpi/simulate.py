@@ -15,7 +15,7 @@ from .backend import Array, choose, full_like, to_host
 from .center import Center
 from .checkpoint import load, save, write_atomic
 from .config import Config
-from .data import Leases, Plan
+from .data import Leases, Plan, speed_proportional
 from .job import gradient_of, repeatable, run_directory
 from .metrics import finite
 from .monitor import Monitor
@@ -52,9 +52,9 @@ class Stage:
             raise ValueError(f"{centers} centers for a model of {layout.size} numbers: each needs one at least")
         self.c = full_like(self.x, self.x)
         self.parts = list(parts(layout.size, centers))
-        optimizer = config.make_center_optimizer(self.plan.steps)
+        optimizer = config.make_center_optimizer(self.plan.steps, n)
         self.centers = [Center(self.rule, self.c[part], n, optimizer) for part in self.parts]
-        self.centers[0].leases = Leases(self.plan.steps, config.period)
+        self.leases = self.centers[0].leases = Leases(self.plan.steps, config.period)
         self.locals = [LocalCenter(self.c[p], n, partial(self._apply, i)) for i, p in enumerate(self.parts)]
         self.staleness: list[int] = []
         self._monitor: Monitor | None = None
@@ -169,6 +169,8 @@ def in_words(result: dict[str, Any]) -> list[str]:
         )
     if staleness := result.get("staleness"):
         lines.append(f"staleness {staleness['mean']:.2f} (max {staleness['max']})")
+    if dropped := result.get("dropped"):
+        lines.append(f"{dropped} commits were too old and were dropped; their steps were done again")
     if "same_bits" in result:
         verdict = {True: "the same bits as", False: "NOT the same bits as", None: "nothing to compare with:"}
         lines.append(f"center: {verdict[result['same_bits']]} {result['replayed']}/center.safetensors")
@@ -184,6 +186,8 @@ def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
     """
     stage, n = Stage(config), config.workers
     agenda = Agenda(timing.tie())
+    if config.dylu:
+        stage.leases.pace = speed_proportional(config.period, lambda: agenda.now)
     stations = [Station(agenda, local, timing) for local in stage.locals]
     sessions = stage.sessions(lambda i: VirtualWorker(i, stations, stage.parts))
     seconds, noise = (timing.step_time * timing.factors(n)).tolist(), timing.noise()
@@ -260,6 +264,8 @@ def replay(recorded: Path, config: Config) -> Callable[[], dict[str, Any]]:
     def drive() -> None:
         for line, expected in enumerate(order, 2):
             messages = outboxes[expected.worker].messages
+            if config.dylu:  # speeds are of the run's clock, which has gone: grant what was granted
+                stage.leases.pace = lambda _worker, _steps, granted=expected.work_steps: max(1, granted)
             while not messages and next(sessions[expected.worker], None) is not None:
                 pass
             handle = messages.popleft() if messages else None
@@ -291,6 +297,8 @@ def network(config: Config, timing: Timing) -> dict[str, Any]:
     nbytes = 4 * timing.parameters
     config = config.complete()
     rule = config.make_rule()
+    if config.dylu:
+        raise ValueError("--timing-only gives all workers the same λ: leave dylu")
     if rule.collective:
         raise ValueError(f"rule {rule.name} has no center: --timing-only is of rules with one")
     if config.problem:

@@ -1,5 +1,6 @@
 """Roles from a communicator: which ranks serve and which train, and what connects them."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from mpi4py import MPI
 from .agree import ConfigError
 from .backend import Array, empty_like, full_like, namespace, to_host
 from .center import Center, serve
-from .data import Leases, rounds
+from .data import Leases, rounds, speed_proportional
 from .optimizers import Optimizer
 from .params import parts
 from .rules import Rule
@@ -28,7 +29,8 @@ class Setup(NamedTuple):
 
     `use_locking`: False sums commits without a server (transport rma); `centers`: k, ranks 0 … k−1 hold a block
     each; `wire`: "staged" or "direct", of vectors on a device; `center_device`: "cpu", or "gpu" where rank 0's
-    parameters lie on one; `slots`: message vectors at a p2p center; `workers`: for transport local.
+    parameters lie on one; `slots`: message vectors at a p2p center; `workers`: for transport local; `dylu`: λ_k in
+    proportion to the workers' speeds, by this machine's clock.
     """
 
     transport: str = "p2p"
@@ -39,6 +41,11 @@ class Setup(NamedTuple):
     center_device: str = "cpu"
     slots: int = 4
     workers: int = 1
+    dylu: bool = False
+
+    def count(self, size: int) -> int:
+        """Number of workers n in a world of `size` ranks."""
+        return size - self.centers if self.serves else self.workers if self.transport == "local" else size
 
     @property
     def serves(self) -> bool:
@@ -82,6 +89,8 @@ def check_fit(
         raise ConfigError(f"rule {rule.name} weighs commits, which use_locking=False cannot; leave use_locking on")
     if not given.center_optimizer and (center_optimizer is not None or rule.accumulates):
         raise ConfigError("use_locking=False adds commits as they are: no center optimizer; leave use_locking on")
+    if setup.dylu and (rule.collective or not setup.use_locking):
+        raise ConfigError("dylu needs a center that grants the work: not a collective rule, nor use_locking=False")
     if setup.centers < 1:
         raise ConfigError(f"centers must be at least 1, not {setup.centers}")
     if setup.centers > 1 and not setup.serves:
@@ -152,7 +161,8 @@ class Member:
     def begin(self, total: int | None, period: int) -> None:
         """Lay out the work of a session: `total` steps over all workers (None: no end), λ = `period`; collective."""
         resumed, self._resumed = self._resumed, None
-        leases = Leases(total, period)
+        pace = None if self.center.now is None else speed_proportional(period, self.center.now)
+        leases = Leases(total, period, pace)
         if resumed:
             done = int(resumed["steps"])
             leases.restore(resumed["leases"] or {"next": done, "free": [], "committed": done})
@@ -252,6 +262,7 @@ def connect(
     if setup.transport == "local":
         c = x.copy()
         center = Center(rule, c, setup.workers, center_optimizer)
+        center.now = time.monotonic if setup.dylu else None
         apply = _apply(center, observe, record)
         local = LocalCenter(c, setup.workers, apply)
         copies = [x if i == 0 else x.copy() for i in range(setup.workers)]
@@ -343,6 +354,7 @@ def _center(
         c = empty_like(x[spans[comm.rank]])
         c[...] = namespace(c).asarray(whole[spans[comm.rank]])
     center = Center(rule, c, count, center_optimizer)
+    center.now = time.monotonic if setup.dylu else None
     mine = _group(comm, comm.rank, setup.centers)
     end: Any
     if setup.transport == "p2p":

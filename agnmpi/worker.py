@@ -13,7 +13,7 @@ from .backend import Array, empty_like, namespace
 from .data import Lease
 from .optimizers import Optimizer, Range
 from .rules import Rule
-from .transport.base import REFUSED, STOP, WAIT, WORK, Commit, Handle, Pause, Reply, WorkerEnd
+from .transport.base import DROPPED, REFUSED, STOP, WAIT, WORK, Commit, Handle, Pause, Reply, WorkerEnd
 
 T = TypeVar("T")
 Waits: TypeAlias = Generator[Handle, None, T]  # yields the handles to wait for
@@ -146,6 +146,7 @@ class Worker:
         if reply.status == REFUSED:
             self._start_afresh()
         else:
+            self.refused += reply.status == DROPPED  # what the reply has brought is adopted all the same
             self.rule.adopt(self.x, self._sent, self._delta, self.o)
         self.pulls += 1
         self._commit = None

@@ -11,7 +11,7 @@ import pytest
 from golden import ONE_WORKER, close
 from test_rules import world
 
-from agnmpi import backend, bench_optimizers, kernels, rules, sgd
+from agnmpi import backend, bench_optimizers, delayed_nesterov, kernels, rules, sgd
 from agnmpi.kernels import KERNELS
 from agnmpi.optimizers import OPTIMIZERS, global_norm
 from agnmpi.params import Layout
@@ -109,6 +109,24 @@ def test_center_step_is_one_launch(xp, name, weight, dtype):
     assert launches(xp) == [kernel_of(name) if name else "add"] * 3
     assert turns == [1] * 3
     agree(there, here, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_delayed_nesterov_is_one_launch(xp, dtype):
+    rng = np.random.default_rng(5)
+    here = rng.normal(size=SIZE).astype(dtype)
+    there, optimizer = xp.array(here), delayed_nesterov(0.7, every=2, beta=0.6)
+    state, state_there = optimizer.init(here), optimizer.init(there)
+    for _ in range(5):
+        delta = rng.normal(size=SIZE).astype(dtype)
+        delta_there = xp.array(delta)
+        launches(xp)
+        state = rules.center_step(here, delta, 0.5, optimizer, state)
+        state_there = rules.center_step(there, delta_there, 0.5, optimizer, state_there)
+        assert launches(xp) == ["delayed_nesterov"]
+    agree(there, here, dtype)
+    for slot_there, slot in zip(state_there[1:], state[1:]):
+        agree(slot_there, slot, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -40,6 +40,7 @@ def result(run):
         pytest.param(2, ["--variant", "gradient", "--optimizer", "momentum"], marks=pytest.mark.long),
         (3, ["--centers", "2", "--center-optimizer", "nesterov"]),
         pytest.param(2, ["--transport", "rma", "--no-use-locking"], marks=pytest.mark.long),
+        (2, ["--outer-rate", "0.7", "--center-optimizer", "delayed_nesterov", "--set", "center_options.every=4"]),
         (1, ["--rule", "diloco"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),

@@ -10,7 +10,7 @@ from agnmpi import nesterov, rules, sgd
 from agnmpi.center import Center
 from agnmpi.data import Leases
 from agnmpi.optimizers import OPTIMIZERS
-from agnmpi.rules import RULES
+from agnmpi.rules import RULES, Seen
 from agnmpi.transport.local import LocalCenter
 from agnmpi.worker import Worker
 
@@ -154,9 +154,10 @@ def test_every_rule_converges(name, workers):
 
 
 def test_weights_at_the_center():
-    assert [rules.dynsgd().weight(s, 1) for s in (0, 1, 3)] == [1, 0.5, 0.25]
-    assert rules.synchronous().weight(0, 4) == rules.diloco().weight(0, 4) == 0.25
-    assert rules.agn().weight(7, 1) == rules.downpour().weight(7, 1) == rules.aeasgd(0.1).weight(7, 1) == 1
+    assert [rules.dynsgd().weight(Seen(s)) for s in (0, 1, 3)] == [1, 0.5, 0.25]
+    assert rules.synchronous().weight(Seen(0, 4)) == rules.diloco().weight(Seen(0, 4)) == 0.25
+    seen = Seen(7, workers=3)
+    assert rules.agn().weight(seen) == rules.downpour().weight(seen) == rules.aeasgd(0.1).weight(seen) == 1
 
 
 def test_dynsgd_weighs_by_the_staleness_that_the_center_sees():

@@ -12,7 +12,7 @@ from ..data import NONE, Lease
 # What a message to the center asks for, besides applying its payload.
 PULL, WORK, LEAVE, SAVE = 1, 2, 4, 8
 # Reply.status
-OK, DUPLICATE, REFUSED = 0, 1, 2
+OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3  # refused: not finite; dropped: of no weight, such as too old
 # Reply.control; STOP: give back the work in hand, commit what is done, leave. WAIT: no work is free now, but others
 # hold some that may become free: ask again.
 CONTINUE, STOP, WAIT = 0, 1, 2

@@ -1,0 +1,74 @@
+"""The paper's experiment (examples/paper) on a hundred made-up images: it resumes, and says what it has found."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+from launcher import ROOT
+
+sys.path.insert(0, str(ROOT / "examples/paper"))
+import cells
+import report
+import run
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for part, samples in (("train", 120), ("t10k", 40)):
+        labels = np.arange(samples, dtype=np.uint8) % 10
+        pixels = rng.integers(0, 40, (samples, 28, 28), np.uint8)
+        pixels[np.arange(samples), labels] = 255  # a line in the row of its class
+        for name, data in ((f"{part}-images-idx3-ubyte", pixels), (f"{part}-labels-idx1-ubyte", labels)):
+            header = bytes([0, 0, 8, data.ndim]) + np.array(data.shape, ">u4").tobytes()
+            (folder / name).write_bytes(header + data.tobytes())
+    return folder
+
+
+def test_it_resumes_and_reports(tmp_path, images, monkeypatch, capsys):
+    mine = [
+        cells.Cell("alone", 1, 1),
+        *(cells.Cell(method, 4, 2, seed) for method in ("AGN", "AGN r=1") for seed in (0, 1)),
+    ]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which main would set, for good
+    monkeypatch.setattr(run, "QUICK", cells.Size([8], 4.0, 2, 1.0))
+    monkeypatch.setattr(run, "quick", lambda: mine[:3])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--data", str(images), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    run.main()
+    file = tmp_path / "out/cells.jsonl"
+    first = file.read_text()
+    file.write_text(first + '{"method": "AG')  # a crash
+    monkeypatch.setattr(run, "quick", lambda: mine)
+    run.main()
+    assert "5 cells, 2 to do" in capsys.readouterr().out
+    rows = report.load(file)
+    assert {report.cell_of(row) for row in rows} == set(mine)
+    assert file.read_text().startswith(first)
+    assert all(row["samples"] == 4 * 120 for row in rows)
+    assert all(row["curve"][-1][1] == 4.0 for row in rows)
+    with (tmp_path / "out/results.csv").open() as table:
+        assert len(list(csv.DictReader(table))) == 5
+    assert "| 4, 2 | 2 |" in (tmp_path / "out/tables.md").read_text()
+
+
+def test_the_grids():
+    quick, full = cells.quick(), cells.full()
+    assert len(set(quick)) == len(quick)
+    for method in cells.PAPER:
+        for n, period in cells.PAIRS:
+            assert {cells.Cell(method, n, period, seed) for seed in range(3)} <= set(quick)
+    for method in ("AGN", "AEASGD"):
+        assert sum(cell.method == method for cell in full) == 49
+    assert {cell.method for cell in quick + full} <= set(cells.METHODS) == set(report.COLORS)
+
+
+def test_temporal_efficiency():
+    """f_a climbs from 0.1 to 0.9 in 2 s, f_b in 4 s: over the 2 s that both last, areas 1.0 and 0.6."""
+    a = {"curve": [[1.0, 1, 0.5, 0], [2.0, 2, 0.9, 0]]}
+    b = {"curve": [[4.0, 1, 0.9, 0]]}
+    assert report.efficiency(a, b) == pytest.approx(1.0 / 0.6)
+    assert report.efficiency(a, a) == 1
+    assert report.spread([1.0, 2.0]) == "1.50 (1.00–2.00)"
