@@ -112,8 +112,18 @@ def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Array
     return None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep` that are complete, and what is newer than them."""
-    complete = [found for found in folders(run) if center_file(found).is_file()]
-    for old in complete[keep:]:
-        shutil.rmtree(old)
+def prune(run: Path, keep: int, centers: int = 1) -> None:
+    """Keep the newest `keep` checkpoints that have the files of all centers; remove all that is older."""
+    complete = [found for found in folders(run) if all(center_file(found, i).is_file() for i in range(centers))]
+    if len(complete) < keep:
+        return
+    for old in folders(run):
+        if old < complete[keep - 1]:
+            shutil.rmtree(old, ignore_errors=True)  # a worker may be writing there
+
+
+def set_aside(run: Path, newest: Path | None) -> None:
+    """Rename what is newer than the newest whole checkpoint: it is broken, and would hide those to come."""
+    for broken in folders(run):
+        if newest is None or broken > newest:
+            broken.rename(broken.with_name(f"broken-{broken.name}-{os.getpid()}"))

@@ -135,6 +135,10 @@ class Leases:
         """Leases that were given back."""
         return list(self._free)
 
+    def held_by(self, worker: int) -> list[Lease]:
+        """Leases of `worker`."""
+        return list(self._held.get(worker, []))
+
     @property
     def held(self) -> bool:
         """Whether any worker holds a lease: what it does not commit will be free again."""
@@ -148,7 +152,7 @@ class Leases:
             self._give_back(Lease(lease.first + period, lease.steps - period))
             lease = Lease(lease.first, min(period, lease.steps))
         else:
-            left = period if self.total is None else self.total - self._next
+            left = period if self.total is None else max(0, self.total - self._next)
             lease = Lease(self._next, min(period, left))
             self._next += lease.steps
         if not lease.steps:

@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from . import agree, launch
 from .backend import Array, choose, device_count
-from .checkpoint import newest, read_center, save, unseal, worker_file, write_atomic
+from .checkpoint import newest, read_center, save, set_aside, unseal, worker_file, write_atomic
 from .config import Config
 from .data import Plan
 from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, fault_tolerant, read_faults
@@ -25,7 +25,7 @@ from .probe import choose_wire
 from .problem import Problem, absolute, load_problem
 from .record import Recorder
 from .saver import CenterSaver, save_worker
-from .transport.base import STOP, Commit, Reply
+from .transport.base import LEAVE, STOP, Commit, Reply
 from .version import __version__
 from .waiting import finish
 from .wiring import Setup, check_fit, connect
@@ -165,13 +165,18 @@ class Job:
                 worker.end = injection.wrap(worker.end)
             launch.drive([self._steps(worker, injection) for worker in member.workers])
         if survives:
-            self.comm = self.comm.Shrink()
+            whole, self.comm = self.comm, self.comm.Shrink()
+            gone = MPI.Group.Difference(whole.Get_group(), self.comm.Get_group())
+            found = gone.Translate_ranks(list(range(gone.size)), whole.Get_group())
+            for rank in sorted(set(found) - set(self.lost)):
+                self._say(f"WARNING: rank {rank} on {self.hosts[rank]} is lost, after its work was done")
+            self.lost = sorted(found)
 
     def _lose(self, worker: int) -> None:
         """A worker has died: what it had not committed goes to the others."""
         center, rank = self.member.center, worker + self.setup.centers
         self.lost.append(rank)
-        held = center.leases.state()["free"] if center.leases else []
+        held = center.leases.held_by(worker) if center.leases else []
         center.lose(worker)
         self._say(
             f"WARNING: rank {rank} on {self.hosts[rank]} is lost, at step {center.steps}; what it had not committed "
@@ -210,8 +215,10 @@ class Job:
             self._say(f"{self.signals.asked}: the workers commit what they have done; then a checkpoint, and the end")
         if self.config.stall_limit and self._look():
             self._report_stalled()
-        if self.saver is not None and self.saver.tick(self._own_center()):
-            member.save_others(center.checkpoint)
+        if self.saver is not None:
+            self.saver.tick(self._own_center())
+            if self.saver.begun:
+                member.save_others(self.saver.begun)
         if not self.setup.use_locking:
             end: Any = member.end
             end.tell(center.control, center.checkpoint)
@@ -233,7 +240,8 @@ class Job:
 
     def _save_block(self, steps: int) -> None:
         assert self.saver is not None
-        self.saver.save(self._own_center(), steps)
+        if not self.saver.busy:  # else this checkpoint stays without our block, and is not whole
+            self.saver.save(self._own_center(), steps)
 
     def _observe(self, commit: Commit, c: Array) -> None:
         if self.monitor is None:
@@ -246,6 +254,8 @@ class Job:
 
     def _served(self, commit: Commit, reply: Reply) -> None:
         self.heard[commit.worker] = time.monotonic()
+        if commit.wants & LEAVE:
+            del self.heard[commit.worker]
         if self.recorder is not None:
             self.recorder(commit, reply)
 
@@ -279,6 +289,7 @@ class Job:
         lines = _introduction(config, layout, self.plan, member.count, self.comm.size) + self.said
         for line in lines:
             self.monitor.say(line)
+        self.heard = dict.fromkeys(range(member.count), time.monotonic())
         self.monitor.start()
         if resumed is not None:
             self.monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
@@ -292,11 +303,17 @@ class Job:
                 return "", {}
             where = run_directory(config)
             found = newest(where, self.said.append)
+            set_aside(where, found[0] if found else None)
             if found is None and config.resume != "auto":
                 raise ValueError(f"{where} has no whole checkpoint to resume from")
             if found is None:
                 return "", {}
             check_model(self.layout, found[2], str(found[0]))
+            if found[2]["steps"] > self.plan.steps:
+                raise ValueError(
+                    f"{found[0]} has {found[2]['steps']} steps, but the run ends at {self.plan.steps}: give more "
+                    "--epochs (or --steps) to go on"
+                )
             return str(found[0].resolve()), found[2]
 
         name, facts = json.loads(agree.allgather(comm, json.dumps(agree.together(comm, find)))[0])
@@ -309,14 +326,13 @@ class Job:
             member.resume(read_center(Path(name))[0] if needs else {}, facts)
             if facts["workers"] != member.count:
                 return False
-            states = []
             for worker in member.workers:
-                file = worker_file(Path(name), worker.index)
-                if not file.is_file():
+                worker.checkpoint = int(facts["steps"])
+                try:
+                    worker.restore(*unseal(worker_file(Path(name), worker.index)))
+                except (OSError, ValueError, KeyError) as error:
+                    print(f"agnmpi: worker {worker.index} starts anew: {error}", file=sys.stderr, flush=True)
                     return False
-                states.append((worker, *unseal(file)))
-            for worker, arrays, mine in states:
-                worker.restore(arrays, mine)
             return True
 
         mine = agree.together(comm, restore)
@@ -332,8 +348,11 @@ class Job:
         member, center = self.member, self.member.center
         if self.recorder is not None:
             self.recorder.close()
-        said = [center.steps, self.signals.asked if self.rank == 0 else None, self.lost]
-        steps, asked, self.lost = json.loads(agree.allgather(self.comm, json.dumps(said))[0])
+        said = [json.loads(text) for text in agree.allgather(self.comm, json.dumps([center.steps, self.signals.asked]))]
+        steps = said[0][0]
+        # Where all train, any rank may have been the one that broke off.
+        heard = [name for _, name in (said[:1] if self.setup.serves else said) if name is not None]
+        asked = heard[0] if heard else None
         self.interrupted = asked is not None and steps < self.plan.steps
         if self.config.keep:
             for worker in member.workers:
@@ -352,7 +371,7 @@ class Job:
             self.member.close()
         if self.interrupted:
             if self.monitor is not None:
-                self.monitor.stop("interrupted", signal=self.signals.asked)
+                self.monitor.stop("interrupted", signal=self.signals.asked or "another rank's")
                 resume = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
                 self.monitor.say(f"interrupted at step {self.member.center.steps} of {self.plan.steps}; {resume}")
             raise Interrupted

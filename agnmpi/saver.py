@@ -8,7 +8,7 @@ from typing import Any
 
 from .backend import Array
 from .center import Center
-from .checkpoint import center_file, folder, prune, seal, worker_file
+from .checkpoint import center_file, folder, folders, prune, seal, worker_file
 from .metrics import Every
 from .worker import Worker
 
@@ -39,25 +39,33 @@ class CenterSaver:
         self._due_commits = Every(steps=every_commits) if every_commits else None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._wanted = False  # due, but the last one was still being written
+        self.begun = 0  # number of the newest that `tick` began
         self.pause = 0.0  # seconds for which the service has stood still, the longest
         self.last: Path | None = None  # newest checkpoint that is whole
 
-    def tick(self, c: Array) -> bool:
-        """Save if it is time; whether a checkpoint was begun. Call it between two commits."""
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._pending is not None and not self._pending.done()
+
+    def tick(self, c: Array) -> None:
+        """Save if it is time. Call it between two commits."""
         if self._pending is not None and self._pending.done():
             self._settle()
         due = [self._due()] if self._due else []
         due += [self._due_commits(self._center.clock)] if self._due_commits else []
-        new = self._center.steps > self._center.checkpoint
-        if not any(due) or self._pending is not None or not new:
-            return False
+        self._wanted = self._wanted or any(due)
+        if not self._wanted or self._pending is not None or self._center.steps <= self._center.checkpoint:
+            return
         self.save(c)
-        return True
+        self.begun = self._center.checkpoint
 
     def save(self, c: Array, steps: int | None = None) -> None:
         """Copy everything now, and have it written; `steps`: the checkpoint's number, if not this center's steps."""
         if self._pending is not None:
             self._settle()
+        self._wanted = False
         number = self._center.steps if steps is None else steps
         start = time.perf_counter()
         arrays, facts = self._center.save(c)
@@ -71,7 +79,7 @@ class CenterSaver:
         seal(center_file(where, self._index), arrays, facts)
         self.last = where
         if self._index == 0:
-            prune(self._run, self._keep)
+            prune(self._run, self._keep, int(facts["centers"]))
 
     def _settle(self) -> None:
         assert self._pending is not None
@@ -96,6 +104,8 @@ def save_worker(run: Path, worker: Worker, steps: int, say: Say) -> None:
     anew.
     """
     where = folder(run, steps)
+    if not where.is_dir() and any(other > where for other in folders(run)):
+        return  # too late: it has been removed for newer ones
     try:
         where.mkdir(parents=True, exist_ok=True)
         seal(worker_file(where, worker.index), *worker.save())

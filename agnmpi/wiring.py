@@ -136,7 +136,7 @@ class Member:
         self.center, self.workers, self.count, self.serves = center, workers, count, serves
         self.end, self._apply = end, apply
         self._spans, self._others, self._centers, self._whole = spans, others, centers, whole
-        self._asked: list[Handle] = []
+        self._asked: dict[int, tuple[int, Handle]] = {}  # by other center: the number asked for last
         self._resumed: Mapping[str, Any] | None = None
         self.first = centers is None or centers.rank == 0  # whether this center grants the work
 
@@ -197,7 +197,7 @@ class Member:
         if self._whole is None or self._centers is None:
             return
         if self.first:
-            for handle in self._asked:
+            for _, handle in self._asked.values():
                 handle.wait()
             farewells = [end.leave(None, self._whole[span]) for end, span in zip(self._others, self._spans[1:])]
             for farewell in farewells:
@@ -206,10 +206,14 @@ class Member:
         finish(self._centers.Ibcast(self._whole, 0).Test)
 
     def save_others(self, steps: int) -> None:
-        """At rank 0: have the other centers save their blocks, too, for the checkpoint after `steps` steps."""
-        self._asked = [handle for handle in self._asked if not handle.test()]
-        for end in self._others:
-            self._asked.append(end.exchange(Commit(self.count, wants=SAVE, first=steps), None))
+        """At rank 0: have the other centers save their blocks, too, for the checkpoint after `steps` steps.
+
+        A center that has not answered yet is asked later, for the newest alone: call it again with the same number.
+        """
+        for i, end in enumerate(self._others):
+            before = self._asked.get(i)
+            if before is None or (before[0] < steps and before[1].test()):
+                self._asked[i] = steps, end.exchange(Commit(self.count, wants=SAVE, first=steps), None)
 
     def snapshot(self) -> Callable[[], Array | None]:
         """Begin to copy the center variable; call what is returned, now and then, until it gives the copy (n,)."""
@@ -287,8 +291,15 @@ def _apply(center: Center, observe: Observe | None, record: Record | None = None
 
 def _booked(center: Center, end: Any, observe: Observe | None) -> Apply:
     """Serverless: the commits are summed already; count them."""
+    refused = 0  # at the last good commit
 
     def apply(commit: Commit, c: Array) -> Reply:
+        nonlocal refused
+        center.refused = end.refused
+        if commit.commits:
+            refused = center.refused
+        elif center.refused - refused >= center.patience:
+            raise RuntimeError(f"{center.refused - refused} commits in a row were refused: they hold NaN or infinity")
         center.clock += commit.commits
         center.steps += commit.steps
         center.staleness_sum, center.staleness_max = end.staleness

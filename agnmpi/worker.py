@@ -6,6 +6,7 @@ a clock of its own (`simulate`) takes it up again when the handle is done.
 
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from math import nan
 from typing import Any, TypeAlias, TypeVar
 
@@ -156,6 +157,7 @@ class Worker:
         """The last commit was refused: neither x nor the slots can be trusted, nor what was computed since."""
         self.refused += 1
         self.x[...] = self.o
+        self.done, self._loss = 0, 0.0  # with overlap: the lease in hand is begun anew
         if self.rule.accumulates:
             self.a[...] = 0
         if self.optimizer is not None:
@@ -176,7 +178,7 @@ class Worker:
     def _exchange(self) -> Waits[None]:
         if self._handle is not None:
             yield from self._finish_exchange()
-        if not self.leases:  # the center said stop while this period was computed
+        if not self.leases or self.done < self.leases[0].steps:  # the center said stop, or refused, meanwhile
             return
         self.start_exchange()
         if not self.overlap or not self.leases:
@@ -232,15 +234,16 @@ class Worker:
 
     def _ask_again(self) -> Waits[None]:
         """Others hold work that may become free: by a break, a refusal, or the loss of a rank."""
-        yield Pause(0.05)
-        handle = self.end.exchange(self._ask(), self.o)
+        yield Pause(0.1)
+        handle = self.end.exchange(self._ask(), None)
         yield handle
-        reply = handle.wait()
-        if self.rule.pulls == "after":  # nothing was computed since the last pull
+        self._take(handle.wait())
+        if self.leases and self.rule.pulls == "after":  # nothing was computed since the last pull
+            handle = self.end.pull(self.o)
+            yield handle
+            self.clock = handle.wait().clock
             self.x[...] = self.o
             self.pulls += 1
-        self.clock = reply.clock
-        self._take(reply)
 
     def _ask(self) -> Commit:
         return Commit(self.index, first=-1 if self.total is None else self.total, wants=WORK)
@@ -300,6 +303,11 @@ class Worker:
             raise ValueError(
                 f"the worker's state is of optimizer {facts['optimizer']}, not {name}, or of another model"
             )
+        missing = (
+            {f"slot/{slot}" for slot in self.optimizer.slots(self.state)} - set(arrays) if self.optimizer else set()
+        )
+        if missing:
+            raise ValueError(f"the state lacks {sorted(missing)}")
         xp = namespace(self.x)
         self.x[...], self.o[...] = xp.asarray(arrays["x"]), xp.asarray(arrays["o"])
         if self.optimizer:
@@ -331,10 +339,11 @@ def train(
 
     `gradient(step) -> (loss, g)`: loss and gradient (n,) of the worker's x at the batch of that step.
     """
-    for step in worker.steps():
-        loss, g = gradient(step)
-        worker.step(g, loss)
-        yield step
+    with closing(worker.steps()) as steps:
+        for step in steps:
+            loss, g = gradient(step)
+            worker.step(g, loss)
+            yield step
 
 
 def session(worker: Worker, gradient: Callable[[int], tuple[float, Array]]) -> Generator[int | Handle, None, None]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from launcher import ROOT, Job, agnmpi, mpi_kind
 
-from agnmpi.checkpoint import folders, load, newest, unseal
+from agnmpi.checkpoint import center_file, folder, folders, load, newest, prune, set_aside, unseal
 
 QUADRATIC = f"{ROOT / 'tests/problems.py'}:Quadratic"
 LIMIT = 90
@@ -180,6 +180,7 @@ def test_checkpoints_while_it_runs_and_a_broken_newest_one(tmp_path):
     newest_file.write_bytes(content)
     output = train(3, "--resume", run, "--epochs", "24")
     assert "step-000000000300 is left out" in output
+    assert len(list((run / "checkpoints").glob("broken-step-000000000300-*"))) == 1
     assert "does not match its checksum" in output
     assert f"resumed from {found[1].name}" in output
     assert result(run)["samples"] == 24 * 240
@@ -200,6 +201,7 @@ def test_resume_auto(tmp_path):
         (["--resume", "RUN", "--set", "options.dtype=float64"], "dtype is float32 there and float64 here"),
         (["--resume", "RUN", "--center-optimizer", "adam"], "center optimizer is add, not adam"),
         (["--resume", "nowhere"], "nowhere"),
+        (["--resume", "RUN", "--steps", "3"], "has 15 steps, but the run ends at 3"),
     ],
 )
 def test_what_cannot_be_resumed_is_refused(tmp_path, options, text):
@@ -216,6 +218,53 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(tm
     output = train(3, *SHORT, "--epochs", "10", "--checkpoint-commits", "10", "--run", run)
     assert "the checkpoint could not be written" in output
     assert result(run)["steps"] == 150
+
+
+def test_checkpoints_of_several_centers_come_as_fast_as_they_can(tmp_path):
+    """A center that lags behind is asked for the newest alone, and nobody waits for an answer that does not come."""
+    run = tmp_path / "run"
+    options = ["--transport", "rma", "--centers", "2", "--checkpoint-commits", "1", "--keep", "1", "--period", "1"]
+    train(4, "--steps", "300", *options, "--run", run)
+    assert newest(run, pytest.fail) is not None
+    assert len(folders(run)) == 1
+
+
+def test_prune_and_set_aside(tmp_path):
+    def make(steps, *centers):
+        where = folder(tmp_path, steps)
+        where.mkdir(parents=True)
+        for i in centers:
+            center_file(where, i).write_text("")
+
+    for steps, centers in ((1, (0, 1)), (2, ()), (3, (0, 1)), (4, (0,)), (5, (0, 1)), (6, (0,))):
+        make(steps, *centers)
+    prune(tmp_path, 2, 2)
+    assert [int(found.name[5:]) for found in folders(tmp_path)] == [6, 5, 4, 3], "what is newer may be under way"
+    prune(tmp_path, 3, 2)
+    assert len(folders(tmp_path)) == 4, "not as many whole ones"
+    set_aside(tmp_path, folder(tmp_path, 5))
+    assert [int(found.name[5:]) for found in folders(tmp_path)] == [5, 4, 3]
+    set_aside(tmp_path, None)
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (3, ["--rule", "synchronous", "--optimizer", "momentum"]),
+        (4, ["--centers", "2", "--optimizer", "adam"]),
+        (3, ["--overlap", "--optimizer", "adam"]),
+        (3, ["--transport", "rma", "--no-use-locking"]),
+    ],
+    ids=str,
+)
+def test_a_refused_commit_leaves_no_trace(tmp_path, ranks, options):
+    run = tmp_path / "run"
+    problem = f"{ROOT / 'tests/problems.py'}:SometimesNaN"
+    train(ranks, *SHORT, *options, "--epochs", "20", "--run", run, problem=problem)
+    assert result(run)["refused"] > 0
+    assert result(run)["steps"] == 300
+    assert result(run)["metrics"]["distance"] < 1.0
 
 
 def test_commits_that_are_not_finite_are_refused(tmp_path):

@@ -266,6 +266,7 @@ class P2PCenter:
         self._left.append(commit)
         self._farewell = reply
         self._part()
+        self._report_lost()  # those that died while they were answered
         return True
 
     def _part(self) -> None:

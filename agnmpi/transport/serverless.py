@@ -3,6 +3,8 @@
 TensorFlow's `use_locking=False`, for rules whose commits are added as they are. Leases are a counter, too.
 """
 
+from math import isfinite
+
 import numpy as np
 from mpi4py import MPI
 
@@ -13,6 +15,7 @@ from ..waiting import finish
 from .base import DUPLICATE, OK, REFUSED, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
 from .windows import (
     APPLIED,
+    BAD,
     CENTER,
     CHECKPOINT,
     CLOCK,
@@ -85,6 +88,7 @@ class SumWorker:
             self._add(commit, commit.payload)
         elif commit.payload is not None:  # nobody else could refuse it
             status = REFUSED
+            windows.add(BAD, 1)
             windows.add(STEPS, commit.steps)
         head = windows.get(0, APPLIED + windows.workers)
         if out is not None:
@@ -101,7 +105,7 @@ class SumWorker:
         windows.push(self.wire, payload, lambda piece, at: center.Accumulate(piece, CENTER, at, MPI.SUM), center)
         self._sequence = commit.sequence
         windows.add(STEPS, commit.steps)
-        if commit.steps:
+        if commit.steps and isfinite(commit.loss):
             self._loss[0] = commit.loss * commit.steps
             windows.control.Accumulate(self._loss, CENTER, 8 * LOSS, MPI.SUM)
         staleness = windows.add(CLOCK, 1) - commit.clock
@@ -154,6 +158,11 @@ class SumCenter:
         return self._sessions * self._windows.workers - self._left
 
     @property
+    def refused(self) -> int:
+        """Commits that their workers did not sum, since they were not finite."""
+        return self._windows.read(BAD)
+
+    @property
     def staleness(self) -> tuple[int, int]:
         """Sum and maximum of the staleness of all commits."""
         return self._windows.read(STALENESS), self._windows.read(STALEST)
@@ -187,7 +196,7 @@ class SumCenter:
         left = windows.read(LEFT)  # before the clock: who has left has committed
         clock, steps = windows.read(CLOCK), windows.read(STEPS)
         commits, done = clock - self._seen[0], steps - self._seen[1]
-        if commits:
+        if commits or done:
             windows.sync()
             first, self._seen = self._seen[1], [clock, steps]
             mean = float("nan")
