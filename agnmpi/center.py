@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .backend import Array, all_finite, namespace
+from .backend import Array, namespace
 from .data import NONE, Lease, Leases
 from .optimizers import Optimizer
 from .rules import Rule, Seen, center_step
 from .transport.base import (
+    BAD,
     CONTINUE,
     DROPPED,
     DUPLICATE,
@@ -70,7 +71,7 @@ class Center:
                 f"{_said(leases.total_said)}: all ranks must give the same number of steps"
             )
         if commit.payload is not None:
-            status = self._take(commit, commit.payload, c)
+            status = self._take(commit, c)
         if commit.wants & SAVE and self.on_save:
             self.on_save(commit.first)
         if leases and commit.wants & LEAVE:
@@ -90,12 +91,12 @@ class Center:
             applied=tuple(self.applied),
         )
 
-    def _take(self, commit: Commit, payload: Array, c: Array) -> int:
+    def _take(self, commit: Commit, c: Array) -> int:
         """Apply or refuse a delta; returns the status of the reply."""
         if not self.rule.collective and commit.sequence <= self.applied[commit.worker]:
             return DUPLICATE
         done = Lease(commit.first, commit.steps)
-        if not all_finite(payload):
+        if commit.wants & BAD:
             self.refused += 1
             self._in_a_row += 1
             if self._in_a_row >= self.patience:

@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = MPI.COMM_WORLD
     from .agree import ConfigError
     from .faults import INTERRUPTED, Degraded, Interrupted, fault_tolerant
-    from .launch import abort, say_and_abort
+    from .launch import abort, say, say_and_abort
 
     try:
         return _command(_parse(argv), world)
@@ -208,6 +208,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if world.size == 1:
             raise
+        if isinstance(error, MPI.Exception) and error.Get_error_class() == getattr(MPI, "ERR_PROC_FAILED", -1):
+            # The center is dead, and all see it: after MPI_Abort Open MPI's mpiexec 5.0 now and then returns 0.
+            say(world, error)
+            _leave_at_once(1)
         say_and_abort(world, error)
         return 1
 

@@ -5,6 +5,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping
+from math import nan
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ class Signals:
 
 
 class Fault(NamedTuple):
-    """One injected fault; `at`: local steps (or exchanges, for kind "cut" and "corrupt") of that rank before it."""
+    """One injected fault; `at`: local steps (exchanges, for "cut") of that rank before it."""
 
     kind: str
     rank: int
@@ -108,9 +109,14 @@ class Injection:
         self._steps += 1
 
     def wrap(self, end: WorkerEnd) -> WorkerEnd:
-        """An end that cuts or corrupts exchanges, if any fault says so."""
-        faults = [fault for fault in self._faults if fault.kind in ("cut", "corrupt")]
+        """An end in whose exchanges this rank dies, if any fault says so."""
+        faults = [fault for fault in self._faults if fault.kind == "cut"]
         return _FaultyEnd(end, faults) if faults else end
+
+    def spoil(self, g: Array) -> None:
+        """To be called with the gradient of the step."""
+        if any(fault.kind == "corrupt" and fault.at == self._steps - 1 for fault in self._faults):
+            g[0] = nan
 
 
 class _FaultyEnd:
@@ -121,12 +127,9 @@ class _FaultyEnd:
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         if commit.payload is None:
             return self._end.exchange(commit, out)
-        kinds = {fault.kind for fault in self._faults if fault.at == self._exchanges}
-        self._exchanges += 1
-        if "corrupt" in kinds:
-            commit.payload[0] = float("nan")
         handle = self._end.exchange(commit, out)
-        if "cut" in kinds:
+        self._exchanges += 1
+        if any(fault.at == self._exchanges - 1 for fault in self._faults):
             handle.test()
             _die()
         return handle

@@ -191,7 +191,9 @@ class Job:
 
         def compute(step: int) -> tuple[float, Array]:
             injection.step()
-            return gradient(step)
+            loss, g = gradient(step)
+            injection.spoil(g)
+            return loss, g
 
         loop = train(worker, compute)
         saved = worker.checkpoint

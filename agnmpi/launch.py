@@ -130,13 +130,18 @@ def drive(loops: list[Iterator[int]]) -> None:
         loops = [loop for loop in loops if next(loop, None) is not None]
 
 
-def say_and_abort(comm: MPI.Comm, error: BaseException) -> None:
-    """Print the error with this rank's name in one piece, and end the whole job; code 1, or that of a sys.exit."""
+def say(comm: MPI.Comm, error: BaseException) -> None:
+    """Print the error with this rank's name in one piece."""
     text = "".join(traceback.format_exception(error))
     place_name = f"rank {comm.rank} on {MPI.Get_processor_name()}"
     sys.stdout.flush()
     sys.stderr.write(f"agnmpi: {place_name} failed, ending the job:\n{text}")
     sys.stderr.flush()
+
+
+def say_and_abort(comm: MPI.Comm, error: BaseException) -> None:
+    """Print the error, and end the whole job; code 1, or that of a sys.exit."""
+    say(comm, error)
     code = error.code if isinstance(error, SystemExit) else 1
     abort(comm, code if isinstance(code, int) and code else 1)
 

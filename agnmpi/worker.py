@@ -10,11 +10,11 @@ from contextlib import closing
 from math import nan
 from typing import Any, TypeAlias, TypeVar
 
-from .backend import Array, empty_like, namespace
+from .backend import Array, all_finite, empty_like, namespace
 from .data import Lease
 from .optimizers import Optimizer, Range
 from .rules import Rule
-from .transport.base import DROPPED, REFUSED, STOP, WAIT, WORK, Commit, Handle, Pause, Reply, WorkerEnd
+from .transport.base import BAD, DROPPED, REFUSED, STOP, WAIT, WORK, Commit, Handle, Pause, Reply, WorkerEnd
 
 T = TypeVar("T")
 Waits: TypeAlias = Generator[Handle, None, T]  # yields the handles to wait for
@@ -112,6 +112,7 @@ class Worker:
         lease, steps, loss = self.leases.popleft(), self.done, self._loss
         if self.rule.pulls == "after":
             self.rule.delta(self.x, self.o, self.a, max(steps, 1), self._delta)
+            wants |= self._look()
         if self.rule.accumulates:
             self.a[...] = 0
         self.sequence += 1
@@ -127,6 +128,9 @@ class Worker:
             payload=self._delta,
         )
 
+    def _look(self) -> int:
+        return 0 if all_finite(self._delta) else BAD
+
     def finish_exchange(self) -> None:
         """Wait for the exchange under way, and adopt what it brought."""
         _wait(self._finish_exchange())
@@ -141,7 +145,8 @@ class Worker:
         self.clock = reply.clock
         if self.rule.pulls == "before":
             self.rule.delta(self.x, self.o, self.a, max(self._commit.steps, 1), self._delta)
-            handle = self.end.exchange(self._commit._replace(clock=self.clock), None)
+            commit = self._commit._replace(clock=self.clock, wants=self._commit.wants | self._look())
+            handle = self.end.exchange(commit, None)
             yield handle
             reply = handle.wait()
         if reply.status == REFUSED:

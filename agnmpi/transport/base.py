@@ -10,7 +10,8 @@ from ..backend import Array
 from ..data import NONE, Lease
 
 # What a message to the center asks for, besides applying its payload.
-PULL, WORK, LEAVE, SAVE = 1, 2, 4, 8
+# BAD: the payload is not finite; its worker has looked, so that the center need not read it once more.
+PULL, WORK, LEAVE, SAVE, BAD = 1, 2, 4, 8, 16
 # Reply.status
 OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3  # refused: not finite; dropped: of no weight, such as too old
 # Reply.control; STOP: give back the work in hand, commit what is done, leave. WAIT: no work is free now, but others

@@ -14,7 +14,7 @@ from ..agree import agree_on_total
 from ..backend import Array, empty_like, full_like, to_host
 from ..data import NONE, Lease
 from ..waiting import finish
-from .base import CONTINUE, OK, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
+from .base import BAD, CONTINUE, OK, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
 from .wire import Direct, Wire
 
 
@@ -103,8 +103,9 @@ class Round:
         self._reply: Reply | None = None
         loss = commit.loss * commit.steps if commit.steps else 0.0
         # A rank without steps adds nothing to the sum and does not count in the mean.
+        bad = bool(commit.wants & BAD)
         checkpoint = end.checkpoint if end.comm.rank == 0 else 0  # rank 0 saves, and all hear of it
-        self._counts = np.array([commit.steps > 0, commit.steps, loss, leaving, checkpoint], np.float64)
+        self._counts = np.array([commit.steps > 0, commit.steps, loss, leaving, checkpoint, bad], np.float64)
         incoming = end.wire.incoming(end.sum)
         # A send buffer on every rank: with MPI_IN_PLACE on some, Open MPI 5.0's ranks choose different algorithms.
         payload = commit.payload if commit.payload is not None and commit.steps else full_like(end.c, 0)
@@ -134,12 +135,17 @@ class Round:
     def _finish(self) -> Reply:
         end = self._end
         end.wire.settle(end.sum)
-        commits, steps, loss, leaving, checkpoint = self._counts.tolist()
+        commits, steps, loss, leaving, checkpoint, bad = self._counts.tolist()
         status = OK
         end.stopped = bool(leaving)
         if commits:
             summed = self._commit._replace(
-                clock=end.clock, steps=int(steps), commits=int(commits), loss=loss / steps, payload=end.sum
+                wants=BAD if bad else 0,
+                clock=end.clock,
+                steps=int(steps),
+                commits=int(commits),
+                loss=loss / steps,
+                payload=end.sum,
             )
             reply = end.apply(summed, end.c)
             end.clock, end.steps, end.checkpoint, status = reply.clock, reply.steps, reply.checkpoint, reply.status

@@ -114,7 +114,7 @@ class RMAWorker:
     def leave(self, commit: Commit | None, out: Array) -> Handle:
         """Put the last commit and the farewell as one message; it is taken when all have left."""
         last = commit or Commit(self.worker)
-        return self.exchange(last._replace(wants=LEAVE), out)
+        return self.exchange(last._replace(wants=last.wants | LEAVE), out)
 
     def close(self) -> None:
         """Free the windows; collective."""

@@ -9,13 +9,12 @@ import numpy as np
 from mpi4py import MPI
 
 from ..agree import agree_on_total
-from ..backend import Array, all_finite
+from ..backend import Array
 from ..data import NONE, Lease
 from ..waiting import finish
-from .base import DUPLICATE, OK, REFUSED, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
+from .base import BAD, DUPLICATE, OK, REFUSED, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
 from .windows import (
     APPLIED,
-    BAD,
     CENTER,
     CHECKPOINT,
     CLOCK,
@@ -24,6 +23,7 @@ from .windows import (
     LOSS,
     NEXT,
     READERS,
+    REFUSALS,
     STALENESS,
     STALEST,
     STEPS,
@@ -84,11 +84,11 @@ class SumWorker:
             windows.add(READERS, 1)  # the center stays awake while bytes are on the way
         if commit.payload is not None and commit.sequence <= self._sequence:
             status = DUPLICATE
-        elif commit.payload is not None and all_finite(commit.payload):
+        elif commit.payload is not None and not commit.wants & BAD:
             self._add(commit, commit.payload)
         elif commit.payload is not None:  # nobody else could refuse it
             status = REFUSED
-            windows.add(BAD, 1)
+            windows.add(REFUSALS, 1)
             windows.add(STEPS, commit.steps)
         head = windows.get(0, APPLIED + windows.workers)
         if out is not None:
@@ -160,7 +160,7 @@ class SumCenter:
     @property
     def refused(self) -> int:
         """Commits that their workers did not sum, since they were not finite."""
-        return self._windows.read(BAD)
+        return self._windows.read(REFUSALS)
 
     @property
     def staleness(self) -> tuple[int, int]:

@@ -4,9 +4,8 @@ A pull is whole per shard, not over all of them, and each shard has a clock of i
 """
 
 from collections.abc import Callable, Sequence
-from math import nan
 
-from ..backend import Array, all_finite
+from ..backend import Array
 from .base import WORK, Commit, Handle, Reply, WorkerEnd
 
 
@@ -41,7 +40,6 @@ class ShardedWorker:
         """Exchange with each center its block; a mere request for work goes to the first alone."""
         if commit.payload is None and out is None:
             return self.ends[0].exchange(commit, None)
-        self._spread(commit)
         handles = [
             end.exchange(self._part(commit, i), None if out is None else out[self.spans[i]])
             for i, end in enumerate(self.ends)
@@ -54,19 +52,11 @@ class ShardedWorker:
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
         """Leave all centers."""
-        if commit is not None:
-            self._spread(commit)
         handles = [
             end.leave(None if commit is None else self._part(commit, i), out[self.spans[i]])
             for i, end in enumerate(self.ends)
         ]
         return _Together(handles, self._pulled)
-
-    def _spread(self, commit: Commit) -> None:
-        """What one center would refuse all shall refuse: a delta that is not finite is so in every block."""
-        if commit.payload is not None and not all_finite(commit.payload):
-            for span in self.spans:
-                commit.payload[span.start] = nan
 
     def _part(self, commit: Commit, i: int) -> Commit:
         payload = None if commit.payload is None else commit.payload[self.spans[i]]

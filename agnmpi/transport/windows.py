@@ -23,7 +23,7 @@ _PAGE = 4096
 
 # Words (int64) of the control window: counts; then for each worker what is applied, posted and taken; then the
 # headers of messages and replies.
-READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, LOSS, CONTROL, CHECKPOINT, BAD, APPLIED = range(12)
+READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, LOSS, CONTROL, CHECKPOINT, REFUSALS, APPLIED = range(12)
 COMMIT_WORDS, REPLY_WORDS = COMMIT_BYTES // 8, len(Reply(0).encode()) // 8
 WRITING = 1 << 40  # added to the count of readers while c changes
 
