@@ -110,7 +110,8 @@ def test_whoever_dies_the_job_ends_at_once_and_can_be_resumed(tmp_path, faults, 
     if launcher and faults.startswith("kill:1"):
         pytest.skip("survived: another test")
     run = tmp_path / "run"
-    code, output = train(run, 3, faults, "--checkpoint-commits", "5", launcher=launcher)
+    slow = ",slow:1@0:0.02,slow:2@0:0.02"  # time to write a checkpoint
+    code, output = train(run, 3, faults + slow, "--checkpoint-commits", "5", launcher=launcher)
     assert code != 0
     found = newest(run, lambda line: None)
     assert found is not None, output

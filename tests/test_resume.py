@@ -105,6 +105,9 @@ def interrupted(tmp_path, ranks, *options, number=signal.SIGUSR1):
     while not (run / "events.jsonl").exists() or '"progress"' not in (run / "events.jsonl").read_text():
         assert time.monotonic() < until, "no progress"
         time.sleep(0.05)
+    while "--checkpoint-seconds" in options and newest(run, lambda line: None) is None:
+        assert time.monotonic() < until, "no checkpoint"
+        time.sleep(0.05)
     job.process.send_signal(number)
     code, output = job.finish(LIMIT)
     return run, code, output
