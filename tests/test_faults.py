@@ -102,7 +102,7 @@ def test_all_workers_die(tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [(), ("--with-ft", "ulfm")], ids=["plain", "ulfm"])
-@pytest.mark.parametrize("faults", ["kill:0@60", "kill:1@40"])
+@pytest.mark.parametrize("faults", ["kill:0@60", pytest.param("kill:1@40", marks=pytest.mark.long)])
 def test_whoever_dies_the_job_ends_at_once_and_can_be_resumed(tmp_path, faults, launcher):
     """Where the death cannot be survived: no hang, and the newest checkpoint is whole."""
     if launcher and mpi_kind() != "openmpi":

@@ -197,6 +197,7 @@ def test_one_node_by_default_trains_digits(slurm, tmp_path):
     assert re.search(r"(?s)thread level.*world\s+of\s+4.*1,437 samples", output), output  # doctor first
 
 
+@pytest.mark.skipif(mpi_kind() == "openmpi", reason="differs from one_node by no call of MPI: run with MPICH")
 def test_gpus(slurm, tmp_path):
     states, output, runs = slurm.run(tmp_path, "gpus.sbatch", QUADRATIC, "--epochs", 4)
     assert states == ["COMPLETED"], output
@@ -228,6 +229,7 @@ def test_nodes(slurm, tmp_path):
         assert len([*tmp_path.glob(f"{node}-*")]) == 4, f"ranks of {node}: {[*tmp_path.glob('n*-*')]}"
 
 
+@pytest.mark.skipif(mpi_kind() == "openmpi", reason="differs from one_node by no call of MPI: run with MPICH")
 def test_sweep(slurm, tmp_path):
     states, output, runs = slurm.run(tmp_path, "sweep.sbatch", QUADRATIC, "--epochs", 4)
     assert states == ["COMPLETED"] * 4, output
