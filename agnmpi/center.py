@@ -111,12 +111,13 @@ class Center:
                 self.steps += commit.steps
             return REFUSED
         self._in_a_row = 0
-        if not self.weight(commit):
+        weight = self.weight(commit)
+        if not weight:
             self.dropped += 1
             if self.leases:
                 self.leases.refuse(commit.worker, done)
             return DROPPED
-        self._step(commit, c)
+        self._step(commit, c, weight)
         if not self.rule.collective:
             self.applied[commit.worker] = commit.sequence
             if self.leases:
@@ -157,8 +158,6 @@ class Center:
             for slot_name, slot in self.optimizer.slots(self.state).items():
                 slot[...] = namespace(slot).asarray(arrays[f"slot/{slot_name}"])
             self.state = self.state._replace(step=int(facts["center_optimizer_step"]))
-        if self.leases and facts["leases"]:
-            self.leases.restore(facts["leases"])
 
     def weight(self, commit: Commit) -> float:
         """The weight of `commit` by the rule, were it applied now; 0: it is to be dropped.
@@ -170,12 +169,10 @@ class Center:
             raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
         return self.rule.weight(Seen(staleness, commit.commits, commit.steps, self.workers))
 
-    def _step(self, commit: Commit, c: Array) -> None:
+    def _step(self, commit: Commit, c: Array, weight: float) -> None:
         assert commit.payload is not None
         staleness = self.clock - commit.clock
-        self.state = center_step(
-            c, commit.payload, self.weight(commit), self.optimizer, self.state, self.steps, self.between
-        )
+        self.state = center_step(c, commit.payload, weight, self.optimizer, self.state, self.steps, self.between)
         self.clock += commit.commits
         self.steps += commit.steps
         self.staleness_sum += staleness * commit.commits

@@ -152,7 +152,6 @@ class Job:
 
     def _train(self) -> None:
         member = self.member
-        injection = self.injection
         # A dead worker is dropped, without Revoke or Shrink, where MPI tells of it and a center serves by messages.
         survives = fault_tolerant() and self.setup.transport == "p2p" and self.setup.centers == 1
         if member.serves:
@@ -162,8 +161,8 @@ class Job:
             member.serve(self._turn if self.rank == 0 else None)
         else:
             for worker in member.workers:
-                worker.end = injection.wrap(worker.end)
-            launch.drive([self._steps(worker, injection) for worker in member.workers])
+                worker.end = self.injection.wrap(worker.end)
+            launch.drive([self._steps(worker) for worker in member.workers])
         if survives:
             whole, self.comm = self.comm, self.comm.Shrink()
             gone = MPI.Group.Difference(whole.Get_group(), self.comm.Get_group())
@@ -185,14 +184,14 @@ class Job:
         if self.monitor is not None:
             self.monitor.note("lost", rank=rank, host=self.hosts[rank], uncommitted=held)
 
-    def _steps(self, worker: Worker, injection: Injection) -> Iterator[int]:
+    def _steps(self, worker: Worker) -> Iterator[int]:
         """The loop of a worker: saves its state when the center has, and stops where nobody else would stop it."""
         gradient = gradient_of(self.problem, self.layout, self.plan, worker)
 
         def compute(step: int) -> tuple[float, Array]:
-            injection.step()
+            self.injection.step()
             loss, g = gradient(step)
-            injection.spoil(g)
+            self.injection.spoil(g)
             return loss, g
 
         loop = train(worker, compute)
@@ -251,7 +250,7 @@ class Job:
         self.monitor.commit(commit, c)
         if self.member.serves:
             self.injection.step()
-        if not self.member.serves and self.saver is not None:
+        elif self.saver is not None:
             self.saver.tick(c)
 
     def _served(self, commit: Commit, reply: Reply) -> None:

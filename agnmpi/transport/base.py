@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from ..backend import Array
 from ..data import NONE, Lease
+from ..waiting import finish
 
 # What a message to the center asks for, besides applying its payload.
 # BAD: the payload is not finite; its worker has looked, so that the center need not read it once more.
@@ -179,6 +180,26 @@ class InTurn:
     def wait(self) -> Reply:
         """Finish all."""
         return [handle.wait() for handle in self._handles][-1]
+
+
+class Polled:
+    """A handle that asks `attempt`, which must not block for long, until it gives the reply."""
+
+    def __init__(self, attempt: Callable[[], Reply | None]) -> None:
+        self._attempt = attempt
+        self._reply: Reply | None = None
+
+    def test(self) -> bool:
+        """Ask once more, if need be; whether the reply is there."""
+        if self._reply is None:
+            self._reply = self._attempt()
+        return self._reply is not None
+
+    def wait(self) -> Reply:
+        """Ask until the reply is there."""
+        finish(self.test)
+        assert self._reply is not None
+        return self._reply
 
 
 class Pause:

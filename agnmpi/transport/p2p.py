@@ -11,6 +11,7 @@ Each request is tested by itself: Waitany's order starves high ranks, and Waital
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from mpi4py import MPI
@@ -362,31 +363,24 @@ class P2PCenter:
         # directions of the link stay busy. Together they would all arrive at the same time, and nothing leave before.
         while self._queue and not any(stream.busy for _, _, stream in self._receiving) and (slot := self._slot()):
             commit = self._queue.popleft()
-            source = commit.worker + 1
-
-            def post(x: Array, source: int = source) -> MPI.Request:
-                return self._comm.Irecv(x, source, _DELTA)
-
-            def arrived(part: slice, slot: _Buffer = slot) -> None:
-                slot.wire.arrived(slot.x, part)
-
-            def start(
-                commit: Commit = commit,
-                slot: _Buffer = slot,
-                post: Callable[[Array], MPI.Request] = post,
-                arrived: Callable[[slice], None] = arrived,
-            ) -> bool:
-                stream = _Stream(post, cut(slot.wire.incoming(slot.x), PIECE), self._ticks, done=arrived)
-                self._receiving.append((commit, slot, stream))
-                return True
-
-            self._try(commit.worker, start)
+            self._try(commit.worker, partial(self._start, commit, slot))
         for item in self._receiving[:]:
             commit, slot, stream = item
             if self._try(commit.worker, stream.test):
                 slot.wire.settle(slot.x)
                 self._receiving.remove(item)
                 self._ready.append((commit, slot))
+
+    def _start(self, commit: Commit, slot: _Buffer) -> bool:
+        """Post the receives of a delta."""
+        stream = _Stream(
+            lambda x: self._comm.Irecv(x, commit.worker + 1, _DELTA),
+            cut(slot.wire.incoming(slot.x), PIECE),
+            self._ticks,
+            done=lambda part: slot.wire.arrived(slot.x, part),
+        )
+        self._receiving.append((commit, slot, stream))
+        return True
 
     def _slot(self) -> _Buffer | None:
         if self._free:

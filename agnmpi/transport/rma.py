@@ -4,60 +4,15 @@ A worker puts its delta into its own slot and raises a counter; the center appli
 gets c.
 """
 
+from functools import partial
+
 import numpy as np
 from mpi4py import MPI
 
 from ..backend import Array
-from ..waiting import finish
-from .base import LEAVE, PULL, Apply, Capabilities, Commit, Handle, Reply
+from .base import LEAVE, PULL, Apply, Capabilities, Commit, Handle, Polled, Reply
 from .windows import APPLIED, CENTER, CLOCK, COMMIT_WORDS, LEFT, READERS, REPLY_WORDS, STEPS, WRITING, Windows
 from .wire import Direct, Wire
-
-
-class _Exchange:
-    """A worker's message under way: already whole in its slot; what is left is to wait and to pull."""
-
-    def __init__(self, end: "RMAWorker", posted: int, out: Array | None, leaving: bool) -> None:
-        self._end, self._posted, self._out, self._leaving = end, posted, out, leaving
-        self._reply: Reply | None = None
-
-    def test(self) -> bool:
-        if self._reply is None:
-            end, windows = self._end, self._end.windows
-            if windows.read(windows.taken + end.worker) != self._posted:
-                return False
-            pulled = None if self._out is None else end.try_pull(self._out)
-            if self._out is None or pulled is not None:
-                reply = Reply.decode(windows.get(windows.reply(end.worker), REPLY_WORDS).tobytes())
-                if pulled is not None:
-                    reply = reply._replace(clock=pulled.clock, steps=pulled.steps, applied=pulled.applied)
-                if self._leaving:
-                    windows.add(LEFT, 1)  # the next session may begin: the final center has been read
-                self._reply = reply
-        return self._reply is not None
-
-    def wait(self) -> Reply:
-        finish(self.test)
-        assert self._reply is not None
-        return self._reply
-
-
-class _Pull:
-    """A pull under way."""
-
-    def __init__(self, end: "RMAWorker", out: Array) -> None:
-        self._end, self._out = end, out
-        self._reply: Reply | None = None
-
-    def test(self) -> bool:
-        if self._reply is None:
-            self._reply = self._end.try_pull(self._out)
-        return self._reply is not None
-
-    def wait(self) -> Reply:
-        finish(self.test)
-        assert self._reply is not None
-        return self._reply
 
 
 class RMAWorker:
@@ -73,7 +28,7 @@ class RMAWorker:
         self.windows = Windows(comm, like, comm.size - 1)
         self._posted = 0  # odd while a message is being put, even when it is whole
 
-    def exchange(self, commit: Commit, out: Array | None) -> _Exchange:
+    def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Put `commit` into this worker's slot, which is free: one exchange at a time."""
         windows, payload = self.windows, commit.payload
         if payload is not None:
@@ -92,11 +47,26 @@ class RMAWorker:
         windows.put(windows.header(self.worker), commit.encode())
         self._posted += 2
         windows.add(windows.posted + self.worker, self._posted, MPI.REPLACE)
-        return _Exchange(self, self._posted, out, bool(commit.wants & LEAVE))
+        return Polled(partial(self._answered, self._posted, out, bool(commit.wants & LEAVE)))
 
-    def pull(self, out: Array) -> _Pull:
+    def _answered(self, posted: int, out: Array | None, leaving: bool) -> Reply | None:
+        """The reply to the message `posted`, with c in `out`, as soon as it has been taken and c can be read."""
+        windows = self.windows
+        if windows.read(windows.taken + self.worker) != posted:
+            return None
+        pulled = None if out is None else self.try_pull(out)
+        if out is not None and pulled is None:
+            return None
+        reply = Reply.decode(windows.get(windows.reply(self.worker), REPLY_WORDS).tobytes())
+        if pulled is not None:
+            reply = reply._replace(clock=pulled.clock, steps=pulled.steps, applied=pulled.applied)
+        if leaving:
+            windows.add(LEFT, 1)  # the next session may begin: the final center has been read
+        return reply
+
+    def pull(self, out: Array) -> Handle:
         """Get the center; needs nothing of the center rank but that it be in MPI now and then across hosts."""
-        return _Pull(self, out)
+        return Polled(partial(self.try_pull, out))
 
     def try_pull(self, out: Array) -> Reply | None:
         """Get c as one whole, unless it changes just now."""

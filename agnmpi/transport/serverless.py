@@ -3,6 +3,7 @@
 TensorFlow's `use_locking=False`, for rules whose commits are added as they are. Leases are a counter, too.
 """
 
+from functools import partial
 from math import isfinite
 
 import numpy as np
@@ -11,8 +12,7 @@ from mpi4py import MPI
 from ..agree import agree_on_total
 from ..backend import Array
 from ..data import NONE, Lease
-from ..waiting import finish
-from .base import BAD, DUPLICATE, OK, REFUSED, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
+from .base import BAD, DUPLICATE, OK, REFUSED, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Polled, Reply
 from .windows import (
     APPLIED,
     CENTER,
@@ -30,25 +30,6 @@ from .windows import (
     Windows,
 )
 from .wire import Direct, Wire
-
-
-class _Farewell:
-    """A worker's goodbye: waits until all have left, and pulls the final center."""
-
-    def __init__(self, end: "SumWorker", out: Array) -> None:
-        self._end, self._out, self._until = end, out, end.sessions * end.windows.workers
-        self._reply: Reply | None = None
-
-    def test(self) -> bool:
-        windows = self._end.windows
-        if self._reply is None and windows.read(LEFT) >= self._until:
-            self._reply = self._end.pull(self._out).wait()
-        return self._reply is not None
-
-    def wait(self) -> Reply:
-        finish(self.test)
-        assert self._reply is not None
-        return self._reply
 
 
 class SumWorker:
@@ -128,7 +109,11 @@ class SumWorker:
         if commit is not None:
             self.exchange(commit, None)
         self.windows.add(LEFT, 1)
-        return _Farewell(self, out)
+        return Polled(partial(self._last_pull, self.sessions * self.windows.workers, out))
+
+    def _last_pull(self, until: int, out: Array) -> Reply | None:
+        """The final center, as soon as `until` farewells have been said."""
+        return self.pull(out).wait() if self.windows.read(LEFT) >= until else None
 
     def close(self) -> None:
         """Free the windows; collective."""
