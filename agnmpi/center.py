@@ -14,12 +14,14 @@ from .transport.base import (
     DUPLICATE,
     LEAVE,
     OK,
+    PULL,
     REFUSED,
     SAVE,
     STOP,
     WAIT,
     WORK,
     Apply,
+    Book,
     CenterEnd,
     Commit,
     Reply,
@@ -51,6 +53,8 @@ class Center:
         self.dropped = 0  # commits that weighed nothing
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
+        self.turn = self.session = 0  # messages served; sessions begun
+        self.tells = False  # all that it knows travels with c: workers are to outlive this center
         self.on_save: Callable[[int], None] | None = None  # the first center asks for a checkpoint of this number
 
     @property
@@ -81,6 +85,7 @@ class Center:
             work = leases.grant(commit.worker)
             if work == NONE and self.parks and leases.held:
                 control = WAIT
+        self.turn += 1
         return Reply(
             self.clock,
             status,
@@ -89,7 +94,13 @@ class Center:
             steps=self.steps,
             checkpoint=self.checkpoint,
             applied=tuple(self.applied),
+            book=self._book(leases) if leases and self.tells and commit.wants & PULL else None,
         )
+
+    def _book(self, leases: Leases) -> Book:
+        staleness = self.staleness_sum, self.staleness_max
+        counts = self.refused, self.dropped
+        return Book(self.turn, self.session, leases.next, *staleness, *counts, tuple(leases.open()))
 
     def _take(self, commit: Commit, c: Array) -> int:
         """Apply or refuse a delta; returns the status of the reply."""
@@ -136,7 +147,9 @@ class Center:
         return arrays, {
             "clock": self.clock,
             "steps": self.steps,
-            "applied": self.applied,
+            "applied": list(self.applied),
+            "turn": self.turn,
+            "session": self.session,
             "refused": self.refused,
             "dropped": self.dropped,
             "staleness": [self.staleness_sum, self.staleness_max],
@@ -153,6 +166,7 @@ class Center:
         c[...] = namespace(c).asarray(arrays["c"])
         self.clock, self.steps, self.refused = int(facts["clock"]), int(facts["steps"]), int(facts["refused"])
         self.checkpoint, self.dropped = self.steps, int(facts["dropped"])
+        self.turn = int(facts.get("turn", 0))
         self.staleness_sum, self.staleness_max = map(int, facts["staleness"])
         if self.optimizer:
             for slot_name, slot in self.optimizer.slots(self.state).items():

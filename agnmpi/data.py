@@ -125,6 +125,41 @@ class Leases:
             for at in reversed(range(first, first + steps, self.period)):
                 self._free.append(Lease(at, min(self.period, first + steps - at)))
 
+    def open(self) -> list[Lease]:
+        """Steps before `next` that are not committed, free or held, in order and in as few pieces as can be."""
+        return _merged([*self._free, *(lease for held in self._held.values() for lease in held)])
+
+    def take_over(self, next_step: int, open_steps: Sequence[Lease], claims: Sequence[tuple[int, Lease]]) -> list[bool]:
+        """Go on from the book of a lost center, and from what the workers hold by their own word.
+
+        `next_step`, `open_steps`: as that center has told them last; `claims`: (worker, lease); a lease granted
+        later lies beyond. Returns which claims hold: one does not whose steps are committed, or claimed before. What
+        nobody claims is free.
+
+        >>> book = Leases(total=None, period=2)
+        >>> book.take_over(4, [Lease(0, 4)], [(0, Lease(2, 2)), (1, Lease(6, 2)), (2, Lease(6, 2))])
+        [True, True, False]
+        >>> [book.grant(0) for _ in range(3)]
+        [Lease(first=0, steps=2), Lease(first=4, steps=2), Lease(first=8, steps=2)]
+        """
+        end = max([next_step, *(lease.first + lease.steps for _, lease in claims)])
+        left = _merged([*open_steps, Lease(next_step, end - next_step)])
+        hold = []
+        for worker, lease in claims:
+            last = lease.first + lease.steps
+            around = next((i for i in left if i.first <= lease.first and last <= i.first + i.steps), None)
+            hold.append(around is not None)
+            if around is not None:
+                before = Lease(around.first, lease.first - around.first)
+                after = Lease(last, around.first + around.steps - last)
+                left = [i for i in left if i != around] + [i for i in (before, after) if i.steps]
+                self._held.setdefault(worker, []).append(lease)
+        free = sorted(left)
+        held = sum(lease.steps for leases in self._held.values() for lease in leases)
+        committed = end - held - sum(lease.steps for lease in free)
+        self.restore({"next": end, "free": free, "committed": committed})
+        return hold
+
     @property
     def next(self) -> int:
         """First step that was never granted."""
@@ -191,6 +226,17 @@ class Leases:
     def _give_back(self, lease: Lease) -> None:
         if lease.steps > 0:
             self._free.append(lease)
+
+
+def _merged(leases: Sequence[Lease]) -> list[Lease]:
+    """The same steps in order, adjacent leases as one."""
+    merged: list[Lease] = []
+    for lease in sorted(leases):
+        if merged and merged[-1].first + merged[-1].steps == lease.first:
+            merged[-1] = Lease(merged[-1].first, merged[-1].steps + lease.steps)
+        elif lease.steps:
+            merged.append(lease)
+    return merged
 
 
 def rounds(

@@ -111,7 +111,7 @@ class Injection:
     def wrap(self, end: WorkerEnd) -> WorkerEnd:
         """An end in whose exchanges this rank dies, if any fault says so."""
         faults = [fault for fault in self._faults if fault.kind == "cut"]
-        return _FaultyEnd(end, faults) if faults else end
+        return _FaultyEnd(end, faults) if faults and not isinstance(end, _FaultyEnd) else end
 
     def spoil(self, g: Array) -> None:
         """To be called with the gradient of the step."""

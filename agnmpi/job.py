@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from . import agree, launch
 from .backend import Array, choose, device_count
 from .checkpoint import newest, read_center, save, set_aside, unseal, worker_file, write_atomic
 from .config import Config
-from .data import Plan
-from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, fault_tolerant, read_faults
+from .data import Lease, Plan
+from .failover import Failover
+from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, read_faults
 from .metrics import Every
 from .monitor import Monitor
 from .params import Layout
@@ -105,6 +106,8 @@ class Job:
         self.directory = Path()
         self.said = list[str]()  # lines for the monitor, once it is there
         self.interrupted = False
+        self.result: dict[str, Any] | None = None
+        self._began = 0.0  # time at which the training began, less what earlier turns took
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
         self.injection = Injection(agree.together(self.comm, lambda: read_faults(faults)), self.rank)
         self.lost: list[int] = []  # ranks
@@ -124,65 +127,111 @@ class Job:
             config.make_optimizer(self.plan.steps),
             config.make_center_optimizer(self.plan.steps, self.setup.count(comm.size)),
             self.setup._replace(wire=chosen),
-            observe=self._observe if self.rank == 0 else None,
-            record=self._served if self.rank == 0 else None,
+            observe=self._observe,
+            record=self._served,
         )
         resumed = self._resume() if config.resume is not None else None
         member.begin(self.plan.steps, config.period)
         made = agree.together(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
         self.directory = Path(agree.allgather(comm, made)[0])
         threads = agree.allgather(comm, str(launch.blas_threads())) if config.record else []
+        self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
         if self.rank == 0:
-            self._open([int(t) for t in threads[-member.count :]], resumed)
+            monitor = self._open([int(t) for t in threads[-member.count :]])
+            if resumed is not None:
+                monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
         if config.keep and (self.rank == 0 or member.serves):
-            self.saver = CenterSaver(
-                self.directory,
-                member.center,
-                self._facts,
-                self._say,
-                config.checkpoint_seconds if self.rank == 0 else 0.0,
-                config.checkpoint_commits if self.rank == 0 else 0,
-                config.keep,
-                self.rank if member.serves else 0,
-            )
-            member.center.on_save = self._save_block
-        self._train()
-        self._last_checkpoint()
-        return self._end()
+            self._keep()
+        if member.failover is not None:
+            member.failover.on_center = self._new_center
+            member.failover.checkpoint = self._newest
+        while True:
+            self._train()
+            while not self._regroup():
+                try:
+                    return self._end()
+                except MPI.Exception:  # a rank has died in what all do together
+                    if self.failover is None:
+                        raise
+                    self.comm.Revoke()
+
+    @property
+    def failover(self) -> Failover | None:
+        """Who is left, where a lost rank is survived."""
+        return self.member.failover
 
     def _train(self) -> None:
-        member = self.member
-        # A dead worker is dropped, without Revoke or Shrink, where MPI tells of it and a center serves by messages.
-        survives = fault_tolerant() and self.setup.transport == "p2p" and self.setup.centers == 1
-        if member.serves:
-            end: Any = member.end
-            if survives:
+        """Serve or train until all have left; a worker may do one after the other."""
+        for worker in self.member.workers:
+            worker.end = self.injection.wrap(worker.end)
+        launch.drive([self._steps(worker) for worker in self.member.workers])
+        if self.member.serves:
+            end: Any = self.member.end
+            if self.failover is not None:
                 end.on_loss = self._lose
-            member.serve(self._turn if self.rank == 0 else None)
-        else:
-            for worker in member.workers:
-                worker.end = self.injection.wrap(worker.end)
-            launch.drive([self._steps(worker) for worker in member.workers])
-        if survives:
-            whole, self.comm = self.comm, self.comm.Shrink()
-            gone = MPI.Group.Difference(whole.Get_group(), self.comm.Get_group())
-            found = gone.Translate_ranks(list(range(gone.size)), whole.Get_group())
-            for rank in sorted(set(found) - set(self.lost)):
-                self._say(f"WARNING: rank {rank} on {self.hosts[rank]} is lost, after its work was done")
-            self.lost = sorted(found)
+            self.member.serve(self._turn if self.monitor is not None else None)
+
+    def _regroup(self) -> bool:
+        """Find out who is left; whether the center is another, and all is to go on from there."""
+        if self.failover is None:
+            return False
+        elected = self.failover.regroup()
+        self.comm = self.failover.comm
+        self._count_lost()
+        return elected
+
+    def _count_lost(self) -> None:
+        assert self.failover is not None
+        for rank in set(self.failover.lost) - set(self.lost):
+            self.lost.append(rank)
+            self._say(f"WARNING: rank {rank} on {self.hosts[rank]} is lost, after its work was done")
 
     def _lose(self, worker: int) -> None:
         """A worker has died: what it had not committed goes to the others."""
-        center, rank = self.member.center, worker + self.setup.centers
+        center, rank = self.member.center, self._rank_of(worker)
         self.lost.append(rank)
+        end: Any = self.member.end
         held = center.leases.held_by(worker) if center.leases else []
         center.lose(worker)
         self._say(
             f"WARNING: rank {rank} on {self.hosts[rank]} is lost, at step {center.steps}; what it had not committed "
-            f"goes to the {self.member.count - len(self.lost)} others"
+            f"goes to the {self.member.count - len(end.lost)} others"
         )
         if self.monitor is not None:
             self.monitor.note("lost", rank=rank, host=self.hosts[rank], uncommitted=held)
+
+    def _rank_of(self, worker: int) -> int:
+        """The rank that a worker had when the job began."""
+        return self.failover.ranks[worker + 1] if self.failover else worker + self.setup.centers
+
+    def _new_center(self) -> None:
+        """Another center has been elected; if it is this rank, it takes over the files and the display, too."""
+        assert self.failover is not None
+        failover = self.failover
+        self.comm = failover.comm
+        before, self.lost = self.lost, failover.lost
+        if self.comm.rank:
+            return
+        member: Any = failover.member
+        self.member = member
+        center, leases = self.member.center, self.member.center.leases
+        assert leases is not None
+        monitor = self._watch()
+        samples = self.plan.count(Lease(0, leases.next)) - sum(self.plan.count(lease) for lease in leases.open())
+        monitor.resume(samples, time.monotonic() - self._began)
+        gone = [f"rank {rank} on {self.hosts[rank]}" for rank in self.lost if rank not in before]
+        self._say(
+            f"WARNING: {' and '.join(gone)} {'is' if len(gone) == 1 else 'are'} lost, the center among them; rank "
+            f"{self.rank} on {self.hosts[self.rank]} is the center now, from {failover.told}, and goes on at step "
+            f"{center.steps}, clock {center.clock}, with {self.member.count} workers"
+        )
+        monitor.note("failover", lost=self.lost, center=self.rank, begun_from=failover.told)
+        if self.config.keep:
+            self._keep()
+
+    def _newest(self) -> tuple[Mapping[str, Array], Mapping[str, Any]] | None:
+        found = newest(self.directory, self._say)
+        return found and found[1:]
 
     def _steps(self, worker: Worker) -> Iterator[int]:
         """The loop of a worker: saves its state when the center has, and stops where nobody else would stop it."""
@@ -200,7 +249,7 @@ class Job:
             if worker.checkpoint != saved and not worker.done:
                 saved = worker.checkpoint
                 save_worker(self.directory, worker, saved, self._say)
-            if self.signals.asked and not self.setup.serves:
+            if self.signals.asked and (not self.setup.serves or self.comm.size == 1):
                 loop.close()
                 worker.settle()
                 return
@@ -228,7 +277,7 @@ class Job:
         """Name the workers that have been silent for too long, once; and those that are back."""
         now = time.monotonic()
         for worker, last in self.heard.items():
-            rank, silent = worker + self.setup.centers, now - last
+            rank, silent = self._rank_of(worker), now - last
             if rank in self.lost or (silent < self.config.stall_limit) == (worker not in self._stalled):
                 continue
             self._stalled ^= {worker}
@@ -277,7 +326,7 @@ class Job:
             **(self.monitor.progress if self.monitor is not None else {}),
         }
 
-    def _open(self, threads: list[int], resumed: Mapping[str, Any] | None) -> None:
+    def _open(self, threads: list[int]) -> Monitor:
         """Rank 0: the files and the display of the run."""
         config, member = self.config, self.member
         write_atomic(self.directory / "config.toml", repeatable(config).to_toml().encode())
@@ -285,15 +334,35 @@ class Job:
             said = {"agnmpi": __version__, "workers": member.count, "blas_threads": threads}
             said["parks"] = member.center.parks
             self.recorder = Recorder(self.directory, said)
-        layout, evaluate = self.layout, self.problem.evaluate
-        self.monitor = Monitor(config, self.plan, member, self.directory, lambda c: evaluate(layout.views(c)))
-        lines = _introduction(config, layout, self.plan, member.count, self.comm.size) + self.said
+        lines = _introduction(config, self.layout, self.plan, member.count, self.comm.size) + self.said
+        return self._watch(lines)
+
+    def _watch(self, lines: Sequence[str] = ()) -> Monitor:
+        """At the center that grants the work: begin to show and write what goes on."""
+        views, evaluate = self.layout.views, self.problem.evaluate
+        self.directory.mkdir(parents=True, exist_ok=True)  # a new center may be on another host
+        monitor = Monitor(self.config, self.plan, self.member, self.directory, lambda c: evaluate(views(c)))
         for line in lines:
-            self.monitor.say(line)
-        self.heard = dict.fromkeys(range(member.count), time.monotonic())
-        self.monitor.start()
-        if resumed is not None:
-            self.monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
+            monitor.say(line)
+        self.heard = dict.fromkeys(range(self.member.count), time.monotonic())
+        monitor.start()
+        self.monitor = monitor
+        return monitor
+
+    def _keep(self) -> None:
+        """At a center: keep checkpoints."""
+        config, member, first = self.config, self.member, self.monitor is not None
+        self.saver = CenterSaver(
+            self.directory,
+            member.center,
+            self._facts,
+            self._say,
+            config.checkpoint_seconds if first else 0.0,
+            config.checkpoint_commits if first else 0,
+            config.keep,
+            self.comm.rank if member.serves else 0,
+        )
+        member.center.on_save = self._save_block
 
     def _resume(self) -> Mapping[str, Any] | None:
         """Take up the newest whole checkpoint; returns its facts, None if `auto` found none."""
@@ -349,6 +418,7 @@ class Job:
         member, center = self.member, self.member.center
         if self.recorder is not None:
             self.recorder.close()
+            self.recorder = None
         said = [json.loads(text) for text in agree.allgather(self.comm, json.dumps([center.steps, self.signals.asked]))]
         steps = said[0][0]
         # Where all train, any rank may have been the one that broke off.
@@ -361,30 +431,40 @@ class Job:
         if self.saver is not None:
             self.saver.save(self._own_center(), steps)
             self.saver.finish()
+            self.saver = None
         finish(self.comm.Ibarrier().Test)
 
     def _end(self) -> dict[str, Any] | None:
-        if self.lost and len(self.lost) == self.member.count:
+        """What all do together when the training is over. Returns the result on rank 0."""
+        self._last_checkpoint()
+        member = self.member
+        if member.serves and self.comm.size == 1 and member.center.steps < self.plan.steps:
             self._say(f"all workers are lost, ranks {self.lost}; resume with --resume {self.directory}")
             raise Degraded(1)
         result = self._result() if self.monitor is not None and not self.interrupted else None
-        if not self.lost:
-            self.member.close()
         if self.interrupted:
+            if not self.lost:
+                member.close()
             if self.monitor is not None:
                 self.monitor.stop("interrupted", signal=self.signals.asked or "another rank's")
                 resume = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
-                self.monitor.say(f"interrupted at step {self.member.center.steps} of {self.plan.steps}; {resume}")
+                self.monitor.say(f"interrupted at step {member.center.steps} of {self.plan.steps}; {resume}")
             raise Interrupted
-        if self.lost:
-            finish(self.comm.Ibarrier().Test)  # the last: who has lost a rank cannot finalize MPI
+        if self.failover is not None:
+            finish(self.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another one writes it
+        if self.lost:  # who has lost a rank cannot finalize MPI
             raise Degraded(DEGRADED)
+        member.close()
         self.comm.Free()
         return result
 
     def _result(self) -> dict[str, Any]:
         config, member, monitor, directory = self.config, self.member, self.monitor, self.directory
         assert monitor is not None
+        if self.result is not None:  # a rank has died since
+            self.result["lost"] = self.lost
+            write_atomic(directory / "result.json", (json.dumps(self.result, indent=2) + "\n").encode())
+            return self.result
         meta = {"agnmpi": __version__, "clock": str(member.center.clock), "rule": config.rule}
         # Before the evaluation, which may fail.
         save(directory / "center.safetensors", self.layout.views(member.c), meta)
@@ -417,6 +497,7 @@ class Job:
         if result["dropped"]:
             monitor.say(f"{result['dropped']} commits were too old and were dropped; their steps were done again")
         monitor.say(f"written to {directory}/")
+        self.result = result
         return result
 
 

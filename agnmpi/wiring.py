@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from mpi4py import MPI
@@ -10,6 +11,8 @@ from .agree import ConfigError
 from .backend import Array, empty_like, full_like, namespace, to_host
 from .center import Center, serve
 from .data import Leases, rounds, speed_proportional
+from .failover import Failover
+from .faults import fault_tolerant
 from .optimizers import Optimizer
 from .params import parts
 from .rules import Rule
@@ -117,8 +120,10 @@ class Member:
 
     `center`: the center's counts where they are known; `count`: number of workers; `end`: the center's end, where
     this rank has it; `others`: at rank 0, ends by which it reads the other centers' blocks; `centers`: communicator of
-    the center ranks.
+    the center ranks; `failover`: where the workers outlive the center.
     """
+
+    failover: Failover | None = None
 
     def __init__(
         self,
@@ -139,6 +144,9 @@ class Member:
         self._asked: dict[int, tuple[int, Handle]] = {}  # by other center: the number asked for last
         self._resumed: Mapping[str, Any] | None = None
         self.first = centers is None or centers.rank == 0  # whether this center grants the work
+        self.session = 0  # sessions begun; the last with these:
+        self.total: int | None = None
+        self.period = 1
 
     def resume(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
         """Go on, in the next session, from a checkpoint: whole vectors and the center's facts; on every rank.
@@ -146,6 +154,8 @@ class Member:
         Raises ValueError if the checkpoint is of another center optimizer.
         """
         self._resumed = facts
+        for worker in self.workers:
+            worker.sequence = max(worker.sequence, *facts["applied"], 0)  # what is applied is told from what will be
         if self.end is not None:
             span = self._spans[self._centers.rank] if self._centers else slice(None)
             self.center.restore({name: x[span] for name, x in arrays.items()}, facts, self.end.c)
@@ -161,6 +171,8 @@ class Member:
     def begin(self, total: int | None, period: int) -> None:
         """Lay out the work of a session: `total` steps over all workers (None: no end), λ = `period`; collective."""
         resumed, self._resumed = self._resumed, None
+        self.session, self.total, self.period = self.session + 1, total, period
+        self.center.session = self.session
         pace = None if self.center.now is None else speed_proportional(period, self.center.now)
         leases = Leases(total, period, pace)
         if resumed:
@@ -177,7 +189,7 @@ class Member:
             if not self.center.rule.collective and hasattr(end, "begin"):
                 end.begin(total, period, leases.next)  # serverless: a lease is a counter
         for worker in self.workers:
-            worker.total = total
+            worker.total, worker.session = total, self.session
         if self.end is not None and not self.serves:
             self.end.open()
 
@@ -188,6 +200,11 @@ class Member:
             end: Any = worker.end
             mine += end.ends if isinstance(end, ShardedWorker) else [end]
         return mine + list(self._others)
+
+    def apply(self, commit: Commit, c: Array) -> Reply:
+        """What a message does at this center."""
+        assert self._apply is not None
+        return self._apply(commit, c)
 
     def serve(self, on_turn: Callable[[], None] | None = None) -> None:
         """Serve the workers until all have left, and share the final center among center ranks; on these only."""
@@ -273,8 +290,14 @@ def connect(
         workers = [Worker(mine, rule, optimizer, local.worker_end(i), i) for i, mine in enumerate(copies)]
         return Member(center, workers, setup.workers, end=local, apply=apply)
     if comm.rank >= setup.centers:
-        return _worker(comm, rule, x, optimizer, setup)
+        make = partial(_successor, rule, center_optimizer, setup, observe, record)
+        return _worker(comm, rule, x, optimizer, setup, make)
     return _center(comm, rule, x, center_optimizer, setup, observe, record)
+
+
+def survives(setup: Setup) -> bool:
+    """Whether workers and the center outlive each other: MPI says who has died, and messages are two-sided."""
+    return setup.transport == "p2p" and setup.centers == 1 and fault_tolerant()
 
 
 def _apply(center: Center, observe: Observe | None, record: Record | None = None) -> Apply:
@@ -334,13 +357,42 @@ def _worker_end(comm: MPI.Comm, like: Array, setup: Setup) -> WorkerEnd:
     return SumWorker(comm, like, make_wire(like, "staged"))  # Open MPI refuses device buffers in Accumulate
 
 
-def _worker(comm: MPI.Comm, rule: Rule, x: Array, optimizer: Optimizer | None, setup: Setup) -> Member:
+def _worker(
+    comm: MPI.Comm,
+    rule: Rule,
+    x: Array,
+    optimizer: Optimizer | None,
+    setup: Setup,
+    make: Callable[[MPI.Comm, Array, Worker], Member],
+) -> Member:
     spans, index = list(parts(x.size, setup.centers)), comm.rank - setup.centers
     ends = [_worker_end(_group(comm, i, setup.centers), x[span], setup) for i, span in enumerate(spans)]
     end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
-    worker = Worker(x, rule, optimizer, end, index, setup.overlap)
+    worker = Worker(x, rule, optimizer, end, index, setup.overlap, keeps=survives(setup))
     count = comm.size - setup.centers
-    return Member(Center(rule, x[:0], count), [worker], count)  # only the center's counts are of use here
+    member = Member(Center(rule, x[:0], count), [worker], count)  # only the center's counts are of use here
+    if survives(setup):
+        member.failover = Failover(comm, member, partial(_worker_end, like=x, setup=setup), make)
+    return member
+
+
+def _successor(
+    rule: Rule,
+    center_optimizer: Optimizer | None,
+    setup: Setup,
+    observe: Observe | None,
+    record: Record | None,
+    comm: MPI.Comm,
+    c: Array,
+    worker: Worker,
+) -> Member:
+    """The part of a worker that takes the place of a lost center; a sole survivor goes on within its own process."""
+    if comm.size > 1:
+        return _center(comm, rule, c, center_optimizer, setup, observe, record)
+    c = c.copy()
+    center = Center(rule, c, 1, center_optimizer)
+    apply = _apply(center, observe, record)
+    return Member(center, [worker], 1, end=LocalCenter(c, 1, apply), apply=apply)
 
 
 def _center(
@@ -387,7 +439,11 @@ def _center(
     if comm.rank == 0 and whole is not None:
         rest = list(enumerate(spans))[1:]
         others = [_worker_end(_group(comm, i, setup.centers), whole[span], setup) for i, span in rest]
-    return Member(center, [], count, True, end, apply, spans, others, centers, whole)
+    member = Member(center, [], count, True, end, apply, spans, others, centers, whole)
+    if survives(setup):
+        center.tells = True
+        member.failover = Failover(comm, member)
+    return member
 
 
 def _collective(

@@ -14,7 +14,20 @@ from .backend import Array, all_finite, empty_like, namespace
 from .data import Lease
 from .optimizers import Optimizer, Range
 from .rules import Rule
-from .transport.base import BAD, DROPPED, REFUSED, STOP, WAIT, WORK, Commit, Handle, Pause, Reply, WorkerEnd
+from .transport.base import (
+    BAD,
+    DROPPED,
+    REFUSED,
+    STOP,
+    WAIT,
+    WORK,
+    Commit,
+    Elected,
+    Handle,
+    Pause,
+    Reply,
+    WorkerEnd,
+)
 
 T = TypeVar("T")
 Waits: TypeAlias = Generator[Handle, None, T]  # yields the handles to wait for
@@ -35,7 +48,8 @@ class Worker:
     """Parameters, what they were at the last pull, and the work in hand.
 
     `x`: (n,) parameters, moved in place; `optimizer`: None if the caller moves x; `index`: 0 … n−1;
-    `overlap`: compute the next period while the exchange of the last is under way.
+    `overlap`: compute the next period while the exchange of the last is under way; `keeps`: keep `o` whole while the
+    next pull comes in: if the center is lost, another may go on from there.
     """
 
     def __init__(
@@ -46,6 +60,7 @@ class Worker:
         end: WorkerEnd,
         index: int,
         overlap: bool = False,
+        keeps: bool = False,
     ) -> None:
         if optimizer is None and rule.accumulates:
             raise ValueError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
@@ -57,6 +72,9 @@ class Worker:
         self.o = empty(x)  # the center as last pulled
         self.a = namespace(x).zeros_like(x) if rule.accumulates else x
         self.clock = 0  # of o
+        self.told: Reply | None = None  # with o
+        self.elected = False  # this rank serves now, and trains no more
+        self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
         self.before = 0  # steps of all workers in earlier sessions: schedules go on
         self.sequence = 0  # commits sent
@@ -70,11 +88,16 @@ class Worker:
         self.leases: deque[Lease] = deque()  # the first is under way
         self._delta = empty(x)
         self._sent = empty(x) if overlap else x
-        self._pulled = empty(x) if overlap else self.o  # MPI writes here: o stays whole meanwhile
+        self._pulled = empty(x) if overlap or keeps else self.o  # MPI writes here: o stays whole meanwhile
         self._loss = 0.0
         self._handle: Handle | None = None
         self._commit: Commit | None = None
         self._farewell: Handle | None = None
+
+    @property
+    def under_way(self) -> Commit | None:
+        """The commit that was formed, and not answered yet."""
+        return self._commit
 
     @property
     def step_number(self) -> int:
@@ -141,12 +164,11 @@ class Worker:
         handle, self._handle = self._handle, None
         yield handle
         reply = handle.wait()
-        self.o, self._pulled = self._pulled, self.o
-        self.clock = reply.clock
+        self._have_pulled(reply)
         if self.rule.pulls == "before":
             self.rule.delta(self.x, self.o, self.a, max(self._commit.steps, 1), self._delta)
-            commit = self._commit._replace(clock=self.clock, wants=self._commit.wants | self._look())
-            handle = self.end.exchange(commit, None)
+            self._commit = self._commit._replace(clock=self.clock, wants=self._commit.wants | self._look())
+            handle = self.end.exchange(self._commit, None)
             yield handle
             reply = handle.wait()
         if reply.status == REFUSED:
@@ -154,9 +176,14 @@ class Worker:
         else:
             self.refused += reply.status == DROPPED  # what the reply has brought is adopted all the same
             self.rule.adopt(self.x, self._sent, self._delta, self.o)
-        self.pulls += 1
         self._commit = None
         self._take(reply)
+
+    def _have_pulled(self, reply: Reply) -> None:
+        """A pull is there, whole."""
+        self.o, self._pulled = self._pulled, self.o
+        self.clock, self.told = reply.clock, reply
+        self.pulls += 1
 
     def _start_afresh(self) -> None:
         """The last commit was refused: neither x nor the slots can be trusted, nor what was computed since."""
@@ -172,7 +199,10 @@ class Worker:
     def step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
         """The loop's body: a local step, and the exchange when the period is full."""
         self.local_step(g, loss, ranges)
-        _wait(self._after_step())
+        try:
+            _wait(self._after_step())
+        except Elected:
+            self._retire()
 
     def _after_step(self) -> Waits[None]:
         if self.done == self.leases[0].steps:
@@ -196,14 +226,13 @@ class Worker:
     def _begin(self) -> Waits[None]:
         yield from self._settle()
         self.parted = self.x
-        handle = self.end.exchange(self._ask(), self.o)
+        handle = self.end.exchange(self._ask(), self._pulled)
         yield handle
         reply = handle.wait()
+        self._have_pulled(reply)
         if not (self.resumed and self.rule.pulls == "before"):
             self.x[...] = self.o
         self.resumed = False
-        self.pulls += 1
-        self.clock = reply.clock
         self._take(reply)
         if self.overlap and self.leases:
             handle = self.end.exchange(self._ask(), None)
@@ -244,11 +273,10 @@ class Worker:
         yield handle
         self._take(handle.wait())
         if self.leases and self.rule.pulls == "after":  # nothing was computed since the last pull
-            handle = self.end.pull(self.o)
+            handle = self.end.pull(self._pulled)
             yield handle
-            self.clock = handle.wait().clock
+            self._have_pulled(handle.wait())
             self.x[...] = self.o
-            self.pulls += 1
 
     def _ask(self) -> Commit:
         return Commit(self.index, first=-1 if self.total is None else self.total, wants=WORK)
@@ -257,37 +285,50 @@ class Worker:
         """Yield the number of each step granted to this worker; the caller then calls `step`, once.
 
         Begins from the center; at the end commits a partial period and leaves, with the final center in x. After
-        a `break` the same, but the final center is there after `settle`.
+        a `break` the same, but the final center is there after `settle`. Ends early where this rank is elected to
+        serve.
         """
-        self.begin()
         try:
-            while _wait(self._has_work()):
-                yield self.step_number
-        except GeneratorExit:
-            # A break, or an exception in the caller's loop on its way up: do not wait for the others here, or the
-            # traceback would show when they are done. `settle` waits.
+            self.begin()
+            try:
+                while _wait(self._has_work()):
+                    yield self.step_number
+            except GeneratorExit:
+                # A break, or an exception in the caller's loop on its way up: do not wait for the others here, or the
+                # traceback would show when they are done. `settle` waits.
+                self.leave()
+                raise
             self.leave()
-            raise
-        self.leave()
-        self.settle()
+            self.settle()
+        except Elected:
+            self._retire()
+
+    def _retire(self) -> None:
+        """This rank serves from now on."""
+        self.elected = True
+        self.leases.clear()
+        self.done, self._loss, self._waiting = 0, 0.0, False
+        self._handle = self._commit = self._farewell = None
 
     def leave(self) -> None:
         """Finish the exchange under way, commit what is done, and say farewell, without waiting for the answer."""
         _wait(self._leave())
 
     def _leave(self) -> Waits[None]:
+        if self.elected:
+            return
         if self._commit is not None and self._handle is None:
             return  # an exchange has failed: its exception is on its way up, and nothing may hold it back
         if self._handle is not None:
             yield from self._finish_exchange()
-        last = None
+        last: Commit | None = None
         if self.done and self.rule.pulls == "before":
             self.start_exchange()
             yield from self._finish_exchange()  # the work that it was granted goes back with the farewell
         elif self.done:
-            last = self._form_commit(0)
+            self._commit = last = self._form_commit(0)
         self.leases.clear()
-        self._farewell = self.end.leave(last, self.o)
+        self._farewell = self.end.leave(last, self._pulled)
 
     def save(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Copy what a checkpoint keeps of this worker, between two periods: x, o and the slots, and facts."""
@@ -329,11 +370,11 @@ class Worker:
         if self._farewell is not None:
             yield self._farewell
             reply = self._farewell.wait()
-            self.clock, self.before = reply.clock, reply.steps
-            self._farewell = None
+            self._have_pulled(reply)
+            self.before = reply.steps
+            self._farewell = self._commit = None
             self.parted = self.x.copy() if self.rule.pulls == "before" else self.x
             self.x[...] = self.o
-            self.pulls += 1
 
 
 def train(

@@ -13,7 +13,7 @@ LAYERS = [
     {"transport.local", "transport.p2p", "transport.collective", "transport.rma", "transport.serverless"},
     {"transport.sharded", "transport.virtual"},
     {"center", "worker", "record", "faults"},
-    {"wiring", "probe"},
+    {"wiring", "failover", "probe"},
     {"agn", "launch", "monitor", "saver", "job", "simulate", "floors", "bench", "bench_optimizers", "doctor", "report"},
     {"cli", "__main__"},
 ]
@@ -24,6 +24,7 @@ WITHIN = {
     "transport.windows": {"transport.base", "transport.wire"},
     "config": {"optimizers", "rules"},  # the names and numbers it validates
     "timing": {"config"},  # how options are declared and checked
+    "wiring": {"failover"},
     "simulate": {"launch", "job", "monitor"},
     "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor", "saver"},
     "bench": {"bench_optimizers", "floors", "launch", "job", "monitor"},
@@ -39,6 +40,7 @@ MPI = {
     "faults",
     "agn",
     "wiring",
+    "failover",
     "probe",
     "launch",
     "job",

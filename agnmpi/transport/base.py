@@ -2,7 +2,7 @@
 
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import nan
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -20,7 +20,8 @@ OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3  # refused: not finite; dropped: of
 CONTINUE, STOP, WAIT = 0, 1, 2
 
 _COMMIT = struct.Struct("<9qd")
-_REPLY = struct.Struct("<7q")
+_REPLY = struct.Struct("<9q")
+_BOOK = struct.Struct("<7q")
 
 
 class Commit(NamedTuple):
@@ -63,6 +64,24 @@ class Commit(NamedTuple):
 COMMIT_BYTES = _COMMIT.size
 
 
+class Book(NamedTuple):
+    """What a center knows beside c, clock and `applied`: with these it makes a worker able to take over."""
+
+    turn: int = 0  # messages served: of two books the later has more
+    session: int = 0
+    next: int = 0  # first step that was never granted
+    staleness_sum: int = 0
+    staleness_max: int = 0
+    refused: int = 0
+    dropped: int = 0
+    open: tuple[Lease, ...] = ()  # steps before `next` that are not committed
+
+
+def most_open(workers: int) -> int:
+    """Number of intervals that a book has room for; with more it does not travel, and nobody can go on from there."""
+    return 4 * workers + 64
+
+
 class Reply(NamedTuple):
     """The center's answer: the clock of the center that travels with it, and what to do next."""
 
@@ -73,25 +92,50 @@ class Reply(NamedTuple):
     steps: int = 0  # local steps in all commits so far
     checkpoint: int = 0  # steps at the newest checkpoint: workers save their state for it
     applied: tuple[int, ...] = ()  # last sequence applied, by worker
+    book: Book | None = None  # with c, where workers are to outlive their center
 
     def encode(self) -> bytes:
         """The header, as it travels."""
-        fixed = _REPLY.pack(self.clock, self.status, self.control, *self.work, self.steps, self.checkpoint)
-        return fixed + struct.pack(f"<{len(self.applied)}q", *self.applied)
+        book = self.book
+        if book is not None and len(book.open) > most_open(len(self.applied)):
+            book = None
+        intervals = -1 if book is None else len(book.open)
+        fixed = (self.clock, self.status, self.control, *self.work, self.steps, self.checkpoint)
+        header = _REPLY.pack(*fixed, len(self.applied), intervals) + _words(self.applied)
+        return header if book is None else header + _BOOK.pack(*book[:-1]) + _words(n for at in book.open for n in at)
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Reply":
-        """Read a header. Raises ValueError for a length that no header has."""
-        if len(header) < _REPLY.size or (len(header) - _REPLY.size) % 8:
+        """Read a header at the beginning of `header`. Raises ValueError for what no header can be."""
+        if len(header) < _REPLY.size:
             raise ValueError(f"a reply's header cannot have {len(header)} bytes")
-        clock, status, control, first, count, steps, checkpoint = _REPLY.unpack_from(header)
-        applied = struct.unpack(f"<{(len(header) - _REPLY.size) // 8}q", header[_REPLY.size :])
-        return cls(clock, status, control, Lease(first, count), steps, checkpoint, applied)
+        clock, status, control, first, count, steps, checkpoint, workers, intervals = _REPLY.unpack_from(header)
+        words = workers if intervals < 0 else workers + _BOOK.size // 8 + 2 * intervals
+        if workers < 0 or _REPLY.size + 8 * words > len(header):
+            raise ValueError(f"a reply's header of {len(header)} bytes cannot tell of {workers} workers")
+        applied = struct.unpack_from(f"<{workers}q", header, _REPLY.size)
+        reply = cls(clock, status, control, Lease(first, count), steps, checkpoint, applied)
+        if intervals < 0:
+            return reply
+        at = _REPLY.size + 8 * workers
+        said = struct.unpack_from(f"<{2 * intervals}q", header, at + _BOOK.size)
+        intervals_said = tuple(Lease(*pair) for pair in zip(said[::2], said[1::2]))
+        book = Book(*_BOOK.unpack_from(header, at))
+        return reply._replace(book=book._replace(open=intervals_said))
+
+
+def _words(numbers: Iterable[int]) -> bytes:
+    numbers = tuple(numbers)
+    return struct.pack(f"<{len(numbers)}q", *numbers)
 
 
 def reply_bytes(workers: int) -> int:
-    """Length of an encoded Reply."""
-    return _REPLY.size + 8 * workers
+    """Most bytes of an encoded Reply."""
+    return _REPLY.size + 8 * workers + _BOOK.size + 16 * most_open(workers)
+
+
+class Elected(Exception):
+    """Raised by a handle: the center is lost, and this rank is to serve now instead of training."""
 
 
 class Capabilities(NamedTuple):

@@ -160,7 +160,7 @@ class P2PWorker:
         """Nothing to free."""
 
 
-def _gone(error: MPI.Exception) -> bool:
+def gone(error: MPI.Exception) -> bool:
     """Whether `error` tells of a dead peer (ULFM)."""
     found: int = error.Get_error_class()
     names = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
@@ -284,7 +284,7 @@ class P2PCenter:
         try:
             return call()
         except MPI.Exception as error:
-            if self.on_loss is None or not _gone(error):
+            if self.on_loss is None or not gone(error):
                 raise
             self._bury(worker)
             return False
