@@ -167,6 +167,11 @@ class AGNOptimizer:
             setup._replace(wire=choose_wire(self._comm, self._x, wire)),
         )
         self._worker = None if self._member.serves else self._member.workers[0]
+        if self._member.failover is not None:
+            self._member.failover.on_center = self._new_center
+            if self._worker is None:
+                end: Any = self._member.end
+                end.on_loss = self._lose
         self._sharded = centers > 1
         self._in_loop = self._stepped = self._closed = False
         self._loops: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
@@ -191,6 +196,12 @@ class AGNOptimizer:
         """The center's clock, as this rank knows it: number of commits applied."""
         self._settle()
         return self._worker.clock if self._worker else self._member.center.clock
+
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """The communicator in use: a duplicate of yours, or what is left of it where ranks were lost (ULFM)."""
+        failover = self._member.failover
+        return failover.comm if failover else self._comm
 
     @property
     def num_worker(self) -> int:
@@ -230,15 +241,14 @@ class AGNOptimizer:
         if self._worker:
             self._worker.dropped = 0
         if self._worker is None:
-            self._member.serve()
-            self._x[...] = namespace(self._x).asarray(self._member.c)
-            self._copy_out()
+            self._serve()
             if total is not None and center.steps - before < total and self._comm.rank == 0:
                 short = f"{center.steps - before} of {total} steps were taken: the workers left before the end"
                 warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
             return
         self._in_loop = True
-        steps = self._worker.steps()
+        worker = self._worker
+        steps = worker.steps()
         try:
             for number in steps:
                 self._refresh()
@@ -251,21 +261,69 @@ class AGNOptimizer:
                     )
         except GeneratorExit:  # break: commit the partial period and leave
             steps.close()
+            if worker.elected:
+                self._serve()
             raise
         finally:
             self._in_loop = self._stepped = False
+        if worker.elected:
+            self._serve()
+            return
+        self._regroup()
         self._refresh()
         if self._rule.collective and total is not None and center.steps - before < total:
             raise RuntimeError(
                 f"{self._name}: another rank left the loop after {center.steps - before} of {total} steps, by break or "
                 f"by an exception, and rule {self._rule.name} needs all ranks; use steps() to end early"
             )
-        if self._worker.dropped:
-            short = (
-                f"{self._worker.dropped} steps of rank {self._comm.rank} were dropped: another rank broke off meanwhile"
-            )
+        if worker.dropped:
+            short = f"{worker.dropped} steps of rank {self._comm.rank} were dropped: another rank broke off meanwhile"
             warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
-            self._worker.dropped = 0
+            worker.dropped = 0
+
+    def _serve(self) -> None:
+        """At a center, or at a worker that was elected in place of a lost one: serve until all have left."""
+        self._worker = None
+        self._member.serve()
+        self._regroup()
+        if self._member.failover is not None and self.comm.size == 1:
+            raise RuntimeError(f"{self._name}: all workers are lost")
+        self._x[...] = namespace(self._x).asarray(self._member.c)
+        self._copy_out()
+
+    def _regroup(self) -> None:
+        """After a loop: find out who is left, if ranks may be lost."""
+        failover = self._member.failover
+        while failover is not None and failover.regroup():  # the center was lost at the very end
+            if self.comm.rank == 0 and self._member.serves:
+                self._worker = None
+                self._member.serve()
+            elif self._worker is not None:
+                self._worker.leave()
+                self._worker.settle()
+
+    def _new_center(self) -> None:
+        failover = self._member.failover
+        assert failover is not None
+        served = ", and this rank serves now" if failover.comm.rank == 0 else ""
+        self._warn_of_loss(f"ranks {failover.lost} are lost, the center among them{served}")
+        if failover.comm.rank == 0:
+            taken: Any = failover.member
+            self._member = taken
+            taken.end.on_loss = self._lose
+
+    def _lose(self, worker: int) -> None:
+        self._member.center.lose(worker)
+        failover = self._member.failover
+        assert failover is not None
+        self._warn_of_loss(f"rank {failover.ranks[worker + 1]} is lost; what it had not committed goes to the others")
+
+    def _warn_of_loss(self, what: str) -> None:
+        text = (
+            f"{self._name}: {what}. MPI cannot be finalized any more (Open MPI 5.0 hangs there): when all is done, end "
+            "each rank by os._exit, after a barrier on the `comm` of this optimizer"
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def initialize(self) -> None:
         """Start every worker from the center: rank 0's values, whatever it was given. Collective."""
@@ -384,7 +442,8 @@ class AGNOptimizer:
         self._closed = True
         self._hook.remove()
         self._member.close()
-        self._comm.Free()
+        if self._member.failover is None or not self._member.failover.lost:  # with the dead it would not end
+            self._comm.Free()
 
     def __enter__(self) -> "AGNOptimizer":
         return self
@@ -432,9 +491,16 @@ class AGNOptimizer:
 
     def _settle(self) -> None:
         """After a break: wait for the others, and take the final center."""
-        if self._worker and not self._in_loop:
-            self._worker.settle()
-            self._refresh()
+        worker = self._worker
+        if worker is None or self._in_loop:
+            return
+        leaving = worker.leaving
+        worker.settle()
+        if worker.elected:
+            self._serve()
+        elif leaving:
+            self._regroup()
+        self._refresh()
 
     def _refresh(self) -> None:
         if self._worker and self._worker.pulls != self._pulls:

@@ -31,6 +31,7 @@ class Member(Protocol):
     center: Center
     workers: list[Worker]
     count: int
+    serves: bool
     end: Any
     failover: "Failover | None"
     session: int
@@ -180,6 +181,15 @@ class Failover:
         self._take_roles([witnesses[i] for i in order])
         self.on_center()
         return True
+
+    def alone(self) -> None:
+        """At an elected center that has lost all its workers: it trains on, within this process."""
+        assert self.worker is not None
+        member, worker = self.member, self.worker
+        member.center.workers, member.center.applied = 1, [worker.sequence]
+        local = LocalCenter(member.end.c, 1, member.apply)
+        member.workers, member.count, member.serves, member.end = [worker], 1, False, local
+        worker.index, worker.elected, self.end = 0, False, local.worker_end(0)
 
     def bury(self, handle: object) -> None:
         """Keep what belongs to an exchange with a dead center."""

@@ -178,7 +178,15 @@ class Job:
         elected = self.failover.regroup()
         self.comm = self.failover.comm
         self._count_lost()
+        if self._all_lost() and self.failover.worker is not None:
+            self._say(f"WARNING: all workers are lost; rank {self.rank}, which was one, trains on alone")
+            self.failover.alone()
+            return True
         return elected
+
+    def _all_lost(self) -> bool:
+        """Whether this is a center whose work is not done, and all its workers are lost."""
+        return self.member.serves and self.comm.size == 1 and self.member.center.steps < self.plan.steps
 
     def _count_lost(self) -> None:
         assert self.failover is not None
@@ -223,7 +231,7 @@ class Job:
         self._say(
             f"WARNING: {' and '.join(gone)} {'is' if len(gone) == 1 else 'are'} lost, the center among them; rank "
             f"{self.rank} on {self.hosts[self.rank]} is the center now, from {failover.told}, and goes on at step "
-            f"{center.steps}, clock {center.clock}, with {self.member.count} workers"
+            f"{center.steps}, clock {center.clock}, " + (f"workers: {member.count}" if member.serves else "alone")
         )
         monitor.note("failover", lost=self.lost, center=self.rank, begun_from=failover.told)
         if self.config.keep:
@@ -438,7 +446,7 @@ class Job:
         """What all do together when the training is over. Returns the result on rank 0."""
         self._last_checkpoint()
         member = self.member
-        if member.serves and self.comm.size == 1 and member.center.steps < self.plan.steps:
+        if self._all_lost():
             self._say(f"all workers are lost, ranks {self.lost}; resume with --resume {self.directory}")
             raise Degraded(1)
         result = self._result() if self.monitor is not None and not self.interrupted else None

@@ -363,8 +363,19 @@ class Worker:
         self.resumed = True
 
     def settle(self) -> None:
-        """After leaving: wait until all workers have left, and take the final center into x and o."""
-        _wait(self._settle())
+        """After leaving: wait until all workers have left, and take the final center into x and o.
+
+        Or until this rank is elected to serve the others.
+        """
+        try:
+            _wait(self._settle())
+        except Elected:
+            self._retire()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether `settle` has to wait."""
+        return self._farewell is not None
 
     def _settle(self) -> Waits[None]:
         if self._farewell is not None:
