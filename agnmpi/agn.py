@@ -201,7 +201,8 @@ class AGNOptimizer:
     def comm(self) -> MPI.Intracomm:
         """The communicator in use: a duplicate of yours, or what is left of it where ranks were lost (ULFM)."""
         failover = self._member.failover
-        return failover.comm if failover else self._comm
+        comm: MPI.Intracomm = failover.comm if failover else self._comm  # type: ignore[assignment]
+        return comm
 
     @property
     def num_worker(self) -> int:

@@ -51,6 +51,7 @@ class Center:
         self.steps = 0  # local steps in all applied commits
         self.refused = self._in_a_row = 0  # commits
         self.dropped = 0  # commits that weighed nothing
+        self._released = set[int]()  # workers whose leases were taken back
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
         self.turn = self.session = 0  # messages served; sessions begun
@@ -107,6 +108,9 @@ class Center:
         if not self.rule.collective and commit.sequence <= self.applied[commit.worker]:
             return DUPLICATE
         done = Lease(commit.first, commit.steps)
+        if commit.worker in self._released and self.leases and not self.leases.holds(commit.worker, done):
+            self.dropped += 1  # it was silent for so long that its steps went to others
+            return DROPPED
         if commit.wants & BAD:
             self.refused += 1
             self._in_a_row += 1
@@ -136,7 +140,8 @@ class Center:
         return OK
 
     def lose(self, worker: int) -> None:
-        """A worker is gone: what it has not committed is free for the others."""
+        """A worker is gone, for good or for a while: what it has not committed is free for the others."""
+        self._released.add(worker)
         if self.leases:
             self.leases.release(worker)
 

@@ -198,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         world.Barrier()  # all leave together: Open MPI kills the job when a first rank exits with an error
         return INTERRUPTED
     except Degraded as lost:
-        _leave_at_once(*lost.args)
+        if lost.abort:
+            abort(world, lost.code)  # all together: MPICH's mpiexec passes on the first one's code
+        _leave_at_once(lost.code)
     except KeyboardInterrupt:
         if world.rank == 0:
             print("\nagnmpi: interrupted; ending the job", file=sys.stderr, flush=True)

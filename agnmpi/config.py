@@ -109,6 +109,9 @@ class Config:
     checkpoint_commits: int = _option(0, "run", "commits between checkpoints; 0: by seconds alone", int)
     keep: int = _option(3, "run", "number of checkpoints that stay; 0: write none, not even at the end", int)
     stall_limit: float = _option(0.0, "run", "report a worker that is silent for so many seconds; 0: never", float)
+    drop_stalled: bool = _option(
+        False, "run", "wait no longer for such a worker: its steps go to others (p2p, one center)", bool
+    )
     resume: str | None = _option(
         None, "run", "go on from the newest checkpoint of this run's directory; auto: of --run, if there is one"
     )
@@ -154,6 +157,8 @@ class Config:
                 "record with overlap cannot be replayed: the center does not know after which step a worker took up "
                 "its pull; leave one of them"
             )
+        if self.drop_stalled and not self.stall_limit:
+            raise ValueError("drop_stalled drops workers that are silent for longer than stall_limit: give that, too")
         if self.resume == "auto" and self.run is None:
             raise ValueError("resume 'auto' looks for checkpoints in the run's directory: name it with run")
         if self.resume is not None and self.record:
@@ -186,6 +191,8 @@ class Config:
             transport = self.make_rule(rate).transport
         if self.record and (self.centers > 1 or not self.use_locking):
             raise ValueError("record is of one center that serves: with several each has an order of its own")
+        if self.drop_stalled and (transport != "p2p" or self.centers > 1):
+            raise ValueError(f"drop_stalled needs transport p2p and one center, not {transport!r}, {self.centers}")
         if self.record and transport == "collective":
             raise ValueError("record is of runs with a center; on transport collective every run repeats itself")
         whole = replace(

@@ -174,6 +174,10 @@ class Leases:
         """Leases of `worker`."""
         return list(self._held.get(worker, []))
 
+    def holds(self, worker: int, done: Lease) -> bool:
+        """Whether `worker` holds a lease that begins with the steps `done`."""
+        return any(lease.first == done.first and lease.steps >= done.steps for lease in self._held.get(worker, []))
+
     @property
     def held(self) -> bool:
         """Whether any worker holds a lease: what it does not commit will be free again."""

@@ -5,7 +5,9 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from math import nan
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -24,12 +26,36 @@ class Interrupted(Exception):
 
 
 class Degraded(Exception):
-    """Ranks were lost, and MPI cannot be finalized any more; leave with exit code `args[0]`."""
+    """Ranks were lost, and MPI cannot be finalized any more; leave with exit code `code`.
+
+    `abort`: other ranks hang, and have to be ended, too.
+    """
+
+    def __init__(self, code: int, abort: bool) -> None:
+        super().__init__(f"exit code {code}")
+        self.code, self.abort = code, abort
 
 
 def fault_tolerant(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this MPI goes on when a rank dies: Open MPI's `mpiexec --with-ft ulfm`, or AGNMPI_FT=1 for others."""
     return "1" in (environment.get("OMPI_MCA_mpi_ft_enable"), environment.get("AGNMPI_FT"))
+
+
+def process() -> tuple[int, int, str]:
+    """What tells this process from all others: its number, its parent's, and the machine's boot."""
+    return os.getpid(), os.getppid(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def end_sibling(pid: int, parent: int, boot: str) -> None:
+    """Kill a rank that hangs, if it runs here under the same launcher: with ULFM, Open MPI's MPI_Abort spares it."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return  # it is of another host, or has ended
+    theirs = int(stat[stat.rindex(")") + 2 :].split()[1])
+    if (theirs, parent, boot) == (os.getppid(), os.getppid(), process()[2]):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 class Signals:

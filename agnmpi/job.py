@@ -18,7 +18,7 @@ from .checkpoint import newest, read_center, save, set_aside, unseal, worker_fil
 from .config import Config
 from .data import Lease, Plan
 from .failover import Failover
-from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, read_faults
+from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, end_sibling, process, read_faults
 from .metrics import Every
 from .monitor import Monitor
 from .params import Layout
@@ -31,6 +31,8 @@ from .version import __version__
 from .waiting import finish
 from .wiring import Setup, check_fit, connect
 from .worker import Worker, train
+
+_LEFT = 9  # tag: the ranks that go on
 
 
 def library() -> str:
@@ -111,10 +113,12 @@ class Job:
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
         self.injection = Injection(agree.together(self.comm, lambda: read_faults(faults)), self.rank)
         self.lost: list[int] = []  # ranks
+        self.hung: list[int] = []  # ranks that are left behind
         self.heard: dict[int, float] = {}  # when each worker last gave a sign of life
         self._stalled = set[int]()  # those that have been reported
         self._look = Every(seconds=1.0)
         self.hosts = agree.allgather(self.comm, here.host)
+        self.processes = [json.loads(text) for text in agree.allgather(self.comm, json.dumps(process()))]
 
     def run(self) -> dict[str, Any] | None:
         """Wire, resume, train, and write the result."""
@@ -147,6 +151,8 @@ class Job:
             member.failover.checkpoint = self._newest
         while True:
             self._train()
+            if config.drop_stalled:
+                self._leave_behind()
             while not self._regroup():
                 try:
                     return self._end()
@@ -170,6 +176,34 @@ class Job:
             if self.failover is not None:
                 end.on_loss = self._lose
             self.member.serve(self._turn if self.monitor is not None else None)
+
+    def _leave_behind(self) -> None:
+        """Go on without the workers that are dropped and do not answer; collective over the others."""
+        comm, end = self.comm, self.member.end
+        try:
+            if self.member.serves:
+                p2p: Any = end
+                left = [0] + [w + 1 for w in range(self.member.count) if w not in p2p.dropped | p2p.lost]
+                for rank in left[1:]:
+                    finish(comm.Isend(np.array([len(left), *left]), rank, _LEFT).Test)
+            else:
+                said = np.empty(comm.size + 1, np.int64)
+                finish(comm.Irecv(said, 0, _LEFT).Test)
+                left = said[1:][: said[0]].tolist()
+        except MPI.Exception:
+            if self.failover is None:
+                raise
+            return  # the center has died just now: `_regroup` finds out
+        if len(left) == comm.size:
+            return
+        ranks = self.failover.ranks if self.failover else list(range(comm.size))
+        self.hung = sorted({rank for i, rank in enumerate(ranks) if i not in left} - set(self.lost))
+        self.lost = sorted({*self.lost, *self.hung})
+        group = comm.Get_group().Incl(left)
+        # Not Create_group: Open MPI 5.0 refuses it where a rank outside of the group has died.
+        self.comm = MPI.Intracomm.Create_from_group(group, "agnmpi.living")
+        if self.failover is not None:
+            self.failover.comm, self.failover.ranks = self.comm, [ranks[i] for i in left]
 
     def _regroup(self) -> bool:
         """Find out who is left; whether the center is another, and all is to go on from there."""
@@ -290,7 +324,18 @@ class Job:
                 continue
             self._stalled ^= {worker}
             said = f"is silent for {silent:.1f} s" if worker in self._stalled else "is back"
+            if worker in self._stalled and self.config.drop_stalled and self._drop(worker):
+                said += " and is dropped: what it had not committed goes to the others"
             self._say(f"WARNING: rank {rank} on {self.hosts[rank]} {said}, at step {self.member.center.steps}")
+
+    def _drop(self, worker: int) -> bool:
+        """Wait no longer for a worker, unless it is the last."""
+        end: Any = self.member.end
+        if len(end.lost | end.dropped | {worker}) == self.member.count:
+            return False
+        self.member.center.lose(worker)
+        end.drop(worker)
+        return True
 
     def _own_center(self) -> Array:
         """What this rank holds of the center variable."""
@@ -448,7 +493,7 @@ class Job:
         member = self.member
         if self._all_lost():
             self._say(f"all workers are lost, ranks {self.lost}; resume with --resume {self.directory}")
-            raise Degraded(1)
+            raise Degraded(1, False)
         result = self._result() if self.monitor is not None and not self.interrupted else None
         if self.interrupted:
             if not self.lost:
@@ -458,10 +503,12 @@ class Job:
                 resume = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
                 self.monitor.say(f"interrupted at step {member.center.steps} of {self.plan.steps}; {resume}")
             raise Interrupted
-        if self.failover is not None:
+        if self.failover is not None or self.lost:
             finish(self.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another one writes it
+        for rank in self.hung if self.failover is not None else ():
+            end_sibling(*self.processes[rank])  # else MPI_Abort does it, and the exit code is ours
         if self.lost:  # who has lost a rank cannot finalize MPI
-            raise Degraded(DEGRADED)
+            raise Degraded(DEGRADED, bool(self.hung))
         member.close()
         self.comm.Free()
         return result

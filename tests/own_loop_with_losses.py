@@ -23,7 +23,9 @@ TOTAL, LOOPS = 600, 2
 def main(deaths):
     warnings.simplefilter("always")
     rank = MPI.COMM_WORLD.rank
-    mine = [int(step) for victim, _, step in (death.partition("@") for death in deaths.split(",")) if int(victim) == rank]
+    mine = [
+        int(step) for victim, _, step in (death.partition("@") for death in deaths.split(",")) if int(victim) == rank
+    ]
     seen, taken = 0, 0
 
     def die_if_due():
@@ -50,7 +52,10 @@ def main(deaths):
             taken += 1
     w, clock = opt.center["w"], opt.global_step
     # Whole: every commit of the clock is in the center, each of mean length 1.
-    print(f"rank {rank}: clock {clock}, center {w.tolist()}, center rank {opt.is_center}, {opt.comm.size} left", flush=True)
+    print(
+        f"rank {rank}: clock {clock}, center {w.tolist()}, center rank {opt.is_center}, {opt.comm.size} left",
+        flush=True,
+    )
     assert w.tolist() == [clock] * 3, (w, clock)
     opt.comm.Barrier()
     lost = opt.comm.size < MPI.COMM_WORLD.size

@@ -221,6 +221,7 @@ class P2PCenter:
         self.lost = set[int]()  # workers that have died, with `on_loss` alone; else the error is raised
         self.on_loss: Callable[[int], None] | None = None  # told of each, after its messages are forgotten
         self._dying: list[int] = []  # lost, but not reported yet
+        self.dropped = set[int]()  # workers that nobody waits for, until they are heard of again
         self._farewell: Reply | None = None
         self._buried: list[object] = []  # requests of the dead, and what MPI may still touch for them
         self._ticks = _Ticks()
@@ -234,7 +235,7 @@ class P2PCenter:
     @property
     def live(self) -> int:
         """Workers that have not left this session."""
-        return self._workers - len({commit.worker for commit in self._left} | self.lost)
+        return self._workers - len({commit.worker for commit in self._left} | self.lost | self.dropped)
 
     @property
     def progress(self) -> int:
@@ -318,6 +319,15 @@ class P2PCenter:
                 self.on_loss(worker)
             self._part()
 
+    def drop(self, worker: int) -> None:
+        """Wait for this silent worker no longer; it is one of the others again when it is heard of."""
+        self.dropped.add(worker)
+        # Its messages stay where they are; the others get as many slots as these hold.
+        held = [commit for commit, _, _ in self._receiving] + list(self._queue)
+        self._slots_left += sum(commit.worker == worker for commit in held)
+        self._slots_left += sum(answer.worker == worker and answer.stream is not None for answer in self._replies)
+        self._part()
+
     def move_on(self) -> None:
         """Move other messages on while one is applied; cheap to call often."""
         if self.live > 1 and time.perf_counter() - self._moved > 2e-4:
@@ -336,6 +346,7 @@ class P2PCenter:
             request = self._posted.get(worker)
             if request is not None and self._try(worker, request.Test):
                 self._ticks.count += 1
+                self.dropped.discard(worker)
                 commit = Commit.decode(self._headers[worker])
                 commit.check(worker, self.c.nbytes)
                 if commit.nbytes:
@@ -416,12 +427,12 @@ class P2PCenter:
             self._try(commit.worker, send)
 
     def _flush(self) -> bool:
-        """Push the replies; whether all are out."""
+        """Push the replies; whether all are out, but for those to dropped workers."""
         for answer in self._replies[:]:
             if self._try(answer.worker, answer.test) and answer in self._replies:
                 self._replies.remove(answer)
                 self._done_reading(answer)
-        return not self._replies
+        return all(answer.worker in self.dropped for answer in self._replies)
 
     def _done_reading(self, answer: "_Answer") -> None:
         buffer = answer.buffer
