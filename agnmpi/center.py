@@ -12,6 +12,7 @@ from .transport.base import (
     CONTINUE,
     DROPPED,
     DUPLICATE,
+    IDLE,
     LEAVE,
     OK,
     PULL,
@@ -79,7 +80,7 @@ class Center:
             status = self._take(commit, c)
         if commit.wants & SAVE and self.on_save:
             self.on_save(commit.first)
-        if leases and commit.wants & LEAVE:
+        if leases and commit.wants & (LEAVE | IDLE):
             leases.release(commit.worker)
         control, work = self.control, NONE
         if leases and commit.wants & WORK and control != STOP:

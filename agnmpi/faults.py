@@ -88,7 +88,7 @@ class Signals:
 
 
 class Fault(NamedTuple):
-    """One injected fault; `at`: local steps (exchanges, for "cut") of that rank before it."""
+    """One injected fault; `at`: local steps (exchanges, for "cut" and "drop") of that rank before it."""
 
     kind: str
     rank: int
@@ -97,14 +97,16 @@ class Fault(NamedTuple):
 
 
 def read_faults(text: str) -> list[Fault]:
-    """Read `KIND:RANK@AT[:SECONDS],…`; kinds: kill, cut (killed in an exchange), stall, slow, corrupt.
+    """Read `KIND:RANK@AT[:SECONDS],…`.
+
+    Kinds: kill, cut (killed in an exchange), stall, slow, corrupt, drop (a commit that never arrives).
 
     >>> read_faults("kill:2@40,slow:1@0:0.01")
     [Fault(kind='kill', rank=2, at=40, seconds=0.0), Fault(kind='slow', rank=1, at=0, seconds=0.01)]
     """
     faults = []
     for item in filter(None, text.split(",")):
-        match = re.fullmatch(r"(kill|cut|stall|slow|corrupt):(\d+)@(\d+)(?::([\d.]+))?", item)
+        match = re.fullmatch(r"(kill|cut|stall|slow|corrupt|drop):(\d+)@(\d+)(?::([\d.]+))?", item)
         if match is None:
             raise ValueError(f"fault {item!r}: give KIND:RANK@AT[:SECONDS], such as kill:2@40")
         kind, rank, at, seconds = match.groups()
@@ -135,8 +137,8 @@ class Injection:
         self._steps += 1
 
     def wrap(self, end: WorkerEnd) -> WorkerEnd:
-        """An end in whose exchanges this rank dies, if any fault says so."""
-        faults = [fault for fault in self._faults if fault.kind == "cut"]
+        """An end in whose exchanges this rank dies, or loses its commit, if any fault says so."""
+        faults = [fault for fault in self._faults if fault.kind in ("cut", "drop")]
         return _FaultyEnd(end, faults) if faults and not isinstance(end, _FaultyEnd) else end
 
     def spoil(self, g: Array) -> None:
@@ -147,15 +149,19 @@ class Injection:
 
 class _FaultyEnd:
     def __init__(self, end: WorkerEnd, faults: list[Fault]) -> None:
-        self._end, self._faults, self._exchanges = end, faults, 0
+        self._end, self._faults, self._exchanges, self._total = end, faults, 0, -1
         self.capabilities = end.capabilities
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         if commit.payload is None:
+            self._total = commit.first
             return self._end.exchange(commit, out)
-        handle = self._end.exchange(commit, out)
+        kinds = {fault.kind for fault in self._faults if fault.at == self._exchanges}
         self._exchanges += 1
-        if any(fault.at == self._exchanges - 1 for fault in self._faults):
+        if "drop" in kinds:  # as if it had never been sent; the steps stay leased until this worker leaves
+            commit = Commit(commit.worker, first=self._total, wants=commit.wants)
+        handle = self._end.exchange(commit, out)
+        if "cut" in kinds:
             handle.test()
             _die()
         return handle

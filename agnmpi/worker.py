@@ -17,6 +17,7 @@ from .rules import Rule
 from .transport.base import (
     BAD,
     DROPPED,
+    IDLE,
     REFUSED,
     STOP,
     WAIT,
@@ -269,7 +270,7 @@ class Worker:
     def _ask_again(self) -> Waits[None]:
         """Others hold work that may become free: by a break, a refusal, or the loss of a rank."""
         yield Pause(0.1)
-        handle = self.end.exchange(self._ask(), None)
+        handle = self.end.exchange(self._ask(IDLE), None)
         yield handle
         self._take(handle.wait())
         if self.leases and self.rule.pulls == "after":  # nothing was computed since the last pull
@@ -278,8 +279,8 @@ class Worker:
             self._have_pulled(handle.wait())
             self.x[...] = self.o
 
-    def _ask(self) -> Commit:
-        return Commit(self.index, first=-1 if self.total is None else self.total, wants=WORK)
+    def _ask(self, wants: int = 0) -> Commit:
+        return Commit(self.index, first=-1 if self.total is None else self.total, wants=WORK | wants)
 
     def steps(self) -> Generator[int, None, None]:
         """Yield the number of each step granted to this worker; the caller then calls `step`, once.

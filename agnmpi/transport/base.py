@@ -12,7 +12,8 @@ from ..waiting import finish
 
 # What a message to the center asks for, besides applying its payload.
 # BAD: the payload is not finite; its worker has looked, so that the center need not read it once more.
-PULL, WORK, LEAVE, SAVE, BAD = 1, 2, 4, 8, 16
+# IDLE: this worker holds no steps, whatever the center thinks.
+PULL, WORK, LEAVE, SAVE, BAD, IDLE = 1, 2, 4, 8, 16, 32
 # Reply.status
 OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3  # refused: not finite; dropped: of no weight, such as too old
 # Reply.control; STOP: give back the work in hand, commit what is done, leave. WAIT: no work is free now, but others

