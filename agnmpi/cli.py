@@ -179,6 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .agree import ConfigError
     from .faults import INTERRUPTED, Degraded, Interrupted, fault_tolerant
     from .launch import abort, say, say_and_abort
+    from .waiting import Orphaned, watch_launcher
+
+    if world.size > 1:
+        watch_launcher()
 
     try:
         return _command(_parse(argv), world)
@@ -201,6 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if lost.abort:
             abort(world, lost.code)  # all together: MPICH's mpiexec passes on the first one's code
         _leave_at_once(lost.code)
+    except Orphaned:
+        os._exit(1)  # there is nobody to tell
     except KeyboardInterrupt:
         if world.rank == 0:
             print("\nagnmpi: interrupted; ending the job", file=sys.stderr, flush=True)

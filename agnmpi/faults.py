@@ -47,7 +47,10 @@ def process() -> tuple[int, int, str]:
 
 
 def end_sibling(pid: int, parent: int, boot: str) -> None:
-    """Kill a rank that hangs, if it runs here under the same launcher: with ULFM, Open MPI's MPI_Abort spares it."""
+    """Kill a rank that hangs, if it runs here under the same launcher.
+
+    With ULFM, Open MPI's MPI_Abort may spare it; without, MPI_Abort is better: the exit code is ours.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -505,10 +505,11 @@ class Job:
             raise Interrupted
         if self.failover is not None or self.lost:
             finish(self.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another one writes it
-        for rank in self.hung if self.failover is not None else ():
-            end_sibling(*self.processes[rank])  # else MPI_Abort does it, and the exit code is ours
+        if self.failover is not None:
+            for rank in self.hung:
+                end_sibling(*self.processes[rank])
         if self.lost:  # who has lost a rank cannot finalize MPI
-            raise Degraded(DEGRADED, bool(self.hung))
+            raise Degraded(DEGRADED, abort=bool(self.hung) and self.failover is None)
         member.close()
         self.comm.Free()
         return result

@@ -5,6 +5,24 @@ import time
 from collections.abc import Callable
 
 
+class Orphaned(Exception):
+    """The launcher of this rank has ended: nobody will ever answer."""
+
+
+class _Launcher:
+    """The process that started this rank; 0 as long as nobody watches it."""
+
+    pid = 0
+
+
+def watch_launcher() -> None:
+    """From now on whoever waits for more than a second raises Orphaned once the process that started this one ends.
+
+    With ULFM Open MPI 5.0's mpiexec may end and leave ranks behind.
+    """
+    _Launcher.pid = os.getppid()
+
+
 class Idle:
     """Waiting that yields the core: first `sched_yield`, then sleeps that grow with the quiet, up to a cap.
 
@@ -25,8 +43,10 @@ class Idle:
         quiet = time.perf_counter() - self._since
         if quiet < self.spin:
             os.sched_yield()
-        else:
-            time.sleep(min(self.cap, quiet / 8))
+            return
+        if quiet > 1.0 and _Launcher.pid and os.getppid() != _Launcher.pid:
+            raise Orphaned("the launcher has ended and left this rank behind")
+        time.sleep(min(self.cap, quiet / 8))
 
 
 def finish(test: Callable[[], bool], progress: Callable[[], int] = int) -> None:
