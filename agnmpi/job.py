@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,23 @@ from mpi4py import MPI
 
 from . import agree, launch
 from .backend import Array, choose, device_count
-from .checkpoint import newest, read_center, save, set_aside, unseal, worker_file, write_atomic
+from .checkpoint import newest, save, write_atomic
 from .config import Config
 from .data import Lease, Plan
-from .failover import Failover
-from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, end_sibling, process, read_faults
-from .metrics import Every
+from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, read_faults
 from .monitor import Monitor
 from .params import Layout
 from .probe import choose_wire
 from .problem import Problem, absolute, load_problem
 from .record import Recorder
+from .resuming import resume
 from .saver import CenterSaver, save_worker
+from .survivors import Survivors
 from .transport.base import LEAVE, STOP, Commit, Reply
 from .version import __version__
 from .waiting import finish
 from .wiring import Setup, check_fit, connect
 from .worker import Worker, train
-
-_LEFT = 9  # tag: the ranks that go on
 
 
 def library() -> str:
@@ -112,13 +111,9 @@ class Job:
         self._began = 0.0  # time at which the training began, less what earlier turns took
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
         self.injection = Injection(agree.together(self.comm, lambda: read_faults(faults)), self.rank)
-        self.lost: list[int] = []  # ranks
-        self.hung: list[int] = []  # ranks that are left behind
-        self.heard: dict[int, float] = {}  # when each worker last gave a sign of life
-        self._stalled = set[int]()  # those that have been reported
-        self._look = Every(seconds=1.0)
-        self.hosts = agree.allgather(self.comm, here.host)
-        self.processes = [json.loads(text) for text in agree.allgather(self.comm, json.dumps(process()))]
+        first = self.setup.centers if self.setup.serves else 0
+        limit, drop = config.stall_limit, config.drop_stalled
+        self.survivors = Survivors(self.comm, here.host, first, limit, drop, self._say, self._note)
 
     def run(self) -> dict[str, Any] | None:
         """Wire, resume, train, and write the result."""
@@ -134,7 +129,12 @@ class Job:
             observe=self._observe,
             record=self._served,
         )
-        resumed = self._resume() if config.resume is not None else None
+        self.survivors.member = member
+        resumed: Mapping[str, Any] | None = None
+        if config.resume is not None:
+            directory = partial(run_directory, config) if self.rank == 0 else None
+            required = config.resume != "auto"
+            resumed = resume(comm, member, self.layout, self.plan.steps, directory, required, self.said.append)
         member.begin(self.plan.steps, config.period)
         made = agree.together(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
         self.directory = Path(agree.allgather(comm, made)[0])
@@ -151,20 +151,13 @@ class Job:
             member.failover.checkpoint = self._newest
         while True:
             self._train()
-            if config.drop_stalled:
-                self._leave_behind()
-            while not self._regroup():
+            while not self._go_on():
                 try:
                     return self._end()
                 except MPI.Exception:  # a rank has died in what all do together
-                    if self.failover is None:
+                    if member.failover is None:
                         raise
-                    self.comm.Revoke()
-
-    @property
-    def failover(self) -> Failover | None:
-        """Who is left, where a lost rank is survived."""
-        return self.member.failover
+                    self.survivors.comm.Revoke()
 
     def _train(self) -> None:
         """Serve or train until all have left; a worker may do one after the other."""
@@ -173,101 +166,42 @@ class Job:
         launch.drive([self._steps(worker) for worker in self.member.workers])
         if self.member.serves:
             end: Any = self.member.end
-            if self.failover is not None:
-                end.on_loss = self._lose
+            if self.member.failover is not None:
+                end.on_loss = self.survivors.lose
             self.member.serve(self._turn if self.monitor is not None else None)
 
-    def _leave_behind(self) -> None:
-        """Go on without the workers that are dropped and do not answer; collective over the others."""
-        comm, end = self.comm, self.member.end
-        try:
-            if self.member.serves:
-                p2p: Any = end
-                left = [0] + [w + 1 for w in range(self.member.count) if w not in p2p.dropped | p2p.lost]
-                for rank in left[1:]:
-                    finish(comm.Isend(np.array([len(left), *left]), rank, _LEFT).Test)
-            else:
-                said = np.empty(comm.size + 1, np.int64)
-                finish(comm.Irecv(said, 0, _LEFT).Test)
-                left = said[1:][: said[0]].tolist()
-        except MPI.Exception:
-            if self.failover is None:
-                raise
-            return  # the center has died just now: `_regroup` finds out
-        if len(left) == comm.size:
-            return
-        ranks = self.failover.ranks if self.failover else list(range(comm.size))
-        self.hung = sorted({rank for i, rank in enumerate(ranks) if i not in left} - set(self.lost))
-        self.lost = sorted({*self.lost, *self.hung})
-        group = comm.Get_group().Incl(left)
-        # Not Create_group: Open MPI 5.0 refuses it where a rank outside of the group has died.
-        self.comm = MPI.Intracomm.Create_from_group(group, "agnmpi.living")
-        if self.failover is not None:
-            self.failover.comm, self.failover.ranks = self.comm, [ranks[i] for i in left]
-
-    def _regroup(self) -> bool:
-        """Find out who is left; whether the center is another, and all is to go on from there."""
-        if self.failover is None:
-            return False
-        elected = self.failover.regroup()
-        self.comm = self.failover.comm
-        self._count_lost()
-        if self._all_lost() and self.failover.worker is not None:
+    def _go_on(self) -> bool:
+        """When all have left: whether there is a new center, and its workers are to begin once more."""
+        elected, failover = self.survivors.regroup(), self.member.failover
+        if self._all_lost() and failover is not None and failover.worker is not None:
             self._say(f"WARNING: all workers are lost; rank {self.rank}, which was one, trains on alone")
-            self.failover.alone()
+            failover.alone()
             return True
         return elected
 
     def _all_lost(self) -> bool:
         """Whether this is a center whose work is not done, and all its workers are lost."""
-        return self.member.serves and self.comm.size == 1 and self.member.center.steps < self.plan.steps
-
-    def _count_lost(self) -> None:
-        assert self.failover is not None
-        for rank in set(self.failover.lost) - set(self.lost):
-            self.lost.append(rank)
-            self._say(f"WARNING: rank {rank} on {self.hosts[rank]} is lost, after its work was done")
-
-    def _lose(self, worker: int) -> None:
-        """A worker has died: what it had not committed goes to the others."""
-        center, rank = self.member.center, self._rank_of(worker)
-        self.lost.append(rank)
-        end: Any = self.member.end
-        held = center.leases.held_by(worker) if center.leases else []
-        center.lose(worker)
-        self._say(
-            f"WARNING: rank {rank} on {self.hosts[rank]} is lost, at step {center.steps}; what it had not committed "
-            f"goes to the {self.member.count - len(end.lost)} others"
-        )
-        if self.monitor is not None:
-            self.monitor.note("lost", rank=rank, host=self.hosts[rank], uncommitted=held)
-
-    def _rank_of(self, worker: int) -> int:
-        """The rank that a worker had when the job began."""
-        return self.failover.ranks[worker + 1] if self.failover else worker + self.setup.centers
+        return self.member.serves and self.survivors.comm.size == 1 and self.member.center.steps < self.plan.steps
 
     def _new_center(self) -> None:
         """Another center has been elected; if it is this rank, it takes over the files and the display, too."""
-        assert self.failover is not None
-        failover = self.failover
-        self.comm = failover.comm
-        before, self.lost = self.lost, failover.lost
-        if self.comm.rank:
+        survivors, failover = self.survivors, self.member.failover
+        assert failover is not None
+        gone = survivors.follow()
+        if survivors.comm.rank:
             return
-        member: Any = failover.member
-        self.member = member
-        center, leases = self.member.center, self.member.center.leases
+        self.member = member = survivors.member
+        center, leases = member.center, member.center.leases
         assert leases is not None
         monitor = self._watch()
         samples = self.plan.count(Lease(0, leases.next)) - sum(self.plan.count(lease) for lease in leases.open())
         monitor.resume(samples, time.monotonic() - self._began)
-        gone = [f"rank {rank} on {self.hosts[rank]}" for rank in self.lost if rank not in before]
         self._say(
-            f"WARNING: {' and '.join(gone)} {'is' if len(gone) == 1 else 'are'} lost, the center among them; rank "
-            f"{self.rank} on {self.hosts[self.rank]} is the center now, from {failover.told}, and goes on at step "
+            f"WARNING: {' and '.join(map(survivors.name, gone))} {'is' if len(gone) == 1 else 'are'} lost, the center "
+            f"among them; {survivors.name(self.rank)} is the center now, from {failover.told}, and goes on at step "
             f"{center.steps}, clock {center.clock}, " + (f"workers: {member.count}" if member.serves else "alone")
         )
-        monitor.note("failover", lost=self.lost, center=self.rank, begun_from=failover.told)
+        monitor.note("failover", lost=survivors.lost, center=self.rank, begun_from=failover.told)
         if self.config.keep:
             self._keep()
 
@@ -291,7 +225,7 @@ class Job:
             if worker.checkpoint != saved and not worker.done:
                 saved = worker.checkpoint
                 save_worker(self.directory, worker, saved, self._say)
-            if self.signals.asked and (not self.setup.serves or self.comm.size == 1):
+            if self.signals.asked and (not self.setup.serves or self.survivors.comm.size == 1):
                 loop.close()
                 worker.settle()
                 return
@@ -305,8 +239,7 @@ class Job:
         if self.signals.asked and center.control != STOP:
             center.control = STOP
             self._say(f"{self.signals.asked}: the workers commit what they have done; then a checkpoint, and the end")
-        if self.config.stall_limit and self._look():
-            self._report_stalled()
+        self.survivors.tick()
         if self.saver is not None:
             self.saver.tick(self._own_center())
             if self.saver.begun:
@@ -314,28 +247,6 @@ class Job:
         if not self.setup.use_locking:
             end: Any = member.end
             end.tell(center.control, center.checkpoint)
-
-    def _report_stalled(self) -> None:
-        """Name the workers that have been silent for too long, once; and those that are back."""
-        now = time.monotonic()
-        for worker, last in self.heard.items():
-            rank, silent = self._rank_of(worker), now - last
-            if rank in self.lost or (silent < self.config.stall_limit) == (worker not in self._stalled):
-                continue
-            self._stalled ^= {worker}
-            said = f"is silent for {silent:.1f} s" if worker in self._stalled else "is back"
-            if worker in self._stalled and self.config.drop_stalled and self._drop(worker):
-                said += " and is dropped: what it had not committed goes to the others"
-            self._say(f"WARNING: rank {rank} on {self.hosts[rank]} {said}, at step {self.member.center.steps}")
-
-    def _drop(self, worker: int) -> bool:
-        """Wait no longer for a worker, unless it is the last."""
-        end: Any = self.member.end
-        if len(end.lost | end.dropped | {worker}) == self.member.count:
-            return False
-        self.member.center.lose(worker)
-        end.drop(worker)
-        return True
 
     def _own_center(self) -> Array:
         """What this rank holds of the center variable."""
@@ -356,9 +267,7 @@ class Job:
             self.saver.tick(c)
 
     def _served(self, commit: Commit, reply: Reply) -> None:
-        self.heard[commit.worker] = time.monotonic()
-        if commit.wants & LEAVE:
-            del self.heard[commit.worker]
+        self.survivors.heard(commit.worker, bool(commit.wants & LEAVE))
         if self.recorder is not None:
             self.recorder(commit, reply)
 
@@ -367,6 +276,10 @@ class Job:
             self.monitor.say(line)
         else:
             print(f"agnmpi: rank {self.rank}: {line}", file=sys.stderr, flush=True)
+
+    def _note(self, event: str, **facts: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.note(event, **facts)
 
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint says beside the center's own facts."""
@@ -397,7 +310,7 @@ class Job:
         monitor = Monitor(self.config, self.plan, self.member, self.directory, lambda c: evaluate(views(c)))
         for line in lines:
             monitor.say(line)
-        self.heard = dict.fromkeys(range(self.member.count), time.monotonic())
+        self.survivors.watch()
         monitor.start()
         self.monitor = monitor
         return monitor
@@ -413,58 +326,9 @@ class Job:
             config.checkpoint_seconds if first else 0.0,
             config.checkpoint_commits if first else 0,
             config.keep,
-            self.comm.rank if member.serves else 0,
+            self.survivors.comm.rank if member.serves else 0,
         )
         member.center.on_save = self._save_block
-
-    def _resume(self) -> Mapping[str, Any] | None:
-        """Take up the newest whole checkpoint; returns its facts, None if `auto` found none."""
-        config, comm = self.config, self.comm
-
-        def find() -> tuple[str, dict[str, Any]]:
-            if self.rank:
-                return "", {}
-            where = run_directory(config)
-            found = newest(where, self.said.append)
-            set_aside(where, found[0] if found else None)
-            if found is None and config.resume != "auto":
-                raise ValueError(f"{where} has no whole checkpoint to resume from")
-            if found is None:
-                return "", {}
-            check_model(self.layout, found[2], str(found[0]))
-            if found[2]["steps"] > self.plan.steps:
-                raise ValueError(
-                    f"{found[0]} has {found[2]['steps']} steps, but the run ends at {self.plan.steps}: give more "
-                    "--epochs (or --steps) to go on"
-                )
-            return str(found[0].resolve()), found[2]
-
-        name, facts = json.loads(agree.allgather(comm, json.dumps(agree.together(comm, find)))[0])
-        if not name:
-            return None
-
-        def restore() -> bool:
-            member = self.member
-            needs = member.end is not None or self.rule.collective
-            member.resume(read_center(Path(name))[0] if needs else {}, facts)
-            if facts["workers"] != member.count:
-                return False
-            for worker in member.workers:
-                worker.checkpoint = int(facts["steps"])
-                try:
-                    worker.restore(*unseal(worker_file(Path(name), worker.index)))
-                except (OSError, ValueError, KeyError) as error:
-                    print(f"agnmpi: worker {worker.index} starts anew: {error}", file=sys.stderr, flush=True)
-                    return False
-            return True
-
-        mine = agree.together(comm, restore)
-        local = all(json.loads(text) for text in agree.allgather(comm, json.dumps(mine)))
-        self.said.append(
-            f"resumed from {Path(name).name}: {facts['steps']} of {self.plan.steps} steps, clock {facts['clock']}"
-            + ("" if local else "; not all workers find their local state: their optimizers start anew there")
-        )
-        return dict(facts)
 
     def _last_checkpoint(self) -> None:
         """Save what all have reached, if any has a place for it; and find out whether the run was asked to stop."""
@@ -472,7 +336,10 @@ class Job:
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None
-        said = [json.loads(text) for text in agree.allgather(self.comm, json.dumps([center.steps, self.signals.asked]))]
+        said = [
+            json.loads(text)
+            for text in agree.allgather(self.survivors.comm, json.dumps([center.steps, self.signals.asked]))
+        ]
         steps = said[0][0]
         # Where all train, any rank may have been the one that broke off.
         heard = [name for _, name in (said[:1] if self.setup.serves else said) if name is not None]
@@ -485,40 +352,38 @@ class Job:
             self.saver.save(self._own_center(), steps)
             self.saver.finish()
             self.saver = None
-        finish(self.comm.Ibarrier().Test)
+        finish(self.survivors.comm.Ibarrier().Test)
 
     def _end(self) -> dict[str, Any] | None:
         """What all do together when the training is over. Returns the result on rank 0."""
         self._last_checkpoint()
         member = self.member
         if self._all_lost():
-            self._say(f"all workers are lost, ranks {self.lost}; resume with --resume {self.directory}")
+            self._say(f"all workers are lost, ranks {self.survivors.lost}; resume with --resume {self.directory}")
             raise Degraded(1, False)
         result = self._result() if self.monitor is not None and not self.interrupted else None
         if self.interrupted:
-            if not self.lost:
+            if not self.survivors.lost:
                 member.close()
             if self.monitor is not None:
                 self.monitor.stop("interrupted", signal=self.signals.asked or "another rank's")
                 resume = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
                 self.monitor.say(f"interrupted at step {member.center.steps} of {self.plan.steps}; {resume}")
             raise Interrupted
-        if self.failover is not None or self.lost:
-            finish(self.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another one writes it
-        if self.failover is not None:
-            for rank in self.hung:
-                end_sibling(*self.processes[rank])
-        if self.lost:  # who has lost a rank cannot finalize MPI
-            raise Degraded(DEGRADED, abort=bool(self.hung) and self.failover is None)
+        if member.failover is not None or self.survivors.lost:
+            finish(self.survivors.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another one writes it
+        self.survivors.end_hung()
+        if self.survivors.lost:  # who has lost a rank cannot finalize MPI
+            raise Degraded(DEGRADED, abort=bool(self.survivors.hung) and member.failover is None)
         member.close()
-        self.comm.Free()
+        self.survivors.comm.Free()
         return result
 
     def _result(self) -> dict[str, Any]:
         config, member, monitor, directory = self.config, self.member, self.monitor, self.directory
         assert monitor is not None
         if self.result is not None:  # a rank has died since
-            self.result["lost"] = self.lost
+            self.result["lost"] = self.survivors.lost
             write_atomic(directory / "result.json", (json.dumps(self.result, indent=2) + "\n").encode())
             return self.result
         meta = {"agnmpi": __version__, "clock": str(member.center.clock), "rule": config.rule}
@@ -533,15 +398,15 @@ class Job:
             "period": config.period,
             **monitor.finish(member.c),
             "refused": member.center.refused,
-            "lost": self.lost,
+            "lost": self.survivors.lost,
             "mpi": library(),
             "agnmpi": __version__,
         }
         write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
         if result["loss"] is None or None in result["metrics"].values():
             monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
-        if self.lost:
-            monitor.say(f"WARNING: the run ended without ranks {self.lost}: exit code {DEGRADED}")
+        if self.survivors.lost:
+            monitor.say(f"WARNING: the run ended without ranks {self.survivors.lost}: exit code {DEGRADED}")
         if result["refused"]:
             monitor.say(f"WARNING: {result['refused']} commits were refused, since they were not finite")
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
@@ -555,24 +420,6 @@ class Job:
         monitor.say(f"written to {directory}/")
         self.result = result
         return result
-
-
-def check_model(layout: Layout, facts: Mapping[str, Any], name: str) -> None:
-    """Raise ValueError, with the differences, for a checkpoint of another model."""
-    theirs = facts["layout"]
-    ours = dict(zip(layout.names, layout.shapes))
-    saved = {n: tuple(shape) for n, shape in zip(theirs["names"], theirs["shapes"])}
-    differ = [
-        f"{n!r} is {saved.get(n, 'missing')} there and {ours.get(n, 'missing')} here"
-        for n in dict.fromkeys([*saved, *ours])
-        if saved.get(n) != ours.get(n)
-    ]
-    if theirs["dtype"] != layout.dtype:
-        differ.append(f"dtype is {theirs['dtype']} there and {layout.dtype} here")
-    if not differ and list(saved) != list(ours):
-        differ.append(f"the order is {', '.join(saved)} there and {', '.join(ours)} here")
-    if differ:
-        raise ValueError(f"{name} is of another model: {'; '.join(differ[:5])}")
 
 
 def repeatable(config: Config) -> Config:

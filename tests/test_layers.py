@@ -14,7 +14,21 @@ LAYERS = [
     {"transport.sharded", "transport.virtual"},
     {"center", "worker", "record", "faults"},
     {"wiring", "failover", "probe"},
-    {"agn", "launch", "monitor", "saver", "job", "simulate", "floors", "bench", "bench_optimizers", "doctor", "report"},
+    {
+        "agn",
+        "launch",
+        "monitor",
+        "saver",
+        "resuming",
+        "survivors",
+        "job",
+        "simulate",
+        "floors",
+        "bench",
+        "bench_optimizers",
+        "doctor",
+        "report",
+    },
     {"cli", "__main__"},
 ]
 # A module may import these from its own layer.
@@ -26,7 +40,7 @@ WITHIN = {
     "timing": {"config"},  # how options are declared and checked
     "wiring": {"failover"},
     "simulate": {"launch", "job", "monitor"},
-    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor", "saver"},
+    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor", "resuming", "saver", "survivors"},
     "bench": {"bench_optimizers", "floors", "launch", "job", "monitor"},
     "doctor": {"launch", "job", "monitor"}, "__main__": {"cli"},
 }  # fmt: skip
@@ -44,6 +58,8 @@ MPI = {
     "probe",
     "launch",
     "job",
+    "resuming",
+    "survivors",
     "bench",
     "floors",
     "doctor",
