@@ -246,7 +246,7 @@ def center_step(
             between(c.size)
         return state
     (s,) = scratch(c, 1) if weight != 1.0 else (c,)
-    for part in blocks(c, size=_LONG if weight == 1.0 else None):
+    for part in blocks(c, size=None if weight != 1.0 else _LONG if between else c.size):
         block, d = c[part], delta[part]
         block += d if weight == 1.0 else np.multiply(d, weight, out=s[: d.size])
         if between:

@@ -32,8 +32,9 @@ class RMAWorker:
         """Put `commit` into this worker's slot, which is free: one exchange at a time."""
         windows, payload = self.windows, commit.payload
         if payload is not None:
-            # Odd: the center stays awake while bytes are coming: across hosts they need it inside MPI.
-            windows.add(windows.posted + self.worker, self._posted + 1, MPI.REPLACE)
+            if not windows.one_host:
+                # Odd: the center stays awake while bytes are coming, which need it inside MPI.
+                windows.add(windows.posted + self.worker, self._posted + 1, MPI.REPLACE)
             slots = windows.slots
             windows.push(
                 self.wire,
@@ -54,32 +55,30 @@ class RMAWorker:
         windows = self.windows
         if windows.read(windows.taken + self.worker) != posted:
             return None
-        pulled = None if out is None else self.try_pull(out)
-        if out is not None and pulled is None:
-            return None
-        reply = Reply.decode(windows.get(windows.reply(self.worker), REPLY_WORDS).tobytes())
-        if pulled is not None:
-            reply = reply._replace(clock=pulled.clock, steps=pulled.steps, applied=pulled.applied)
-        if leaving:
+        reply: Reply | None = Reply.decode(windows.get(windows.reply(self.worker), REPLY_WORDS).tobytes())
+        if out is not None:
+            reply = self.try_pull(out, reply)
+        if leaving and reply is not None:
             windows.add(LEFT, 1)  # the next session may begin: the final center has been read
         return reply
 
     def pull(self, out: Array) -> Handle:
         """Get the center; needs nothing of the center rank but that it be in MPI now and then across hosts."""
-        return Polled(partial(self.try_pull, out))
+        return Polled(partial(self.try_pull, out, Reply(0)))
 
-    def try_pull(self, out: Array) -> Reply | None:
-        """Get c as one whole, unless it changes just now."""
+    def try_pull(self, out: Array, reply: Reply) -> Reply | None:
+        """Get c as one whole, unless it changes just now; returns `reply` with what belongs to c."""
         windows = self.windows
         if windows.read(READERS) >= WRITING:  # without disturbing the center, which waits for the readers to go
             return None
         if windows.add(READERS, 1) >= WRITING:
             windows.add(READERS, -1)
             return None
-        head = windows.get(0, APPLIED + windows.workers)
-        windows.pull(self.wire, out)
+        head = windows.get(0, APPLIED + windows.workers).tolist()
+        reply = reply._replace(clock=head[CLOCK], steps=head[STEPS], applied=tuple(head[APPLIED:]))
+        windows.pull(self.wire, out)  # last: a long vector leaves nothing else in the cache
         windows.add(READERS, -1)
-        return Reply(int(head[CLOCK]), steps=int(head[STEPS]), applied=tuple(head[APPLIED:].tolist()))
+        return reply
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
         """Put the last commit and the farewell as one message; it is taken when all have left."""
@@ -180,10 +179,10 @@ class RMACenter:
 
     def _lock(self) -> bool:
         """Keep new readers of c out; whether those within have finished."""
-        if not self._locked:
-            self._windows.add(READERS, WRITING)
-            self._locked = True
-        return self._windows.read(READERS) == WRITING
+        if self._locked:
+            return self._windows.read(READERS) == WRITING
+        self._locked = True
+        return self._windows.add(READERS, WRITING) == 0
 
     def _answer(self, worker: int, reply: Reply) -> None:
         windows, answer = self._windows, reply._replace(applied=())
