@@ -14,7 +14,7 @@ from .backend import Array, blocks, on_host, scratch
 from .kernels import launch
 from .optimizers import Optimizer
 
-_LONG = 1 << 18  # elements in a block where nothing need stay in cache; a fraction of a millisecond
+_LONG = 1 << 18  # elements; a fraction of a millisecond
 
 
 def _adopt_center(x: Array, sent: Array, _delta: Array, c: Array) -> None:
@@ -245,10 +245,12 @@ def center_step(
         if between:
             between(c.size)
         return state
-    (s,) = scratch(c, 1) if weight != 1.0 else (c,)
-    for part in blocks(c, size=None if weight != 1.0 else _LONG if between else c.size):
+    plain = weight == 1.0  # then nothing is read twice, and blocks are there for `between` alone
+    (s,) = (c,) if plain else scratch(c, 1)
+    size = (_LONG if between else c.size) if plain else None
+    for part in blocks(c, size=size):
         block, d = c[part], delta[part]
-        block += d if weight == 1.0 else np.multiply(d, weight, out=s[: d.size])
+        block += d if plain else np.multiply(d, weight, out=s[: d.size])
         if between:
             between(part.stop)
     return state
