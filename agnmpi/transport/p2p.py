@@ -2,8 +2,8 @@
 
 A worker sends a header and, right behind it, its delta; it has posted the receives of the reply before. The
 center keeps one small header receive posted for each worker, and receives deltas into a few slots, whatever
-the number of workers. It applies a delta when its last byte is there, and replies from c in place; while
-that reply is on its way, the next apply works on a copy (copy on write, in a slot).
+the number of workers. It applies a delta when its last byte is there, and replies from c in place, block by
+block behind the apply; while that reply is on its way, the next apply works on a copy (copy on write, in a slot).
 
 Each request is tested by itself: Waitany's order starves high ranks, and Waitall hides which rank failed.
 """
@@ -228,8 +228,8 @@ class P2PCenter:
         self._receiving: list[tuple[Commit, _Buffer, _Stream]] = []
         self._ready: deque[tuple[Commit, _Buffer | None]] = deque()
         self._replies: list[_Answer] = []
-        self._applied: Commit | None = None  # the one that is being applied, if it wants c; then c goes out behind it:
-        self._out: _Stream | None = None
+        self._applied: Commit | None = None  # while it is, if it wants c
+        self._out: _Stream | None = None  # c on its way to the worker of that one, block by block
         self._left: list[Commit] = []
         self.lost = set[int]()  # workers that have died, with `on_loss` alone; else the error is raised
         self.on_loss: Callable[[int], None] | None = None  # told of each, after its messages are forgotten
