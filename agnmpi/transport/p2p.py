@@ -1,6 +1,6 @@
 """Two-sided ends: Isend/Irecv, one round trip for an exchange, on any MPI.
 
-A worker sends a header and, right behind it, its delta; it has posted the receives of the reply before. The
+A worker sends a header and, right behind it, its delta; then it posts the receives of the reply. The
 center keeps one small header receive posted for each worker, and receives deltas into a few slots, whatever
 the number of workers. It applies a delta when its last byte is there, and replies from c in place, block by
 block behind the apply; while that reply is on its way, the next apply works on a copy (copy on write, in a slot).
