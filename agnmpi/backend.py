@@ -43,14 +43,15 @@ def as_array(value: Any) -> Array:
     return np.from_dlpack(value.detach() if hasattr(value, "detach") else value)
 
 
-def blocks(x: Array, start: int = 0, stop: int | None = None) -> Iterator[slice]:
-    """Cut [start, stop) of `x` into cache-sized slices on the host, into one slice on a device."""
+def blocks(x: Array, start: int = 0, stop: int | None = None, size: int | None = None) -> Iterator[slice]:
+    """Cut [start, stop) of `x` into slices of `size` (default: cache-sized) on the host, into one on a device."""
     stop = x.size if stop is None else stop
     if not on_host(x):
         yield slice(start, stop)
         return
-    for first in range(start, stop, BLOCK):
-        yield slice(first, min(first + BLOCK, stop))
+    size = size or BLOCK
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
 
 
 def empty(size: int, dtype: Any, like: Array) -> Array:

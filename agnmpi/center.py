@@ -44,7 +44,7 @@ class Center:
         self.state: Any = optimizer.init(like) if optimizer else None
         self.clock = 0
         self.applied = [0] * workers  # last sequence, by worker
-        self.between: Callable[[], None] | None = None  # called between blocks of a step: messages move on meanwhile
+        self.between: Callable[[int], None] | None = None  # called after each block of a step, with its end
         self.leases: Leases | None = None  # None: the work is shared out elsewhere
         self.now: Callable[[], float] | None = None  # what measures the workers' speeds, where λ_k goes by them
         self.parks = False  # a worker that asks in vain shall ask again while others hold work

@@ -23,7 +23,7 @@ class Optimizer(NamedTuple):
 
     `init(x) -> state`. `update(x, g, state, *, step=None, scale=1.0, ranges=None, between=None) -> state`: moves x
     (n,) in place against scale·g (n,); `step` is the position of the rate schedule (default: the own count),
-    `ranges` the pieces of x that move (default: all of it), `between` is called between blocks. `g` is not changed.
+    `ranges` the pieces of x that move (default: all of it), `between` is called after each block, with its end.
     """
 
     name: str
@@ -248,7 +248,7 @@ def _make(
         step: int | None = None,
         scale: float = 1.0,
         ranges: Sequence[Range] | None = None,
-        between: Callable[[], None] | None = None,
+        between: Callable[[int], None] | None = None,
     ) -> Any:
         count = state.step + 1
         eta = schedule(state.step if step is None else step)
@@ -264,7 +264,7 @@ def _make(
             for lo, hi in _joined(ranges):
                 launch(kernel, g[lo:hi], scale, decay, keep, *now, x[lo:hi], *(slot[lo:hi] for slot in slots))
                 if between:
-                    between()
+                    between(hi)
             return state._replace(step=count)
         constants = [np.array(number, x.dtype) for number in now]
         s, r, scaled = scratch(x, 3)
@@ -280,7 +280,7 @@ def _make(
                     xb *= 1 - eta * weight_decay
                 host(xb, gb, [slot[part] for slot in slots], s[:size], r[:size], *constants)
                 if between:
-                    between()
+                    between(part.stop)
         return state._replace(step=count)
 
     said = "schedule" if callable(rate) else f"{rate:g}"

@@ -14,6 +14,8 @@ from .backend import Array, blocks, on_host, scratch
 from .kernels import launch
 from .optimizers import Optimizer
 
+_LONG = 1 << 18  # elements; a fraction of a millisecond
+
 
 def _adopt_center(x: Array, sent: Array, _delta: Array, c: Array) -> None:
     """x ← c + (x − sent), where sent is x when the delta was formed; without overlap sent is x: x ← c."""
@@ -229,25 +231,26 @@ def center_step(
     optimizer: Optimizer | None,
     state: Any,
     steps: int = 0,
-    between: Callable[[], None] | None = None,
+    between: Callable[[int], None] | None = None,
 ) -> Any:
     """Move the center in place: c ← c + weight·delta, or one step of `optimizer` on −weight·delta.
 
     `c`, `delta`: (n,); `delta` is not changed; `steps`: local steps in all earlier commits, where the schedule of
-    the center's rate stands; `between`: called between blocks. Returns the new state of the optimizer.
+    the center's rate stands; `between`: called after each block, with its end. Returns the new state of the optimizer.
     """
     if optimizer is not None:
         return optimizer.update(c, delta, state, scale=-weight, step=steps, between=between)
     if not on_host(c):
         launch("add", delta, weight, c)
         if between:
-            between()
+            between(c.size)
         return state
-    (s,) = scratch(c, 1)
-    for part in blocks(c):
-        d = delta[part] if weight == 1.0 else np.multiply(delta[part], weight, out=s[: part.stop - part.start])
-        block = c[part]
-        block += d
+    plain = weight == 1.0  # then nothing is read twice, and blocks are there for `between` alone
+    (s,) = (c,) if plain else scratch(c, 1)
+    size = (_LONG if between else c.size) if plain else None
+    for part in blocks(c, size=size):
+        block, d = c[part], delta[part]
+        block += d if plain else np.multiply(d, weight, out=s[: d.size])
         if between:
-            between()
+            between(part.stop)
     return state

@@ -143,7 +143,7 @@ def test_delayed_nesterov_is_the_published_form():
     state = optimizer.init(x)
     for t in range(1, 10):
         d, before = rng.normal(size=x.size), state[1:]
-        state = rules.center_step(x, d, 0.5, optimizer, state, between=lambda: turns.append(1))
+        state = rules.center_step(x, d, 0.5, optimizer, state, between=lambda _stop: turns.append(1))
         assert all(a is b for a, b in zip(state[1:], before))
         d = 0.5 * d
         buffer += d

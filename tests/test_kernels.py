@@ -82,7 +82,9 @@ def test_one_launch_for_each_range_and_the_rest_keeps_still(xp, name):
     here, there, optimizer = start.copy(), xp.array(start), OPTIMIZERS[name](0.1, weight_decay=0.1, clip=0.1)
     ranges, turns = [(0, 1), (1, 3), (7, 10)], []
     optimizer.update(here, g, optimizer.init(here), ranges=ranges)
-    optimizer.update(there, xp.array(g), optimizer.init(there), ranges=ranges, between=lambda: turns.append(xp.log[-1]))
+    optimizer.update(
+        there, xp.array(g), optimizer.init(there), ranges=ranges, between=lambda _stop: turns.append(xp.log[-1])
+    )
     done = launches(xp)
     assert done.count(kernel_of(name)) == 2, "ranges that touch are one"
     assert turns == [kernel_of(name)] * 2
@@ -104,7 +106,7 @@ def test_center_step_is_one_launch(xp, name, weight, dtype):
     for _ in range(3):
         state = rules.center_step(here, delta, weight, optimizer, state)
         state_there = rules.center_step(
-            there, delta_there, weight, optimizer, state_there, between=lambda: turns.append(1)
+            there, delta_there, weight, optimizer, state_there, between=lambda _stop: turns.append(1)
         )
     assert launches(xp) == [kernel_of(name) if name else "add"] * 3
     assert turns == [1] * 3

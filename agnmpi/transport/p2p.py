@@ -1,9 +1,9 @@
 """Two-sided ends: Isend/Irecv, one round trip for an exchange, on any MPI.
 
-A worker sends a header and, right behind it, its delta; it has posted the receives of the reply before. The
+A worker sends a header and, right behind it, its delta; then it posts the receives of the reply. The
 center keeps one small header receive posted for each worker, and receives deltas into a few slots, whatever
-the number of workers. It applies a delta when its last byte is there, and replies from c in place; while
-that reply is on its way, the next apply works on a copy (copy on write, in a slot).
+the number of workers. It applies a delta when its last byte is there, and replies from c in place, block by
+block behind the apply; while that reply is on its way, the next apply works on a copy (copy on write, in a slot).
 
 Each request is tested by itself: Waitany's order starves high ranks, and Waitall hides which rank failed.
 """
@@ -48,7 +48,10 @@ class _Ticks:
 
 
 class _Stream:
-    """A vector on its way in pieces, `in_flight` at a time; `post` starts one piece, `done` is told of each."""
+    """A vector on its way in pieces, `in_flight` at a time; `post` starts one piece, `done` is told of each.
+
+    `limit`: no piece that begins at this element or later may start yet.
+    """
 
     def __init__(
         self,
@@ -57,19 +60,27 @@ class _Stream:
         ticks: _Ticks,
         in_flight: int = IN_FLIGHT,
         done: Callable[[slice], None] = lambda _part: None,
+        limit: int = _ALL,
     ) -> None:
         self._post, self._pieces, self._ticks, self._done = post, pieces, ticks, done
-        self._in_flight, self._at = in_flight, 0
+        self._in_flight, self._at, self._next, self._limit = in_flight, 0, 0, limit
         self._requests: deque[tuple[MPI.Request, int]] = deque()
         self._posted, self._moved = False, time.perf_counter()
         self._fill()
 
     def _fill(self) -> None:
-        while len(self._requests) < self._in_flight:
+        while len(self._requests) < self._in_flight and self._next < self._limit:
             if (piece := next(self._pieces, None)) is None:
                 self._posted = True
                 return
             self._requests.append((self._post(piece), piece.size))
+            self._next += piece.size
+
+    def extend(self, limit: int) -> None:
+        """Let the pieces before `limit` start, too."""
+        self._limit = limit
+        self.test()
+        self._fill()
 
     @property
     def busy(self) -> bool:
@@ -95,12 +106,17 @@ class _Exchange:
         self._wire, self._out = wire, out
         self._done: Reply | None = None
         self._ticks = _Ticks()
-        self._header = bytearray(reply_bytes(comm.size - 1))
-        self._requests = [comm.Irecv(self._header, CENTER, _REPLY)]
         self._streams: list[_Stream] = []
-        wants, payload = commit.wants, commit.payload
+        payload = commit.payload
+        wants, nbytes = commit.wants | (PULL if out is not None else 0), 0 if payload is None else payload.nbytes
+        self._requests = [comm.Isend(commit._replace(wants=wants, nbytes=nbytes).encode(), CENTER, _HEADER)]
+        if payload is not None:
+            pieces = (piece for chunk in wire.outgoing(payload) for piece in cut(chunk, PIECE))
+            self._streams.append(_Stream(lambda x: comm.Isend(x, CENTER, _DELTA), pieces, self._ticks, _ALL))
+        # The receives come after the sends, while these are under way.
+        self._header = bytearray(reply_bytes(comm.size - 1))
+        self._requests.append(comm.Irecv(self._header, CENTER, _REPLY))
         if out is not None:
-            wants |= PULL
             self._streams.append(
                 _Stream(
                     lambda x: comm.Irecv(x, CENTER, _CENTER_VARIABLE),
@@ -110,11 +126,6 @@ class _Exchange:
                     lambda part: wire.arrived(out, part),
                 )
             )
-        commit = commit._replace(wants=wants, nbytes=0 if payload is None else payload.nbytes)
-        self._requests.append(comm.Isend(commit.encode(), CENTER, _HEADER))
-        if payload is not None:
-            pieces = (piece for chunk in wire.outgoing(payload) for piece in cut(chunk, PIECE))
-            self._streams.append(_Stream(lambda x: comm.Isend(x, CENTER, _DELTA), pieces, self._ticks, _ALL))
 
     def test(self) -> bool:
         if self._done is None:
@@ -217,6 +228,8 @@ class P2PCenter:
         self._receiving: list[tuple[Commit, _Buffer, _Stream]] = []
         self._ready: deque[tuple[Commit, _Buffer | None]] = deque()
         self._replies: list[_Answer] = []
+        self._applied: Commit | None = None  # while it is, if it wants c
+        self._out: _Stream | None = None  # c on its way to the worker of that one, block by block
         self._left: list[Commit] = []
         self.lost = set[int]()  # workers that have died, with `on_loss` alone; else the error is raised
         self.on_loss: Callable[[int], None] | None = None  # told of each, after its messages are forgotten
@@ -258,7 +271,9 @@ class P2PCenter:
         if slot is not None and not self._own_center():
             return False
         self._ready.popleft()
+        self._applied = commit if commit.wants & (PULL | LEAVE) == PULL else None
         reply = apply(commit if slot is None else commit._replace(payload=slot.x), self.c)
+        self._applied = None
         if slot is not None:
             self._free.append(slot)
         if not commit.wants & LEAVE:
@@ -328,8 +343,10 @@ class P2PCenter:
         self._slots_left += sum(answer.worker == worker and answer.stream is not None for answer in self._replies)
         self._part()
 
-    def move_on(self) -> None:
-        """Move other messages on while one is applied; cheap to call often."""
+    def move_on(self, stop: int) -> None:
+        """While a commit is applied, and c is done up to `stop`: send that, and move on other messages."""
+        if self._applied and not self._try(self._applied.worker, partial(self._send, self._applied.worker, stop)):
+            self._applied = None
         if self.live > 1 and time.perf_counter() - self._moved > 2e-4:
             self._move()
 
@@ -411,20 +428,31 @@ class P2PCenter:
             self._center = copy  # the old one becomes a slot when its last reply is out
         return True
 
+    def _send(self, worker: int, stop: int) -> bool:
+        """Send c to a worker, up to element `stop`."""
+        if self._out is None:
+            post = partial(self._comm.Isend, dest=worker + 1, tag=_CENTER_VARIABLE)
+            self._out = _Stream(post, self._center.outgoing(), self._ticks, limit=0)
+        piece = PIECE // self.c.dtype.itemsize
+        self._out.extend(_ALL if stop == self.c.size else stop - stop % piece)
+        return True
+
     def _answer(self, commit: Commit, reply: Reply) -> None:
-        dest, buffer = commit.worker + 1, self._center
+        worker, buffer = commit.worker, self._center
 
         def send() -> bool:
-            header = reply.encode()
-            request, stream = self._comm.Isend(header, dest, _REPLY), None
             if commit.wants & PULL:
-                stream = _Stream(lambda x: self._comm.Isend(x, dest, _CENTER_VARIABLE), buffer.outgoing(), self._ticks)
-                buffer.readers += 1
-            self._replies.append(_Answer(commit.worker, header, request, stream, buffer))
+                self._send(worker, buffer.x.size)
+            header = reply.encode()
+            request = self._comm.Isend(header, worker + 1, _REPLY)
+            buffer.readers += self._out is not None
+            self._replies.append(_Answer(worker, header, request, self._out, buffer))
+            self._out = None
             return True
 
-        if not self._dead(commit.worker):
-            self._try(commit.worker, send)
+        if self._dead(worker) or not self._try(worker, send):
+            self._buried.append(self._out)
+            self._out = None
 
     def _flush(self) -> bool:
         """Push the replies; whether all are out, but for those to dropped workers."""

@@ -27,13 +27,18 @@ class RMAWorker:
         self.worker, self.wire = comm.rank - 1, wire or Direct()
         self.windows = Windows(comm, like, comm.size - 1)
         self._posted = 0  # odd while a message is being put, even when it is whole
+        self._kept_out = False  # c was changing
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Put `commit` into this worker's slot, which is free: one exchange at a time."""
         windows, payload = self.windows, commit.payload
+        wants = commit.wants | (PULL if out is not None else 0)
+        commit = commit._replace(wants=wants, nbytes=0 if payload is None else payload.nbytes)
+        windows.put(windows.header(self.worker), commit.encode())
         if payload is not None:
-            # Odd: the center stays awake while bytes are coming: across hosts they need it inside MPI.
-            windows.add(windows.posted + self.worker, self._posted + 1, MPI.REPLACE)
+            if not windows.one_host:
+                # Odd: the center stays awake while bytes are coming, which need it inside MPI.
+                windows.add(windows.posted + self.worker, self._posted + 1, MPI.REPLACE)
             slots = windows.slots
             windows.push(
                 self.wire,
@@ -42,9 +47,6 @@ class RMAWorker:
                 slots,
                 self.worker * windows.stride,
             )
-        wants = commit.wants | (PULL if out is not None else 0)
-        commit = commit._replace(wants=wants, nbytes=0 if payload is None else payload.nbytes)
-        windows.put(windows.header(self.worker), commit.encode())
         self._posted += 2
         windows.add(windows.posted + self.worker, self._posted, MPI.REPLACE)
         return Polled(partial(self._answered, self._posted, out, bool(commit.wants & LEAVE)))
@@ -54,32 +56,30 @@ class RMAWorker:
         windows = self.windows
         if windows.read(windows.taken + self.worker) != posted:
             return None
-        pulled = None if out is None else self.try_pull(out)
-        if out is not None and pulled is None:
-            return None
         reply = Reply.decode(windows.get(windows.reply(self.worker), REPLY_WORDS).tobytes())
-        if pulled is not None:
-            reply = reply._replace(clock=pulled.clock, steps=pulled.steps, applied=pulled.applied)
-        if leaving:
+        pulled = reply if out is None else self.try_pull(out, reply)
+        if leaving and pulled is not None:
             windows.add(LEFT, 1)  # the next session may begin: the final center has been read
-        return reply
+        return pulled
 
     def pull(self, out: Array) -> Handle:
         """Get the center; needs nothing of the center rank but that it be in MPI now and then across hosts."""
-        return Polled(partial(self.try_pull, out))
+        return Polled(partial(self.try_pull, out, Reply(0)))
 
-    def try_pull(self, out: Array) -> Reply | None:
-        """Get c as one whole, unless it changes just now."""
+    def try_pull(self, out: Array, reply: Reply) -> Reply | None:
+        """Get c as one whole, unless it changes just now; returns `reply` with what belongs to c."""
         windows = self.windows
-        if windows.read(READERS) >= WRITING:  # without disturbing the center, which waits for the readers to go
-            return None
-        if windows.add(READERS, 1) >= WRITING:
+        if self._kept_out and windows.read(READERS) >= WRITING:
+            return None  # without disturbing the center again, which waits for the readers to go
+        self._kept_out = windows.add(READERS, 1) >= WRITING
+        if self._kept_out:
             windows.add(READERS, -1)
             return None
-        head = windows.get(0, APPLIED + windows.workers)
-        windows.pull(self.wire, out)
+        head = windows.get(0, APPLIED + windows.workers).tolist()
+        reply = reply._replace(clock=head[CLOCK], steps=head[STEPS], applied=tuple(head[APPLIED:]))
+        windows.pull(self.wire, out)  # last: a long vector leaves nothing else in the cache
         windows.add(READERS, -1)
-        return Reply(int(head[CLOCK]), steps=int(head[STEPS]), applied=tuple(head[APPLIED:].tolist()))
+        return reply
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
         """Put the last commit and the farewell as one message; it is taken when all have left."""
@@ -161,35 +161,31 @@ class RMACenter:
                 return False
             commit = commit._replace(payload=self._slots[worker])
         reply = apply(commit, self._c)
-        words = windows.words
-        words[CLOCK], words[STEPS] = reply.clock, reply.steps
-        words[APPLIED:][: len(reply.applied)] = reply.applied
-        if self._locked:
-            windows.sync()
-            windows.add(READERS, -WRITING)
-            self._locked = False
         self._taken[worker] = posted
         if commit.wants & LEAVE:
             self._left.append(worker)
-            if len(self._left) == self._workers:
-                for leaver in self._left:
-                    self._answer(leaver, reply)
+            answered = self._left if len(self._left) == self._workers else []
         else:
-            self._answer(worker, reply)
+            answered = [worker]
+        words, answer = windows.words, np.frombuffer(reply._replace(applied=()).encode(), np.int64)
+        words[CLOCK], words[STEPS] = reply.clock, reply.steps
+        words[APPLIED:][: len(reply.applied)] = reply.applied
+        for waiting in answered:
+            words[windows.reply(waiting) :][:REPLY_WORDS] = answer
+        windows.sync()
+        if self._locked:
+            windows.add(READERS, -WRITING)
+            self._locked = False
+        for waiting in answered:
+            windows.add(windows.taken + waiting, int(self._taken[waiting]), MPI.REPLACE)
         return True
 
     def _lock(self) -> bool:
         """Keep new readers of c out; whether those within have finished."""
-        if not self._locked:
-            self._windows.add(READERS, WRITING)
-            self._locked = True
-        return self._windows.read(READERS) == WRITING
-
-    def _answer(self, worker: int, reply: Reply) -> None:
-        windows, answer = self._windows, reply._replace(applied=())
-        windows.words[windows.reply(worker) :][:REPLY_WORDS] = np.frombuffer(answer.encode(), np.int64)
-        windows.sync()
-        windows.add(windows.taken + worker, int(self._taken[worker]), MPI.REPLACE)
+        if self._locked:
+            return self._windows.read(READERS) == WRITING
+        self._locked = True
+        return self._windows.add(READERS, WRITING) == 0
 
     def close(self) -> None:
         """Free the windows; collective. c lives on in memory of its own."""

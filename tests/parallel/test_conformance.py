@@ -1,7 +1,7 @@
 """The conformance suite over every transport, wire and number of centers, at the sizes of world that mpiexec gives."""
 
 import pytest
-from conformance import CHECKS, SIZES, declared
+from conformance import CHECKS, SIZES, declared, nothing_lost_nothing_twice
 from worlds import MPIWorld
 
 from agnmpi.wiring import Setup
@@ -35,3 +35,9 @@ def test_conformance(comm, check, world, n):
     if not declared(made, check):
         pytest.skip(f"{world} does not declare what this needs")
     check(made, n)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", ["p2p", "rma", "serverless"])
+def test_ten_million_numbers(comm, world):
+    nothing_lost_nothing_twice(MPIWorld(comm, WORLDS[world][0]), 10**7)
