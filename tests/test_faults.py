@@ -108,14 +108,19 @@ LAST = EPOCHS * STEPS // 3 - 1  # commits before the last one
     ("faults", "lost", "options"),
     [
         ("kill:0@0", [0], []),  # the first commit is applied, and not answered
-        ("kill:0@60", [0], []),
+        pytest.param("kill:0@60", [0], [], marks=pytest.mark.long),
         (f"kill:0@{LAST}", [0], []),
         ("kill:0@80", [0], ["--checkpoint-commits", "1", "--keep", "2"]),  # while checkpoints are being written
-        ("kill:0@60,cut:2@9,kill:3@31", [0, 2, 3], []),
+        pytest.param("kill:0@60,cut:2@9,kill:3@31", [0, 2, 3], [], marks=pytest.mark.long),
         ("kill:0@30,kill:1@45,kill:2@60,kill:3@75", [0, 1, 2, 3], []),  # the sole survivor trains on
         ("kill:1@5,kill:0@60,kill:3@90", [0, 1, 3], ["--overlap"]),
-        ("kill:0@60,cut:2@9", [0, 2], ["--rule", "aeasgd", "--rho", "50", "--optimizer", "adam"]),
-        ("kill:0@60,corrupt:3@8,corrupt:1@9", [0], []),
+        pytest.param(
+            "kill:0@60,cut:2@9",
+            [0, 2],
+            ["--rule", "aeasgd", "--rho", "50", "--optimizer", "adam"],
+            marks=pytest.mark.long,
+        ),
+        pytest.param("kill:0@60,corrupt:3@8,corrupt:1@9", [0], [], marks=pytest.mark.long),
         ("kill:0@90", [0], ["--variant", "gradient", "--checkpoint-commits", "10"]),
     ],
     ids=str,
@@ -137,6 +142,7 @@ def test_a_lost_center_is_followed_by_another(tmp_path, faults, lost, options):
         assert "no checkpoint has the slots" not in output
 
 
+@pytest.mark.long
 @ulfm
 def test_slots_that_no_checkpoint_has_start_anew(tmp_path):
     run = tmp_path / "run"
