@@ -37,8 +37,8 @@ def rank_of(pid):
     return int(found[0].partition(b"=")[2]) if found else None
 
 
-def kill_to_report(where):
-    """Seconds between a SIGKILL of rank 2 and the center's event."""
+def kill_to_report(where, rank, event):
+    """Seconds between a SIGKILL of `rank` and the event that tells of it."""
     run = where / "run"
     job = Job(
         4, sys.executable, "-m", "agnmpi", "train", PROBLEM, "--epochs", "1000", "--set", "options.slow=0.001",
@@ -46,15 +46,15 @@ def kill_to_report(where):
     )  # fmt: skip
     while not (run / "events.jsonl").exists() or "progress" not in (run / "events.jsonl").read_text():
         time.sleep(0.05)
-    (victim,) = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and rank_of(p.name) == 2]
+    (victim,) = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and rank_of(p.name) == rank]
     killed = time.time()
     os.kill(victim, signal.SIGKILL)
-    while '"lost"' not in (run / "events.jsonl").read_text():
+    while f'"event": "{event}"' not in (run / "events.jsonl").read_text():
         time.sleep(0.01)
     job.process.send_signal(signal.SIGUSR1)
     job.finish(60)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return next(event["time"] for event in events if event["event"] == "lost") - killed
+    return next(told["time"] for told in events if told["event"] == event) - killed
 
 
 def pause_and_resume(where, n):
@@ -88,8 +88,12 @@ def main(rounds=5):
         )
         print(f"reading and checking it: {spread(reads)} s")
         if mpi_kind() == "openmpi":
-            times = [kill_to_report(Path(tempfile.mkdtemp(dir=name))) for _ in range(rounds)]
-            print(f"SIGKILL to the center's report: {spread(times)} s")
+            for rank, event, said in (
+                (2, "lost", "of a worker to the center's report"),
+                (0, "failover", "of the center to the next one's first word"),
+            ):
+                times = [kill_to_report(Path(tempfile.mkdtemp(dir=name)), rank, event) for _ in range(rounds)]
+                print(f"SIGKILL {said}: {spread(times)} s")
 
 
 if __name__ == "__main__":

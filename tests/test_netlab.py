@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher import ROOT, mpi_kind, mpiexec, mpiexec_path
+from launcher import ROOT, Job, mpi_kind, mpiexec, mpiexec_path
 
 NETLAB = Path(os.environ.get("AGNMPI_NETLAB") or ROOT.parent / "shared/tools/netlab.sh")
 HOSTS = 4
@@ -93,6 +93,12 @@ class Bed:
 
 @pytest.fixture(scope="module")
 def bed():
+    with hosts_up() as bed:
+        yield bed
+
+
+@contextlib.contextmanager
+def hosts_up():
     if reason := why_not():
         pytest.skip(reason)
     bed = Bed(Path(tempfile.mkdtemp(prefix="agnmpi-netlab-")))
@@ -171,3 +177,44 @@ def test_all_parallel_tests(bed, hosts):
     bed.run(
         "-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", ROOT / "tests/parallel", hosts=hosts, timeout=600
     )
+
+
+DETECTOR = {"": "true", "_period": 1, "_timeout": 4}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(mpi_kind() != "openmpi", reason="MPICH 5.0 has no ULFM in the wheel, and no detector")
+@pytest.mark.parametrize(("order", "victim"), [("h0,h1,h2", "h2"), ("h1,h0,h2", "h1")], ids=["worker", "center"])
+def test_a_host_vanishes(tmp_path, order, victim):
+    """Its power goes off in mid-run: the detector notices, and the run goes on; rank 0 lies on the first host."""
+    options = ["--mca", "mpi_ft_propagator_with_rbcast", "true"]
+    for name, value in DETECTOR.items():
+        options += ["--mca", f"mpi_ft_detector{name}", str(value)]
+    run, events = tmp_path / "run", tmp_path / "run/events.jsonl"
+    with hosts_up() as bed:
+        start = [str(NETLAB), "run", "-H", order, "ompi", "--with-ft", "ulfm", *options, "--", sys.executable]
+        job = Job(
+            3, "-m", "agnmpi", "train", f"{ROOT}/tests/problems.py:Quadratic", "--epochs", 400, "--set",
+            "options.slow=0.002", "--evaluate-every", 0, "--log-every", 0.2, "--run", run,
+            env=bed.environment, start=start,
+        )  # fmt: skip
+        until(lambda: events.exists() and "progress" in events.read_text())
+        bed.call("poweroff", victim)
+        until(lambda: (run / "result.json").exists())
+        with contextlib.suppress(subprocess.TimeoutExpired):  # mpiexec may wait for the lost host for ever
+            job.process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.process.pid, signal.SIGKILL)
+        bed.call("clean")
+        output, _ = job.process.communicate(timeout=LIMIT)
+    result = json.loads((run / "result.json").read_text())
+    assert result["lost"] == [0 if victim == "h1" else 2], output
+    assert (result["steps"], result["samples"]) == (3200, 400 * 240), output
+    assert f"on {victim} is lost" in output
+
+
+def until(done, seconds=60):
+    stop = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < stop, "it does not come"
+        time.sleep(0.1)

@@ -70,7 +70,7 @@ def run_cell(cell: Cell, size: Size, data: str, device: str = "cpu") -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="784-200-200-10, 8 epochs, 3 seeds: under half an hour")
+    which.add_argument("--quick", action="store_true", help="784-200-200-10, 8 epochs, 3 seeds: a quarter of an hour")
     which.add_argument("--long", action="store_true", help="40 epochs of some of these cells, 1 seed: ten minutes")
     which.add_argument("--full", action="store_true", help="784-1000-2000-1000-10, 40 epochs, 49 cells: days on a CPU")
     parser.add_argument("--data", default="mnist", help="directory of MNIST's four IDX files")
