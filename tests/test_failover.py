@@ -15,7 +15,7 @@ from agnmpi import rules
 from agnmpi.center import Center
 from agnmpi.data import Lease, Leases
 from agnmpi.failover import Witness, elect, take_over
-from agnmpi.transport.base import IDLE, PULL, WAIT, WORK, Book, Commit, Reply, most_open, reply_bytes
+from agnmpi.transport.base import BAD, IDLE, PULL, WAIT, WORK, Book, Commit, Reply, most_open, reply_bytes
 
 TOTAL = 40
 
@@ -53,22 +53,24 @@ class Trainee:
         self.c, self.held, self.commit = 0.0, [], None
         self.done = False
 
-    def message(self, bad):
+    def message(self, bad=False, pull=True):
         if self.commit is not None:
             return self.commit
+        wants = WORK | (PULL if pull else 0)
         if not self.held:
-            return Commit(self.index, first=TOTAL, wants=WORK | PULL | IDLE)
+            return Commit(self.index, first=TOTAL, wants=wants | IDLE)
         lease = self.held.pop(0)
         self.sequence += 1
         payload = np.array([float(lease.steps)])
-        wants = WORK | PULL | (16 if bad else 0)
-        self.commit = Commit(
-            self.index, self.sequence, lease.steps, lease.first, self.clock, wants=wants, payload=payload
-        )
+        wants |= BAD if bad else 0
+        numbers = self.index, self.sequence, lease.steps, lease.first, self.clock
+        self.commit = Commit(*numbers, wants=wants, payload=payload)
         return self.commit
 
     def take(self, reply, c):
-        self.told, self.clock, self.c, self.commit = reply, reply.clock, float(c[0]), None
+        if reply.book is not None:
+            self.told, self.clock, self.c = reply, reply.clock, float(c[0])
+        self.commit = None
         if reply.work.steps:
             self.held.append(reply.work)
         elif reply.control != WAIT:
@@ -77,15 +79,32 @@ class Trainee:
     def testify(self):
         book = self.told.book if self.told else None
         commit = self.commit
-        sent = [Lease(commit.first, commit.steps)] if commit and not commit.wants & 16 else []
+        sent = [Lease(commit.first, commit.steps)] if commit and not commit.wants & BAD else []
         sequence = commit.sequence if commit else 0
         return Witness(self.index, 1, self.clock, book.turn if book else -1, sequence, sent, list(self.held))
 
 
 def made(c, workers):
-    center = Center(rules.agn(), c, workers, patience=10**9)
+    rule = rules.weighted(rules.agn(), rules.staleness_cap(2))  # some are dropped
+    center = Center(rule, c, workers, patience=10**9)
     center.leases, center.tells, center.parks, center.session = Leases(TOTAL, 3), True, True, 1
     return center
+
+
+def test_steps_that_two_claim_are_the_holders():
+    """A commit was dropped, unheard, and its steps granted to another: sent again, it counts as answered."""
+    center = made(np.zeros(1), 2)
+    facts = {"applied": [4, 7, 1], "leases": {"next": 9, "free": [Lease(3, 6)]}}
+    told = [
+        witness(worker=2, turn=9),
+        witness(worker=0, sequence=5, under_way=[Lease(3, 3)]),
+        witness(worker=1, sequence=8, under_way=[Lease(9, 3)], held=[Lease(3, 3)]),
+    ]
+    own, sequences = take_over(center, facts, told, 1)
+    assert (own, sequences, center.applied) == (False, [5, 7, 1], [5, 7])
+    assert [center.leases.held_by(worker) for worker in (0, 1)] == [[], [Lease(3, 3), Lease(9, 3)]]
+    assert center.leases.free == [Lease(6, 3)]
+    assert center.leases.committed == 3
 
 
 @given(st.data())
@@ -104,7 +123,7 @@ def test_after_any_history_each_step_is_taken_once(data):
                 center.lose(who.index)
                 trainees.remove(who)
                 continue
-            reply = center.apply(who.message(fate == "bad"), c)
+            reply = center.apply(who.message(fate == "bad", data.draw(st.booleans())), c)
             if fate != "unheard":
                 who.take(reply, c)
         # The center dies. (What it applied last may have been heard of by nobody.)
@@ -140,7 +159,7 @@ def test_after_any_history_each_step_is_taken_once(data):
     for _ in range(10 * TOTAL):
         for trainee in trainees:
             trainee.done = False
-            trainee.take(center.apply(trainee.message(False), c), c)
+            trainee.take(center.apply(trainee.message(), c), c)
     assert c[0] == TOTAL
     assert (center.steps, center.leases.committed, center.leases.open()) == (TOTAL, TOTAL, [])
 
