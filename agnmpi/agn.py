@@ -247,8 +247,29 @@ class AGNOptimizer:
                 short = f"{center.steps - before} of {total} steps were taken: the workers left before the end"
                 warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
             return
-        self._in_loop = True
         worker = self._worker
+        while True:
+            yield from self._train(worker)
+            if not worker.elected:
+                break
+            if self._serve():
+                return
+            self._worker = worker  # it has lost all its workers, and trains on alone
+        self._regroup()
+        self._refresh()
+        if self._rule.collective and total is not None and center.steps - before < total:
+            raise RuntimeError(
+                f"{self._name}: another rank left the loop after {center.steps - before} of {total} steps, by break or "
+                f"by an exception, and rule {self._rule.name} needs all ranks; use steps() to end early"
+            )
+        if worker.dropped:
+            short = f"{worker.dropped} steps of rank {self._comm.rank} were dropped: another rank broke off meanwhile"
+            warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
+            worker.dropped = 0
+
+    def _train(self, worker: Worker) -> Generator[int, None, None]:
+        """The part of a worker in a loop."""
+        self._in_loop = True
         steps = worker.steps()
         try:
             for number in steps:
@@ -267,57 +288,54 @@ class AGNOptimizer:
             raise
         finally:
             self._in_loop = self._stepped = False
-        if worker.elected:
-            self._serve()
-            return
-        self._regroup()
-        self._refresh()
-        if self._rule.collective and total is not None and center.steps - before < total:
-            raise RuntimeError(
-                f"{self._name}: another rank left the loop after {center.steps - before} of {total} steps, by break or "
-                f"by an exception, and rule {self._rule.name} needs all ranks; use steps() to end early"
-            )
-        if worker.dropped:
-            short = f"{worker.dropped} steps of rank {self._comm.rank} were dropped: another rank broke off meanwhile"
-            warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
-            worker.dropped = 0
 
-    def _serve(self) -> None:
-        """At a center, or at a worker that was elected in place of a lost one: serve until all have left."""
+    def _serve(self) -> bool:
+        """At a center, or at a worker that was elected in place of a lost one: serve until all have left.
+
+        False if all its workers were lost, and it was one itself: it can go on alone.
+        """
         self._worker = None
         self._member.serve()
+        end: Any = self._member.end
+        deserted = self._member.failover is not None and end.deserted
         self._regroup()
-        if self._member.failover is not None and self.comm.size == 1:
+        if deserted and self._member.failover is not None and self._member.failover.worker is not None:
+            self._member.failover.alone()
+            return False
+        if deserted:
             raise RuntimeError(f"{self._name}: all workers are lost")
         self._x[...] = namespace(self._x).asarray(self._member.c)
         self._copy_out()
+        return True
 
     def _regroup(self) -> None:
         """After a loop: find out who is left, if ranks may be lost."""
         failover = self._member.failover
         while failover is not None and failover.regroup():  # the center was lost at the very end
-            if self.comm.rank == 0 and self._member.serves:
-                self._worker = None
-                self._member.serve()
-            elif self._worker is not None:
+            if self._worker is not None and not self._member.serves:
                 self._worker.leave()
                 self._worker.settle()
+            if self._member.serves:
+                self._worker = None
+                self._member.serve()
 
     def _new_center(self) -> None:
         failover = self._member.failover
         assert failover is not None
-        served = ", and this rank serves now" if failover.comm.rank == 0 else ""
-        self._warn_of_loss(f"ranks {failover.lost} are lost, the center among them{served}")
+        what = f"ranks {failover.lost} are lost, the center among them"
         if failover.comm.rank == 0:
             taken: Any = failover.member
             self._member = taken
-            taken.end.on_loss = self._lose
+            if taken.serves:
+                taken.end.on_loss = self._lose
+            what += f"; this rank {'serves' if taken.serves else 'trains'} on, from {failover.source}"
+        self._warn_of_loss(what)
 
     def _lose(self, worker: int) -> None:
         self._member.center.lose(worker)
         failover = self._member.failover
         assert failover is not None
-        self._warn_of_loss(f"rank {failover.ranks[worker + 1]} is lost; what it had not committed goes to the others")
+        self._warn_of_loss(f"rank {failover.served[worker + 1]} is lost; what it had not committed goes to the others")
 
     def _warn_of_loss(self, what: str) -> None:
         text = (

@@ -116,6 +116,12 @@ def to_host(x: Array) -> Array:
     return x if on_host(x) else namespace(x).asnumpy(x)
 
 
+def bring(x: Array, like: Array) -> Array:
+    """`x` where `like` lies; x itself if it lies there."""
+    there: Array = to_host(x) if on_host(like) else namespace(like).asarray(x)
+    return there
+
+
 def device_count() -> int:
     """Count the CUDA devices that CuPy can use here; 0 without CuPy or without a driver."""
     try:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .backend import Array, namespace
+from .backend import Array, bring
 from .data import NONE, Lease, Leases
 from .optimizers import Optimizer
 from .rules import Rule, Seen, center_step
@@ -133,18 +133,30 @@ class Center:
             if self.leases:
                 self.leases.refuse(commit.worker, done)
             return DROPPED
+        if self.leases:
+            self.leases.commit(commit.worker, done)  # first: what nobody has granted does not move c
         self._step(commit, c, weight)
         if not self.rule.collective:
             self.applied[commit.worker] = commit.sequence
-            if self.leases:
-                self.leases.commit(commit.worker, done)
         return OK
 
     def lose(self, worker: int) -> None:
         """A worker is gone, for good or for a while: what it has not committed is free for the others."""
-        self._released.add(worker)
+        self.doubt(worker)
         if self.leases:
             self.leases.release(worker)
+
+    def doubt(self, worker: int) -> None:
+        """This worker may commit steps that are others' by now: these commits are dropped."""
+        self._released.add(worker)
+
+    def move(self, like: Array) -> None:
+        """Bring the slots to where `like` (n,) lies."""
+        if self.optimizer is None:
+            return
+        old, self.state = self.state, self.optimizer.init(like)._replace(step=self.state.step)
+        for name, slot in self.optimizer.slots(self.state).items():
+            slot[...] = bring(self.optimizer.slots(old)[name], slot)
 
     def save(self, c: Array) -> tuple[dict[str, Array], dict[str, Any]]:
         """Copy what a checkpoint keeps: `c` (n,) and the slots, and the facts about them."""
@@ -169,14 +181,14 @@ class Center:
         name = self.optimizer.name if self.optimizer else "add"
         if facts["center_optimizer"] != name:
             raise ValueError(f"the checkpoint's center optimizer is {facts['center_optimizer']}, not {name}")
-        c[...] = namespace(c).asarray(arrays["c"])
+        c[...] = bring(arrays["c"], c)
         self.clock, self.steps, self.refused = int(facts["clock"]), int(facts["steps"]), int(facts["refused"])
         self.checkpoint, self.dropped = self.steps, int(facts["dropped"])
         self.turn = int(facts.get("turn", 0))
         self.staleness_sum, self.staleness_max = map(int, facts["staleness"])
         if self.optimizer:
             for slot_name, slot in self.optimizer.slots(self.state).items():
-                slot[...] = namespace(slot).asarray(arrays[f"slot/{slot_name}"])
+                slot[...] = bring(arrays[f"slot/{slot_name}"], slot)
             self.state = self.state._replace(step=int(facts["center_optimizer_step"]))
 
     def weight(self, commit: Commit) -> float:

@@ -196,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(said, end="", file=sys.stderr, flush=True)
         world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 say it
         return 2
-    except Interrupted:
+    except Interrupted as asked:
+        if asked.abort:
+            abort(world, INTERRUPTED)
         if fault_tolerant():
             _leave_at_once(INTERRUPTED)
         world.Barrier()  # all leave together: Open MPI kills the job when a first rank exits with an error

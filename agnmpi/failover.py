@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from mpi4py import MPI
 
 from .agree import allgather
-from .backend import Array, empty_like
+from .backend import Array, bring, empty_like
 from .center import Center
 from .data import Lease, Leases
 from .transport.base import BAD, Book, Capabilities, Commit, Elected, Handle, Reply, WorkerEnd
@@ -51,6 +51,7 @@ class Member(Protocol):
 class Witness(NamedTuple):
     """What a survivor tells the others."""
 
+    rank: int  # of the beginning
     worker: int  # its index at the lost center
     session: int
     clock: int  # of its last whole pull
@@ -60,14 +61,14 @@ class Witness(NamedTuple):
     held: list[Lease]  # by it, and not in that commit
 
     @classmethod
-    def of(cls, worker: Worker) -> "Witness":
-        """What `worker` has to tell."""
+    def of(cls, worker: Worker, rank: int) -> "Witness":
+        """What `worker`, of rank `rank` when all began, has to tell."""
         book = worker.told.book if worker.told else None
         commit = worker.under_way
         sent = [Lease(commit.first, commit.steps)] if commit and commit.steps and not commit.wants & BAD else []
         turn, sequence = (book.turn if book else -1), (commit.sequence if commit else 0)
         held = [lease for lease in worker.leases if lease.steps]
-        return cls(worker.index, worker.session, worker.clock, turn, sequence, sent, held)
+        return cls(rank, worker.index, worker.session, worker.clock, turn, sequence, sent, held)
 
     @classmethod
     def read(cls, text: str) -> "Witness":
@@ -85,7 +86,8 @@ def elect(witnesses: Sequence[Witness]) -> int:
     if len({witness.session for witness in witnesses}) > 1:
         raise RuntimeError("the center was lost between two loops over steps, of which some workers were in either")
     winner = max(range(len(witnesses)), key=lambda i: witnesses[i].turn)
-    if witnesses[winner].clock < max(witness.clock for witness in witnesses):
+    best = witnesses[winner]
+    if best.clock < max(witness.clock for witness in witnesses) or (best.turn < 0 < best.clock):
         raise RuntimeError("the center was lost, and its book was too long to travel: too many gaps of open steps")
     return winner
 
@@ -99,8 +101,7 @@ def take_over(
     commit under way counts as that of a further worker. Returns whether that is to be applied, and the last sequences
     applied, that one's at the end.
     """
-    known = dict(enumerate(facts["applied"]))  # a checkpoint may be of fewer workers
-    applied = [known.get(witness.worker, 0) for witness in witnesses]
+    applied = [facts["applied"][witness.worker] for witness in witnesses]
     workers, leases = witnesses[first:], center.leases
     assert leases is not None
     order = [(i, witness, applied[first + i]) for i, witness in enumerate(workers)]
@@ -108,13 +109,13 @@ def take_over(
         order.append((len(workers), witnesses[0], applied[0]))
     held = [(i, lease) for i, witness, _ in order for lease in witness.held if i < len(workers)]
     sent = [(i, lease) for i, witness, last in order for lease in witness.under_way if witness.sequence > last]
-    book = facts["leases"]
-    holds = leases.take_over(book["next"], [Lease(*lease) for lease in book["free"]], [*held, *sent])[len(held) :]
+    book, claims = facts["leases"], [*held, *sent]
+    holds = leases.take_over(book["next"], [Lease(*lease) for lease in book["free"]], claims)
+    for (i, _), hold in zip(claims, holds):
+        if not hold and i < len(workers):  # it was silent, or refused unheard: these steps are another's
+            center.doubt(i)
+    own = any(hold for (i, _), hold in zip(claims, holds) if i == len(workers))
     sequences = [last for _, _, last in order]
-    for (i, _), hold in zip(sent, holds):
-        if not hold:  # refused or dropped, unheard: its steps are another's; sent again, it is not applied
-            sequences[i] = order[i][1].sequence
-    own = first == 1 and any(hold for (i, _), hold in zip(sent, holds) if i == len(workers))
     center.applied = sequences[: len(workers)]
     return own, sequences
 
@@ -135,7 +136,8 @@ class Failover:
     ) -> None:
         self.comm, self.member, self._size = comm, member, comm.size
         self.ranks = list(range(comm.size))  # of the communicator of the beginning, by rank of `comm`
-        self.told = ""  # where the last new center has begun
+        self.served = self.ranks  # likewise, by rank of the communicator of the center's end
+        self.source = ""  # where the last new center has begun
         self.checkpoint: Callable[[], Saved | None] = lambda: None  # gives the newest
         self.on_center: Callable[[], None] = lambda: None  # called on every rank when there is a new center
         self._make_end, self._make_member = make_end, make_member
@@ -158,13 +160,16 @@ class Failover:
             group, before = comm.Get_group(), self.comm.Get_group()
             old = list(group.Translate_ranks(list(range(group.size)), before))
             ranks = [self.ranks[rank] for rank in old]
+            if len(old) == self.comm.size:
+                comm.Free()
+                return False
             if old[0] == 0:
                 self.comm, self.ranks = comm, ranks
                 return False
             assert self.worker is not None
-            agreed = 1
+            mine, agreed = Witness.of(self.worker, self.ranks[self.comm.rank]), 1
             try:
-                witnesses = [Witness.read(text) for text in allgather(comm, json.dumps(Witness.of(self.worker)))]
+                witnesses = [Witness.read(text) for text in allgather(comm, json.dumps(mine))]
                 winner = elect(witnesses)
                 made = comm.Split(0, 0 if comm.rank == winner else comm.rank + 1)
             except MPI.Exception:
@@ -178,6 +183,7 @@ class Failover:
                 break
         order = [winner, *(i for i in range(comm.size) if i != winner)]
         self.comm, self.ranks = made, [ranks[i] for i in order]
+        self.served = self.ranks
         self._take_roles([witnesses[i] for i in order])
         self.on_center()
         return True
@@ -186,8 +192,10 @@ class Failover:
         """At an elected center that has lost all its workers: it trains on, within this process."""
         assert self.worker is not None
         member, worker = self.member, self.worker
-        member.center.workers, member.center.applied = 1, [worker.sequence]
-        local = LocalCenter(member.end.c, 1, member.apply)
+        c = bring(member.end.c, worker.x)
+        member.center.move(c)
+        member.center.workers, member.center.applied, member.center.between = 1, [worker.sequence], None
+        local = LocalCenter(c, 1, member.apply)
         member.workers, member.count, member.serves, member.end = [worker], 1, False, local
         worker.index, worker.elected, self.end = 0, False, local.worker_end(0)
 
@@ -222,7 +230,10 @@ class Failover:
         saved = self.checkpoint()
         source = f"its last pull, clock {facts['clock']}"
         if saved is not None and saved[1].get("turn", 0) > facts["turn"]:
-            c, facts = saved[0]["c"], saved[1]
+            # By rank: since it was written another center may have numbered the workers anew.
+            by_rank = dict(zip(saved[1].get("ranks", ()), saved[1]["applied"]))
+            applied = {witness.worker: by_rank.get(witness.rank, 0) for witness in witnesses}
+            c, facts = saved[0]["c"], {**saved[1], "applied": applied}
             source = f"the newest checkpoint, clock {facts['clock']}"
         if worker.told is None and not facts["clock"]:
             source = "the beginning"
@@ -237,7 +248,7 @@ class Failover:
         arrays = {"c": c} | {f"slot/{name}": slot for name, slot in slots.items()}
         name = center.optimizer.name if center.optimizer else "add"
         empty = Leases(None, 1).state()
-        member.resume(arrays, {**facts, "center_optimizer": name, "leases": empty})
+        member.resume(arrays, {**facts, "center_optimizer": name, "leases": empty, "applied": ()})
         member.session = before.session - 1
         member.begin(before.total, before.period)
         center.checkpoint = int(facts.get("checkpoint", facts["steps"]))
@@ -246,12 +257,14 @@ class Failover:
         own, sequences = take_over(center, facts, witnesses, first=min(1, self.comm.size - 1))
         if own and self.sending is not None and self.sending.payload is not None:
             center.applied = [*sequences[:-1], self.sending.sequence - 1]
-            member.apply(self.sending._replace(worker=len(sequences) - 1, wants=0), member.end.c)
+            payload = bring(self.sending.payload, member.end.c)
+            own_commit = self.sending._replace(worker=len(sequences) - 1, wants=0, payload=payload)
+            member.apply(own_commit, member.end.c)
             center.applied.pop()
         elif own:
             assert center.leases is not None
             center.leases.release(len(sequences) - 1)
-        member.failover, self.told = self, source
+        member.failover, self.source = self, source
         return member
 
 
@@ -342,7 +355,7 @@ class _Again:
         if self._failover.comm.rank == 0 and self._failover.comm.size > 1:
             raise Elected
         if self._out is not None:
-            self._into = empty_like(self._out)  # what the dead has sent may still arrive in the other
+            self._into = empty_like(self._out)  # what the dead has sent may still arrive in the other, for a moment
 
     def _attempt(self, finished: Callable[[Handle], bool]) -> bool:
         """Whether the exchange is done, once `finished` has been asked."""

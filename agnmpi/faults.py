@@ -22,7 +22,14 @@ _ASKED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; what is committed is in its newest checkpoint."""
+    """The run was asked to stop; what is committed is in its newest checkpoint.
+
+    `abort`: other ranks hang, and have to be ended, too.
+    """
+
+    def __init__(self, abort: bool) -> None:
+        super().__init__(f"exit code {INTERRUPTED}")
+        self.abort = abort
 
 
 class Degraded(Exception):
@@ -42,11 +49,14 @@ def fault_tolerant(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def process() -> tuple[int, int, str]:
-    """What tells this process from all others: its number, its parent's, and the machine's boot."""
-    return os.getpid(), os.getppid(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """What tells this process from all others: its number, its parent's, and where these numbers hold."""
+    where = ""
+    with suppress(OSError):  # not everywhere to be read; then nobody is taken for a sibling
+        where = Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/pid").readlink())
+    return os.getpid(), os.getppid(), where
 
 
-def end_sibling(pid: int, parent: int, boot: str) -> None:
+def end_sibling(pid: int, parent: int, where: str) -> None:
     """Kill a rank that hangs, if it runs here under the same launcher.
 
     With ULFM, Open MPI's MPI_Abort may spare it; without, MPI_Abort is better: the exit code is ours.
@@ -56,7 +66,7 @@ def end_sibling(pid: int, parent: int, boot: str) -> None:
     except OSError:
         return  # it is of another host, or has ended
     theirs = int(stat[stat.rindex(")") + 2 :].split()[1])
-    if (theirs, parent, boot) == (os.getppid(), os.getppid(), process()[2]):
+    if where and (theirs, parent, where) == (os.getppid(), os.getppid(), process()[2]):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -64,8 +74,8 @@ def end_sibling(pid: int, parent: int, boot: str) -> None:
 class Signals:
     """While installed, USR1, USR2, TERM and INT ask the run to stop; a second one aborts at once.
 
-    `abort` is called with the exit code. Python calls handlers between two bytecodes of the main thread; nothing of
-    ours blocks in MPI, so that is at once.
+    `abort` is called with the exit code. Python calls handlers between two bytecodes of the main thread; but for the
+    moments in which survivors regroup nothing of ours blocks in MPI, so that is at once.
     """
 
     def __init__(self, abort: Callable[[int], None]) -> None:

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -152,12 +153,8 @@ class Job:
         while True:
             self._train()
             while not self._go_on():
-                try:
+                if self._concluded():
                     return self._end()
-                except MPI.Exception:  # a rank has died in what all do together
-                    if member.failover is None:
-                        raise
-                    self.survivors.comm.Revoke()
 
     def _train(self) -> None:
         """Serve or train until all have left; a worker may do one after the other."""
@@ -172,6 +169,8 @@ class Job:
 
     def _go_on(self) -> bool:
         """When all have left: whether there is a new center, and its workers are to begin once more."""
+        if self.config.drop_stalled and self.saver is not None:
+            self.saver.save(self._own_center())  # Open MPI 5.0 may crash if a rank dies while others are left behind
         elected, failover = self.survivors.regroup(), self.member.failover
         if self._all_lost() and failover is not None and failover.worker is not None:
             self._say(f"WARNING: all workers are lost; rank {self.rank}, which was one, trains on alone")
@@ -198,10 +197,10 @@ class Job:
         monitor.resume(samples, time.monotonic() - self._began)
         self._say(
             f"WARNING: {' and '.join(map(survivors.name, gone))} {'is' if len(gone) == 1 else 'are'} lost, the center "
-            f"among them; {survivors.name(self.rank)} is the center now, from {failover.told}, and goes on at step "
+            f"among them; {survivors.name(self.rank)} is the center now, from {failover.source}, and goes on at step "
             f"{center.steps}, clock {center.clock}, " + (f"workers: {member.count}" if member.serves else "alone")
         )
-        monitor.note("failover", lost=survivors.lost, center=self.rank, begun_from=failover.told)
+        monitor.note("failover", lost=survivors.lost, center=self.rank, begun_from=failover.source)
         if self.config.keep:
             self._keep()
 
@@ -289,6 +288,7 @@ class Job:
             "workers": self.member.count,
             "layout": self.layout._asdict(),
             "config": asdict(self.config),
+            "ranks": self.member.failover.ranks[1:] if self.member.failover else [],
             **(self.monitor.progress if self.monitor is not None else {}),
         }
 
@@ -354,30 +354,53 @@ class Job:
             self.saver = None
         finish(self.survivors.comm.Ibarrier().Test)
 
-    def _end(self) -> dict[str, Any] | None:
-        """What all do together when the training is over. Returns the result on rank 0."""
+    def _concluded(self) -> bool:
+        """Save and write what has been reached; whether all have come through this, the same on every rank."""
+        comm, failover = self.survivors.comm, self.member.failover
+        if failover is None:
+            self._conclude()
+            return True
+        error, done = None, 1
+        try:
+            self._conclude()
+        except MPI.Exception as raised:
+            comm.Revoke()
+            error, done = raised, 0
+        with suppress(MPI.Exception):  # a rank has died: all hear of it here
+            if comm.Agree(done):
+                return True
+        if error is not None and not comm.Get_failed().size:
+            raise error  # of another kind
+        return False
+
+    def _conclude(self) -> None:
         self._last_checkpoint()
-        member = self.member
+        if self.monitor is not None and not self.interrupted and not self._all_lost():
+            self._result()
+        if self.member.failover is not None or self.survivors.lost:
+            finish(self.survivors.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another one writes it
+
+    def _end(self) -> dict[str, Any] | None:
+        """Free what is held. Returns the result on rank 0."""
+        member, survivors = self.member, self.survivors
+        survivors.end_hung()
+        abort = bool(survivors.hung) and member.failover is None
         if self._all_lost():
-            self._say(f"all workers are lost, ranks {self.survivors.lost}; resume with --resume {self.directory}")
-            raise Degraded(1, False)
-        result = self._result() if self.monitor is not None and not self.interrupted else None
+            self._say(f"all workers are lost, ranks {survivors.lost}; resume with --resume {self.directory}")
+            raise Degraded(1, abort)
         if self.interrupted:
-            if not self.survivors.lost:
+            if not survivors.lost:
                 member.close()
             if self.monitor is not None:
                 self.monitor.stop("interrupted", signal=self.signals.asked or "another rank's")
                 resume = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
                 self.monitor.say(f"interrupted at step {member.center.steps} of {self.plan.steps}; {resume}")
-            raise Interrupted
-        if member.failover is not None or self.survivors.lost:
-            finish(self.survivors.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another one writes it
-        self.survivors.end_hung()
-        if self.survivors.lost:  # who has lost a rank cannot finalize MPI
-            raise Degraded(DEGRADED, abort=bool(self.survivors.hung) and member.failover is None)
+            raise Interrupted(abort)
+        if survivors.lost:  # who has lost a rank cannot finalize MPI
+            raise Degraded(DEGRADED, abort)
         member.close()
-        self.survivors.comm.Free()
-        return result
+        survivors.comm.Free()
+        return self.result
 
     def _result(self) -> dict[str, Any]:
         config, member, monitor, directory = self.config, self.member, self.monitor, self.directory

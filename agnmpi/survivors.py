@@ -69,17 +69,20 @@ class Survivors:
         now = time.monotonic()
         for worker, last in self._heard.items():
             rank, silent = self._rank_of(worker), now - last
-            if rank in self.lost or (silent < self._stall_limit) == (worker not in self._stalled):
+            if rank in self.lost:
                 continue
-            self._stalled ^= {worker}
-            said = f"is silent for {silent:.1f} s" if worker in self._stalled else "is back"
-            if worker in self._stalled and self._drop and self._wait_no_longer(worker):
-                said += " and is dropped: what it had not committed goes to the others"
-            self._say(f"WARNING: {self.name(rank)} {said}, at step {self.member.center.steps}")
+            stalled, what = silent >= self._stall_limit, ""
+            if stalled != (worker in self._stalled):
+                self._stalled ^= {worker}
+                what = f"is silent for {silent:.1f} s" if stalled else "is back"
+            if stalled and self._drop and self._wait_no_longer(worker):
+                what = f"is silent for {silent:.1f} s and is dropped: what it had not committed goes to the others"
+            if what:
+                self._say(f"WARNING: {self.name(rank)} {what}, at step {self.member.center.steps}")
 
     def _wait_no_longer(self, worker: int) -> bool:
         end: Any = self.member.end
-        if len(end.lost | end.dropped | {worker}) == self.member.count:
+        if worker in end.dropped or len(end.lost | end.dropped | {worker}) == self.member.count:
             return False  # the last one is waited for
         self.member.center.lose(worker)
         end.drop(worker)
@@ -116,29 +119,34 @@ class Survivors:
     def _leave_behind(self) -> None:
         """Go on without the workers that are dropped and do not answer; collective over the others."""
         comm, failover = self.comm, self.member.failover
-        if comm.size == 1:
+        if comm.size != self.member.count + 1:  # it was done before, or there is nobody else
             return
         try:
             if self.member.serves:
                 end: Any = self.member.end
                 left = [0] + [w + 1 for w in range(self.member.count) if w not in end.dropped | end.lost]
                 for rank in left[1:]:
-                    finish(comm.Isend(np.array([len(left), *left]), rank, _LEFT).Test)
+                    try:
+                        finish(comm.Isend(np.array([len(left), *left]), rank, _LEFT).Test)
+                    except MPI.Exception:  # this one has died just now; the others are waiting for the message
+                        if failover is None:
+                            raise
             else:
                 said = np.empty(comm.size + 1, np.int64)
                 finish(comm.Irecv(said, 0, _LEFT).Test)
                 left = said[1:][: said[0]].tolist()
+            if len(left) == comm.size:
+                return
+            # Not Create_group: Open MPI 5.0 refuses it where a rank outside of the group has died.
+            living = MPI.Intracomm.Create_from_group(comm.Get_group().Incl(left), "agnmpi.living")
         except MPI.Exception:
             if failover is None:
                 raise
-            return  # the center has died just now: the next step finds out
-        if len(left) == comm.size:
-            return
+            return  # another rank has died just now: the next step finds out
         ranks = failover.ranks if failover else list(range(comm.size))
         self.hung = sorted({rank for i, rank in enumerate(ranks) if i not in left} - set(self.lost))
         self.lost = sorted({*self.lost, *self.hung})
-        # Not Create_group: Open MPI 5.0 refuses it where a rank outside of the group has died.
-        self.comm = MPI.Intracomm.Create_from_group(comm.Get_group().Incl(left), "agnmpi.living")
+        self.comm = living
         if failover is not None:
             failover.comm, failover.ranks = self.comm, [ranks[i] for i in left]
 
@@ -159,4 +167,4 @@ class Survivors:
 
     def _rank_of(self, worker: int) -> int:
         failover = self.member.failover
-        return failover.ranks[worker + 1] if failover else worker + self._first
+        return failover.served[worker + 1] if failover else worker + self._first

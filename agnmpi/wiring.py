@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from mpi4py import MPI
 
 from .agree import ConfigError
-from .backend import Array, empty_like, full_like, namespace, to_host
+from .backend import Array, bring, empty_like, full_like, namespace, to_host
 from .center import Center, serve
 from .data import Leases, rounds, speed_proportional
 from .failover import Failover
@@ -387,6 +387,8 @@ def _successor(
     worker: Worker,
 ) -> Member:
     """The part of a worker that takes the place of a lost center; a sole survivor goes on within its own process."""
+    if comm.size == 1 or setup.center_device == "gpu":
+        c = bring(c, worker.x)
     if comm.size > 1:
         return _center(comm, rule, c, center_optimizer, setup, observe, record)
     c = c.copy()

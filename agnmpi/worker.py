@@ -313,7 +313,10 @@ class Worker:
 
     def leave(self) -> None:
         """Finish the exchange under way, commit what is done, and say farewell, without waiting for the answer."""
-        _wait(self._leave())
+        try:
+            _wait(self._leave())
+        except Elected:
+            self._retire()
 
     def _leave(self) -> Waits[None]:
         if self.elected:

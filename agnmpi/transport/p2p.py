@@ -251,6 +251,11 @@ class P2PCenter:
         return self._workers - len({commit.worker for commit in self._left} | self.lost | self.dropped)
 
     @property
+    def deserted(self) -> bool:
+        """Whether all workers were lost, and none has left."""
+        return not self.live and not self._left
+
+    @property
     def progress(self) -> int:
         """Changes whenever a header, or a piece of a vector, has come or gone."""
         return self._ticks.count
@@ -342,6 +347,7 @@ class P2PCenter:
         self._slots_left += sum(commit.worker == worker for commit in held)
         self._slots_left += sum(answer.worker == worker and answer.stream is not None for answer in self._replies)
         self._part()
+        self._report_lost()
 
     def move_on(self, stop: int) -> None:
         """While a commit is applied, and c is done up to `stop`: send that, and move on other messages."""
