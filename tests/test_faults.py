@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -39,11 +40,15 @@ def train(run, ranks, faults, *options, epochs=EPOCHS, launcher=("--with-ft", "u
     code, output = started.finish(LIMIT)
     with pytest.raises(ProcessLookupError):  # nothing is left running
         os.killpg(started.process.pid, 0)
+    gone(run)
+    return code, output
+
+
+def gone(run):
     until = time.monotonic() + 10  # Open MPI's mpiexec with ULFM may end first
     while left := [pid for pid in Path("/proc").iterdir() if str(run).encode() in words_of(pid)]:
         assert time.monotonic() < until, left
         time.sleep(0.1)
-    return code, output
 
 
 def words_of(process):
@@ -181,6 +186,25 @@ def test_a_worker_that_hangs_is_dropped_if_asked(tmp_path, faults, launcher):
     code, output = train(run, 5, faults, "--stall-limit", "1", "--drop-stalled", launcher=launcher)
     check(run, code, output, lost)
     assert "and is dropped" in output
+
+
+@pytest.mark.parametrize("launcher", [(), pytest.param(("--with-ft", "ulfm"), marks=ulfm)], ids=["plain", "ulfm"])
+def test_an_interrupted_run_ends_the_ranks_that_hang(tmp_path, launcher):
+    run = tmp_path / "run"
+    job = Job(
+        4, sys.executable, "-m", "agnmpi", "train", DIGITS, "--period", "3", "--epochs", EPOCHS, "--run", run,
+        "--inject-faults", "--stall-limit", "1", "--drop-stalled", launcher=launcher,
+        env={"AGNMPI_FAULTS": "stall:2@20:1000,slow:1@0:0.02,slow:3@0:0.02"},
+    )  # fmt: skip
+    said = []
+    for line in job.process.stdout:
+        said.append(line)
+        if "is dropped" in line:
+            job.process.send_signal(signal.SIGUSR1)
+            break
+    code, output = job.finish(LIMIT)
+    assert code == 75, "".join(said) + output
+    gone(run)
 
 
 def test_a_dropped_worker_may_come_back(tmp_path):

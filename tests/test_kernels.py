@@ -4,17 +4,25 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import paper_device as paper
 import pytest
 from golden import ONE_WORKER, close
+from mpi4py import MPI
 from test_rules import world
 
 from agnmpi import backend, bench_optimizers, delayed_nesterov, kernels, rules, sgd
+from agnmpi.center import Center
+from agnmpi.data import Lease
+from agnmpi.failover import Failover, Witness
 from agnmpi.kernels import KERNELS
 from agnmpi.optimizers import OPTIMIZERS, global_norm
 from agnmpi.params import Layout
+from agnmpi.transport.base import OK, WORK, Book, Commit, Reply
+from agnmpi.wiring import Member, Setup, _successor
+from agnmpi.worker import Worker
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 SIZE = 1000
@@ -305,3 +313,40 @@ def test_torch_steps_move_the_same_vector_to_the_same_place():
             state = optimizer.update(here, g, state)
         np.testing.assert_allclose(there, here, rtol=1e-5)
         assert (there != x).all()
+
+
+def facts_of(center, clock=3):
+    return {
+        "clock": clock, "steps": 9, "refused": 0, "dropped": 0, "staleness": [1, 1], "center_optimizer": "momentum",
+        "center_optimizer_step": 4, "turn": 5,
+    }  # fmt: skip
+
+
+def test_a_center_on_the_host_goes_on_from_a_pull_on_a_device_and_back(xp):
+    """A worker on a GPU is elected: c and slots come to the host; left alone, it takes them to the device again."""
+    here = np.zeros(6, "f4")
+    center = Center(rules.agn(), here, 1, OPTIMIZERS["momentum"](1.0))
+    pulled = xp.array(np.arange(6, dtype="f4"))
+    center.restore({"c": pulled, "slot/momentum": xp.array(np.full(6, 2, "f4"))}, facts_of(center), here)
+    assert here.tolist() == list(range(6))
+    center.move(pulled)
+    assert isinstance(center.state.momentum, paper.Vector)
+    assert (center.state.momentum.memory.tolist(), center.state.step) == ([2.0] * 6, 4)
+
+
+def test_a_sole_survivor_goes_on_on_its_device(xp):
+    worker = Worker(xp.array(np.ones(6, "f4")), rules.agn(), OPTIMIZERS["sgd"](0.5), None, 2, keeps=True)
+    member = Member(Center(rules.agn(), worker.x[:0], 3), [worker], 3)
+    member.begin(20, 3)
+    successor = partial(_successor, rules.agn(), None, Setup(), None, None)
+    failover = Failover(MPI.COMM_SELF, member, lambda _comm: None, successor)
+    worker.o[...] = np.full(6, 4, "f4")
+    book = Book(5, 1, 12, open=(Lease(6, 3), Lease(9, 3)))
+    worker.told, worker.clock, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), book=book), 2, 2
+    worker._commit = failover.sending = Commit(2, 2, 3, 9, 2, wants=WORK, payload=xp.array(np.full(6, 1, "f4")))
+    failover._take_roles([Witness.of(worker, 3)])
+    assert isinstance(failover.member.end.c, paper.Vector)
+    out = xp.array(np.zeros(6, "f4"))
+    reply = worker.end.exchange(failover.sending, out).wait()
+    assert (reply.status, reply.clock, reply.work) == (OK, 3, Lease(6, 3))
+    assert out.memory.tolist() == [5.0] * 6
