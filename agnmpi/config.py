@@ -110,7 +110,7 @@ class Config:
     keep: int = _option(3, "run", "number of checkpoints that stay; 0: write none, not even at the end", int)
     stall_limit: float = _option(0.0, "run", "report a worker that is silent for so many seconds; 0: never", float)
     drop_stalled: bool = _option(
-        False, "run", "wait no longer for such a worker: its steps go to others (p2p, one center)", bool
+        False, "run", "wait no longer for such a worker: its steps go to others (p2p, one center; see README)", bool
     )
     resume: str | None = _option(
         None, "run", "go on from the newest checkpoint of this run's directory; auto: of --run, if there is one"
