@@ -252,7 +252,7 @@ class Failover:
         member.session = before.session - 1
         member.begin(before.total, before.period)
         center.checkpoint = int(facts.get("checkpoint", facts["steps"]))
-        if facts["session"] != before.session:  # nothing of this session has been seen
+        if facts.get("session", before.session) != before.session:  # nothing of this session has been seen
             facts = {**facts, "leases": empty}
         own, sequences = take_over(center, facts, witnesses, first=min(1, self.comm.size - 1))
         if own and self.sending is not None and self.sending.payload is not None:
