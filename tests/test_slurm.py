@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from launcher import INHERITED, KNOWN_FAILURE, ROOT, mpi_kind
 
 from agnmpi.backend import device_count
+from agnmpi.checkpoint import newest
 
 LAB = ROOT / "tests/slurm_lab.sh"
 FILES = sorted(path.name for path in (ROOT / "jobs").glob("*.sbatch"))
@@ -280,14 +282,14 @@ def test_without_mpiexec_the_right_srun_is_found(slurm, tmp_path):
     assert result["workers"] == 3
 
 
-def submit_requeue(slurm, directory, epochs):
+def submit_requeue(slurm, directory, epochs, *options):
     """Submit the file that requeues itself; skips without --resume."""
     told = subprocess.run([sys.executable, "-m", "agnmpi", "train", "--help"], capture_output=True, text=True)
     if "--resume" not in told.stdout:
         pytest.skip("this agnmpi train has no --resume")
     return slurm.submit(
         directory, "requeue.sbatch", QUADRATIC, "--epochs", epochs, "--rate", 0.05,
-        "--set", "options.slow=0.05", "--log-every", 0.1,
+        "--set", "options.slow=0.05", "--log-every", 0.1, *options,
     )  # fmt: skip
 
 
@@ -307,7 +309,7 @@ def finish_requeue(slurm, job, directory, epochs, turns):
     (result,) = results(directory / "runs")
     assert result["steps"] == epochs * 8, output
     assert result["metrics"]["distance"] < 0.25, output
-    assert output.count("was interrupted: back to the queue") == turns
+    assert output.count(": back to the queue") == turns
 
 
 def test_requeue_until_done(slurm, tmp_path):
@@ -319,6 +321,23 @@ def test_requeue_until_done(slurm, tmp_path):
         slurm.until(job, tmp_path, f"under way in turn {turn}", lambda since=since: progresses(events, since))
         interrupt(slurm, job, tmp_path)
     finish_requeue(slurm, job, tmp_path, 60, 2)
+
+
+def test_a_lost_rank_puts_the_job_back_in_the_queue(slurm, tmp_path):
+    """A rank is killed, the job ends with that, and goes on from the newest checkpoint."""
+    job = submit_requeue(slurm, tmp_path, 60, "--checkpoint-commits", 2)
+    run = tmp_path / "runs" / f"agnmpi-requeue-{job}"
+    slurm.until(job, tmp_path, "at a checkpoint", lambda: newest(run, lambda line: None) is not None)
+    ranks = []
+    for pid in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            said = (pid / "cmdline").read_bytes().split(b"\0")
+            if b"python" in said[0] and f"runs/{run.name}".encode() in said:
+                ranks.append(int(pid.name))
+    assert len(ranks) == 4
+    os.kill(max(ranks), signal.SIGKILL)
+    slurm.until(job, tmp_path, "back in the queue", lambda: slurm.restarts(job) == 1)
+    finish_requeue(slurm, job, tmp_path, 60, 1)
 
 
 @pytest.mark.long
