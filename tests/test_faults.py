@@ -272,6 +272,7 @@ def test_random_kill_schedules(tmp_path, seed):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @ulfm
 def test_soak(tmp_path):
     """Ten minutes of kills every few seconds, and restarts."""
