@@ -14,6 +14,7 @@ from .transport.base import (
     DUPLICATE,
     IDLE,
     LEAVE,
+    MISFIT,
     OK,
     PULL,
     REFUSED,
@@ -67,8 +68,8 @@ class Center:
     def apply(self, commit: Commit, c: Array) -> Reply:
         """Apply `commit` to `c` in place, once, and answer what it asks for.
 
-        A commit that is not finite is refused, and one that weighs nothing dropped: nothing of it is applied, and its
-        steps are free again. Raises RuntimeError when `patience` is at its end.
+        A commit that is not finite, or not to this model, is refused, and one that weighs nothing dropped: nothing of
+        it is applied, and its steps are free again. Raises RuntimeError when `patience` is at its end.
         """
         status, leases = OK, self.leases
         if leases and commit.payload is None and commit.wants & WORK and commit.first != leases.total_said:
@@ -76,7 +77,7 @@ class Center:
                 f"worker {commit.worker} asks for {_said(commit.first)}, the center for "
                 f"{_said(leases.total_said)}: all ranks must give the same number of steps"
             )
-        if commit.payload is not None:
+        if commit.payload is not None or commit.wants & MISFIT:
             status = self._take(commit, c)
         if commit.wants & SAVE and self.on_save:
             self.on_save(commit.first)
@@ -112,14 +113,19 @@ class Center:
         if commit.worker in self._released and self.leases and not self.leases.holds(commit.worker, done):
             self.dropped += 1  # it was silent for so long that its steps went to others
             return DROPPED
-        if commit.wants & BAD:
+        if commit.wants & (BAD | MISFIT):
             self.refused += 1
             self._in_a_row += 1
             if self._in_a_row >= self.patience:
                 raise RuntimeError(
                     f"{self._in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
-                    f"{commit.first}): they hold NaN or infinity; lower the rate, clip the gradients, or look at the "
-                    "samples of these steps"
+                    f"{commit.first}): "
+                    + (
+                        f"it is no commit to this model: {commit.nbytes} bytes, the center has {c.nbytes}"
+                        if commit.wants & MISFIT
+                        else "they hold NaN or infinity; lower the rate, clip the gradients, or look at the samples of "
+                        "these steps"
+                    )
                 )
             if self.leases:
                 self.leases.refuse(commit.worker, done)

@@ -431,7 +431,7 @@ class Job:
         if self.survivors.lost:
             monitor.say(f"WARNING: the run ended without ranks {self.survivors.lost}: exit code {DEGRADED}")
         if result["refused"]:
-            monitor.say(f"WARNING: {result['refused']} commits were refused, since they were not finite")
+            monitor.say(f"WARNING: {result['refused']} commits were refused: not finite, or not of this model")
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
         monitor.say(
             f"done: {metrics}; {result['samples']} samples in {result['seconds']:.1f} s "

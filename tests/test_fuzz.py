@@ -10,7 +10,7 @@ from agnmpi.center import Center
 from agnmpi.checkpoint import seal, unseal
 from agnmpi.config import Config, load
 from agnmpi.data import Leases
-from agnmpi.transport.base import WORK, Commit, Reply
+from agnmpi.transport.base import MISFIT, REFUSED, WORK, Commit, Reply
 
 
 def mutate(rng, content):
@@ -44,11 +44,11 @@ def test_messages():
             center.leases.grant(1)
         header = mutate(rng, good.encode())
         try:
-            commit = Commit.decode(header)
-            commit.check(1, 24)
-            payload = np.ones(3) if commit.nbytes else None
+            commit = Commit.decode(header).taken_from(1, 24)
+            payload = np.ones(3) if commit.nbytes and not commit.wants & MISFIT else None
             reply = center.apply(commit._replace(payload=payload), c)
             assert reply.clock in (2, 3)
+            assert reply.status == REFUSED or not commit.wants & MISFIT
             taken += 1
         except ValueError as error:
             refused.append(str(error))

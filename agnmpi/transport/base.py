@@ -13,9 +13,11 @@ from ..waiting import finish
 # What a message to the center asks for, besides applying its payload.
 # BAD: the payload is not finite; its worker has looked, so that the center need not read it once more.
 # IDLE: this worker holds no steps, whatever the center thinks.
-PULL, WORK, LEAVE, SAVE, BAD, IDLE = 1, 2, 4, 8, 16, 32
+# MISFIT: no commit to this model; set by the center's end.
+PULL, WORK, LEAVE, SAVE, BAD, IDLE, MISFIT = 1, 2, 4, 8, 16, 32, 64
 # Reply.status
-OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3  # refused: not finite; dropped: of no weight, such as too old
+# refused: not finite, or no commit to this model; dropped: of no weight, such as too old
+OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3
 # Reply.control; STOP: give back the work in hand, commit what is done, leave. WAIT: no work is free now, but others
 # hold some that may become free: ask again.
 CONTINUE, STOP, WAIT = 0, 1, 2
@@ -23,6 +25,7 @@ CONTINUE, STOP, WAIT = 0, 1, 2
 _COMMIT = struct.Struct("<9qd")
 _REPLY = struct.Struct("<9q")
 _BOOK = struct.Struct("<7q")
+_LARGEST = 1 << 42  # bytes of a vector
 
 
 class Commit(NamedTuple):
@@ -51,15 +54,17 @@ class Commit(NamedTuple):
             raise ValueError(f"a commit's header has {_COMMIT.size} bytes, not {len(header)}")
         return cls(*_COMMIT.unpack(header))
 
-    def check(self, worker: int, nbytes: int) -> None:
-        """Raise ValueError unless this is of `worker` and brings nothing, or a vector of `nbytes`."""
+    def taken_from(self, worker: int, nbytes: int) -> "Commit":
+        """This header as it came from `worker`: with MISFIT if it brings neither nothing nor a vector of `nbytes`.
+
+        Raises ValueError for a length that cannot be: what follows the header cannot be told from later messages.
+        """
+        if not 0 <= self.nbytes <= _LARGEST:
+            raise ValueError(f"worker {worker} announces {self.nbytes} bytes")
         whole = self.nbytes in (0, nbytes) and not self.encoding
-        if self.worker != worker or not whole or self.steps < 0 or self.commits != 1:
-            raise ValueError(
-                f"rank {worker + 1} of the transport sent {self.nbytes} bytes, {self.steps} steps and {self.commits} "
-                f"commits as worker {self.worker} (encoding {self.encoding}); expected worker {worker} and {nbytes} "
-                "bytes: all ranks must give the same parameters"
-            )
+        if self.worker == worker and whole and self.steps >= 0 and self.commits == 1:
+            return self
+        return self._replace(worker=worker, steps=max(self.steps, 0), commits=1, wants=self.wants | MISFIT)
 
 
 COMMIT_BYTES = _COMMIT.size

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 from mpi4py import MPI
 
 from ..backend import Array, empty_like
@@ -21,6 +22,7 @@ from ..waiting import finish
 from .base import (
     COMMIT_BYTES,
     LEAVE,
+    MISFIT,
     PULL,
     Apply,
     Capabilities,
@@ -225,7 +227,7 @@ class P2PCenter:
         self._posted: dict[int, MPI.Request] = {}  # header receives, by worker
         self._turn = 0  # where the round over workers begins
         self._queue: deque[Commit] = deque()  # deltas that wait for a slot, by arrival
-        self._receiving: list[tuple[Commit, _Buffer, _Stream]] = []
+        self._receiving: list[tuple[Commit, _Buffer | None, _Stream]] = []
         self._ready: deque[tuple[Commit, _Buffer | None]] = deque()
         self._replies: list[_Answer] = []
         self._applied: Commit | None = None  # while it is, if it wants c
@@ -321,7 +323,7 @@ class P2PCenter:
         for item in [item for item in self._receiving if item[0].worker == worker]:
             self._receiving.remove(item)
             self._buried.append(item)
-            self._slots_left += 1
+            self._slots_left += item[1] is not None
         for reply in [reply for reply in self._replies if reply.worker == worker]:
             self._replies.remove(reply)
             self._buried.append(reply)
@@ -370,9 +372,10 @@ class P2PCenter:
             if request is not None and self._try(worker, request.Test):
                 self._ticks.count += 1
                 self.dropped.discard(worker)
-                commit = Commit.decode(self._headers[worker])
-                commit.check(worker, self.c.nbytes)
-                if commit.nbytes:
+                commit = Commit.decode(self._headers[worker]).taken_from(worker, self.c.nbytes)
+                if commit.nbytes and commit.wants & MISFIT:
+                    self._swallow(commit)
+                elif commit.nbytes:
                     self._queue.append(commit)
                 else:
                     self._ready.append((commit, None))
@@ -401,7 +404,8 @@ class P2PCenter:
         for item in self._receiving[:]:
             commit, slot, stream = item
             if self._try(commit.worker, stream.test):
-                slot.wire.settle(slot.x)
+                if slot is not None:
+                    slot.wire.settle(slot.x)
                 self._receiving.remove(item)
                 self._ready.append((commit, slot))
 
@@ -415,6 +419,13 @@ class P2PCenter:
         )
         self._receiving.append((commit, slot, stream))
         return True
+
+    def _swallow(self, commit: Commit) -> None:
+        """Receive what follows a header that does not fit, to no use; the commit is refused then."""
+        scratch = np.empty(min(PIECE, commit.nbytes), np.uint8)
+        pieces = (scratch[: min(PIECE, commit.nbytes - at)] for at in range(0, commit.nbytes, PIECE))
+        post = partial(self._comm.Irecv, source=commit.worker + 1, tag=_DELTA)
+        self._receiving.append((commit, None, _Stream(post, pieces, self._ticks, in_flight=1)))
 
     def _slot(self) -> _Buffer | None:
         if self._free:

@@ -10,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..backend import Array
-from .base import LEAVE, PULL, Apply, Capabilities, Commit, Handle, Polled, Reply
+from .base import LEAVE, MISFIT, PULL, Apply, Capabilities, Commit, Handle, Polled, Reply
 from .windows import APPLIED, CENTER, CLOCK, COMMIT_WORDS, LEFT, READERS, REPLY_WORDS, STEPS, WRITING, Windows
 from .wire import Direct, Wire
 
@@ -32,6 +32,8 @@ class RMAWorker:
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Put `commit` into this worker's slot, which is free: one exchange at a time."""
         windows, payload = self.windows, commit.payload
+        if payload is not None and payload.size != windows.size:
+            raise ValueError(f"worker {self.worker}: a vector of {payload.size} numbers, not {windows.size}")
         wants = commit.wants | (PULL if out is not None else 0)
         commit = commit._replace(wants=wants, nbytes=0 if payload is None else payload.nbytes)
         windows.put(windows.header(self.worker), commit.encode())
@@ -154,9 +156,9 @@ class RMACenter:
     def _serve(self, worker: int, posted: int, apply: Apply) -> bool:
         windows = self._windows
         windows.sync()
-        commit = Commit.decode(windows.words[windows.header(worker) :][:COMMIT_WORDS].tobytes())
-        commit.check(worker, self._c.nbytes)
-        if commit.nbytes:
+        header = windows.words[windows.header(worker) :][:COMMIT_WORDS].tobytes()
+        commit = Commit.decode(header).taken_from(worker, self._c.nbytes)
+        if commit.nbytes and not commit.wants & MISFIT:
             if not self._lock():
                 return False
             commit = commit._replace(payload=self._slots[worker])

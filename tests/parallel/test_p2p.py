@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from worlds import MPIWorld
 
-from agnmpi import adam
-from agnmpi.transport.base import WORK, Commit
-from agnmpi.transport.p2p import P2PCenter, P2PWorker
+from agnmpi import adam, rules
+from agnmpi.center import Center
+from agnmpi.transport.base import OK, REFUSED, WORK, Commit
 from agnmpi.wiring import Setup
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -207,16 +207,33 @@ def test_work_is_granted_once_and_to_everyone_who_asks(comm):
     assert sorted(step for steps in everyone for step in steps) == list(range(40))
 
 
-def test_a_vector_of_another_size_is_refused_with_the_rank(comm):
-    """The center raises; the workers do not wait for an answer that will not come."""
+@pytest.mark.parametrize("size", [1, 11, 400_000])
+def test_what_is_no_commit_to_the_model_is_refused(comm, size):
+    """Of another size, or of another worker: refused and counted; the same worker's next commit is applied."""
+
+    def work(end, index):
+        odd = end.exchange(Commit(index, 1, payload=np.zeros(size)), None).wait()
+        foreign = end.exchange(Commit(index + 1, 2, payload=np.ones(10)), None).wait()
+        good = end.exchange(Commit(index, 3, payload=np.ones(10)), out := np.empty(10)).wait()
+        end.leave(None, out).wait()
+        return [reply.status for reply in (odd, foreign, good)], out.tolist()
+
+    outcome = MPIWorld(comm, slots(2)).play(10, work)
+    workers = comm.size - 1
     if comm.rank == 0:
-        end = P2PCenter(comm, np.zeros(10))
-        end.open()
-        with pytest.raises(ValueError, match=r"rank \d+ of the transport sent 88 bytes.*80 bytes"):  # noqa: PT012
-            for _ in range(10**9):
-                end.serve_one(None)
+        assert outcome.center.refused == 2 * workers
+        assert outcome.c.tolist() == [workers] * 10
     else:
-        end = P2PWorker(comm)
-        end.exchange(Commit(comm.rank - 1, 1, payload=np.zeros(11)), None)
-    # The messages of this broken session stay with this communicator; nobody waits for them.
-    comm.Barrier()
+        ((statuses, out),) = outcome.results
+        assert statuses == [REFUSED, REFUSED, OK]
+        assert out == [workers] * 10
+
+
+def test_a_run_of_misfits_ends_with_the_reason(comm):
+    center, c = Center(rules.agn(), np.zeros(10), 1, patience=3), np.zeros(10)
+    misfit = Commit(0, 1, nbytes=88).taken_from(0, 80)
+    assert [center.apply(misfit, c).status for _ in range(2)] == [REFUSED, REFUSED]
+    with pytest.raises(RuntimeError, match="no commit to this model: 88 bytes, the center has 80"):
+        center.apply(misfit, c)
+    with pytest.raises(ValueError, match="worker 0 announces -8 bytes"):
+        Commit(0, 1, nbytes=-8).taken_from(0, 80)
