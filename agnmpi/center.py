@@ -72,12 +72,13 @@ class Center:
         it is applied, and its steps are free again. Raises RuntimeError when `patience` is at its end.
         """
         status, leases = OK, self.leases
-        if leases and commit.payload is None and commit.wants & WORK and commit.first != leases.total_said:
+        brings = commit.payload is not None or commit.wants & MISFIT
+        if leases and not brings and commit.wants & WORK and commit.first != leases.total_said:
             raise ValueError(
                 f"worker {commit.worker} asks for {_said(commit.first)}, the center for "
                 f"{_said(leases.total_said)}: all ranks must give the same number of steps"
             )
-        if commit.payload is not None or commit.wants & MISFIT:
+        if brings:
             status = self._take(commit, c)
         if commit.wants & SAVE and self.on_save:
             self.on_save(commit.first)

@@ -7,6 +7,7 @@ from worlds import MPIWorld
 
 from agnmpi import adam, rules
 from agnmpi.center import Center
+from agnmpi.data import Leases
 from agnmpi.transport.base import OK, REFUSED, WORK, Commit
 from agnmpi.wiring import Setup
 
@@ -231,8 +232,11 @@ def test_what_is_no_commit_to_the_model_is_refused(comm, size):
 
 def test_a_run_of_misfits_ends_with_the_reason(comm):
     center, c = Center(rules.agn(), np.zeros(10), 1, patience=3), np.zeros(10)
-    misfit = Commit(0, 1, nbytes=88).taken_from(0, 80)
-    assert [center.apply(misfit, c).status for _ in range(2)] == [REFUSED, REFUSED]
+    center.leases = Leases(40, 3)
+    lease = center.leases.grant(0)
+    misfit = Commit(0, 1, lease.steps, lease.first, wants=WORK, nbytes=88).taken_from(0, 80)
+    replies = [center.apply(misfit, c) for _ in range(2)]
+    assert [(reply.status, reply.work) for reply in replies] == [(REFUSED, lease), (REFUSED, lease)], "granted again"
     with pytest.raises(RuntimeError, match="no commit to this model: 88 bytes, the center has 80"):
         center.apply(misfit, c)
     with pytest.raises(ValueError, match="worker 0 announces -8 bytes"):
