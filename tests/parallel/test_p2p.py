@@ -219,7 +219,10 @@ def test_what_is_no_commit_to_the_model_is_refused(comm, size):
         end.leave(None, out).wait()
         return [reply.status for reply in (odd, foreign, good)], out.tolist()
 
-    outcome = MPIWorld(comm, slots(2)).play(10, work)
+    def patient(_end, center):
+        center.patience = 2 * comm.size
+
+    outcome = MPIWorld(comm, slots(2)).play(10, work, on_end=patient)
     workers = comm.size - 1
     if comm.rank == 0:
         assert outcome.center.refused == 2 * workers
