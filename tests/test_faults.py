@@ -89,7 +89,7 @@ def check(run, code, output, lost, accuracy=None, epochs=EPOCHS):
     ("faults", "lost"),
     [
         ("kill:2@0", [2]),  # at the start
-        ("kill:2@40", [2]),  # in the middle of a period
+        pytest.param("kill:2@40", [2], marks=pytest.mark.long),  # in the middle of a period
         ("cut:3@7", [3]),  # in the middle of an exchange
         pytest.param("cut:1@0", [1], marks=pytest.mark.long),  # in the first of them
         pytest.param("kill:1@30,kill:3@31", [1, 3], marks=pytest.mark.long),
@@ -118,7 +118,7 @@ LAST = EPOCHS * STEPS // 3 - 1  # commits before the last one
         ("kill:0@80", [0], ["--checkpoint-commits", "1", "--keep", "2"]),  # while checkpoints are being written
         pytest.param("kill:0@60,cut:2@9,kill:3@31", [0, 2, 3], [], marks=pytest.mark.long),
         ("kill:0@30,kill:1@45,kill:2@60,kill:3@75", [0, 1, 2, 3], []),  # the sole survivor trains on
-        ("kill:1@5,kill:0@60,kill:3@90", [0, 1, 3], ["--overlap"]),
+        pytest.param("kill:1@5,kill:0@60,kill:3@90", [0, 1, 3], ["--overlap"], marks=pytest.mark.long),
         pytest.param(
             "kill:0@60,cut:2@9",
             [0, 2],
