@@ -288,7 +288,7 @@ class Job:
             "workers": self.member.count,
             "layout": self.layout._asdict(),
             "config": asdict(self.config),
-            "ranks": self.member.failover.ranks[1:] if self.member.failover else [],
+            "ranks": self.member.failover.served[1:] if self.member.failover else [],
             **(self.monitor.progress if self.monitor is not None else {}),
         }
 
@@ -402,13 +402,13 @@ class Job:
         survivors.comm.Free()
         return self.result
 
-    def _result(self) -> dict[str, Any]:
+    def _result(self) -> None:
         config, member, monitor, directory = self.config, self.member, self.monitor, self.directory
         assert monitor is not None
         if self.result is not None:  # a rank has died since
             self.result["lost"] = self.survivors.lost
             write_atomic(directory / "result.json", (json.dumps(self.result, indent=2) + "\n").encode())
-            return self.result
+            return
         meta = {"agnmpi": __version__, "clock": str(member.center.clock), "rule": config.rule}
         # Before the evaluation, which may fail.
         save(directory / "center.safetensors", self.layout.views(member.c), meta)
@@ -442,7 +442,6 @@ class Job:
             monitor.say(f"{result['dropped']} commits were too old and were dropped; their steps were done again")
         monitor.say(f"written to {directory}/")
         self.result = result
-        return result
 
 
 def repeatable(config: Config) -> Config:

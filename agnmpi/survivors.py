@@ -45,8 +45,8 @@ class Survivors:
         self._heard: dict[int, float] = {}  # when each worker last gave a sign of life
         self._stalled = set[int]()  # those that have been reported
         self._look = Every(seconds=1.0)
-        self._hosts = agree.allgather(comm, host)
-        self._processes = [json.loads(text) for text in agree.allgather(comm, json.dumps(process()))]
+        told = [json.loads(text) for text in agree.allgather(comm, json.dumps([host, process()]))]
+        self._hosts, self._processes = [there for there, _ in told], [theirs for _, theirs in told]
 
     def name(self, rank: int) -> str:
         """The rank, and where it runs."""
