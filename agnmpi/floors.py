@@ -32,8 +32,9 @@ class _Bare:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for win in self.wins:
-            win.Free()
+        if kind is None:  # else the job ends, and Free would wait for the others
+            for win in self.wins:
+                win.Free()
 
     def window(self, nbytes: int) -> MPI.Win:
         size = nbytes if self.comm.rank == 0 else 0

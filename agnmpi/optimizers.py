@@ -23,7 +23,8 @@ class Optimizer(NamedTuple):
 
     `init(x) -> state`. `update(x, g, state, *, step=None, scale=1.0, ranges=None, between=None) -> state`: moves x
     (n,) in place against scale·g (n,); `step` is the position of the rate schedule (default: the own count),
-    `ranges` the pieces of x that move (default: all of it), `between` is called after each block, with its end.
+    `ranges` the pieces of x that move (default: all of it), `between` is called after each block, with its end: up to
+    there x moves no more, and may be read.
     """
 
     name: str

@@ -236,7 +236,8 @@ def center_step(
     """Move the center in place: c ← c + weight·delta, or one step of `optimizer` on −weight·delta.
 
     `c`, `delta`: (n,); `delta` is not changed; `steps`: local steps in all earlier commits, where the schedule of
-    the center's rate stands; `between`: called after each block, with its end. Returns the new state of the optimizer.
+    the center's rate stands; `between`: called after each block, with its end, up to where c moves no more. Returns the
+    new state of the optimizer.
     """
     if optimizer is not None:
         return optimizer.update(c, delta, state, scale=-weight, step=steps, between=between)

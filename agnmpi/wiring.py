@@ -431,6 +431,7 @@ def _center(
         from .transport.rma import RMACenter
 
         end = RMACenter(mine, c)
+        center.between = end.move_on
     else:
         from .transport.serverless import SumCenter
 

@@ -13,6 +13,7 @@ from test_simulate import QUADRATIC, UNEVEN, center, config
 from agnmpi import adam, delayed_nesterov, launch, rules, sgd, simulate
 from agnmpi.backend import BLOCK
 from agnmpi.data import Lease, Leases, speed_proportional
+from agnmpi.optimizers import CENTER_OPTIMIZERS
 from agnmpi.rules import Seen
 from agnmpi.timing import Timing
 from agnmpi.transport.base import DROPPED, OK
@@ -132,6 +133,27 @@ def test_a_cap_of_nothing_ends_all_the_same(tmp_path):
     assert result["samples"] == 8 * 240
     assert result["dropped"] > 10
     assert result["staleness"]["max"] == 0
+
+
+@pytest.mark.parametrize("name", ["add", *CENTER_OPTIMIZERS])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_what_is_done_moves_no_more(name, weight):
+    """Workers read c up to there, while the rest is still to come."""
+    rng, seen = np.random.default_rng(0), []
+    c, delta = rng.normal(size=(2, 5 * (1 << 17) + 3))
+    options = {} if name in ("add", "delayed_nesterov") else {"clip": 1.0}
+    optimizer = None if name == "add" else CENTER_OPTIMIZERS[name](0.1, **options)
+    state = optimizer.init(c) if optimizer else None
+    for _ in range(3):
+        seen.clear()
+        state = rules.center_step(
+            c, delta, weight, optimizer, state, between=lambda stop: seen.append((stop, c[:stop].copy()))
+        )
+        stops = [stop for stop, _ in seen]
+        assert stops == sorted(set(stops))
+        assert len(stops) > 1
+        assert stops[-1] == c.size
+        assert all((c[:stop] == before).all() for stop, before in seen)
 
 
 def test_delayed_nesterov_is_the_published_form():

@@ -1,18 +1,59 @@
 """The one-sided mailbox: any rule, any center optimizer, whole pulls.
 
 A worker puts its delta into its own slot and raises a counter; the center applies slot by slot, and the worker
-gets c.
+gets c: on one machine behind the apply, block by block.
 """
 
+import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 from mpi4py import MPI
 
 from ..backend import Array
-from .base import LEAVE, MISFIT, PULL, Apply, Capabilities, Commit, Handle, Polled, Reply
-from .windows import APPLIED, CENTER, CLOCK, COMMIT_WORDS, LEFT, READERS, REPLY_WORDS, STEPS, WRITING, Windows
+from ..waiting import finish
+from .base import LEAVE, MISFIT, PULL, Apply, Capabilities, Commit, Handle, Reply
+from .windows import (
+    APPLIED,
+    CENTER,
+    CLOCK,
+    COMMIT_WORDS,
+    LEFT,
+    READERS,
+    REPLY_WORDS,
+    STEPS,
+    WAITING,
+    WRITING,
+    Windows,
+)
 from .wire import Direct, Wire
+
+_PIECE = 1 << 20  # bytes of c that are read at once behind the apply
+
+
+class _Exchange:
+    """A message or a pull under way; `attempt(patient)` gives the reply when it is there.
+
+    Who is patient has nothing else to do: it may stay with an apply until that ends, and is let in before the next.
+    """
+
+    def __init__(self, attempt: Callable[[bool], Reply | None]) -> None:
+        self._attempt = attempt
+        self._reply: Reply | None = None
+
+    def _try(self, patient: bool) -> bool:
+        if self._reply is None:
+            self._reply = self._attempt(patient)
+        return self._reply is not None
+
+    def test(self) -> bool:
+        return self._try(False)
+
+    def wait(self) -> Reply:
+        finish(partial(self._try, True))
+        assert self._reply is not None
+        return self._reply
 
 
 class RMAWorker:
@@ -28,6 +69,7 @@ class RMAWorker:
         self.windows = Windows(comm, like, comm.size - 1)
         self._posted = 0  # odd while a message is being put, even when it is whole
         self._kept_out = False  # c was changing
+        self._waits = 0  # what tells the center so
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Put `commit` into this worker's slot, which is free: one exchange at a time."""
@@ -51,34 +93,63 @@ class RMAWorker:
             )
         self._posted += 2
         windows.add(windows.posted + self.worker, self._posted, MPI.REPLACE)
-        return Polled(partial(self._answered, self._posted, out, bool(commit.wants & LEAVE)))
+        return _Exchange(partial(self._answered, self._posted, out, bool(commit.wants & LEAVE)))
 
-    def _answered(self, posted: int, out: Array | None, leaving: bool) -> Reply | None:
+    def _answered(self, posted: int, out: Array | None, leaving: bool, patient: bool) -> Reply | None:
         """The reply to the message `posted`, with c in `out`, as soon as it has been taken and c can be read."""
         windows = self.windows
-        if windows.read(windows.taken + self.worker) != posted:
-            return None
-        reply = Reply.decode(windows.get(windows.reply(self.worker), REPLY_WORDS).tobytes())
-        pulled = reply if out is None else self.try_pull(out, reply)
+        taken, done = windows.look(windows.taken(self.worker), 2).tolist()
+        if taken != posted:
+            return self._follow(posted, out) if done and patient and out is not None else None
+        pulled = self._answer() if out is None else self.try_pull(out, self._answer(), patient)
         if leaving and pulled is not None:
             windows.add(LEFT, 1)  # the next session may begin: the final center has been read
         return pulled
 
+    def _follow(self, posted: int, out: Array) -> Reply | None:
+        """Get c behind the apply of the message `posted`; None if that has ended before we are counted as a reader."""
+        windows, word = self.windows, self.windows.taken(self.worker)
+        windows.add(READERS, 1)
+        if not windows.read(word + 1):
+            windows.add(READERS, -1)
+            return None
+        # The center was still at it after we came in: it finds us when it wants to change c the next time, and waits.
+
+        def readable() -> int:
+            taken, done = windows.look(word, 2).tolist()
+            return out.size if taken == posted else int(done)
+
+        windows.pull(self.wire, out, readable)
+        finish(lambda: windows.read(word) == posted)
+        reply = self._of_now(self._answer())
+        windows.add(READERS, -1)
+        return reply
+
+    def _answer(self) -> Reply:
+        windows = self.windows
+        return Reply.decode(windows.get(windows.reply(self.worker), REPLY_WORDS).tobytes())
+
+    def _of_now(self, reply: Reply) -> Reply:
+        """`reply` with what belongs to c, which keeps still."""
+        head = self.windows.get(0, APPLIED + self.windows.workers).tolist()
+        return reply._replace(clock=head[CLOCK], steps=head[STEPS], applied=tuple(head[APPLIED:]))
+
     def pull(self, out: Array) -> Handle:
         """Get the center; needs nothing of the center rank but that it be in MPI now and then across hosts."""
-        return Polled(partial(self.try_pull, out, Reply(0)))
+        return _Exchange(partial(self.try_pull, out, Reply(0)))
 
-    def try_pull(self, out: Array, reply: Reply) -> Reply | None:
+    def try_pull(self, out: Array, reply: Reply, patient: bool) -> Reply | None:
         """Get c as one whole, unless it changes just now; returns `reply` with what belongs to c."""
         windows = self.windows
         if self._kept_out and windows.read(READERS) >= WRITING:
             return None  # without disturbing the center again, which waits for the readers to go
-        self._kept_out = windows.add(READERS, 1) >= WRITING
+        self._kept_out = windows.add(READERS, 1 - self._waits) >= WRITING
         if self._kept_out:
-            windows.add(READERS, -1)
+            self._waits = WAITING if patient else self._waits
+            windows.add(READERS, self._waits - 1)
             return None
-        head = windows.get(0, APPLIED + windows.workers).tolist()
-        reply = reply._replace(clock=head[CLOCK], steps=head[STEPS], applied=tuple(head[APPLIED:]))
+        self._waits = 0
+        reply = self._of_now(reply)
         windows.pull(self.wire, out)  # last: a long vector leaves nothing else in the cache
         windows.add(READERS, -1)
         return reply
@@ -107,6 +178,10 @@ class RMACenter:
         self._slots = [windows.vector(windows.slots, worker) for worker in range(self._workers)]
         self._taken = np.zeros(self._workers, np.int64)  # posted messages that have been served
         self._turn, self._locked = 0, False
+        self.courtesy = 2e-3  # seconds for which the next apply waits for pulls that the last one kept out
+        self._open_until = 0.0
+        self._readable = 0  # up to where c may be read behind the apply
+        self._applied: Commit | None = None  # while it is, if its worker may read behind
         self._left: list[int] = []
         self._sessions = self._gone = 0  # farewells of all sessions that are over for their workers, too
         self.progress = 0  # changes while anything is under way
@@ -133,7 +208,7 @@ class RMACenter:
         if len(self._left) == self._workers:
             self._gone = windows.read(LEFT)
             return False
-        posted = self._posted()
+        posted = windows.look(windows.posted, self._workers)
         if not windows.one_host and ((posted % 2).any() or windows.read(READERS) % WRITING):
             self.progress += 1
         for i in range(self._workers):
@@ -146,13 +221,6 @@ class RMACenter:
                 return True
         return False
 
-    def _posted(self) -> Array:
-        """The counters of all workers, each read at once."""
-        windows, posted = self._windows, np.empty_like(self._taken)
-        windows.control.Get_accumulate(self._taken, posted, CENTER, 8 * windows.posted, MPI.NO_OP)
-        windows.control.Flush(CENTER)
-        return posted
-
     def _serve(self, worker: int, posted: int, apply: Apply) -> bool:
         windows = self._windows
         windows.sync()
@@ -162,7 +230,13 @@ class RMACenter:
             if not self._lock():
                 return False
             commit = commit._replace(payload=self._slots[worker])
+        if windows.one_host and commit.wants & (PULL | LEAVE) == PULL:
+            self._applied = commit
         reply = apply(commit, self._c)
+        self._applied = None
+        if self._readable:
+            self._readable = 0
+            windows.add(windows.taken(worker) + 1, 0, MPI.REPLACE)  # while new readers are still kept out
         self._taken[worker] = posted
         if commit.wants & LEAVE:
             self._left.append(worker)
@@ -176,18 +250,34 @@ class RMACenter:
             words[windows.reply(waiting) :][:REPLY_WORDS] = answer
         windows.sync()
         if self._locked:
-            windows.add(READERS, -WRITING)
+            kept_out = windows.add(READERS, -WRITING) - WRITING >= WAITING
+            self._open_until = time.perf_counter() + self.courtesy if kept_out else 0.0
             self._locked = False
         for waiting in answered:
-            windows.add(windows.taken + waiting, int(self._taken[waiting]), MPI.REPLACE)
+            windows.add(windows.taken(waiting), int(self._taken[waiting]), MPI.REPLACE)
         return True
 
+    def move_on(self, stop: int) -> None:
+        """While a commit is applied, and c is done up to `stop`: let its worker read that."""
+        windows = self._windows
+        if self._applied and (stop - self._readable) * self._c.itemsize >= _PIECE and stop < self._c.size:
+            self._readable = stop
+            windows.sync()
+            windows.add(windows.taken(self._applied.worker) + 1, stop, MPI.REPLACE)
+
     def _lock(self) -> bool:
-        """Keep new readers of c out; whether those within have finished."""
+        """Keep new readers of c out; whether those within have finished.
+
+        Behind the apply workers read in any case; those who came too late for theirs, or only pull, would find c
+        changing ever again at a busy center.
+        """
+        windows = self._windows
         if self._locked:
-            return self._windows.read(READERS) == WRITING
+            return windows.read(READERS) % WAITING == 0
+        if time.perf_counter() < self._open_until and windows.read(READERS) >= WAITING:
+            return False
         self._locked = True
-        return self._windows.add(READERS, WRITING) == 0
+        return windows.add(READERS, WRITING) % WAITING == 0
 
     def close(self) -> None:
         """Free the windows; collective. c lives on in memory of its own."""

@@ -14,18 +14,19 @@ from mpi4py import MPI
 
 from ..agree import ConfigError, agree, allgather
 from ..backend import Array
-from ..waiting import finish
+from ..waiting import Idle, finish
 from .base import COMMIT_BYTES, Reply
 from .wire import Wire
 
 CENTER = 0  # rank
 _PAGE = 4096
 
-# Words (int64) of the control window: counts; then for each worker what is applied, posted and taken; then the
-# headers of messages and replies.
+# Words (int64) of the control window: counts; then for each worker what is applied, what is posted, and, side by side,
+# what is taken and how far c is done; then the headers of messages and replies.
 READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, LOSS, CONTROL, CHECKPOINT, REFUSALS, APPLIED = range(12)
 COMMIT_WORDS, REPLY_WORDS = COMMIT_BYTES // 8, len(Reply(0).encode()) // 8
-WRITING = 1 << 40  # added to the count of readers while c changes
+# Added to the count of readers: by each who was kept out and waits, and by the center while c changes.
+WAITING, WRITING = 1 << 20, 1 << 40
 
 
 class Windows:
@@ -40,8 +41,8 @@ class Windows:
         self.stride = -(-like.nbytes // _PAGE) * _PAGE  # vectors begin at pages
         _check_room(comm, (1 + slots) * self.stride)
         workers = self.workers
-        self.posted, self.taken = APPLIED + workers, APPLIED + 2 * workers  # first words of these
-        self.headers = APPLIED + 3 * workers
+        self.posted = APPLIED + workers  # first word of these
+        self.headers = APPLIED + 4 * workers
         self.replies = self.headers + COMMIT_WORDS * workers
         words = self.replies + REPLY_WORDS * workers
         here = comm.rank == CENTER
@@ -54,6 +55,7 @@ class Windows:
         self.words = np.asarray(self.control.tomemory()).view(np.int64) if here else np.empty(0, np.int64)
         self.words[:] = 0
         self._one, self._old = np.empty(1, np.int64), np.empty(1, np.int64)
+        self._nothing = np.zeros(max(2, workers), np.int64)
         for win in self._all:
             win.Lock_all(MPI.MODE_NOCHECK)
             win.Sync()
@@ -61,6 +63,10 @@ class Windows:
         self.one_host = node.size == comm.size
         node.Free()
         finish(comm.Ibarrier().Test)
+
+    def taken(self, worker: int) -> int:
+        """The word that tells which message of a worker has been served; the next one, up to where c is done for it."""
+        return APPLIED + 2 * self.workers + 2 * worker
 
     def header(self, worker: int) -> int:
         """First word of the header of a worker's message."""
@@ -88,6 +94,13 @@ class Windows:
         """A word of the control window, at once."""
         return self.add(word, 0, MPI.NO_OP)
 
+    def look(self, word: int, count: int) -> Array:
+        """`count` words, each at once."""
+        out = np.empty(count, np.int64)
+        self.control.Get_accumulate(self._nothing[:count], out, CENTER, 8 * word, MPI.NO_OP)
+        self.control.Flush(CENTER)
+        return out
+
     def get(self, word: int, count: int) -> Array:
         """`count` words that nobody changes now."""
         out = np.empty(count, np.int64)
@@ -105,12 +118,22 @@ class Windows:
         for win in self._all:
             win.Sync()
 
-    def pull(self, wire: Wire, out: Array) -> None:
-        """Get c into `out`, piece by piece, so that a copy to the device and the wire overlap."""
-        buffer = wire.incoming(out)
+    def pull(self, wire: Wire, out: Array, done: Callable[[], int] | None = None) -> None:
+        """Get c into `out`, piece by piece, so that a copy to the device and the wire overlap.
+
+        `done()`: elements of c that may be read by now, where these are not all; more and more, and at last all.
+        """
+        buffer, idle, at = wire.incoming(out), Idle(), 0
         for part in wire.cuts(out):
-            self.center.Get(buffer[part], CENTER, part.start * self.dtype.itemsize)
-            self.center.Flush(CENTER)
+            while at < part.stop:
+                stop = min(done(), part.stop) if done else part.stop
+                if stop <= at:
+                    idle.wait()
+                    continue
+                self.center.Get(buffer[at:stop], CENTER, at * self.dtype.itemsize)
+                self.center.Flush(CENTER)
+                idle.reset()
+                at = stop
             wire.arrived(out, part)
         wire.settle(out)
 

@@ -11,6 +11,7 @@ from worlds import MPIWorld
 from agnmpi import AGNOptimizer, probe, rules, sgd
 from agnmpi.agree import ConfigError
 from agnmpi.transport.base import Commit
+from agnmpi.transport.windows import READERS, WAITING, WRITING
 from agnmpi.wiring import Setup, check_fit, connect
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -45,6 +46,91 @@ def test_a_busy_center_costs_no_more_than_its_delay(comm, setup, n):
         assert (out == 4 * (comm.size - 1)).all()
 
     MPIWorld(comm, setup).play(n, work, on_end=sleepy)
+
+
+def test_a_worker_reads_c_behind_the_apply(comm):
+    """It comes in while its commit is being applied, and leaves with c as a whole; nobody changes c before."""
+    if not one_host(comm):
+        pytest.skip("across hosts the center answers reads between two calls of MPI alone")
+    n, followed = 600_000, []
+
+    def patient(end, center):
+        move_on, windows = end.move_on, end._windows
+
+        def wait_for_its_reader(stop):
+            move_on(stop)
+            if not end._readable:
+                return  # it does not want c
+            before = time.monotonic()
+            while not windows.read(READERS) % WAITING:
+                assert time.monotonic() - before < 60, "nobody reads"
+                time.sleep(1e-3)
+            followed.append(stop)
+
+        center.between = wait_for_its_reader
+
+    def work(end, index):
+        out = np.empty(n)
+        for k in range(1, 5):
+            reply = end.exchange(Commit(index, k, steps=1, payload=np.ones(n)), out).wait()
+            assert out.min() == out.max() == reply.clock
+            assert reply.applied[index] == k
+        assert end.exchange(Commit(index, 5, steps=1, payload=np.ones(n)), None).wait().applied == ()
+        handle = end.exchange(Commit(index, 6, steps=1, payload=np.ones(n)), None)
+        while not handle.test():  # who has something else to do is not kept
+            pass
+        end.leave(None, out).wait()
+        assert (out == 6 * (comm.size - 1)).all()
+
+    MPIWorld(comm, MAILBOX).play(n, work, on_end=patient)
+    assert comm.rank or followed.count(n) == 4 * (comm.size - 1)
+
+
+@pytest.mark.mpi(min_size=3)
+def test_who_was_kept_out_is_let_in_before_the_next_apply(comm):
+    """Worker 0 only pulls, while the others commit one after the other."""
+    n, clocks = 1000, []
+
+    def patient(end, center):
+        end.courtesy, windows = 60.0, end._windows
+        apply = center.apply
+
+        def wait_for_the_pull(commit, c):
+            if commit.payload is not None and not center.clock:  # the first
+                before = time.monotonic()
+                while windows.read(READERS) % WRITING < WAITING:
+                    assert time.monotonic() - before < 60, "nobody is kept out"
+                    time.sleep(1e-3)
+            return apply(commit, c)
+
+        center.apply = wait_for_the_pull
+
+    def work(end, index):
+        out, windows = np.empty(n), end.windows
+        if index == 0:
+            while windows.read(READERS) < WRITING:
+                time.sleep(1e-3)
+            clocks.append(end.pull(out).wait().clock)
+        else:
+            for k in range(1, 4):
+                end.exchange(Commit(index, k, steps=1, payload=np.ones(n)), None).wait()
+        end.leave(None, out).wait()
+
+    world = MPIWorld(comm, MAILBOX)
+    world.play(n, work, on_end=patient)
+    assert comm.rank != 1 or clocks == [1]
+
+
+def test_whoever_comes_after_the_apply_pulls_as_everybody(comm):
+    def work(end, index):
+        out = np.empty(10)
+        posted = end._posted + 2
+        end.exchange(Commit(index, 1, steps=1, payload=np.ones(10)), None).wait()
+        assert end._follow(posted, out) is None
+        end.leave(None, out).wait()
+
+    outcome = MPIWorld(comm, MAILBOX).play(10, work)
+    assert comm.rank or outcome.center.clock == comm.size - 1
 
 
 def test_serverless_commits_land_while_rank_0_is_away(comm):
