@@ -109,6 +109,7 @@ class Round:
         incoming = end.wire.incoming(end.sum)
         # A send buffer on every rank: with MPI_IN_PLACE on some, Open MPI 5.0's ranks choose different algorithms.
         payload = commit.payload if commit.payload is not None and commit.steps else full_like(end.c, 0)
+        self._payload = payload  # alive until the end: mpi4py 4.1 lets go of the buffers of nonblocking reductions
         self._requests = [end.comm.Iallreduce(MPI.IN_PLACE, self._counts)]
         self._sums = [
             (part, end.comm.Iallreduce(piece, incoming[part]))

@@ -1,8 +1,13 @@
+import weakref
+
 import numpy as np
+import paper
 import pytest
 
 from agnmpi import nesterov, rules, sgd
 from agnmpi.agree import ConfigError
+from agnmpi.transport import collective
+from agnmpi.transport.base import WORK, Commit
 from agnmpi.wiring import Setup, check_fit, connect
 from agnmpi.worker import train
 
@@ -145,3 +150,38 @@ def test_a_rule_with_a_server_is_refused(comm):
         check_fit(rules.agn(), Setup("collective"), comm, sgd(1.0), None)
     with pytest.raises(ConfigError, match="use 'collective'"):
         check_fit(rules.synchronous(), Setup("p2p"), comm, sgd(1.0), None)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_vectors_in_different_places_are_refused(comm):
+    """Their sums would be cut into different numbers of pieces."""
+    x = np.zeros(3, "f4")
+    with pytest.raises(ConfigError, match=r"where the vectors lie differs between ranks: .*device on rank 0"):
+        connect(comm, rules.synchronous(), paper.Vector(x) if comm.rank == 0 else x, None, setup=Setup("collective"))
+
+
+def test_what_is_sent_stays_alive_until_the_round_is_done(comm, monkeypatch):
+    """mpi4py 4.1 lets go of the buffers of a nonblocking reduction as soon as it has begun."""
+    events = []
+
+    class Watched(np.ndarray):
+        pass
+
+    def nothing(x, value):
+        made = np.full_like(x, value).view(Watched)
+        weakref.finalize(made, events.append, "freed")
+        return made
+
+    member = join(comm, rules.synchronous(), None, n=100_000)
+    (worker,) = member.workers
+    member.begin(None, 1)
+    end, out = worker.end, np.empty(100_000)
+    end.exchange(Commit(comm.rank, wants=WORK), None)
+    monkeypatch.setattr(collective, "full_like", nothing)
+    handle = end.leave(None, out)
+    while not handle.test():
+        assert not events
+    events.append("done")
+    handle.wait()
+    del handle
+    assert events == ["done", "freed"]
