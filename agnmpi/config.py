@@ -300,7 +300,8 @@ def load(path: str | None = None, given: Mapping[str, Any] | None = None, sets: 
     """Read a TOML file, lay the values `given` over it, then each `KEY=VALUE` of `sets`.
 
     A VALUE is read as TOML if it is any (3, 0.1, true, [1, 2]), else as a string; KEY may name a value in a table
-    (options.hidden). Raises ValueError for an unknown key or a bad value, OSError for a missing file.
+    (options.hidden). Epochs that are given override steps in the file. Raises ValueError for an unknown key or a bad
+    value, OSError for a missing file.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -322,6 +323,11 @@ def load(path: str | None = None, given: Mapping[str, Any] | None = None, sets: 
             values[table] = inner | {name: _value(text)}
         else:
             values[key] = _value(text)
+    asked = {*(given or {}), *(item.partition("=")[0] for item in sets)} & {"epochs", "steps"}
+    if asked == {"epochs", "steps"} and values["steps"] is not None:
+        raise ValueError(f"epochs {values['epochs']} and steps {values['steps']}: give one of them")
+    if asked == {"epochs"}:
+        values.pop("steps", None)  # the file's
     known = [f.name for f in fields(Config)]
     for key in values:
         if key not in known:

@@ -15,7 +15,7 @@ import numpy as np
 from mpi4py import MPI
 
 from . import agree, launch
-from .backend import Array, choose, device_count
+from .backend import Array, bring, choose, current, device_count
 from .checkpoint import newest, save, write_atomic
 from .config import Config
 from .data import Lease, Plan
@@ -108,6 +108,7 @@ class Job:
         self.directory = Path()
         self.said = list[str]()  # lines for the monitor, once it is there
         self.interrupted = False
+        self.complete = False  # before it was resumed
         self.result: dict[str, Any] | None = None
         self._began = 0.0  # time at which the training began, less what earlier turns took
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
@@ -136,6 +137,7 @@ class Job:
             directory = partial(run_directory, config) if self.rank == 0 else None
             required = config.resume != "auto"
             resumed = resume(comm, member, self.layout, self.plan.steps, directory, required, self.said.append)
+            self.complete = resumed is not None and member.center.steps >= self.plan.steps
         member.begin(self.plan.steps, config.period)
         made = agree.together(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
         self.directory = Path(agree.allgather(comm, made)[0])
@@ -305,15 +307,19 @@ class Job:
 
     def _watch(self, lines: Sequence[str] = ()) -> Monitor:
         """At the center that grants the work: begin to show and write what goes on."""
-        views, evaluate = self.layout.views, self.problem.evaluate
         self.directory.mkdir(parents=True, exist_ok=True)  # a new center may be on another host
-        monitor = Monitor(self.config, self.plan, self.member, self.directory, lambda c: evaluate(views(c)))
+        monitor = Monitor(self.config, self.plan, self.member, self.directory, self._evaluate)
         for line in lines:
             monitor.say(line)
         self.survivors.watch()
         monitor.start()
         self.monitor = monitor
         return monitor
+
+    def _evaluate(self, c: Array) -> Mapping[str, float]:
+        """Evaluate `c` (n,) where the problem of this rank computes, wherever c lies; in any thread."""
+        with current(self.x):
+            return self.problem.evaluate(self.layout.views(bring(c, self.x)))
 
     def _keep(self) -> None:
         """At a center: keep checkpoints."""
@@ -409,6 +415,13 @@ class Job:
             self.result["lost"] = self.survivors.lost
             write_atomic(directory / "result.json", (json.dumps(self.result, indent=2) + "\n").encode())
             return
+        written = directory / "result.json"
+        before = json.loads(written.read_text()) if self.complete and written.is_file() else {}
+        if before.get("steps") == member.center.steps:
+            self.result = before
+            monitor.stop("complete")
+            monitor.say(f"the run was complete, at step {member.center.steps}; its result stays, in {directory}/")
+            return
         meta = {"agnmpi": __version__, "clock": str(member.center.clock), "rule": config.rule}
         # Before the evaluation, which may fail.
         save(directory / "center.safetensors", self.layout.views(member.c), meta)
@@ -426,7 +439,7 @@ class Job:
             "agnmpi": __version__,
         }
         write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
-        if result["loss"] is None or None in result["metrics"].values():
+        if (result["loss"] is None and not self.complete) or None in result["metrics"].values():
             monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
         if self.survivors.lost:
             monitor.say(f"WARNING: the run ended without ranks {self.survivors.lost}: exit code {DEGRADED}")

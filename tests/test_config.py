@@ -107,3 +107,14 @@ def test_bad_files_and_sets(tmp_path):
         load(None, {}, ["wokers=3"])
     with pytest.raises(OSError, match="nowhere"):
         load("nowhere.toml")
+
+
+def test_epochs_that_are_given_override_steps_in_the_file(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text("epochs = 3.0\nsteps = 20\n")
+    assert load(str(file)).steps == 20
+    assert load(str(file), {"epochs": 5.0}).steps is None
+    assert load(str(file), sets=["epochs=5"]).steps is None
+    assert load(str(file), {"steps": 7}).steps == 7
+    with pytest.raises(ValueError, match=r"epochs 5.0 and steps 7: give one of them"):
+        load(str(file), {"epochs": 5.0, "steps": 7})

@@ -214,6 +214,23 @@ def test_what_cannot_be_resumed_is_refused(tmp_path, options, text):
     assert text in train(2, *given, code=2)
 
 
+def test_a_complete_run_stays_as_it_is(tmp_path):
+    run = tmp_path / "run"
+    train(2, *SHORT, "--steps", "16", "--run", run)
+    before = (run / "result.json").read_text()
+    output = train(2, "--resume", run)
+    assert "the run was complete, at step 16" in output
+    assert "WARNING" not in output
+    assert (run / "result.json").read_text() == before
+    (run / "result.json").unlink()  # as if the run had been killed before it wrote it
+    output = train(2, "--resume", run)
+    assert "WARNING" not in output
+    assert result(run)["steps"] == 16
+    assert result(run)["metrics"] == json.loads(before)["metrics"]
+    output = train(2, "--resume", run, "--epochs", "2")  # overrides the steps of its configuration
+    assert result(run)["steps"] > 16
+
+
 def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
