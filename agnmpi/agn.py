@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from mpi4py import MPI
 
 from .agree import ConfigError, together
-from .backend import Array, as_array, namespace
+from .backend import Array, as_array, bring, namespace
 from .faults import fault_tolerant
 from .hook import Hook
 from .launch import AbortOnException, agree_on_model, check_world
@@ -187,9 +187,12 @@ class AGNOptimizer:
 
     @property
     def center(self) -> dict[str, Array]:
-        """A copy of the center variable, by name, as last pulled; after the loop the final one, on every rank."""
+        """A copy of the center variable, by name, as last pulled; after the loop the final one, on every rank.
+
+        It lies where the parameters of this rank lie.
+        """
         self._settle()
-        return self._layout.views(self._member.c.copy())
+        return self._layout.views(bring(self._member.c.copy(), self._x))
 
     @property
     def global_step(self) -> int:
@@ -304,7 +307,7 @@ class AGNOptimizer:
             return False
         if deserted:
             raise RuntimeError(f"{self._name}: all workers are lost")
-        self._x[...] = namespace(self._x).asarray(self._member.c)
+        self._x[...] = bring(self._member.c, self._x)
         self._copy_out()
         return True
 
@@ -528,7 +531,7 @@ class AGNOptimizer:
 
     def _copy_out(self) -> None:
         for name, array in self._own.items():
-            array[...] = self._views[name]
+            array[...] = bring(self._views[name], array)
 
 
 def _in_words(optimizer: Optimizer | None) -> str:

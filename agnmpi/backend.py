@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -28,19 +29,28 @@ def namespace(x: Array) -> ModuleType:
 def as_array(value: Any) -> Array:
     """Return `value` as an array that shares its memory: itself, or by DLPack (PyTorch, JAX).
 
-    Raises TypeError for what is no array.
+    Raises TypeError for what is no array, ValueError for one on another device than the current one.
     """
     if isinstance(value, np.generic):
         return np.asarray(value)
+    if hasattr(value, "detach"):  # PyTorch's tensors with a history refuse to be anything else
+        value = value.detach()
     if isinstance(value, np.ndarray) or hasattr(value, "__cuda_array_interface__"):
         if isinstance(value, np.ndarray) or type(value).__module__.startswith("cupy"):
             return value  # type: ignore[no-any-return]
         import cupy
 
-        return cupy.asarray(value)  # type: ignore[no-any-return]
+        made: Any = cupy.asarray(value)
+        there = value.__cuda_array_interface__["data"][0]
+        if made.size and made.data.ptr != there:  # CuPy has copied: what is done to one is not seen in the other
+            raise ValueError(
+                f"the array lies on another device than this rank's, {cupy.cuda.Device().id}: move it there "
+                "(PyTorch: tensor.cuda(k)), or choose its device before (cupy.cuda.Device(k).use())"
+            )
+        return made  # type: ignore[no-any-return]
     if not hasattr(value, "__dlpack__"):
         raise TypeError(f"{type(value).__name__} is no array: it has neither NumPy's, CUDA's nor DLPack's interface")
-    return np.from_dlpack(value.detach() if hasattr(value, "detach") else value)
+    return np.from_dlpack(value)
 
 
 def blocks(x: Array, start: int = 0, stop: int | None = None, size: int | None = None) -> Iterator[slice]:
@@ -69,7 +79,12 @@ def empty(size: int, dtype: Any, like: Array) -> Array:
     nbytes = size * dtype.itemsize
     if not on_host(like):
         xp = namespace(like)
-        return xp.ndarray((size,), dtype, xp.cuda.MemoryPointer(xp.cuda.Memory(nbytes), 0))  # type: ignore[no-any-return]
+        try:
+            memory = xp.cuda.Memory(nbytes)
+        except xp.cuda.runtime.CUDARuntimeError:  # CuPy's pool may hold what it does not use
+            xp.get_default_memory_pool().free_all_blocks()
+            memory = xp.cuda.Memory(nbytes)
+        return xp.ndarray((size,), dtype, xp.cuda.MemoryPointer(memory, 0))  # type: ignore[no-any-return]
     raw = np.empty(nbytes + _PAGE, np.uint8)
     start = -raw.ctypes.data % _PAGE
     return raw[start : start + nbytes].view(dtype)
@@ -122,14 +137,22 @@ def bring(x: Array, like: Array) -> Array:
     return there
 
 
+def current(x: Array) -> AbstractContextManager[Any]:
+    """Make the device of `x` the current one of this thread (CUDA keeps one for each); nothing on the host."""
+    there: Any = x
+    return nullcontext() if on_host(x) else there.device
+
+
 def device_count() -> int:
     """Count the CUDA devices that CuPy can use here; 0 without CuPy or without a driver."""
     try:
         import cupy
     except ImportError:
         return 0
-    # CuPy imports without a driver; is_available() says so quietly, getDeviceCount() raises.
-    return int(cupy.cuda.runtime.getDeviceCount()) if cupy.cuda.is_available() else 0
+    try:
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except cupy.cuda.runtime.CUDARuntimeError:  # no driver, or an old one: CuPy 13's is_available() raises, too
+        return 0
 
 
 def choose(device: str, local_index: int) -> ModuleType:

@@ -4,6 +4,7 @@ The two sides take turns in short rounds, so that the noise of the machine falls
 """
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from .data import Lease, rounds
 from .floors import FLOORS
 from .job import library
 from .launch import place
+from .probe import choose_wire
 from .transport.base import WORK, Commit, Done, Handle, Reply
 from .transport.p2p import P2PCenter, P2PWorker
 from .version import __version__
@@ -102,19 +104,20 @@ def exchanges(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Time exchanges of float32 vectors; collective over `comm`, the rows are the same on every rank.
 
-    `counts`: numbers of workers, the first ranks of `comm`; `turns`: exchanges of each worker and side; `xp`: where the
-    workers' vectors lie.
+    `counts`: numbers of workers beside the center, on the first ranks of `comm`; `turns`: exchanges of each worker and
+    side; `xp`: where the workers' vectors lie.
     """
     rows = []
     for workers in counts:
         for transport in transports:
-            ranks = workers + (transport != "collective")
+            ranks = workers + 1  # a collective rule has no center: one worker more
             part = comm.Split(0 if comm.rank < ranks else MPI.UNDEFINED, comm.rank)
             mine: list[dict[str, Any]] = []
             if part != MPI.COMM_NULL:
+                train = workers if SETUPS[transport].serves else ranks
                 for n in sizes:
-                    for wire in wires:
-                        mine += _compare(part, Case(transport, wire, n, workers), turns, xp)
+                    for wire in wires if transport in ("p2p", "rma") else wires[:1]:  # the others are always staged
+                        mine += _compare(part, Case(transport, wire, n, train), turns, xp)
                 part.Free()
             meet(comm)
             rows += json.loads(agree.allgather(comm, json.dumps(mine))[0])
@@ -284,11 +287,13 @@ def main(comm: MPI.Comm, given: Options) -> int:
     counts = list(given.workers) or [comm.size - 1]
     if comm.size > 1 and not 0 < min(counts) <= max(counts) < comm.size:
         raise agree.ConfigError(f"workers must be 1 to {comm.size - 1} in a world of {comm.size}, not {counts}")
+    agree.together(comm, lambda: Path(given.json or os.devnull).open("a").close() if comm.rank == 0 else None)
     comm = comm.Dup()
     here = place(comm, comm.rank > 0)
-    xp = agree.together(comm, lambda: choose(given.device if comm.rank or comm.size == 1 else "cpu", here.worker_index))
-    on_device = any(agree.allgather(comm, "" if xp is np else "device"))
-    wires = ["staged", "direct"] if on_device else ["direct"]
+    xp = agree.together(comm, lambda: choose(given.device, here.worker_index))
+    wires = ["direct"]
+    if any(agree.allgather(comm, "" if xp is np else "device")):
+        wires = ["staged"] + ["direct"] * (choose_wire(comm, zeros(1, xp), "auto") == "direct")
     report: dict[str, Any] = {"agnmpi": __version__, "mpi": library(), "world": comm.size}
     several = comm.size > 1 and not given.pack_only
     report["exchanges"] = (

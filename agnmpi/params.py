@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backend import Array, as_array, empty, namespace, on_host
+from .backend import Array, as_array, bring, empty, namespace, on_host
 
 Params = Mapping[str, Any]
 
@@ -119,7 +119,7 @@ class Layout(NamedTuple):
     def fill(cls, name: str, view: Array, value: Array) -> None:
         """Copy `value` into the view of `name`; raises ValueError for another shape."""
         cls.check(name, view.shape, value)
-        view[...] = value
+        view[...] = bring(value, view)
 
 
 def parts(size: int, count: int) -> Iterator[slice]:

@@ -23,7 +23,7 @@ import numpy as np
 from mpi4py import MPI
 
 from .agree import ConfigError, allgather
-from .backend import Array, choose, device_count, namespace, on_host, synchronize
+from .backend import Array, choose, device_count, full_like, namespace, on_host, synchronize, to_host
 from .checkpoint import write_atomic
 from .waiting import finish
 
@@ -153,36 +153,43 @@ def choose_wire(comm: MPI.Comm, x: Array, wire: str) -> str:
 
 
 def try_out(comm: MPI.Comm, xp: ModuleType) -> str:
-    """Send known numbers from `xp` memory of every rank to host memory of rank 0, and back, two-sided and
-    one-sided; collective. Returns what went wrong, or an empty string."""
+    """Send known numbers from `xp` memory of every rank to rank 0, and back; collective.
+
+    Two-sided to host memory and, where rank 0 has a device, to that; then one-sided. The vectors are allocated as
+    those of a run. Returns what went wrong, or an empty string.
+    """
     sent = (np.arange(_SIZE) % 1021 + comm.rank).astype(np.float32)
-    x, y = xp.asarray(sent), xp.zeros(_SIZE, np.float32)
+    x = full_like(xp.empty(_SIZE, np.float32), xp.asarray(sent))
+    y = full_like(x, 0)
     synchronize(x)
     wrong = ""
-    win = MPI.Win.Allocate(4 * _SIZE * comm.size if comm.rank == 0 else 0, 1, MPI.INFO_NULL, comm)  # type: ignore[arg-type]
-    if comm.rank == 0:
-        host = np.empty(_SIZE, np.float32)
+    win = MPI.Win.Allocate(4 * _SIZE if comm.rank == 0 else 0, 1, MPI.INFO_NULL, comm)  # type: ignore[arg-type]
+    for there in (np.empty(_SIZE, np.float32), y):
         for source in range(1, comm.size):
-            comm.Recv(host, source, 1)
-            if not np.array_equal(host, np.arange(_SIZE) % 1021 + source):
-                wrong = f"Recv from rank {source}"
-            comm.Send(host + np.float32(0.5), source, 2)
-    else:
-        comm.Send(x, 0, 1)
-        comm.Recv(y, 0, 2)
-        if not bool((y == x + 0.5).all()):
-            wrong = f"Recv on rank {comm.rank}"
+            if comm.rank == 0:
+                comm.Recv(there, source, 1)
+                if not np.array_equal(to_host(there), np.arange(_SIZE) % 1021 + source):
+                    wrong = wrong or f"Recv from rank {source}"
+                there += 0.5
+                synchronize(there)
+                comm.Send(there, source, 2)
+            elif comm.rank == source:
+                comm.Send(x, 0, 1)
+                comm.Recv(y, 0, 2)
+                if not bool((y == x + 0.5).all()):
+                    wrong = wrong or f"Recv on rank {comm.rank}"
     win.Lock_all()
-    if comm.rank:
-        y[...] = 0
-        synchronize(y)
-        win.Put(x, 0, 4 * _SIZE * comm.rank)
-        win.Flush(0)
-        win.Get(y, 0, 4 * _SIZE * comm.rank)
-        win.Flush(0)
-        if not wrong and not bool((y == x).all()):
-            wrong = f"Put and Get on rank {comm.rank}"
-    finish(comm.Ibarrier().Test)
+    for source in range(1, comm.size):  # one after the other: memory for one
+        if comm.rank == source:
+            y[...] = 0
+            synchronize(y)
+            win.Put(x, 0, 0)
+            win.Flush(0)
+            win.Get(y, 0, 0)
+            win.Flush(0)
+            if not bool((y == x).all()):
+                wrong = wrong or f"Put and Get on rank {comm.rank}"
+        finish(comm.Ibarrier().Test)
     win.Unlock_all()
     win.Free()
     return wrong

@@ -7,6 +7,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -77,6 +78,8 @@ class Vector(np.lib.mixins.NDArrayOperatorsMixin):
     def __setitem__(self, key, value):
         if isinstance(value, Vector) and np.shares_memory(self.memory, value.memory):
             return  # x[part] += y writes back the view that it has moved
+        if isinstance(value, np.ndarray) and value.ndim:
+            raise ValueError("non-scalar numpy.ndarray cannot be used for fill")  # as CuPy says
         self.log.append("copy")
         self.memory[key] = plain(value)
 
@@ -89,6 +92,15 @@ class Vector(np.lib.mixins.NDArrayOperatorsMixin):
         self.log.append(ufunc.__name__)
         result = ufunc(*map(plain, inputs), out=None if out is None else tuple(map(plain, out)))
         return out[0] if out else Vector(np.asarray(result), self.log)
+
+    @property
+    def device(self):
+        @contextmanager
+        def entered():
+            self.log.append("enter device")
+            yield
+
+        return entered()
 
     def reshape(self, *shape):
         return Vector(self.memory.reshape(*shape), self.log)

@@ -321,9 +321,18 @@ def test_bench(tmp_path):
         for side in ("agnmpi", "floor", "memcpy")
     ]
     assert all(row["seconds"] > 0 for row in report["exchanges"])
+    workers = {row["transport"]: row["workers"] for row in report["exchanges"]}
+    assert workers == {"p2p": 1, "rma": 1, "serverless": 1, "collective": 2}
     assert [row["n"] for row in report["pack"]] == [1, 300000]
     assert {row["name"] for row in report["optimizers"]} == {"memcpy", "sgd", "momentum", "adam"}
     assert set(report["quiet"]) == {"center_cpu", "worker_cpu", "busy_seconds", "quiet_seconds"}
+
+
+def test_bench_refuses_a_file_that_cannot_be_written_before_it_measures(tmp_path):
+    code, output = agnmpi(2, "bench", "--json", tmp_path / "missing" / "bench.json", timeout=LIMIT)
+    assert code == 2
+    assert "No such file or directory" in output
+    assert "exchanges" not in output
 
 
 def test_help():

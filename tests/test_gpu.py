@@ -4,7 +4,7 @@ test_kernels.py proves the same without: the kernels as C on the host, the launc
 """
 
 import numpy as np
-import paper
+import paper_device as paper
 import pytest
 from golden import ONE_WORKER, close
 from test_rules import world

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import paper_device as paper
@@ -17,6 +18,7 @@ from agnmpi import backend, bench_optimizers, delayed_nesterov, kernels, rules, 
 from agnmpi.center import Center
 from agnmpi.data import Lease
 from agnmpi.failover import Failover, Witness
+from agnmpi.job import Job
 from agnmpi.kernels import KERNELS
 from agnmpi.optimizers import OPTIMIZERS, global_norm
 from agnmpi.params import Layout
@@ -231,8 +233,84 @@ def test_packing_is_one_call_into_an_allocation_of_its_own(xp):
     with pytest.raises(ValueError, match=r"'b' has shape \(2,\), expected \(1,\)"):
         layout.pack(params | {"b": xp.array([1.0, 2.0])})
     host = {name: value.memory for name, value in params.items()}
-    layout.pack(host | {"b": np.ones(1)}, out=x)  # from the host: CuPy copies each
+    layout.pack(host | {"b": np.ones(1)}, out=x)  # from the host, one by one
     np.testing.assert_array_equal(x.memory, [0, 1, 2, 3, 4, 5, 1, 8])
+
+
+def test_memory_that_the_pool_holds_is_given_back_for_vectors(xp, monkeypatch):
+    class Full(Exception):
+        pass
+
+    freed, memory = [], xp.cuda.Memory
+
+    def crowded(nbytes):
+        if not freed:
+            raise Full
+        return memory(nbytes)
+
+    monkeypatch.setattr(xp.cuda, "Memory", crowded)
+    xp.cuda.runtime = SimpleNamespace(CUDARuntimeError=Full)
+    xp.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: freed.append(1))
+    assert backend.empty(3, "f4", xp.array(np.ones(3, "f4"))).size == 3
+    assert freed == [1]
+
+
+def test_tensors_keep_their_memory_or_are_refused(monkeypatch):
+    """As PyTorch's: what has a history refuses to be looked at, and CuPy copies from another device."""
+
+    class Tensor:
+        def __init__(self, device, history):
+            self.device, self.history = device, history
+
+        def detach(self):
+            return Tensor(self.device, history=False)
+
+        @property
+        def __cuda_array_interface__(self):
+            if self.history:
+                raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad")
+            return {"data": (1000 + self.device, False)}
+
+    def asarray(tensor):
+        assert not tensor.history
+        return SimpleNamespace(size=1, data=SimpleNamespace(ptr=1000))
+
+    cupy = SimpleNamespace(asarray=asarray, cuda=SimpleNamespace(Device=lambda: SimpleNamespace(id=0)))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    assert backend.as_array(Tensor(0, history=True)).data.ptr == 1000
+    with pytest.raises(ValueError, match="another device than this rank's, 0"):
+        backend.as_array(Tensor(1, history=True))
+
+
+def test_without_a_driver_there_is_no_device(monkeypatch):
+    class NoDriver(RuntimeError):
+        pass
+
+    def count():
+        raise NoDriver("cudaErrorInsufficientDriver")
+
+    runtime = SimpleNamespace(getDeviceCount=count, CUDARuntimeError=NoDriver)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    assert backend.device_count() == 0
+    assert backend.choose("auto", 0) is np
+    with pytest.raises(ValueError, match="finds no CUDA device"):
+        backend.choose("gpu", 0)
+
+
+def test_a_center_is_evaluated_where_the_problem_computes(xp):
+    """In whatever thread, and wherever the center lies: on the host, after another rank was elected, or here."""
+    x, seen = xp.array(np.zeros(3, "f4")), []
+    layout = Layout.of({"w": x})
+
+    def evaluate(params):
+        assert xp.log[-1].startswith("enter device")
+        seen.append(type(params["w"]))
+        return {"sum": float(np.sum(params["w"].memory))}
+
+    job = SimpleNamespace(x=x, layout=layout, problem=SimpleNamespace(evaluate=evaluate))
+    for c in (np.ones(3, "f4"), xp.array(np.ones(3, "f4"))):
+        assert Job._evaluate(job, c) == {"sum": 3.0}
+    assert seen == [paper.Vector] * 2
 
 
 def test_the_norm_waits_once(xp):
@@ -340,7 +418,7 @@ def test_a_sole_survivor_goes_on_on_its_device(xp):
     member.begin(20, 3)
     successor = partial(_successor, rules.agn(), None, Setup(), None, None)
     failover = Failover(MPI.COMM_SELF, member, lambda _comm: None, successor)
-    worker.o[...] = np.full(6, 4, "f4")
+    worker.o[...] = 4
     book = Book(5, 1, 12, open=(Lease(6, 3), Lease(9, 3)))
     worker.told, worker.clock, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), book=book), 2, 2
     worker._commit = failover.sending = Commit(2, 2, 3, 9, 2, wants=WORK, payload=xp.array(np.full(6, 1, "f4")))
