@@ -40,7 +40,8 @@ class Job:
     def __init__(self, n, *args, cwd=None, env=None, launcher=(), start=None):
         self.directory = tempfile.TemporaryDirectory(prefix="agnmpi-")  # Open MPI leaves session directories
         clean = {k: v for k, v in os.environ.items() if not k.startswith(INHERITED)}
-        clean |= {"TMPDIR": self.directory.name, "PYTHONUNBUFFERED": "1"} | (env or {})
+        # Open MPI 5.0's btl/ofi (the PyPI wheel has it) looks for a fabric for one second in each MPI_Init.
+        clean |= {"TMPDIR": self.directory.name, "PYTHONUNBUFFERED": "1", "OMPI_MCA_btl": "^ofi"} | (env or {})
         command = shlex.join([*(start or [mpiexec_path(), *launcher, "-n", str(n)]), *map(str, args)])
         self.process = subprocess.Popen(
             ["bash", "-c", f". {ROOT}/jobs/env-{mpi_kind()}.sh; exec {command}"],
