@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from mpi4py import MPI
 
-from .agree import ConfigError, agree
-from .backend import Array, bring, empty_like, full_like, namespace, on_host, to_host
+from .agree import ConfigError
+from .backend import Array, bring, empty_like, full_like, namespace, to_host
 from .center import Center, serve
 from .data import Leases, rounds, speed_proportional
 from .failover import Failover
@@ -460,7 +460,6 @@ def _collective(
 ) -> Member:
     from .transport.collective import CollectiveEnd
 
-    agree(comm, {"where the vectors lie": "host" if on_host(x) else "device"})  # their sums are cut alike
     wire = make_wire(x, "staged")  # Open MPI's nonblocking collectives take no device pointers
     buffer = wire.incoming(x)
     if comm.rank == 0 and buffer is not x:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "agnmpi"
 LAYERS = [
     {"version", "backend", "waiting", "kernels"},
     {"params", "optimizers", "rules", "data", "checkpoint", "metrics", "config", "timing", "problem", "agree", "hook"},
-    {"transport.base", "transport.wire", "transport.windows"},
+    {"transport.base", "transport.wire", "transport.windows", "transport.stream"},
     {"transport.local", "transport.p2p", "transport.collective", "transport.rma", "transport.serverless"},
     {"transport.sharded", "transport.virtual"},
     {"center", "worker", "record", "faults"},
@@ -50,6 +50,7 @@ MPI = {
     "transport.rma",
     "transport.serverless",
     "transport.windows",
+    "transport.stream",
     "agree",
     "faults",
     "agn",

@@ -15,7 +15,14 @@ from ..backend import Array, empty_like, full_like, to_host
 from ..data import NONE, Lease
 from ..waiting import finish
 from .base import BAD, CONTINUE, OK, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
-from .wire import Direct, Wire
+from .stream import Stream, Ticks
+from .wire import CHUNK, Direct, Wire, cut
+
+# Bytes that are summed at once: MPICH 5.0 and Open MPI 5.0 sum 40 MB in such pieces 1.1 to 2.2 times as fast as in one,
+# and who waits sees them come one by one, and stays awake. All ranks cut alike, whatever their wires: the pieces of
+# staged chunks are those of the vector.
+_PIECE = 1 << 18
+assert CHUNK % _PIECE == 0
 
 
 class CollectiveEnd:
@@ -96,7 +103,7 @@ class Farewell:
 
 
 class Round:
-    """A round under way; both sums are posted at once, so that any MPI call moves them."""
+    """A round under way."""
 
     def __init__(self, end: CollectiveEnd, commit: Commit, out: Array | None, leaving: bool = False) -> None:
         self._end, self._commit, self._out = end, commit, out
@@ -106,30 +113,30 @@ class Round:
         bad = bool(commit.wants & BAD)
         checkpoint = end.checkpoint if end.comm.rank == 0 else 0  # rank 0 saves, and all hear of it
         self._counts = np.array([commit.steps > 0, commit.steps, loss, leaving, checkpoint, bad], np.float64)
-        incoming = end.wire.incoming(end.sum)
         # A send buffer on every rank: with MPI_IN_PLACE on some, Open MPI 5.0's ranks choose different algorithms.
         payload = commit.payload if commit.payload is not None and commit.steps else full_like(end.c, 0)
         self._payload = payload  # alive until the end: mpi4py 4.1 lets go of the buffers of nonblocking reductions
         self._requests = [end.comm.Iallreduce(MPI.IN_PLACE, self._counts)]
-        self._sums = [
-            (part, end.comm.Iallreduce(piece, incoming[part]))
-            for part, piece in zip(end.wire.cuts(payload), end.wire.outgoing(payload))
-        ]
+        into = cut(end.wire.incoming(end.sum), _PIECE)
+        self._ticks = Ticks()
+        self._sum = Stream(
+            lambda piece: end.comm.Iallreduce(piece, next(into)),
+            (piece for chunk in end.wire.outgoing(payload) for piece in cut(chunk, _PIECE)),
+            self._ticks,
+            done=lambda part: end.wire.arrived(end.sum, part),
+        )
 
     def test(self) -> bool:
         """Make progress; whether the round is done."""
         if self._reply is None:
             self._requests = [request for request in self._requests if not request.Test()]
-            while self._sums and self._sums[0][1].Test():
-                part, _ = self._sums.pop(0)
-                self._end.wire.arrived(self._end.sum, part)
-            if not self._requests and not self._sums:
+            if self._sum.test() and not self._requests:
                 self._reply = self._finish()
         return self._reply is not None
 
     def wait(self) -> Reply:
         """Finish the round."""
-        finish(self.test)
+        finish(self.test, lambda: self._ticks.count)
         assert self._reply is not None
         return self._reply
 

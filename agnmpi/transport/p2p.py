@@ -32,73 +32,11 @@ from .base import (
     Reply,
     reply_bytes,
 )
+from .stream import ALL, PIECE, Stream, Ticks
 from .wire import Direct, Wire, cut, make_wire
 
 CENTER = 0  # rank
 _HEADER, _DELTA, _REPLY, _CENTER_VARIABLE = range(1, 5)  # tags, on a communicator of our own
-
-PIECE = 1 << 20  # bytes; ULFM: large sends under way when a rank dies can hang Open MPI 5.0's btl/tcp
-IN_FLIGHT = 4  # pieces, at the center; a worker posts all of its own at once, so that any MPI call moves them
-_ALL = 1 << 60
-_STALLED = 0.05  # seconds without a piece
-
-
-class _Ticks:
-    """Counts what has come and gone: headers, and pieces of vectors."""
-
-    count = 0
-
-
-class _Stream:
-    """A vector on its way in pieces, `in_flight` at a time; `post` starts one piece, `done` is told of each.
-
-    `limit`: no piece that begins at this element or later may start yet.
-    """
-
-    def __init__(
-        self,
-        post: Callable[[Array], MPI.Request],
-        pieces: Iterator[Array],
-        ticks: _Ticks,
-        in_flight: int = IN_FLIGHT,
-        done: Callable[[slice], None] = lambda _part: None,
-        limit: int = _ALL,
-    ) -> None:
-        self._post, self._pieces, self._ticks, self._done = post, pieces, ticks, done
-        self._in_flight, self._at, self._next, self._limit = in_flight, 0, 0, limit
-        self._requests: deque[tuple[MPI.Request, int]] = deque()
-        self._posted, self._moved = False, time.perf_counter()
-        self._fill()
-
-    def _fill(self) -> None:
-        while len(self._requests) < self._in_flight and self._next < self._limit:
-            if (piece := next(self._pieces, None)) is None:
-                self._posted = True
-                return
-            self._requests.append((self._post(piece), piece.size))
-            self._next += piece.size
-
-    def extend(self, limit: int) -> None:
-        """Let the pieces before `limit` start, too."""
-        self._limit = limit
-        self.test()
-        self._fill()
-
-    @property
-    def busy(self) -> bool:
-        """Whether this stream keeps its link busy for a while: it moves, and is not at its last pieces."""
-        return not self._posted and time.perf_counter() - self._moved < _STALLED
-
-    def test(self) -> bool:
-        requests = self._requests
-        while requests and requests[0][0].Test():
-            _, size = requests.popleft()
-            self._done(slice(self._at, self._at + size))
-            self._at += size
-            self._moved = time.perf_counter()
-            self._ticks.count += 1
-            self._fill()
-        return not requests
 
 
 class _Exchange:
@@ -107,24 +45,24 @@ class _Exchange:
     def __init__(self, comm: MPI.Comm, wire: Wire, commit: Commit, out: Array | None) -> None:
         self._wire, self._out = wire, out
         self._done: Reply | None = None
-        self._ticks = _Ticks()
-        self._streams: list[_Stream] = []
+        self._ticks = Ticks()
+        self._streams: list[Stream] = []
         payload = commit.payload
         wants, nbytes = commit.wants | (PULL if out is not None else 0), 0 if payload is None else payload.nbytes
         self._requests = [comm.Isend(commit._replace(wants=wants, nbytes=nbytes).encode(), CENTER, _HEADER)]
         if payload is not None:
             pieces = (piece for chunk in wire.outgoing(payload) for piece in cut(chunk, PIECE))
-            self._streams.append(_Stream(lambda x: comm.Isend(x, CENTER, _DELTA), pieces, self._ticks, _ALL))
+            self._streams.append(Stream(lambda x: comm.Isend(x, CENTER, _DELTA), pieces, self._ticks, ALL))
         # The receives come after the sends, while these are under way.
         self._header = bytearray(reply_bytes(comm.size - 1))
         self._requests.append(comm.Irecv(self._header, CENTER, _REPLY))
         if out is not None:
             self._streams.append(
-                _Stream(
+                Stream(
                     lambda x: comm.Irecv(x, CENTER, _CENTER_VARIABLE),
                     cut(wire.incoming(out), PIECE),
                     self._ticks,
-                    _ALL,
+                    ALL,
                     lambda part: wire.arrived(out, part),
                 )
             )
@@ -202,7 +140,7 @@ class _Answer(NamedTuple):
     worker: int
     header: bytes
     request: MPI.Request
-    stream: _Stream | None
+    stream: Stream | None
     buffer: _Buffer
 
     def test(self) -> bool:
@@ -227,11 +165,11 @@ class P2PCenter:
         self._posted: dict[int, MPI.Request] = {}  # header receives, by worker
         self._turn = 0  # where the round over workers begins
         self._queue: deque[Commit] = deque()  # deltas that wait for a slot, by arrival
-        self._receiving: list[tuple[Commit, _Buffer | None, _Stream]] = []
+        self._receiving: list[tuple[Commit, _Buffer | None, Stream]] = []
         self._ready: deque[tuple[Commit, _Buffer | None]] = deque()
         self._replies: list[_Answer] = []
         self._applied: Commit | None = None  # while it is, if it wants c
-        self._out: _Stream | None = None  # c on its way to the worker of that one, block by block
+        self._out: Stream | None = None  # c on its way to the worker of that one, block by block
         self._left: list[Commit] = []
         self.lost = set[int]()  # workers that have died, with `on_loss` alone; else the error is raised
         self.on_loss: Callable[[int], None] | None = None  # told of each, after its messages are forgotten
@@ -239,7 +177,7 @@ class P2PCenter:
         self.dropped = set[int]()  # workers that nobody waits for, until they are heard of again
         self._farewell: Reply | None = None
         self._buried: list[object] = []  # requests of the dead, and what MPI may still touch for them
-        self._ticks = _Ticks()
+        self._ticks = Ticks()
         self._moved = 0.0  # time of the last look at the messages
 
     @property
@@ -411,7 +349,7 @@ class P2PCenter:
 
     def _start(self, commit: Commit, slot: _Buffer) -> bool:
         """Post the receives of a delta."""
-        stream = _Stream(
+        stream = Stream(
             lambda x: self._comm.Irecv(x, commit.worker + 1, _DELTA),
             cut(slot.wire.incoming(slot.x), PIECE),
             self._ticks,
@@ -425,7 +363,7 @@ class P2PCenter:
         scratch = np.empty(min(PIECE, commit.nbytes), np.uint8)
         pieces = (scratch[: min(PIECE, commit.nbytes - at)] for at in range(0, commit.nbytes, PIECE))
         post = partial(self._comm.Irecv, source=commit.worker + 1, tag=_DELTA)
-        self._receiving.append((commit, None, _Stream(post, pieces, self._ticks, in_flight=1)))
+        self._receiving.append((commit, None, Stream(post, pieces, self._ticks, in_flight=1)))
 
     def _slot(self) -> _Buffer | None:
         if self._free:
@@ -449,9 +387,9 @@ class P2PCenter:
         """Send c to a worker, up to element `stop`."""
         if self._out is None:
             post = partial(self._comm.Isend, dest=worker + 1, tag=_CENTER_VARIABLE)
-            self._out = _Stream(post, self._center.outgoing(), self._ticks, limit=0)
+            self._out = Stream(post, self._center.outgoing(), self._ticks, limit=0)
         piece = PIECE // self.c.dtype.itemsize
-        self._out.extend(_ALL if stop == self.c.size else stop - stop % piece)
+        self._out.extend(ALL if stop == self.c.size else stop - stop % piece)
         return True
 
     def _answer(self, commit: Commit, reply: Reply) -> None:

@@ -8,14 +8,15 @@ from agnmpi import nesterov, rules, sgd
 from agnmpi.agree import ConfigError
 from agnmpi.transport import collective
 from agnmpi.transport.base import WORK, Commit
+from agnmpi.transport.wire import CHUNK, Staged
 from agnmpi.wiring import Setup, check_fit, connect
 from agnmpi.worker import train
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
 
-def join(comm, rule, optimizer, n=3, center_optimizer=None, overlap=False):
-    x = np.full(n, float(comm.rank))  # rank 0's counts
+def join(comm, rule, optimizer, n=3, center_optimizer=None, overlap=False, dtype="f8"):
+    x = np.full(n, float(comm.rank), dtype)  # rank 0's counts
     return connect(comm, rule, x, optimizer, center_optimizer, Setup("collective", overlap=overlap))
 
 
@@ -152,12 +153,26 @@ def test_a_rule_with_a_server_is_refused(comm):
         check_fit(rules.synchronous(), Setup("p2p"), comm, sgd(1.0), None)
 
 
-@pytest.mark.mpi(min_size=2)
-def test_vectors_in_different_places_are_refused(comm):
-    """Their sums would be cut into different numbers of pieces."""
-    x = np.zeros(3, "f4")
-    with pytest.raises(ConfigError, match=r"where the vectors lie differs between ranks: .*device on rank 0"):
-        connect(comm, rules.synchronous(), paper.Vector(x) if comm.rank == 0 else x, None, setup=Setup("collective"))
+def test_ranks_with_and_without_a_device_sum_together(comm):
+    """Staged chunks and vectors on the host are cut into the same pieces; here more than one chunk."""
+    n = CHUNK // 4 + 300_000
+    member = join(comm, rules.synchronous(), None, n=n, dtype="f4")
+    (worker,) = member.workers
+    member.begin(None, 1)
+    end, staged, out = worker.end, comm.rank % 2, np.empty(n, "f4")
+    apply, seen = end.apply, []
+    if staged:
+        end.wire, end.sum = Staged(), paper.Vector(np.zeros(n, "f4"))
+        end.apply = lambda commit, c: apply(commit._replace(payload=commit.payload.memory), c)
+    end.exchange(Commit(comm.rank, wants=WORK), None)
+    for turn in range(1, 4):
+        x = (np.arange(n) % 1000 + comm.rank).astype("f4")
+        commit = Commit(comm.rank, turn, steps=1, wants=WORK, payload=paper.Vector(x) if staged else x)
+        end.exchange(commit, out).wait()
+        seen.append(out.copy())
+    mean = np.arange(n) % 1000 + (comm.size - 1) / 2
+    np.testing.assert_allclose(seen[2] - seen[1], mean, rtol=1e-5)
+    np.testing.assert_allclose(seen[1] - seen[0], mean, rtol=1e-5)
 
 
 def test_what_is_sent_stays_alive_until_the_round_is_done(comm, monkeypatch):
