@@ -168,5 +168,5 @@ def choose(device: str, local_index: int) -> ModuleType:
         cupy.cuda.Device(local_index % count).use()
         return cupy  # type: ignore[no-any-return]
     if device == "gpu":
-        raise ValueError("device 'gpu': CuPy finds no CUDA device here; pip install 'agnmpi[cuda12]' or use 'cpu'")
+        raise ValueError("device 'gpu': CuPy finds no CUDA device here; pip install cupy-cuda12x, or use 'cpu'")
     return np

@@ -284,6 +284,8 @@ def main(comm: MPI.Comm, given: Options) -> int:
     """Measure, print tables on rank 0, and write JSON."""
     if min(given.sizes) < 1 or given.rounds < 1 or given.quiet < 0 or given.optimizer_size < 0:
         raise agree.ConfigError("sizes and rounds must be at least 1, quiet and optimizer-size at least 0")
+    if comm.size == 1 and given.workers:
+        raise agree.ConfigError("one rank, and so no workers; type: mpiexec -n 2 python -m agnmpi bench")
     counts = list(given.workers) or [comm.size - 1]
     if comm.size > 1 and not 0 < min(counts) <= max(counts) < comm.size:
         raise agree.ConfigError(f"workers must be 1 to {comm.size - 1} in a world of {comm.size}, not {counts}")

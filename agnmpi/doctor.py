@@ -79,7 +79,7 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
         hints.append("one rank: a rule with a center needs two or more; type: mpiexec -n 4 python -m agnmpi doctor")
     beside = str(Path(sys.executable).parent)
     if not shutil.which("mpiexec") and not shutil.which("mpiexec", path=beside):
-        hints.append("no mpiexec on PATH; type: pip install 'agnmpi[mpich]', or load your cluster's MPI module")
+        hints.append("no mpiexec on PATH; type: pip install mpich, or load your cluster's MPI module")
     if not devices:
         hints += [*launch.unused_devices(devices), _no_device()]
     crowded = any(rank["local_size"] > rank["cores"] for rank in ranks)
@@ -102,7 +102,7 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
 
 def _no_device() -> str:
     if importlib.util.find_spec("cupy") is None:
-        return "CPU only: CuPy is not installed; for NVIDIA GPUs type: pip install 'agnmpi[cuda12]' (or cuda13)"
+        return "CPU only: CuPy is not installed; for NVIDIA GPUs type: pip install cupy-cuda12x (or 13x)"
     return "CPU only: CuPy is installed but finds no CUDA device or driver here (nvidia-smi tells)"
 
 

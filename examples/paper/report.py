@@ -136,7 +136,7 @@ def write(out: Path, rows: list[dict]) -> None:
     try:
         import matplotlib as mpl
     except ImportError:
-        print("no matplotlib, no pictures: pip install 'agnmpi[paper]', then --report")
+        print("no matplotlib, no pictures: pip install matplotlib, then --report")
         return
     mpl.use("agg")
     import matplotlib.pyplot as plt

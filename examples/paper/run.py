@@ -1,6 +1,6 @@
 """The experiment of arXiv:1710.02368 in virtual time, with the code that trains over MPI; see cells.py.
 
-python examples/paper/run.py --quick --data DIRECTORY_OF_MNIST     (pip install 'agnmpi[paper]')
+python examples/paper/run.py --quick --data DIRECTORY_OF_MNIST     (pip install matplotlib)
 
 Finished cells are kept in OUT/cells.jsonl and skipped when it is started again; tables and pictures are made at the
 end, or with --report alone.
