@@ -323,10 +323,8 @@ def load(path: str | None = None, given: Mapping[str, Any] | None = None, sets: 
             values[table] = inner | {name: _value(text)}
         else:
             values[key] = _value(text)
-    asked = {*(given or {}), *(item.partition("=")[0] for item in sets)} & {"epochs", "steps"}
-    if asked == {"epochs", "steps"} and values["steps"] is not None:
-        raise ValueError(f"epochs {values['epochs']} and steps {values['steps']}: give one of them")
-    if asked == {"epochs"}:
+    asked = {*(given or {}), *(item.partition("=")[0] for item in sets)}
+    if "epochs" in asked and "steps" not in asked:
         values.pop("steps", None)  # the file's
     known = [f.name for f in fields(Config)]
     for key in values:

@@ -116,5 +116,4 @@ def test_epochs_that_are_given_override_steps_in_the_file(tmp_path):
     assert load(str(file), {"epochs": 5.0}).steps is None
     assert load(str(file), sets=["epochs=5"]).steps is None
     assert load(str(file), {"steps": 7}).steps == 7
-    with pytest.raises(ValueError, match=r"epochs 5.0 and steps 7: give one of them"):
-        load(str(file), {"epochs": 5.0, "steps": 7})
+    assert load(str(file), {"epochs": 5.0, "steps": 7}).steps == 7

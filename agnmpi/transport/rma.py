@@ -119,8 +119,7 @@ class RMAWorker:
             taken, done = windows.look(word, 2).tolist()
             return out.size if taken == posted else int(done)
 
-        windows.pull(self.wire, out, readable)
-        finish(lambda: windows.read(word) == posted)
+        windows.pull(self.wire, out, readable)  # its last piece comes when the message is taken
         reply = self._of_now(self._answer())
         windows.add(READERS, -1)
         return reply
