@@ -108,8 +108,9 @@ class AGNOptimizer:
                 period = operator.index(communication_period)
             except TypeError:
                 raise TypeError(f"communication_period must be an int, not {communication_period!r}") from None
-            if period < 1:
-                raise ValueError(f"communication_period must be at least 1, not {period}")
+            for what, number in (("communication_period", period), ("slots", slots)):
+                if number < 1:
+                    raise ValueError(f"{what} must be at least 1, not {number}")
             for key, array in named(params).items():
                 if optimizer is None and not getattr(array.flags, "writeable", True):
                     raise ValueError(
@@ -175,7 +176,7 @@ class AGNOptimizer:
         self._sharded = centers > 1
         self._in_loop = self._stepped = self._closed = False
         self._loops: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
-        atexit.register(self._end_loop)  # before mpi4py finalizes MPI
+        atexit.register(self._at_exit)  # before mpi4py finalizes MPI
         self._pulls = 0  # of the worker, when your arrays were last brought up to date
         self.loss = nan
 
@@ -288,6 +289,9 @@ class AGNOptimizer:
             steps.close()
             if worker.elected:
                 self._serve()
+            raise
+        except BaseException:  # leave, too: whoever catches it may keep this frame alive
+            steps.close()
             raise
         finally:
             self._in_loop = self._stepped = False
@@ -460,12 +464,17 @@ class AGNOptimizer:
         if self._closed:
             return
         self._end_loop()
-        atexit.unregister(self._end_loop)
+        atexit.unregister(self._at_exit)
         self._closed = True
         self._hook.remove()
         self._member.close()
         if self._member.failover is None or not self._member.failover.lost:  # with the dead it would not end
             self._comm.Free()
+
+    def _at_exit(self) -> None:
+        """Nobody has closed it, perhaps for a sys.exit on this rank alone: the others come to their end, too."""
+        if not MPI.Is_finalized():
+            self.close()
 
     def __enter__(self) -> "AGNOptimizer":
         return self

@@ -161,6 +161,10 @@ class Config:
             raise ValueError("drop_stalled drops workers that are silent for longer than stall_limit: give that, too")
         if self.resume == "auto" and self.run is None:
             raise ValueError("resume 'auto' looks for checkpoints in the run's directory: name it with run")
+        if self.record and self.drop_stalled:
+            raise ValueError("record with drop_stalled cannot be replayed: a record does not say when it dropped whom")
+        if self.run is not None and self.resume not in (None, "auto") and Path(self.run) != Path(self.resume):
+            raise ValueError(f"resume goes on in {self.resume}: leave out run {self.run}")
         if self.resume is not None and self.record:
             raise ValueError("a record begins with the run: leave out record, or resume")
         if self.variant != "displacement" and self.rule != "agn":
@@ -193,6 +197,10 @@ class Config:
             raise ValueError("record is of one center that serves: with several each has an order of its own")
         if self.drop_stalled and (transport != "p2p" or self.centers > 1):
             raise ValueError(f"drop_stalled needs transport p2p and one center, not {transport!r}, {self.centers}")
+        if self.record and transport == "rma":
+            raise ValueError("record is of transport p2p: what one-sided calls read is not in the order of messages")
+        if self.stall_limit and not self.use_locking:
+            raise ValueError("stall_limit without locking: the center hears of no single worker; leave one of them")
         if self.record and transport == "collective":
             raise ValueError("record is of runs with a center; on transport collective every run repeats itself")
         whole = replace(

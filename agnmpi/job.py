@@ -136,7 +136,9 @@ class Job:
         if config.resume is not None:
             directory = partial(run_directory, config) if self.rank == 0 else None
             required = config.resume != "auto"
-            resumed = resume(comm, member, self.layout, self.plan.steps, directory, required, self.said.append)
+            resumed = resume(
+                comm, member, self.layout, self.plan.steps, self._data(), directory, required, self.said.append
+            )
             self.complete = resumed is not None and member.center.steps >= self.plan.steps
         member.begin(self.plan.steps, config.period)
         made = agree.together(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
@@ -242,7 +244,7 @@ class Job:
             self._say(f"{self.signals.asked}: the workers commit what they have done; then a checkpoint, and the end")
         self.survivors.tick()
         if self.saver is not None:
-            self.saver.tick(self._own_center())
+            self.saver.take_in()
             if self.saver.begun:
                 member.save_others(self.saver.begun)
         if not self.setup.use_locking:
@@ -262,10 +264,10 @@ class Job:
         if self.monitor is None:
             return
         self.monitor.commit(commit, c)
+        if self.saver is not None:
+            self.saver.tick(c)
         if self.member.serves:
             self.injection.step()
-        elif self.saver is not None:
-            self.saver.tick(c)
 
     def _served(self, commit: Commit, reply: Reply) -> None:
         self.survivors.heard(commit.worker, bool(commit.wants & LEAVE))
@@ -282,6 +284,10 @@ class Job:
         if self.monitor is not None:
             self.monitor.note(event, **facts)
 
+    def _data(self) -> dict[str, int]:
+        """What says which samples each step has."""
+        return {"samples": self.problem.samples, "batch": self.config.batch, "seed": self.config.seed}
+
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint says beside the center's own facts."""
         return {
@@ -289,6 +295,7 @@ class Job:
             "centers": self.setup.centers if self.setup.serves else 1,
             "workers": self.member.count,
             "layout": self.layout._asdict(),
+            "data": self._data(),
             "config": asdict(self.config),
             "ranks": self.member.failover.served[1:] if self.member.failover else [],
             **(self.monitor.progress if self.monitor is not None else {}),

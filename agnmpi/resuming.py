@@ -19,14 +19,16 @@ def resume(
     member: Member,
     layout: Layout,
     total: int,
+    data: Mapping[str, int],
     run: Callable[[], Path] | None,
     required: bool,
     say: Callable[[str], None],
 ) -> Mapping[str, Any] | None:
     """Restore `member` from the newest whole checkpoint; collective. Returns its facts, None if there is none.
 
-    `total`: steps of the run; `run()`: its directory, on rank 0; `required`: refuse if there is no checkpoint; `say` is
-    told what is left out, and where the run goes on.
+    `total`: steps of the run; `data`: what says which samples a step has (samples, batch, seed); `run()`: its
+    directory, on rank 0; `required`: refuse if there is no checkpoint; `say` is told what is left out, and where the
+    run goes on.
     """
 
     def find() -> tuple[str, dict[str, Any]]:
@@ -40,6 +42,10 @@ def resume(
         if found is None:
             return "", {}
         check_model(layout, found[2], str(found[0]))
+        saved = found[2].get("data", data)
+        differ = [f"{key} {saved[key]}, not {data[key]}" for key in data if saved[key] != data[key]]
+        if differ:
+            raise ValueError(f"{found[0]} has {' and '.join(differ)}: it cannot be told which samples are done")
         if found[2]["steps"] > total:
             raise ValueError(
                 f"{found[0]} has {found[2]['steps']} steps, but the run ends at {total}: give more "

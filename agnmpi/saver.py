@@ -49,10 +49,14 @@ class CenterSaver:
         """Whether a checkpoint is being written."""
         return self._pending is not None and not self._pending.done()
 
-    def tick(self, c: Array) -> None:
-        """Save if it is time. Call it between two commits."""
+    def take_in(self) -> None:
+        """Report what has been written, without waiting."""
         if self._pending is not None and self._pending.done():
             self._settle()
+
+    def tick(self, c: Array) -> None:
+        """Save if it is time. Call it when a commit has been applied, before that is answered."""
+        self.take_in()
         due = [self._due()] if self._due else []
         due += [self._due_commits(self._center.clock)] if self._due_commits else []
         self._wanted = self._wanted or any(due)

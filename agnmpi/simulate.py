@@ -22,7 +22,7 @@ from .monitor import Monitor
 from .params import Layout, parts
 from .problem import load_problem
 from .timing import Timing, figures, timing_only
-from .transport.base import Commit, Handle, Reply, WorkerEnd
+from .transport.base import STOP, Commit, Handle, Reply, WorkerEnd
 from .transport.local import LocalCenter, LocalHandle, LocalWorker
 from .transport.virtual import Agenda, Station, VirtualHandle, VirtualWorker
 from .version import __version__
@@ -264,6 +264,8 @@ def replay(recorded: Path, config: Config) -> Callable[[], dict[str, Any]]:
     def drive() -> None:
         for line, expected in enumerate(order, 2):
             messages = outboxes[expected.worker].messages
+            if expected.control == STOP:  # somebody had asked the run to end
+                stage.centers[0].control = STOP
             if config.dylu:  # speeds are of the run's clock, which has gone: grant what was granted
                 stage.leases.pace = lambda _worker, _steps, granted=expected.work_steps: max(1, granted)
             while not messages and next(sessions[expected.worker], None) is not None:

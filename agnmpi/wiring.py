@@ -142,6 +142,7 @@ class Member:
         self.end, self._apply = end, apply
         self._spans, self._others, self._centers, self._whole = spans, others, centers, whole
         self._asked: dict[int, tuple[int, Handle]] = {}  # by other center: the number asked for last
+        self._copied: list[Handle] = []  # pulls of the snapshot begun last
         self._resumed: Mapping[str, Any] | None = None
         self.first = centers is None or centers.rank == 0  # whether this center grants the work
         self.session = 0  # sessions begun; the last with these:
@@ -162,7 +163,7 @@ class Member:
             if self._whole is not None:
                 self._whole[...] = arrays["c"]
             if hasattr(self.end, "resume"):
-                self.end.resume(self.center.clock, self.center.steps)
+                self.end.resume(self.center)
         elif self.center.rule.collective:
             end: Any = self.workers[0].end
             self.center.restore(arrays, facts, end.c)
@@ -214,7 +215,8 @@ class Member:
         if self._whole is None or self._centers is None:
             return
         if self.first:
-            for _, handle in self._asked.values():
+            # Before the farewells: what comes for one would else be taken for another.
+            for handle in [*self._copied, *(handle for _, handle in self._asked.values())]:
                 handle.wait()
             farewells = [end.leave(None, self._whole[span]) for end, span in zip(self._others, self._spans[1:])]
             for farewell in farewells:
@@ -240,7 +242,7 @@ class Member:
         whole: Array = empty_like(self._whole)
         assert self.end is not None
         whole[self._spans[0]] = to_host(self.end.c)
-        handles: list[Handle] = [end.pull(whole[span]) for end, span in zip(self._others, self._spans[1:])]
+        self._copied = handles = [end.pull(whole[span]) for end, span in zip(self._others, self._spans[1:])]
         return lambda: whole if sum([handle.test() for handle in handles]) == len(handles) else None
 
     @property
@@ -305,6 +307,8 @@ def _apply(center: Center, observe: Observe | None, record: Record | None = None
         reply = center.apply(commit, c)
         if observe is not None and commit.payload is not None and reply.status == OK:
             observe(commit, c)
+            # If it has saved c, this worker hears of it at once, and saves what it is then.
+            reply = reply._replace(checkpoint=center.checkpoint)
         if record is not None:
             record(commit, reply)
         return reply
@@ -314,11 +318,16 @@ def _apply(center: Center, observe: Observe | None, record: Record | None = None
 
 def _booked(center: Center, end: Any, observe: Observe | None) -> Apply:
     """Serverless: the commits are summed already; count them."""
-    refused = 0  # at the last good commit
+    refused: int | None = None  # at the last good commit
 
     def apply(commit: Commit, c: Array) -> Reply:
         nonlocal refused
-        center.refused = end.refused
+        if commit.wants & SAVE:
+            if center.on_save:
+                center.on_save(commit.first)
+            return Reply(center.clock)
+        center.refused, before = end.refused, center.refused
+        refused = before if refused is None else refused
         if commit.commits:
             refused = center.refused
         elif center.refused - refused >= center.patience:

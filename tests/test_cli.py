@@ -254,7 +254,7 @@ import numpy as np
 from mpi4py import MPI
 from agnmpi import AGNOptimizer, sgd
 comm = MPI.COMM_WORLD
-opt = AGNOptimizer(sgd(0.1), np.zeros(3), comm, 2)
+opt = AGNOptimizer(sgd(0.1), np.zeros(3), comm, 2, transport="{transport}")
 count = 0
 for step in opt.steps({steps}):
     count += 1
@@ -262,9 +262,11 @@ for step in opt.steps({steps}):
         {act}
     opt.minimize(lambda p: (0.0, p["0"] - 1))
 print("rank", comm.rank, "ended at", opt.global_step)
+opt.close()
 """
 
 
+@pytest.mark.parametrize("transport", ["p2p", "rma"])
 @pytest.mark.parametrize(
     ("act", "good", "text"),
     [
@@ -274,10 +276,10 @@ print("rank", comm.rank, "ended at", opt.global_step)
         ("sys.exit(3)", None, ""),
     ],
 )
-def test_a_script_of_ones_own_never_hangs(tmp_path, act, good, text):
+def test_a_script_of_ones_own_never_hangs(tmp_path, act, good, text, transport):
     script = tmp_path / "script.py"
     # A failure must show at once, not when the others have finished their work.
-    script.write_text(SCRIPT.format(act=act, steps=400 if good is not False else 10**9))
+    script.write_text(SCRIPT.format(act=act, transport=transport, steps=400 if good is not False else 10**9))
     code, output = mpiexec(3, sys.executable, script, timeout=LIMIT)
     assert (code == 0) == bool(good), output
     assert re.search(text, output), output

@@ -71,6 +71,8 @@ def test_schedule_of_the_optimizer():
         ({"options": 3}, "options must be a table"),
         ({"variant": "gradient", "rule": "downpour"}, "is of rule agn"),
         ({"workers": 3}, "for --transport local"),
+        ({"record": True, "drop_stalled": True, "stall_limit": 1.0}, "does not say when it dropped whom"),
+        ({"run": "b", "resume": "a"}, "resume goes on in a: leave out run b"),
     ],
 )
 def test_what_is_refused_at_once(values, text):
@@ -87,6 +89,8 @@ def test_what_is_refused_at_once(values, text):
         ({"optimizer_options": {"gamma": 1}}, "gamma"),
         ({"optimizer_options": {"beta1": 2.0}}, "beta1 must lie"),
         ({"optimizer": "sgd", "weight_decay": -1.0}, "weight_decay"),
+        ({"record": True, "transport": "rma"}, "record is of transport p2p"),
+        ({"stall_limit": 1.0, "transport": "rma", "use_locking": False}, "hears of no single worker"),
     ],
 )
 def test_what_is_refused_when_completed(values, text):

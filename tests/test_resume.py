@@ -189,6 +189,51 @@ def test_checkpoints_while_it_runs_and_a_broken_newest_one(tmp_path):
     assert result(run)["samples"] == 24 * 240
 
 
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ["--transport", "local"]),
+        (2, []),
+        pytest.param(2, ["--transport", "rma"], marks=pytest.mark.long),
+        (1, ["--rule", "synchronous"]),
+    ],
+    ids=str,
+)
+def test_after_a_crash_it_is_the_whole_bit_for_bit(tmp_path, ranks, options):
+    """One worker: its local state is that of the checkpoint, and no gradient enters its moments twice."""
+    whole, crashed = tmp_path / "whole", tmp_path / "crashed"
+    options = [*SHORT, "--optimizer", "adam", "--checkpoint-commits", "5", *options]
+    train(ranks, *options, "--epochs", "10", "--run", whole)
+    code, output = agnmpi(
+        ranks, "train", QUADRATIC, *options, "--epochs", "10", "--run", crashed, "--inject-faults",
+        env={"AGNMPI_FAULTS": f"kill:{ranks - 1}@103"}, timeout=LIMIT,
+    )  # fmt: skip
+    assert code != 0
+    assert not (crashed / "result.json").exists(), output
+    output = train(ranks, "--resume", crashed)
+    assert "local state" not in output
+    assert center(crashed) == center(whole)
+
+
+def test_checkpoints_of_several_centers_that_nobody_serves(tmp_path):
+    run = tmp_path / "run"
+    code, output = agnmpi(
+        4, "train", QUADRATIC, *SHORT, "--transport", "rma", "--no-use-locking", "--centers", "2",
+        "--checkpoint-commits", "10", "--epochs", "4000", "--set", "options.slow=0.002", "--run", run,
+        "--inject-faults", env={"AGNMPI_FAULTS": "kill:3@200"}, timeout=LIMIT,
+    )  # fmt: skip
+    assert code != 0, output
+    found = newest(run, pytest.fail)
+    assert found is not None
+    steps = int(found[2]["steps"])
+    assert steps >= 100
+    assert len(folders(run)) <= 5, "old ones go"
+    stale = found[2]["staleness"]
+    output = train(4, "--resume", run, "--steps", str(steps + 40), "--set", "options.slow=0")
+    assert result(run)["steps"] == steps + 40
+    assert result(run)["staleness"]["max"] >= stale[1], "counts go on"
+
+
 def test_resume_auto(tmp_path):
     run = tmp_path / "run"
     options = ["--run", run, "--resume", "auto"]
@@ -205,6 +250,8 @@ def test_resume_auto(tmp_path):
         (["--resume", "RUN", "--center-optimizer", "adam"], "center optimizer is add, not adam"),
         (["--resume", "nowhere"], "nowhere"),
         (["--resume", "RUN", "--steps", "3"], "has 15 steps, but the run ends at 3"),
+        (["--resume", "RUN", "--epochs", "2", "--batch", "8"], "has batch 16, not 8: it cannot be told which samples"),
+        (["--resume", "RUN", "--epochs", "2", "--seed", "7"], "has seed 0, not 7"),
     ],
 )
 def test_what_cannot_be_resumed_is_refused(tmp_path, options, text):

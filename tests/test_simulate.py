@@ -1,11 +1,13 @@
 """Virtual time: repeatable, equal to the plain loop where it costs nothing, to closed forms, and to recorded runs."""
 
 import json
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
-from launcher import ROOT, agnmpi
+from launcher import ROOT, Job, agnmpi
 
 from agnmpi import record, rules, simulate
 from agnmpi.backend import full_like
@@ -353,6 +355,25 @@ def test_a_recorded_run_replays_to_the_same_bits(tmp_path, capsys, options):
     for key in ("clock", "workers", "metrics", "samples"):
         assert original[key] == replayed[key]
     assert original["staleness"]["mean"] == pytest.approx(replayed["staleness"]["mean"], abs=1e-3)
+
+
+def test_a_record_of_an_interrupted_run_replays(tmp_path, capsys):
+    run = tmp_path / "run"
+    job = Job(
+        3, sys.executable, "-m", "agnmpi", "train", f"{ROOT}/tests/problems.py:Blobs", "--epochs", "100000", "--period",
+        "3", "--log-every", "0.1", "--evaluate-every", "0", "--record", "--run", run,
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not (run / record.NAME).exists() or (run / record.NAME).read_text().count("\n") < 50:
+        assert time.monotonic() < until, "no progress"
+        time.sleep(0.05)
+    job.process.send_signal(signal.SIGUSR1)
+    code, output = job.finish(60)
+    assert code == 75, output
+    _, order = record.read(run)
+    commits = max(served.clock for served in order)
+    assert main(["simulate", "--replay", str(run), "--run", str(tmp_path / "replay")]) == 0
+    assert json.loads((tmp_path / "replay" / "result.json").read_text())["clock"] == commits
 
 
 def test_a_record_cut_short_by_a_crash_replays_to_where_it_ends(tmp_path):

@@ -161,4 +161,4 @@ class Round:
             self._out[...] = end.c
         control = STOP if leaving else CONTINUE
         work = end.grant(self._commit.wants)
-        return Reply(end.clock, status, control, work, end.steps, int(checkpoint))
+        return Reply(end.clock, status, control, work, end.steps, max(int(checkpoint), end.checkpoint))

@@ -5,6 +5,7 @@ TensorFlow's `use_locking=False`, for rules whose commits are added as they are.
 
 from functools import partial
 from math import isfinite
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -12,7 +13,22 @@ from mpi4py import MPI
 from ..agree import agree_on_total
 from ..backend import Array
 from ..data import NONE, Lease
-from .base import BAD, DUPLICATE, OK, REFUSED, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Polled, Reply
+from .base import (
+    BAD,
+    DUPLICATE,
+    OK,
+    REFUSED,
+    SAVE,
+    STOP,
+    WORK,
+    Apply,
+    Capabilities,
+    Commit,
+    Done,
+    Handle,
+    Polled,
+    Reply,
+)
 from .windows import (
     APPLIED,
     CENTER,
@@ -24,6 +40,7 @@ from .windows import (
     NEXT,
     READERS,
     REFUSALS,
+    SAVING,
     STALENESS,
     STALEST,
     STEPS,
@@ -61,6 +78,8 @@ class SumWorker:
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c at once; then pull."""
         windows, status = self.windows, OK
+        if commit.wants & SAVE:
+            windows.add(SAVING, commit.first, MPI.REPLACE)
         if not windows.one_host:
             windows.add(READERS, 1)  # the center stays awake while bytes are on the way
         if commit.payload is not None and commit.sequence <= self._sequence:
@@ -127,7 +146,7 @@ class SumCenter:
         self._windows = windows = Windows(comm, c, 0)
         self._c = windows.vector(windows.center)
         self._c[...] = c
-        self._left = self._sessions = 0
+        self._left = self._sessions = self._saved = 0
         self._seen = [0, 0]  # clock and steps of which `apply` has been told
         self._loss = 0.0
         self.progress = 0
@@ -164,9 +183,11 @@ class SumCenter:
         self._windows.words[[CONTROL, CHECKPOINT]] = control, checkpoint
         self._windows.sync()
 
-    def resume(self, clock: int, steps: int) -> None:
-        """Go on from a checkpoint."""
-        self._windows.words[[CLOCK, STEPS]] = self._seen = [clock, steps]
+    def resume(self, center: Any) -> None:
+        """Go on from a checkpoint, with the counts of `center`."""
+        words, stale = self._windows.words, (center.staleness_sum, center.staleness_max)
+        words[[CLOCK, STEPS]] = self._seen = [center.clock, center.steps]
+        words[[STALENESS, STALEST]], words[REFUSALS] = stale, center.refused
         self._windows.sync()
 
     def open(self) -> None:
@@ -178,6 +199,9 @@ class SumCenter:
         windows.comm.Iprobe()  # progress for what comes from other hosts
         if not windows.one_host and windows.read(READERS):
             self.progress += 1
+        if (saving := windows.read(SAVING)) != self._saved:
+            self._saved = saving
+            apply(Commit(0, commits=0, wants=SAVE, first=saving), self._c)
         left = windows.read(LEFT)  # before the clock: who has left has committed
         clock, steps = windows.read(CLOCK), windows.read(STEPS)
         commits, done = clock - self._seen[0], steps - self._seen[1]

@@ -23,7 +23,7 @@ _PAGE = 4096
 
 # Words (int64) of the control window: counts; then for each worker what is applied, what is posted, and, side by side,
 # what is taken and how far c is done; then the headers of messages and replies.
-READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, LOSS, CONTROL, CHECKPOINT, REFUSALS, APPLIED = range(12)
+READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, LOSS, CONTROL, CHECKPOINT, REFUSALS, SAVING, APPLIED = range(13)
 COMMIT_WORDS, REPLY_WORDS = COMMIT_BYTES // 8, len(Reply(0).encode()) // 8
 # Added to the count of readers: by each who was kept out and waits, and by the center while c changes.
 WAITING, WRITING = 1 << 20, 1 << 40

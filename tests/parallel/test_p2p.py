@@ -8,8 +8,8 @@ from worlds import MPIWorld
 from agnmpi import adam, rules
 from agnmpi.center import Center
 from agnmpi.data import Leases
-from agnmpi.transport.base import OK, REFUSED, WORK, Commit
-from agnmpi.wiring import Setup
+from agnmpi.transport.base import OK, REFUSED, WORK, Commit, Done, Reply
+from agnmpi.wiring import Setup, connect
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -244,3 +244,32 @@ def test_a_run_of_misfits_ends_with_the_reason(comm):
         center.apply(misfit, c)
     with pytest.raises(ValueError, match="worker 0 announces -8 bytes"):
         Commit(0, 1, nbytes=-8).taken_from(0, 80)
+
+
+@pytest.mark.mpi(min_size=3)
+def test_copies_for_evaluations_come_before_the_farewell(comm):
+    """What another center still sends for one would be taken for the final center."""
+    n, order = 100, []
+    member = connect(comm, rules.agn(), np.zeros(n), None, setup=Setup("p2p", centers=2))
+    member.begin(4, 1)
+    if member.serves:
+        if comm.rank == 0:
+            (other,) = member._others
+            leave = other.leave
+            other.leave = lambda *given: order.append("leave") or leave(*given)
+
+            class Slow(Done):
+                def wait(self):
+                    order.append("copy")
+                    return super().wait()
+
+            other.pull = lambda out: Slow(Reply(0))
+            member.snapshot()
+        member.serve()
+        assert comm.rank or order == ["copy", "leave"]
+    else:
+        (worker,) = member.workers
+        for _ in worker.steps():
+            worker.step(None)
+        worker.settle()
+    member.close()
