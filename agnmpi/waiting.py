@@ -49,9 +49,12 @@ class Idle:
         time.sleep(min(self.cap, quiet / 8))
 
 
-def finish(test: Callable[[], bool], progress: Callable[[], int] = int) -> None:
-    """Call `test` until it is true, yielding the core in between; a change of `progress()` is no quiet."""
-    idle, seen = Idle(), progress()
+def finish(test: Callable[[], bool], progress: Callable[[], int] = int, spin: float = 1e-3) -> None:
+    """Call `test` until it is true, yielding the core in between; a change of `progress()` is no quiet.
+
+    `spin`: seconds of quiet before it sleeps in between.
+    """
+    idle, seen = Idle(spin=spin), progress()
     while not test():
         if (now := progress()) != seen:
             seen = now
