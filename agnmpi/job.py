@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from . import agree, launch
 from .backend import Array, bring, choose, current, device_count
-from .checkpoint import newest, save, write_atomic
+from .checkpoint import newest, prune, save, write_atomic
 from .config import Config
 from .data import Lease, Plan
 from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, read_faults
@@ -366,6 +366,8 @@ class Job:
             self.saver.finish()
             self.saver = None
         finish(self.survivors.comm.Ibarrier().Test)
+        if self.config.keep and self.monitor is not None:  # once more: now the other centers have written theirs
+            prune(self.directory, self.config.keep, self.setup.centers if self.setup.serves else 1)
 
     def _concluded(self) -> bool:
         """Save and write what has been reached; whether all have come through this, the same on every rank."""
