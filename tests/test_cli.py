@@ -261,7 +261,7 @@ for step in opt.steps({steps}):
     if comm.rank == 1 and count == 5:
         {act}
     opt.minimize(lambda p: (0.0, p["0"] - 1))
-print("rank", comm.rank, "ended at", opt.global_step)
+sys.stdout.write("rank %d ended at %d\\n" % (comm.rank, opt.global_step))  # in one piece
 opt.close()
 """
 
