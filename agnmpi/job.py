@@ -136,9 +136,13 @@ class Job:
         if config.resume is not None:
             directory = partial(run_directory, config) if self.rank == 0 else None
             required = config.resume != "auto"
-            resumed = resume(
-                comm, member, self.layout, self.plan.steps, self._data(), directory, required, self.said.append
-            )
+            try:
+                resumed = resume(
+                    comm, member, self.layout, self.plan.steps, self._data(), directory, required, self.said.append
+                )
+            except agree.ConfigError:  # on all ranks; MPICH 5.0 complains at length of windows that are not freed
+                member.close()
+                raise
             self.complete = resumed is not None and member.center.steps >= self.plan.steps
         member.begin(self.plan.steps, config.period)
         made = agree.together(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
