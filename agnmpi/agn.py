@@ -5,6 +5,7 @@ import operator
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from math import nan
 from typing import Any, TypeAlias
 
@@ -274,24 +275,21 @@ class AGNOptimizer:
     def _train(self, worker: Worker) -> Generator[int, None, None]:
         """The part of a worker in a loop."""
         self._in_loop = True
-        steps = worker.steps()
         try:
-            for number in steps:
-                self._refresh()
-                self._stepped = False
-                yield number
-                if not self._stepped:
-                    raise RuntimeError(
-                        f"step {number} was not taken: the loop over {self._name}.steps() must call minimize(), "
-                        "apply_gradients() or step() once"
-                    )
-        except GeneratorExit:  # break: commit the partial period and leave
-            steps.close()
+            # However it ends, commit the partial period and leave: who catches an error may keep this frame alive.
+            with closing(worker.steps()) as steps:
+                for number in steps:
+                    self._refresh()
+                    self._stepped = False
+                    yield number
+                    if not self._stepped:
+                        raise RuntimeError(
+                            f"step {number} was not taken: the loop over {self._name}.steps() must call minimize(), "
+                            "apply_gradients() or step() once"
+                        )
+        except GeneratorExit:  # break
             if worker.elected:
                 self._serve()
-            raise
-        except BaseException:  # leave, too: whoever catches it may keep this frame alive
-            steps.close()
             raise
         finally:
             self._in_loop = self._stepped = False

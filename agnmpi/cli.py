@@ -13,7 +13,7 @@ from .timing import Timing, load_timing
 from .version import __version__
 
 _TRANSPORTS = ("p2p", "rma", "serverless", "collective")
-_NOT_SIMULATED = {"resume": None, "stall_limit": 0.0, "drop_stalled": False}
+_SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
 _GROUPS = {
     "rule": "exchange",
     "optimizer": "optimizers",
@@ -120,7 +120,7 @@ def _add_simulate(commands: Any) -> None:
     simulate.add_argument(
         "--replay", metavar="RUN", default=None, help="repeat RUN, of train --record, message for message"
     )
-    _add_fields(simulate, Config, ("transport", "slots", "use_locking", "wire", "center_device", *_NOT_SIMULATED))
+    _add_fields(simulate, Config, (*_SIMULATED, "slots", "use_locking", "wire", "center_device"))
     _add_fields(simulate, Timing)
 
 
@@ -293,8 +293,7 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
     not_config = {"command", "config", "sets", "timing_only", "replay"}
     timings = {f.name for f in fields(Timing)} & set(vars(args))
     given = {key: value for key, value in vars(args).items() if key not in not_config | timings}
-    given["transport"] = "local"
-    given |= _NOT_SIMULATED
+    given |= _SIMULATED
 
     def ready() -> Any:
         if args.replay is not None:

@@ -163,7 +163,8 @@ class Member:
             if self._whole is not None:
                 self._whole[...] = arrays["c"]
             if hasattr(self.end, "resume"):
-                self.end.resume(self.center)
+                stale = self.center.staleness_sum, self.center.staleness_max
+                self.end.resume(self.center.clock, self.center.steps, stale, self.center.refused)
         elif self.center.rule.collective:
             end: Any = self.workers[0].end
             self.center.restore(arrays, facts, end.c)
@@ -318,20 +319,17 @@ def _apply(center: Center, observe: Observe | None, record: Record | None = None
 
 def _booked(center: Center, end: Any, observe: Observe | None) -> Apply:
     """Serverless: the commits are summed already; count them."""
-    refused: int | None = None  # at the last good commit
+    in_a_row = 0  # refused since the last good commit
 
     def apply(commit: Commit, c: Array) -> Reply:
-        nonlocal refused
+        nonlocal in_a_row
         if commit.wants & SAVE:
-            if center.on_save:
-                center.on_save(commit.first)
-            return Reply(center.clock)
-        center.refused, before = end.refused, center.refused
-        refused = before if refused is None else refused
-        if commit.commits:
-            refused = center.refused
-        elif center.refused - refused >= center.patience:
-            raise RuntimeError(f"{center.refused - refused} commits in a row were refused: they hold NaN or infinity")
+            return center.apply(commit, c)
+        refused = end.refused
+        in_a_row = 0 if commit.commits else in_a_row + refused - center.refused
+        center.refused = refused
+        if in_a_row >= center.patience:
+            raise RuntimeError(f"{in_a_row} commits in a row were refused: they hold NaN or infinity")
         center.clock += commit.commits
         center.steps += commit.steps
         center.staleness_sum, center.staleness_max = end.staleness

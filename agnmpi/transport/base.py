@@ -3,6 +3,7 @@
 import struct
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from math import nan
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -233,21 +234,24 @@ class InTurn:
 
 
 class Polled:
-    """A handle that asks `attempt`, which must not block for long, until it gives the reply."""
+    """A handle that asks `attempt(patient)` until it gives the reply; patient is who has nothing else to do."""
 
-    def __init__(self, attempt: Callable[[], Reply | None]) -> None:
+    def __init__(self, attempt: Callable[[bool], Reply | None]) -> None:
         self._attempt = attempt
         self._reply: Reply | None = None
 
+    def _try(self, patient: bool) -> bool:
+        if self._reply is None:
+            self._reply = self._attempt(patient)
+        return self._reply is not None
+
     def test(self) -> bool:
         """Ask once more, if need be; whether the reply is there."""
-        if self._reply is None:
-            self._reply = self._attempt()
-        return self._reply is not None
+        return self._try(False)
 
     def wait(self) -> Reply:
         """Ask until the reply is there."""
-        finish(self.test)
+        finish(partial(self._try, True))
         assert self._reply is not None
         return self._reply
 

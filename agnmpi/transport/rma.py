@@ -5,15 +5,13 @@ gets c: on one machine behind the apply, block by block.
 """
 
 import time
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 from mpi4py import MPI
 
 from ..backend import Array
-from ..waiting import finish
-from .base import LEAVE, MISFIT, PULL, Apply, Capabilities, Commit, Handle, Reply
+from .base import LEAVE, MISFIT, PULL, Apply, Capabilities, Commit, Handle, Polled, Reply
 from .windows import (
     APPLIED,
     CENTER,
@@ -32,34 +30,11 @@ from .wire import Direct, Wire
 _PIECE = 1 << 20  # bytes of c that are read at once behind the apply
 
 
-class _Exchange:
-    """A message or a pull under way; `attempt(patient)` gives the reply when it is there.
-
-    Who is patient has nothing else to do: it may stay with an apply until that ends, and is let in before the next.
-    """
-
-    def __init__(self, attempt: Callable[[bool], Reply | None]) -> None:
-        self._attempt = attempt
-        self._reply: Reply | None = None
-
-    def _try(self, patient: bool) -> bool:
-        if self._reply is None:
-            self._reply = self._attempt(patient)
-        return self._reply is not None
-
-    def test(self) -> bool:
-        return self._try(False)
-
-    def wait(self) -> Reply:
-        finish(partial(self._try, True))
-        assert self._reply is not None
-        return self._reply
-
-
 class RMAWorker:
     """A worker's end of the mailbox: every rank but 0 of `comm`. `like`: a vector like x (n,).
 
-    Starting an exchange, and the pull at its end, block for as long as their bytes are on the way.
+    Starting an exchange, and the pull at its end, block for as long as their bytes are on the way. Who waits, instead
+    of testing, may stay with an apply until that ends, and is let in before the next.
     """
 
     capabilities = Capabilities(server=True)
@@ -93,7 +68,7 @@ class RMAWorker:
             )
         self._posted += 2
         windows.add(windows.posted + self.worker, self._posted, MPI.REPLACE)
-        return _Exchange(partial(self._answered, self._posted, out, bool(commit.wants & LEAVE)))
+        return Polled(partial(self._answered, self._posted, out, bool(commit.wants & LEAVE)))
 
     def _answered(self, posted: int, out: Array | None, leaving: bool, patient: bool) -> Reply | None:
         """The reply to the message `posted`, with c in `out`, as soon as it has been taken and c can be read."""
@@ -135,7 +110,7 @@ class RMAWorker:
 
     def pull(self, out: Array) -> Handle:
         """Get the center; needs nothing of the center rank but that it be in MPI now and then across hosts."""
-        return _Exchange(partial(self.try_pull, out, Reply(0)))
+        return Polled(partial(self.try_pull, out, Reply(0)))
 
     def try_pull(self, out: Array, reply: Reply, patient: bool) -> Reply | None:
         """Get c as one whole, unless it changes just now; returns `reply` with what belongs to c."""

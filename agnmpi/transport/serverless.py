@@ -5,7 +5,6 @@ TensorFlow's `use_locking=False`, for rules whose commits are added as they are.
 
 from functools import partial
 from math import isfinite
-from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -130,7 +129,7 @@ class SumWorker:
         self.windows.add(LEFT, 1)
         return Polled(partial(self._last_pull, self.sessions * self.windows.workers, out))
 
-    def _last_pull(self, until: int, out: Array) -> Reply | None:
+    def _last_pull(self, until: int, out: Array, _patient: bool) -> Reply | None:
         """The final center, as soon as `until` farewells have been said."""
         return self.pull(out).wait() if self.windows.read(LEFT) >= until else None
 
@@ -183,11 +182,10 @@ class SumCenter:
         self._windows.words[[CONTROL, CHECKPOINT]] = control, checkpoint
         self._windows.sync()
 
-    def resume(self, center: Any) -> None:
-        """Go on from a checkpoint, with the counts of `center`."""
-        words, stale = self._windows.words, (center.staleness_sum, center.staleness_max)
-        words[[CLOCK, STEPS]] = self._seen = [center.clock, center.steps]
-        words[[STALENESS, STALEST]], words[REFUSALS] = stale, center.refused
+    def resume(self, clock: int, steps: int, staleness: tuple[int, int], refused: int) -> None:
+        """Go on from the counts of a checkpoint; `staleness`: sum and maximum."""
+        self._windows.words[[CLOCK, STEPS]] = self._seen = [clock, steps]
+        self._windows.words[[STALENESS, STALEST, REFUSALS]] = *staleness, refused
         self._windows.sync()
 
     def open(self) -> None:
