@@ -132,21 +132,11 @@ class Job:
             record=self._served,
         )
         self.survivors.member = member
-        resumed: Mapping[str, Any] | None = None
-        if config.resume is not None:
-            directory = partial(run_directory, config) if self.rank == 0 else None
-            required = config.resume != "auto"
-            try:
-                resumed = resume(
-                    comm, member, self.layout, self.plan.steps, self._data(), directory, required, self.said.append
-                )
-            except agree.ConfigError:  # on all ranks; MPICH 5.0 complains at length of windows that are not freed
-                member.close()
-                raise
-            self.complete = resumed is not None and member.center.steps >= self.plan.steps
-        member.begin(self.plan.steps, config.period)
-        made = agree.together(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
-        self.directory = Path(agree.allgather(comm, made)[0])
+        try:
+            resumed = self._take_up()
+        except agree.ConfigError:  # on all ranks; MPICH 5.0 complains at length of windows that are not freed
+            member.close()
+            raise
         threads = agree.allgather(comm, str(launch.blas_threads())) if config.record else []
         self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
         if self.rank == 0:
@@ -163,6 +153,21 @@ class Job:
             while not self._go_on():
                 if self._concluded():
                     return self._end()
+
+    def _take_up(self) -> Mapping[str, Any] | None:
+        """Begin, or go on from a checkpoint, whose facts are returned; and find out where the run is written."""
+        config, comm, member, resumed = self.config, self.comm, self.member, None
+        if config.resume is not None:
+            directory = partial(run_directory, config) if self.rank == 0 else None
+            required = config.resume != "auto"
+            resumed = resume(
+                comm, member, self.layout, self.plan.steps, self._data(), directory, required, self.said.append
+            )
+            self.complete = resumed is not None and member.center.steps >= self.plan.steps
+        member.begin(self.plan.steps, config.period)
+        made = agree.together(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
+        self.directory = Path(agree.allgather(comm, made)[0])
+        return resumed
 
     def _train(self) -> None:
         """Serve or train until all have left; a worker may do one after the other."""
