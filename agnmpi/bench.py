@@ -4,7 +4,6 @@ The two sides take turns in short rounds, so that the noise of the machine falls
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -289,7 +288,9 @@ def main(comm: MPI.Comm, given: Options) -> int:
     counts = list(given.workers) or [comm.size - 1]
     if comm.size > 1 and not 0 < min(counts) <= max(counts) < comm.size:
         raise agree.ConfigError(f"workers must be 1 to {comm.size - 1} in a world of {comm.size}, not {counts}")
-    agree.together(comm, lambda: Path(given.json or os.devnull).open("a").close() if comm.rank == 0 else None)
+    path = Path(given.json) if given.json and comm.rank == 0 else None
+    # Refused, if it must be, before anything is measured.
+    agree.together(comm, lambda: path.open("a").close() if path else None)
     comm = comm.Dup()
     here = place(comm, comm.rank > 0)
     xp = agree.together(comm, lambda: choose(given.device, here.worker_index))
@@ -313,8 +314,8 @@ def main(comm: MPI.Comm, given: Options) -> int:
     meet(comm)
     if comm.rank == 0:
         _show(report)
-        if given.json:
-            Path(given.json).write_text(json.dumps(report, indent=2) + "\n")
+        if path:
+            path.write_text(json.dumps(report, indent=2) + "\n")
     comm.Free()
     return 0
 
