@@ -41,7 +41,9 @@ class Job:
         self.directory = tempfile.TemporaryDirectory(prefix="agnmpi-")  # Open MPI leaves session directories
         clean = {k: v for k, v in os.environ.items() if not k.startswith(INHERITED)}
         # Open MPI 5.0's btl/ofi (the PyPI wheel has it) looks for a fabric for one second in each MPI_Init.
-        clean |= {"TMPDIR": self.directory.name, "PYTHONUNBUFFERED": "1", "OMPI_MCA_btl": "^ofi"} | (env or {})
+        clean |= {"TMPDIR": self.directory.name, "OMPI_MCA_btl": "^ofi"} | (env or {})
+        # Unbuffered, print(a, b) is four writes, and another rank's line may come between them.
+        clean.pop("PYTHONUNBUFFERED", None)
         command = shlex.join([*(start or [mpiexec_path(), *launcher, "-n", str(n)]), *map(str, args)])
         self.process = subprocess.Popen(
             ["bash", "-c", f". {ROOT}/jobs/env-{mpi_kind()}.sh; exec {command}"],
