@@ -22,12 +22,13 @@ from .data import Lease, rounds
 from .floors import FLOORS
 from .job import library
 from .launch import place
+from .member import Member
 from .probe import choose_wire
 from .transport.base import WORK, Commit, Done, Handle, Reply
 from .transport.p2p import P2PCenter, P2PWorker
 from .version import __version__
 from .waiting import finish
-from .wiring import Member, Setup, connect
+from .wiring import Setup, connect
 from .worker import Worker
 
 _BLOCKS = 20  # turns of each side

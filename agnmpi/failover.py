@@ -26,7 +26,7 @@ Saved: TypeAlias = tuple[Mapping[str, Array], Mapping[str, Any]]  # a checkpoint
 
 
 class Member(Protocol):
-    """What is asked of a rank's part (`wiring.Member`)."""
+    """What is asked of a rank's part (`member.Member`)."""
 
     center: Center
     workers: list[Worker]

@@ -16,9 +16,9 @@ from rich.text import Text
 from .backend import Array
 from .config import Config
 from .data import Lease, Plan
+from .member import Member
 from .metrics import Every, JsonLines, RecentMean, finite
 from .transport.base import Commit
-from .wiring import Member
 
 Evaluate = Callable[[Array], Mapping[str, float]]
 

@@ -10,8 +10,8 @@ from mpi4py import MPI
 
 from . import agree
 from .checkpoint import newest, read_center, set_aside, unseal, worker_file
+from .member import Member
 from .params import Layout
-from .wiring import Member
 
 
 def resume(

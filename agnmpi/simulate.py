@@ -17,6 +17,7 @@ from .checkpoint import load, save, write_atomic
 from .config import Config
 from .data import Leases, Plan, speed_proportional
 from .job import gradient_of, repeatable, run_directory
+from .member import Member
 from .metrics import finite
 from .monitor import Monitor
 from .params import Layout, parts
@@ -26,7 +27,6 @@ from .transport.base import STOP, Commit, Handle, Reply, WorkerEnd
 from .transport.local import LocalCenter, LocalHandle, LocalWorker
 from .transport.virtual import Agenda, Station, VirtualHandle, VirtualWorker
 from .version import __version__
-from .wiring import Member
 from .worker import Worker, session
 
 

@@ -10,9 +10,9 @@ from mpi4py import MPI
 
 from . import agree
 from .faults import end_sibling, process
+from .member import Member
 from .metrics import Every
 from .waiting import finish
-from .wiring import Member
 
 _LEFT = 9  # tag: the ranks that go on
 Say = Callable[[str], None]

@@ -20,10 +20,11 @@ from agnmpi.data import Lease
 from agnmpi.failover import Failover, Witness
 from agnmpi.job import Job
 from agnmpi.kernels import KERNELS
+from agnmpi.member import Member
 from agnmpi.optimizers import OPTIMIZERS, global_norm
 from agnmpi.params import Layout
 from agnmpi.transport.base import OK, WORK, Book, Commit, Reply
-from agnmpi.wiring import Member, Setup, _successor
+from agnmpi.wiring import Setup, _successor
 from agnmpi.worker import Worker
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}

@@ -13,7 +13,7 @@ LAYERS = [
     {"transport.local", "transport.p2p", "transport.collective", "transport.rma", "transport.serverless"},
     {"transport.sharded", "transport.virtual"},
     {"center", "worker", "record", "faults"},
-    {"wiring", "failover", "probe"},
+    {"wiring", "member", "failover", "probe"},
     {
         "agn",
         "launch",
@@ -38,7 +38,8 @@ WITHIN = {
     "transport.windows": {"transport.base", "transport.wire"},
     "config": {"optimizers", "rules"},  # the names and numbers it validates
     "timing": {"config"},  # how options are declared and checked
-    "wiring": {"failover"},
+    "wiring": {"member", "failover"},
+    "member": {"failover"},
     "simulate": {"launch", "job", "monitor"},
     "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor", "resuming", "saver", "survivors"},
     "bench": {"bench_optimizers", "floors", "launch", "job", "monitor"},
@@ -55,6 +56,7 @@ MPI = {
     "faults",
     "agn",
     "wiring",
+    "member",
     "failover",
     "probe",
     "launch",
