@@ -20,13 +20,12 @@ from .bench_optimizers import device_bandwidth, optimizer_bandwidth
 from .center import Center, serve
 from .data import Lease, rounds
 from .floors import FLOORS
-from .job import library
 from .launch import place
 from .member import Member
 from .probe import choose_wire
 from .transport.base import WORK, Commit, Done, Handle, Reply
 from .transport.p2p import P2PCenter, P2PWorker
-from .version import __version__
+from .version import __version__, mpi_library
 from .waiting import finish
 from .wiring import Setup, connect
 from .worker import Worker
@@ -298,7 +297,7 @@ def main(comm: MPI.Comm, given: Options) -> int:
     wires = ["direct"]
     if any(agree.allgather(comm, "" if xp is np else "device")):
         wires = ["staged"] + ["direct"] * (choose_wire(comm, zeros(1, xp), "auto") == "direct")
-    report: dict[str, Any] = {"agnmpi": __version__, "mpi": library(), "world": comm.size}
+    report: dict[str, Any] = {"agnmpi": __version__, "mpi": mpi_library(), "world": comm.size}
     several = comm.size > 1 and not given.pack_only
     report["exchanges"] = (
         exchanges(comm, given.transports, wires, given.sizes, counts, given.rounds, xp) if several else []

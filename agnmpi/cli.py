@@ -287,6 +287,7 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
 
     from . import simulate
     from .agree import ConfigError, together
+    from .run import write_result
 
     if world.size > 1:
         raise ConfigError(f"simulate is one process, but mpiexec started {world.size} ranks; start it without mpiexec")
@@ -316,5 +317,5 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
         if "run" in given:
             directory = Path(given["run"])
             directory.mkdir(parents=True, exist_ok=True)
-            simulate.write_result(directory, result)
+            write_result(directory, result)
     return 1 if result.get("same_bits") is False else 0

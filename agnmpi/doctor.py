@@ -15,9 +15,8 @@ from rich.table import Table
 from . import agree, launch, probe
 from .backend import device_count
 from .faults import fault_tolerant
-from .job import library
 from .rules import agn
-from .version import __version__
+from .version import __version__, mpi_library
 from .waiting import finish
 
 _LEVELS = {
@@ -67,7 +66,7 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
         "blas_threads": here.threads,
         "local_size": here.local_size,
         "wire": wire,
-        "library": library(),
+        "library": mpi_library(),
         "agnmpi": __version__,
     }
     ranks = [json.loads(text) for text in agree.allgather(comm, json.dumps(mine))]
@@ -83,11 +82,11 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
     if not devices:
         hints += [*launch.unused_devices(devices), _no_device()]
     crowded = any(rank["local_size"] > rank["cores"] for rank in ranks)
-    if crowded and "Open MPI" in library() and os.environ.get("OMPI_MCA_mpi_yield_when_idle") != "1":  # noqa: SIM112
+    if crowded and "Open MPI" in mpi_library() and os.environ.get("OMPI_MCA_mpi_yield_when_idle") != "1":  # noqa: SIM112
         hints.append("more ranks than cores under Open MPI: type: . jobs/env-openmpi.sh, so that waiting ranks yield")
     return {
         "agnmpi": __version__,
-        "mpi": library(),
+        "mpi": mpi_library(),
         "mpi_standard": "{}.{}".format(*MPI.Get_version()),
         "mpi4py": importlib.metadata.version("mpi4py"),
         "fault_tolerant": fault_tolerant(),

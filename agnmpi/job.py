@@ -4,9 +4,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,43 +16,24 @@ from mpi4py import MPI
 
 from . import agree, launch
 from .backend import Array, bring, choose, current, device_count
-from .checkpoint import newest, prune, save, write_atomic
+from .checkpoint import newest, prune, write_atomic
 from .config import Config
 from .data import Lease, Plan
 from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, read_faults
 from .monitor import Monitor
 from .params import Layout
 from .probe import choose_wire
-from .problem import Problem, absolute, load_problem
+from .problem import Problem, gradient_of, load_problem
 from .record import Recorder
 from .resuming import resume
+from .run import finish_run, repeatable, run_directory, write_result
 from .saver import CenterSaver, save_worker
 from .survivors import Survivors
 from .transport.base import LEAVE, STOP, Commit, Reply
-from .version import __version__
+from .version import __version__, mpi_library
 from .waiting import finish
 from .wiring import Setup, check_fit, connect
 from .worker import Worker, train
-
-
-def library() -> str:
-    """Name and version of the MPI library, in one line."""
-    line = MPI.Get_library_version().replace("\0", "").split("\n")[0]
-    return " ".join(line.split(", package")[0].replace("Version:", "").split())
-
-
-def run_directory(config: Config) -> Path:
-    """Make the run's directory; raises FileExistsError rather than write over another run."""
-    if config.resume is not None:
-        path = Path((config.run or "") if config.resume == "auto" else config.resume)
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-    name = config.problem.rpartition(":")[2].lower()
-    path = Path(config.run) if config.run else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (path / "config.toml").exists():
-        raise FileExistsError(f"{path} holds another run; give another --run, or remove it")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def run(config: Config, world: MPI.Comm, signals: Signals | None = None, inject: bool = False) -> dict[str, Any] | None:
@@ -223,7 +204,7 @@ class Job:
 
     def _steps(self, worker: Worker) -> Iterator[int]:
         """The loop of a worker: saves its state when the center has, and stops where nobody else would stop it."""
-        gradient = gradient_of(self.problem, self.layout, self.plan, worker)
+        gradient = gradient_of(self.problem, self.layout, self.plan, worker.x)
 
         def compute(step: int) -> tuple[float, Array]:
             self.injection.step()
@@ -427,57 +408,15 @@ class Job:
         return self.result
 
     def _result(self) -> None:
-        config, member, monitor, directory = self.config, self.member, self.monitor, self.directory
+        member, monitor = self.member, self.monitor
         assert monitor is not None
-        if self.result is not None:  # a rank has died since
-            self.result["lost"] = self.survivors.lost
-            write_atomic(directory / "result.json", (json.dumps(self.result, indent=2) + "\n").encode())
+        if self.result is None:
+            self.result = finish_run(
+                self.directory, self.config, self.layout, member, monitor, self.survivors.lost, self.complete
+            )
             return
-        written = directory / "result.json"
-        before = json.loads(written.read_text()) if self.complete and written.is_file() else {}
-        if before.get("steps") == member.center.steps:
-            self.result = before
-            monitor.stop("complete")
-            monitor.say(f"the run was complete, at step {member.center.steps}; its result stays, in {directory}/")
-            return
-        meta = {"agnmpi": __version__, "clock": str(member.center.clock), "rule": config.rule}
-        # Before the evaluation, which may fail.
-        save(directory / "center.safetensors", self.layout.views(member.c), meta)
-        result = {
-            "problem": config.problem,
-            "rule": config.rule,
-            "variant": config.variant,
-            "transport": config.transport,
-            "workers": member.count,
-            "period": config.period,
-            **monitor.finish(member.c),
-            "refused": member.center.refused,
-            "lost": self.survivors.lost,
-            "mpi": library(),
-            "agnmpi": __version__,
-        }
-        write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
-        if (result["loss"] is None and not self.complete) or None in result["metrics"].values():
-            monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
-        if self.survivors.lost:
-            monitor.say(f"WARNING: the run ended without ranks {self.survivors.lost}: exit code {DEGRADED}")
-        if result["refused"]:
-            monitor.say(f"WARNING: {result['refused']} commits were refused: not finite, or not of this model")
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
-        monitor.say(
-            f"done: {metrics}; {result['samples']} samples in {result['seconds']:.1f} s "
-            f"({result['samples_per_second']:.0f}/s), {result['commits']} commits, "
-            f"staleness {result['staleness']['mean']:.2f} (max {result['staleness']['max']})"
-        )
-        if result["dropped"]:
-            monitor.say(f"{result['dropped']} commits were too old and were dropped; their steps were done again")
-        monitor.say(f"written to {directory}/")
-        self.result = result
-
-
-def repeatable(config: Config) -> Config:
-    """The configuration without what must differ when it is repeated."""
-    return replace(config, problem=absolute(config.problem), run=None, resume=None)
+        self.result["lost"] = self.survivors.lost  # a rank has died since
+        write_result(self.directory, self.result)
 
 
 def _introduction(config: Config, layout: Layout, plan: Plan, workers: int, size: int) -> list[str]:
@@ -487,21 +426,7 @@ def _introduction(config: Config, layout: Layout, plan: Plan, workers: int, size
         f"{plan.samples:,} samples, {plan.steps:,} steps of {plan.batch}",
         f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "
         f"{config.optimizer} {config.rate:g}, center {config.center_optimizer}, transport {config.transport}, "
-        f"{library()}",
+        f"{mpi_library()}",
         *launch.advice(config.make_rule(), workers, config.period),
         *(launch.unused_devices(device_count()) if config.device == "auto" else ()),
     ]
-
-
-def gradient_of(
-    problem: Problem, layout: Layout, plan: Plan, worker: Worker, g: Array | None = None
-) -> Callable[[int], tuple[float, Array]]:
-    """Return what gives loss and gradient of a step at the worker's x; `g` (n,) holds the gradient, or a new vector."""
-    views, g = layout.views(worker.x), worker.x.copy() if g is None else g
-
-    def gradient(step: int) -> tuple[float, Array]:
-        loss, gradients = problem.gradient(views, plan.indices(step))
-        layout.pack(gradients, out=g)
-        return float(loss), g
-
-    return gradient

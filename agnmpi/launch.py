@@ -14,7 +14,7 @@ from mpi4py import MPI
 from .agree import ConfigError, agree, allgather
 from .params import Layout
 from .rules import Rule, Seen
-from .version import __version__
+from .version import __version__, mpi_library
 
 
 class Place(NamedTuple):
@@ -60,14 +60,13 @@ def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> 
     """Refuse a world of one rank that a launcher meant to be one of many."""
     if MPI.COMM_WORLD.size > 1 or comm.size > 1:
         return
-    library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
     # Under mpiexec the tasks of the step are its daemons, one on each node.
     by_mpiexec = "OMPI_COMM_WORLD_SIZE" in environment or "MPI_LOCALNRANKS" in environment
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1") if "SLURM_STEP_ID" in environment else "1"
     if tasks not in ("", "1") and not by_mpiexec:
-        speaks = "pmix" if library.startswith("Open MPI") else "pmi2"
+        speaks = "pmix" if mpi_library().startswith("Open MPI") else "pmi2"
         raise ConfigError(
-            f"srun started {tasks} tasks, but each is a world of its own: {library} "
+            f"srun started {tasks} tasks, but each is a world of its own: {mpi_library()} "
             f"does not speak what srun offered; pass srun --mpi={speaks}, or use mpiexec of the same environment "
             "in the batch file"
         )
@@ -75,7 +74,7 @@ def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> 
         if environment.get(name, "1") not in ("", "0", "1"):
             raise ConfigError(
                 f"the launcher started {environment[name]} ranks, but each is a world of its own: mpiexec is of "
-                f"another MPI than mpi4py's ({library}); use the mpiexec of the same environment"
+                f"another MPI than mpi4py's ({mpi_library()}); use the mpiexec of the same environment"
             )
 
 

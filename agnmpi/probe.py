@@ -25,6 +25,7 @@ from mpi4py import MPI
 from .agree import ConfigError, allgather
 from .backend import Array, choose, device_count, full_like, namespace, on_host, synchronize, to_host
 from .checkpoint import write_atomic
+from .version import mpi_library
 from .waiting import finish
 
 _SIZE = 1 << 20  # float32 numbers: 4 MB, beyond every eager limit
@@ -204,8 +205,7 @@ def main() -> None:
         answer = Answer(False, f"mpiexec gave {comm.size} ranks, not 2: it is of another MPI")
     else:
         wrong = [text for text in allgather(comm, try_out(comm, choose("gpu", comm.rank))) if text]
-        library = MPI.Get_library_version().split(",")[0].split("\n")[0]
-        answer = Answer(not wrong, f"tried on {platform.node()}: " + (wrong[0] if wrong else f"{library} passed"))
+        answer = Answer(not wrong, f"tried on {platform.node()}: " + (wrong[0] if wrong else f"{mpi_library()} passed"))
     if comm.rank == 0:
         print("agnmpi.probe", json.dumps(answer), flush=True)
 

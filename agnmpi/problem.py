@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from .backend import Array
+from .data import Plan
+from .params import Layout
 
 
 class Problem(Protocol):
@@ -78,3 +80,17 @@ def _module(name: str) -> ModuleType:
         if error.name != name.split(".")[0] and error.name != name:
             raise
         raise ValueError(f"no module {name!r}; for a file give its path, ending in .py") from error
+
+
+def gradient_of(
+    problem: Problem, layout: Layout, plan: Plan, x: Array, g: Array | None = None
+) -> Callable[[int], tuple[float, Array]]:
+    """Return what gives loss and gradient of a step at what `x` (n,) is then; `g` (n,) holds it, or a new vector."""
+    views, g = layout.views(x), x.copy() if g is None else g
+
+    def gradient(step: int) -> tuple[float, Array]:
+        loss, gradients = problem.gradient(views, plan.indices(step))
+        layout.pack(gradients, out=g)
+        return float(loss), g
+
+    return gradient

@@ -1,6 +1,5 @@
 """Virtual-time runs of the same workers, rules and center as over MPI, in one process; and replays of recorded runs."""
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -16,12 +15,12 @@ from .center import Center
 from .checkpoint import load, save, write_atomic
 from .config import Config
 from .data import Leases, Plan, speed_proportional
-from .job import gradient_of, repeatable, run_directory
 from .member import Member
 from .metrics import finite
 from .monitor import Monitor
 from .params import Layout, parts
-from .problem import load_problem
+from .problem import gradient_of, load_problem
+from .run import repeatable, run_directory, write_result
 from .timing import Timing, figures, timing_only
 from .transport.base import STOP, Commit, Handle, Reply, WorkerEnd
 from .transport.local import LocalCenter, LocalHandle, LocalWorker
@@ -81,7 +80,7 @@ class Stage:
             worker = Worker(full_like(self.x, self.x), self.rule, optimizer, end(i), i, self.config.overlap)
             worker.total = self.plan.steps
             # One vector for all gradients: a gradient is used up before another is computed.
-            sessions.append(session(worker, gradient_of(self.problem, self.layout, self.plan, worker, g)))
+            sessions.append(session(worker, gradient_of(self.problem, self.layout, self.plan, worker.x, g)))
         return sessions
 
     def play(
@@ -150,11 +149,6 @@ class Stage:
             monitor.say(line)
         monitor.say(f"written to {directory}/")
         return result
-
-
-def write_result(directory: Path, result: dict[str, Any]) -> None:
-    """Write RUN/result.json."""
-    write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
 
 
 def in_words(result: dict[str, Any]) -> list[str]:

@@ -22,12 +22,12 @@ LAYERS = [
         "resuming",
         "survivors",
         "job",
+        "run",
         "simulate",
         "floors",
         "bench",
         "bench_optimizers",
         "doctor",
-        "report",
     },
     {"cli", "__main__"},
 ]
@@ -37,15 +37,18 @@ WITHIN = {
     "rules": {"optimizers"},  # Optimizer, as a type and as the center's step
     "transport.windows": {"transport.base", "transport.wire"},
     "config": {"optimizers", "rules"},  # the names and numbers it validates
+    "problem": {"data", "params"},  # what a step's gradient is
     "timing": {"config"},  # how options are declared and checked
     "wiring": {"member", "failover"},
     "member": {"failover"},
-    "simulate": {"launch", "job", "monitor"},
-    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor", "resuming", "saver", "survivors"},
-    "bench": {"bench_optimizers", "floors", "launch", "job", "monitor"},
-    "doctor": {"launch", "job", "monitor"}, "__main__": {"cli"},
+    "simulate": {"launch", "run", "monitor"},
+    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor", "resuming", "run", "saver", "survivors"},
+    "run": {"monitor"},
+    "bench": {"bench_optimizers", "floors", "launch", "monitor"},
+    "doctor": {"launch", "monitor"}, "__main__": {"cli"},
 }  # fmt: skip
 MPI = {
+    "version",
     "transport.p2p",
     "transport.collective",
     "transport.rma",

@@ -16,8 +16,8 @@ from agnmpi.checkpoint import load
 from agnmpi.cli import main
 from agnmpi.config import Config
 from agnmpi.data import Leases, Plan
-from agnmpi.job import gradient_of
 from agnmpi.params import Layout
+from agnmpi.problem import gradient_of
 from agnmpi.timing import Timing, timing_only
 from agnmpi.transport.base import Commit
 from agnmpi.transport.local import LocalCenter
@@ -97,7 +97,7 @@ def round_robin(given):
     for i in range(n):
         worker = Worker(full_like(c, c), rule, given.make_optimizer(plan.steps), local.worker_end(i), i)
         worker.total = plan.steps
-        loops.append(train(worker, gradient_of(problem, layout, plan, worker)))
+        loops.append(train(worker, gradient_of(problem, layout, plan, worker.x)))
     while loops:
         loops = [loop for loop in loops if next(loop, None) is not None]
     return layout.views(c), held

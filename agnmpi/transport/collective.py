@@ -13,6 +13,7 @@ from mpi4py import MPI
 from ..agree import agree_on_total
 from ..backend import Array, empty_like, full_like, to_host
 from ..data import NONE, Lease
+from ..version import mpi_library
 from ..waiting import finish
 from .base import BAD, CONTINUE, OK, STOP, WORK, Apply, Capabilities, Commit, Done, Handle, Reply
 from .stream import Stream, Ticks
@@ -95,7 +96,7 @@ class Farewell:
         end = self._end
         if self._extremes[0] != -self._extremes[1]:
             raise RuntimeError(
-                f"the replicas of the center differ between ranks: {MPI.Get_library_version().split(',')[0]} "
+                f"the replicas of the center differ between ranks: {mpi_library()} "
                 "gave the ranks of an Allreduce different sums; use a rule with a center rank"
             )
         self._out[...] = end.c
