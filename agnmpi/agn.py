@@ -3,9 +3,7 @@
 import atexit
 import operator
 import warnings
-import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
 from math import nan
 from typing import Any, TypeAlias
 
@@ -16,12 +14,12 @@ from .backend import Array, as_array, bring, namespace
 from .faults import fault_tolerant
 from .hook import Hook
 from .launch import AbortOnException, agree_on_model, check_world
+from .loop import Loop
 from .optimizers import Optimizer, Range
 from .params import Layout, named
 from .probe import choose_wire
 from .rules import Rule, agn
 from .wiring import Setup, check_fit, connect
-from .worker import Worker
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
 Loss: TypeAlias = Callable[[Mapping[str, Array]], tuple[float, Gradients]]
@@ -121,7 +119,7 @@ class AGNOptimizer:
             return rule or agn(variant), Layout.of(params), period
 
         try:
-            self._rule, self._layout, self._period = together(self._comm, prepare)
+            self._rule, self._layout, period = together(self._comm, prepare)
             layout = self._layout
             facts = {
                 "rule": f"{self._rule.name}, alpha {self._rule.alpha:g}",
@@ -160,7 +158,7 @@ class AGNOptimizer:
         self._views = layout.views(self._x)
         self._own = named(params) if optimizer is None else {}
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
-        self._member = connect(
+        member = connect(
             self._comm,
             self._rule,
             self._x,
@@ -168,23 +166,15 @@ class AGNOptimizer:
             center_optimizer,
             setup._replace(wire=choose_wire(self._comm, self._x, wire)),
         )
-        self._worker = None if self._member.serves else self._member.workers[0]
-        if self._member.failover is not None:
-            self._member.failover.on_center = self._new_center
-            if self._worker is None:
-                end: Any = self._member.end
-                end.on_loss = self._lose
+        self._loop = Loop(member, self._comm.rank, self._x, period, name, self._copy_out)
         self._sharded = centers > 1
-        self._in_loop = self._stepped = self._closed = False
-        self._loops: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
         atexit.register(self._at_exit)  # before mpi4py finalizes MPI
-        self._pulls = 0  # of the worker, when your arrays were last brought up to date
         self.loss = nan
 
     @property
     def params(self) -> dict[str, Array]:
         """The parameters by name: views of the flat vector, or with `optimizer=None` your own arrays."""
-        self._settle()
+        self._loop.settle()
         return dict(self._own or self._views)
 
     @property
@@ -193,31 +183,31 @@ class AGNOptimizer:
 
         It lies where the parameters of this rank lie.
         """
-        self._settle()
-        return self._layout.views(bring(self._member.c.copy(), self._x))
+        self._loop.settle()
+        return self._layout.views(bring(self._loop.member.c.copy(), self._x))
 
     @property
     def global_step(self) -> int:
         """The center's clock, as this rank knows it: number of commits applied."""
-        self._settle()
-        return self._worker.clock if self._worker else self._member.center.clock
+        self._loop.settle()
+        return self._loop.worker.clock if self._loop.worker else self._loop.member.center.clock
 
     @property
     def comm(self) -> MPI.Intracomm:
         """The communicator in use: a duplicate of yours, or what is left of it where ranks were lost (ULFM)."""
-        failover = self._member.failover
+        failover = self._loop.member.failover
         comm: MPI.Intracomm = failover.comm if failover else self._comm  # type: ignore[assignment]
         return comm
 
     @property
     def num_worker(self) -> int:
         """Number of workers n."""
-        return self._member.count
+        return self._loop.member.count
 
     @property
     def is_center(self) -> bool:
         """Whether this rank serves the center and does not train."""
-        return self._member.serves
+        return self._loop.member.serves
 
     def steps(self, total: int | None = None) -> Generator[int, None, None]:
         """Yield the number of each step that this worker is to take; each of 0 … total−1 is taken by one worker.
@@ -228,126 +218,7 @@ class AGNOptimizer:
         waits for the others; a generator that you hold by a name must be closed first). The body calls `minimize`,
         `apply_gradients` or `step` once.
         """
-        loop = self._steps(total)
-        self._loops.add(loop)
-        return loop
-
-    def _steps(self, total: int | None) -> Generator[int, None, None]:
-        if self._closed:
-            raise RuntimeError(f"{self._name} is closed")
-        if self._in_loop:
-            raise RuntimeError(f"{self._name}: one loop over steps() at a time")
-        total = None if total is None else operator.index(total)
-        if total is not None and total < 0:
-            raise ValueError(f"the number of steps must not be negative, but is {total}")
-        self._settle()
-        center = self._member.center
-        before = center.steps
-        self._member.begin(total, self._period)
-        if self._worker:
-            self._worker.dropped = 0
-        if self._worker is None:
-            self._serve()
-            if total is not None and center.steps - before < total and self._comm.rank == 0:
-                short = f"{center.steps - before} of {total} steps were taken: the workers left before the end"
-                warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
-            return
-        worker = self._worker
-        while True:
-            yield from self._train(worker)
-            if not worker.elected:
-                break
-            if self._serve():
-                return
-            self._worker = worker  # it has lost all its workers, and trains on alone
-        self._regroup()
-        self._refresh()
-        if self._rule.collective and total is not None and center.steps - before < total:
-            raise RuntimeError(
-                f"{self._name}: another rank left the loop after {center.steps - before} of {total} steps, by break or "
-                f"by an exception, and rule {self._rule.name} needs all ranks; use steps() to end early"
-            )
-        if worker.dropped:
-            short = f"{worker.dropped} steps of rank {self._comm.rank} were dropped: another rank broke off meanwhile"
-            warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
-            worker.dropped = 0
-
-    def _train(self, worker: Worker) -> Generator[int, None, None]:
-        """The part of a worker in a loop."""
-        self._in_loop = True
-        try:
-            # However it ends, commit the partial period and leave: who catches an error may keep this frame alive.
-            with closing(worker.steps()) as steps:
-                for number in steps:
-                    self._refresh()
-                    self._stepped = False
-                    yield number
-                    if not self._stepped:
-                        raise RuntimeError(
-                            f"step {number} was not taken: the loop over {self._name}.steps() must call minimize(), "
-                            "apply_gradients() or step() once"
-                        )
-        except GeneratorExit:  # break
-            if worker.elected:
-                self._serve()
-            raise
-        finally:
-            self._in_loop = self._stepped = False
-
-    def _serve(self) -> bool:
-        """At a center, or at a worker that was elected in place of a lost one: serve until all have left.
-
-        False if all its workers were lost, and it was one itself: it can go on alone.
-        """
-        self._worker = None
-        self._member.serve()
-        end: Any = self._member.end
-        deserted = self._member.failover is not None and end.deserted
-        self._regroup()
-        if deserted and self._member.failover is not None and self._member.failover.worker is not None:
-            self._member.failover.alone()
-            return False
-        if deserted:
-            raise RuntimeError(f"{self._name}: all workers are lost")
-        self._x[...] = bring(self._member.c, self._x)
-        self._copy_out()
-        return True
-
-    def _regroup(self) -> None:
-        """After a loop: find out who is left, if ranks may be lost."""
-        failover = self._member.failover
-        while failover is not None and failover.regroup():  # the center was lost at the very end
-            if self._worker is not None and not self._member.serves:
-                self._worker.leave()
-                self._worker.settle()
-            if self._member.serves:
-                self._worker = None
-                self._member.serve()
-
-    def _new_center(self) -> None:
-        failover = self._member.failover
-        assert failover is not None
-        what = f"ranks {failover.lost} are lost, the center among them"
-        if failover.comm.rank == 0:
-            taken: Any = failover.member
-            self._member = taken
-            if taken.serves:
-                taken.end.on_loss = self._lose
-            what += f"; this rank {'serves' if taken.serves else 'trains'} on, from {failover.source}"
-        self._warn_of_loss(what)
-
-    def _lose(self, worker: int) -> None:
-        self._member.center.lose(worker)
-        failover = self._member.failover
-        assert failover is not None
-        self._warn_of_loss(f"rank {failover.served[worker + 1]} is lost; what it had not committed goes to the others")
-
-    def _warn_of_loss(self, what: str) -> None:
-        text = (
-            f"{self._name}: {what}. MPI cannot be finalized any more (Open MPI 5.0 hangs there): when all is done, end "
-            "each rank by os._exit, after a barrier on the `comm` of this optimizer"
-        )
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return self._loop.steps(total)
 
     def initialize(self) -> None:
         """Start every worker from the center: rank 0's values, whatever it was given. Collective."""
@@ -360,7 +231,7 @@ class AGNOptimizer:
         `loss(params) -> (value, gradients)`: gradients by name, or in the order of the parameters; None where
         there is none. `var_list`: names or variables to keep, all if None. The value is in `self.loss`.
         """
-        self._check_loop()
+        self._loop.check()
         value, gradients = loss(self.params)
         if isinstance(gradients, Mapping):
             unknown = set(gradients) - set(self._layout.names)
@@ -384,7 +255,7 @@ class AGNOptimizer:
         and weight decay may still move it.) Raises ValueError if none has a gradient, or for a shape; TypeError for
         what is no variable.
         """
-        worker = self._check_loop()
+        worker = self._loop.check()
         if self._optimizer is None:
             raise RuntimeError(f"{self._name} has no optimizer: move the parameters and call step()")
         views, ranges = self._layout.views(self._g), dict[str, Range]()
@@ -403,7 +274,7 @@ class AGNOptimizer:
             raise ValueError(f"rank {self._comm.rank}: no gradients: None for every variable")
         whole = len(ranges) == len(self._layout.names)
         worker.step(self._g, self.loss, None if whole else list(ranges.values()))
-        self._stepped = True
+        self._loop.stepped = True
 
     def minimize(self, loss: Loss, var_list: Iterable[Any] | None = None) -> float:
         """Compute the gradients, apply them, and return the value of the loss before the step."""
@@ -412,13 +283,13 @@ class AGNOptimizer:
 
     def step(self, loss: float = nan) -> None:
         """With `optimizer=None`: count one step that you took, and exchange when λ are done."""
-        worker = self._check_loop()
+        worker = self._loop.check()
         if self._optimizer is not None:
             raise RuntimeError(f"{self._name} has an optimizer: call minimize() or apply_gradients()")
         self._layout.pack(self._own, out=self._x)
         worker.step(None, loss)
-        self._stepped = True
-        self._refresh()
+        self._loop.stepped = True
+        self._loop.refresh()
 
     def make_session_run_hook(
         self, is_chief: bool | None = None, task_index: int | None = None, total: int | None = None
@@ -428,7 +299,7 @@ class AGNOptimizer:
         `is_chief`, `task_index`: as in TensorFlow, worker 0 being the chief; known from `comm`, and only checked
         if given. `total`: as in `steps`.
         """
-        index = self._worker.index if self._worker else None
+        index = self._loop.worker.index if self._loop.worker else None
         if index is not None and task_index is not None and task_index != index:
             raise ValueError(f"task_index {task_index}, but rank {self._comm.rank} is worker {index}")
         if index is not None and is_chief is not None and is_chief != (index == 0):
@@ -459,14 +330,14 @@ class AGNOptimizer:
 
     def close(self) -> None:
         """Free communicator and windows; collective. Afterwards `center` can still be read."""
-        if self._closed:
+        if self._loop.closed:
             return
-        self._end_loop()
+        self._loop.end()
         atexit.unregister(self._at_exit)
-        self._closed = True
+        self._loop.closed = True
         self._hook.remove()
-        self._member.close()
-        if self._member.failover is None or not self._member.failover.lost:  # with the dead it would not end
+        self._loop.member.close()
+        if self._loop.member.failover is None or not self._loop.member.failover.lost:  # with the dead it would not end
             self._comm.Free()
 
     def _at_exit(self) -> None:
@@ -482,25 +353,11 @@ class AGNOptimizer:
             self.close()
 
     def _slots(self) -> dict[str, Array]:
-        worker = self._worker
+        worker, center = self._loop.worker, self._loop.member.center
         if worker is None and self._sharded:  # a block of them: no views of whole variables
             return {}
-        optimizer, state = (
-            (worker.optimizer, worker.state) if worker else (self._member.center.optimizer, self._member.center.state)
-        )
+        optimizer, state = (worker.optimizer, worker.state) if worker else (center.optimizer, center.state)
         return optimizer.slots(state) if optimizer else {}
-
-    def _check_loop(self) -> Worker:
-        if self._worker is None:
-            raise RuntimeError(
-                f"rank {self._comm.rank} holds the center and takes no steps: call this inside "
-                f"`for step in {self._name}.steps(n)`, which serves here"
-            )
-        if not self._in_loop:
-            raise RuntimeError(f"{self._name}: steps are taken inside `for step in opt.steps(n)`, which is not running")
-        if self._stepped:
-            raise RuntimeError(f"{self._name}: one step in each turn of the loop over steps(), not two")
-        return self._worker
 
     def _name_of(self, variable: Any) -> str:
         if isinstance(variable, str):
@@ -511,30 +368,6 @@ class AGNOptimizer:
             if variable is view:
                 return name
         raise TypeError(f"{type(variable).__name__} is no variable of {self._name}: give one of `params`, or its name")
-
-    def _end_loop(self) -> None:
-        """Leave a loop that was broken off but is still held by a name, or a hook that was not ended."""
-        for loop in list(self._loops):
-            loop.close()
-        self._settle()
-
-    def _settle(self) -> None:
-        """After a break: wait for the others, and take the final center."""
-        worker = self._worker
-        if worker is None or self._in_loop:
-            return
-        leaving = worker.leaving
-        worker.settle()
-        if worker.elected:
-            self._serve()
-        elif leaving:
-            self._regroup()
-        self._refresh()
-
-    def _refresh(self) -> None:
-        if self._worker and self._worker.pulls != self._pulls:
-            self._pulls = self._worker.pulls
-            self._copy_out()
 
     def _copy_out(self) -> None:
         for name, array in self._own.items():

@@ -35,14 +35,14 @@ def main(deaths):
     # Gradient -1 at a rate of 1: each step of a period moves the center by 1/λ.
     opt = AGNOptimizer(sgd(1.0), {"w": np.zeros(3)}, MPI.COMM_WORLD, communication_period=3)
     if opt.is_center:
-        apply = opt._member._apply
+        apply = opt._loop.member._apply
 
         def watched(commit, c):
             reply = apply(commit, c)
             die_if_due()
             return reply
 
-        opt._member._apply = watched
+        opt._loop.member._apply = watched
     for _ in range(LOOPS):
         for _step in opt.steps(TOTAL):
             die_if_due()

@@ -16,6 +16,7 @@ LAYERS = [
     {"wiring", "member", "failover", "probe"},
     {
         "agn",
+        "loop",
         "launch",
         "monitor",
         "saver",
@@ -42,7 +43,7 @@ WITHIN = {
     "wiring": {"member", "failover"},
     "member": {"failover"},
     "simulate": {"launch", "run", "monitor"},
-    "agn": {"launch"}, "monitor": set(), "job": {"launch", "monitor", "resuming", "run", "saver", "survivors"},
+    "agn": {"launch", "loop"}, "monitor": set(), "job": {"launch", "monitor", "resuming", "run", "saver", "survivors"},
     "run": {"monitor"},
     "bench": {"bench_optimizers", "floors", "launch", "monitor"},
     "doctor": {"launch", "monitor"}, "__main__": {"cli"},

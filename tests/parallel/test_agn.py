@@ -43,7 +43,7 @@ def test_golden_one_worker(comm, case, how):
                 close(np.concatenate(list(opt.params.values())), local_after[t])
             if t in center_after:
                 center = np.empty(len(start))
-                opt._worker.end.pull(center).wait()
+                opt._loop.worker.end.pull(center).wait()
                 close(center, center_after[t])
             if t == len(gradients):
                 break
@@ -77,7 +77,7 @@ def test_golden_two_workers(comm, case, how, centers):
                 if mine:
                     opt.minimize(loss_of(-1))
                     center = np.empty(8 * len(start))
-                    opt._worker.end.pull(center).wait()
+                    opt._loop.worker.end.pull(center).wait()
                     close(np.concatenate([v.ravel() for v in opt.params.values()]), np.repeat(x, 8))
                     close(center, np.repeat(c, 8))
                 workers.Barrier()
@@ -190,7 +190,7 @@ def test_centers_that_weigh(comm, how):
         for _ in opt.steps(total):
             opt.minimize(lambda p: (0.0, {"0": p["0"] - target}))
         if opt.is_center:
-            center = opt._member.center
+            center = opt._loop.member.center
             assert (center.steps, center.leases.committed) == (total, total)
             assert center.staleness_max <= comm.size - 2
             assert opt.get_slot_names() == ["momentum", "buffer"]
@@ -241,7 +241,7 @@ def test_break_commits_the_partial_period_and_ends_the_loop(comm):
         taken = sum(comm.allgather(count))
         assert taken == (10 + opt.num_worker) * opt.num_worker
         if opt.is_center:
-            assert opt._member.center.steps == taken
+            assert opt._loop.member.center.steps == taken
 
 
 @pytest.mark.parametrize("n", [10, 4_000_000])  # 32 MB: more than what is in flight at once
