@@ -14,7 +14,7 @@ import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
 from agnmpi import rules  # noqa: E402
-from agnmpi.bench import SETUPS  # noqa: E402
+from agnmpi.bench_exchanges import SETUPS  # noqa: E402
 from agnmpi.launch import say_and_abort  # noqa: E402
 from agnmpi.transport.base import Commit  # noqa: E402
 from agnmpi.wiring import connect  # noqa: E402

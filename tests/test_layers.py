@@ -27,7 +27,9 @@ LAYERS = [
         "simulate",
         "floors",
         "bench",
+        "bench_exchanges",
         "bench_optimizers",
+        "bench_waiting",
         "doctor",
     },
     {"cli", "__main__"},
@@ -45,7 +47,8 @@ WITHIN = {
     "simulate": {"launch", "run", "monitor"},
     "agn": {"launch", "loop"}, "monitor": set(), "job": {"launch", "monitor", "resuming", "run", "saver", "survivors"},
     "run": {"monitor"},
-    "bench": {"bench_optimizers", "floors", "launch", "monitor"},
+    "bench": {"bench_exchanges", "bench_optimizers", "bench_waiting", "launch", "monitor"},
+    "bench_exchanges": {"floors"}, "bench_waiting": {"bench_exchanges"},
     "doctor": {"launch", "monitor"}, "__main__": {"cli"},
 }  # fmt: skip
 MPI = {
@@ -68,6 +71,8 @@ MPI = {
     "resuming",
     "survivors",
     "bench",
+    "bench_exchanges",
+    "bench_waiting",
     "floors",
     "doctor",
     "cli",
