@@ -94,7 +94,7 @@ def check(run, code, output, lost, accuracy=None, epochs=EPOCHS):
         pytest.param("cut:1@0", [1], marks=pytest.mark.long),  # in the first of them
         pytest.param("kill:1@30,kill:3@31", [1, 3], marks=pytest.mark.long),
         ("kill:1@0,kill:2@50,cut:3@9", [1, 2, 3]),  # all but one
-        ("corrupt:2@5,corrupt:1@6", []),
+        pytest.param("corrupt:2@5,corrupt:1@6", [], marks=pytest.mark.long),
         pytest.param("stall:1@20:2,slow:2@0:0.001", [], marks=pytest.mark.long),
     ],
 )
@@ -176,19 +176,26 @@ def test_a_worker_that_stalls_is_reported(tmp_path):
     assert " is silent for " in output
 
 
-@pytest.mark.parametrize("launcher", [(), pytest.param(("--with-ft", "ulfm"), marks=ulfm)], ids=["plain", "ulfm"])
-@pytest.mark.parametrize("faults", ["stall:2@20:1000", pytest.param("stall:2@20:1000,kill:3@30", marks=ulfm)])
+ULFM = ("--with-ft", "ulfm")
+
+
+@pytest.mark.parametrize(
+    ("faults", "launcher"),
+    [
+        ("stall:2@20:1000", ()),
+        pytest.param("stall:2@20:1000", ULFM, marks=[ulfm, pytest.mark.long]),
+        pytest.param("stall:2@20:1000,kill:3@30", ULFM, marks=ulfm),
+    ],
+)
 def test_a_worker_that_hangs_is_dropped_if_asked(tmp_path, faults, launcher):
     lost = [2, 3] if "kill" in faults else [2]
-    if not launcher and len(lost) > 1:
-        pytest.skip("a kill ends the job here")
     run = tmp_path / "run"
     code, output = train(run, 5, faults, "--stall-limit", "1", "--drop-stalled", launcher=launcher)
     check(run, code, output, lost)
     assert "and is dropped" in output
 
 
-@pytest.mark.parametrize("launcher", [(), pytest.param(("--with-ft", "ulfm"), marks=ulfm)], ids=["plain", "ulfm"])
+@pytest.mark.parametrize("launcher", [(), pytest.param(ULFM, marks=ulfm)], ids=["plain", "ulfm"])
 def test_an_interrupted_run_ends_the_ranks_that_hang(tmp_path, launcher):
     run = tmp_path / "run"
     job = Job(

@@ -244,13 +244,13 @@ def test_break_commits_the_partial_period_and_ends_the_loop(comm):
             assert opt._loop.member.center.steps == taken
 
 
-@pytest.mark.parametrize("n", [10, 4_000_000])  # 32 MB: more than what is in flight at once
+@pytest.mark.parametrize("n", [10, 1_000_000])  # 8 MB: more than what is in flight at once
 @pytest.mark.parametrize("name", ["agn", "aeasgd", "synchronous"])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_after_break_any_blocking_call_may_follow(comm, n, name, overlap):
     """The farewell is on its way; a barrier, or another optimizer's loop, does not wait for what only we could do."""
     if n > 10 and comm.size > 5:
-        pytest.skip("32 MB vectors on 9 ranks of a small machine: covered with fewer ranks")
+        pytest.skip("8 MB vectors on 9 ranks of a small machine: covered with fewer ranks")
     if overlap and name == "synchronous":
         warnings.simplefilter("ignore")  # steps that are dropped at a break are reported, and here it is not the matter
     rule = rules.RULES[name](*([0.3] if name == "aeasgd" else []))
