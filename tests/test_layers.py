@@ -32,7 +32,7 @@ LAYERS = [
         "bench_waiting",
         "doctor",
     },
-    {"cli", "__main__"},
+    {"arguments", "cli", "__main__"},
 ]
 # A module may import these from its own layer.
 WITHIN = {
@@ -49,7 +49,7 @@ WITHIN = {
     "run": {"monitor"},
     "bench": {"bench_exchanges", "bench_optimizers", "bench_waiting", "launch", "monitor"},
     "bench_exchanges": {"floors"}, "bench_waiting": {"bench_exchanges"},
-    "doctor": {"launch", "monitor"}, "__main__": {"cli"},
+    "doctor": {"launch", "monitor"}, "cli": {"arguments"}, "__main__": {"cli"},
 }  # fmt: skip
 MPI = {
     "version",
