@@ -6,12 +6,14 @@ import sys
 import pytest
 from launcher import ROOT, mpiexec
 
+pytestmark = pytest.mark.timeout(600)  # hundreds of tests each
+
 
 def under_mpiexec(tmp_path, size, least, *selected):
     file = tmp_path / "counts.json"
     code, output = mpiexec(
         size, sys.executable, "-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", ROOT / "tests/parallel",
-        *selected, timeout=240, cwd=ROOT, env={"AGNMPI_TEST_COUNTS": str(file)},
+        *selected, timeout=500, cwd=ROOT, env={"AGNMPI_TEST_COUNTS": str(file)},
     )  # fmt: skip
     assert code == 0, output[-8000:]
     counts = json.loads(file.read_text())
