@@ -3,8 +3,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+settings.register_profile("agnmpi", deadline=None)  # machines are noisy
+settings.load_profile("agnmpi")
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -1,5 +1,6 @@
 """Start mpiexec in a subprocess with a time limit: a hang is a failed test, not a lost afternoon."""
 
+import json
 import os
 import shlex
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +73,33 @@ def mpiexec(n, *args, timeout=60, **options):
         if KNOWN_FAILURE not in output:
             break
     return code, output
+
+
+def started(reached, n, *args, limit=60, **options):
+    """A job that runs, and has come so far that `reached()`."""
+    for _ in range(3):
+        job, until = Job(n, *args, **options), time.monotonic() + limit
+        while job.process.poll() is None and time.monotonic() < until:
+            if reached():
+                return job
+            time.sleep(0.05)
+        early = job.process.poll() is not None
+        _, output = job.finish(10) if early else (None, "")
+        if KNOWN_FAILURE not in output:
+            break
+    if not early:
+        os.killpg(job.process.pid, signal.SIGKILL)
+        _, output = job.finish(10)
+    pytest.fail(
+        f"the job {'ended early' if early else f'did not come so far in {limit} s'}; it printed:\n{output[-6000:]}"
+    )
+
+
+def progresses(run):
+    """Whether the run in that directory has written of steps taken."""
+    events = run / "events.jsonl"
+    lines = events.read_text().split("\n")[:-1] if events.exists() else []  # what follows may be half a line
+    return any('"progress"' in line and json.loads(line)["step"] > 0 for line in lines)
 
 
 def agnmpi(n, *args, **options):

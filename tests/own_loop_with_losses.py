@@ -1,11 +1,12 @@
-"""A loop of one's own in which ranks die, center or worker: DEATHS is RANK@STEP,… (steps of that rank, or commits).
+"""A loop of one's own in which ranks die, center or worker: DEATHS is RANK@LOOP.AT,… (its AT-th step, or commit, in that loop).
 
-mpiexec --with-ft ulfm -n 4 python tests/own_loop_with_losses.py 0@20,2@7
+mpiexec --with-ft ulfm -n 4 python tests/own_loop_with_losses.py 0@1.20,2@2.7
 """
 
 import os
 import signal
 import sys
+import time
 import warnings
 
 import mpi4py
@@ -23,13 +24,13 @@ TOTAL, LOOPS = 600, 2
 def main(deaths):
     warnings.simplefilter("always")
     rank = MPI.COMM_WORLD.rank
-    mine = [int(at) for victim, at in (death.split("@") for death in deaths.split(",")) if int(victim) == rank]
-    seen = 0
+    victims = dict(death.split("@") for death in deaths.split(","))
+    mine = [int(number) for number in victims.get(str(rank), "0.0").split(".")]
+    at = [0, 0]  # loop, step
 
     def die_if_due():
-        nonlocal seen
-        seen += 1
-        if seen in mine:
+        at[1] += 1
+        if at == mine:
             os.kill(os.getpid(), signal.SIGKILL)
 
     # Gradient -1 at a rate of 1: each step of a period moves the center by 1/λ.
@@ -43,9 +44,12 @@ def main(deaths):
             return reply
 
         opt._loop.member._apply = watched
-    for _ in range(LOOPS):
+    for loop in range(1, LOOPS + 1):
+        at[:] = loop, 0
         for _step in opt.steps(TOTAL):
             die_if_due()
+            if str(rank) not in victims:
+                time.sleep(1e-3)  # the victims come to their steps, whoever gets the cores
             opt.minimize(lambda p: (0.0, {"w": -np.ones(3)}))
     w, clock = opt.center["w"], opt.global_step
     # Whole: every commit of the clock is in the center, each of mean length 1.

@@ -175,7 +175,12 @@ def test_after_any_history_each_step_is_taken_once(data):
 )
 @pytest.mark.parametrize(
     ("deaths", "left"),
-    [pytest.param("2@7", 3, marks=pytest.mark.long), ("0@20", 3), ("1@30,3@450", 2), ("0@260,3@300,1@30", 1)],
+    [
+        pytest.param("2@1.7", 3, marks=pytest.mark.long),
+        ("0@1.20", 3),
+        ("1@1.30,3@2.30", 2),
+        ("0@2.60,3@2.20,1@1.30", 1),
+    ],
 )
 def test_a_loop_of_ones_own_survives(deaths, left):
     """AGNOptimizer: every commit of the clock is in the center once, and `comm` is what is left."""

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from launcher import ROOT, Job, agnmpi, mpi_kind
+from launcher import ROOT, agnmpi, mpi_kind, progresses, started
 
 from agnmpi.checkpoint import center_file, folder, folders, load, newest, prune, set_aside, unseal
 
@@ -97,17 +97,12 @@ def test_from_several_centers_to_one(tmp_path):
 def interrupted(tmp_path, ranks, *options, number=signal.SIGUSR1):
     """Start a long run, send it a signal when it has made progress, and let it end."""
     run = tmp_path / "run"
-    job = Job(
+    saves = "--checkpoint-seconds" in options
+    job = started(
+        lambda: progresses(run) and not (saves and newest(run, lambda line: None) is None),
         ranks, sys.executable, "-m", "agnmpi", "train", QUADRATIC, *SHORT, "--epochs", "4000", "--set",
         "options.slow=0.0005", "--log-every", "0.1", "--evaluate-every", "0", "--run", run, *options,
     )  # fmt: skip
-    until = time.monotonic() + 60
-    while not (run / "events.jsonl").exists() or '"progress"' not in (run / "events.jsonl").read_text():
-        assert time.monotonic() < until, "no progress"
-        time.sleep(0.05)
-    while "--checkpoint-seconds" in options and newest(run, lambda line: None) is None:
-        assert time.monotonic() < until, "no checkpoint"
-        time.sleep(0.05)
     job.process.send_signal(number)
     code, output = job.finish(LIMIT)
     return run, code, output
@@ -153,15 +148,10 @@ def test_term_and_interrupt(tmp_path, number):
 
 def test_a_second_signal_aborts_at_once(tmp_path):
     run = tmp_path / "run"
-    job = Job(
-        2, sys.executable, "-m", "agnmpi", "train", f"{ROOT / 'tests/problems.py'}:Stuck", "--period", "1000000",
-        "--run", run,
+    job = started(
+        (tmp_path / "stuck").exists, 2, sys.executable, "-m", "agnmpi", "train",
+        f"{ROOT / 'tests/problems.py'}:Stuck", "--period", "1000000", "--run", run, cwd=tmp_path,
     )  # fmt: skip
-    until = time.monotonic() + 60
-    while not (run / "config.toml").exists():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    time.sleep(1)
     job.process.send_signal(signal.SIGUSR1)
     time.sleep(1)
     assert job.process.poll() is None, "the period is not finished: the run goes on"
@@ -220,7 +210,7 @@ def test_checkpoints_of_several_centers_that_nobody_serves(tmp_path):
     code, output = agnmpi(
         4, "train", QUADRATIC, *SHORT, "--transport", "rma", "--no-use-locking", "--centers", "2",
         "--checkpoint-commits", "10", "--epochs", "4000", "--set", "options.slow=0.002", "--run", run,
-        "--inject-faults", env={"AGNMPI_FAULTS": "kill:3@200"}, timeout=LIMIT,
+        "--inject-faults", env={"AGNMPI_FAULTS": "kill:3@400"}, timeout=LIMIT,
     )  # fmt: skip
     assert code != 0, output
     found = newest(run, pytest.fail)

@@ -3,11 +3,10 @@
 import json
 import signal
 import sys
-import time
 
 import numpy as np
 import pytest
-from launcher import ROOT, Job, agnmpi
+from launcher import ROOT, agnmpi, started
 
 from agnmpi import record, rules, simulate
 from agnmpi.backend import full_like
@@ -359,14 +358,12 @@ def test_a_recorded_run_replays_to_the_same_bits(tmp_path, capsys, options):
 
 def test_a_record_of_an_interrupted_run_replays(tmp_path, capsys):
     run = tmp_path / "run"
-    job = Job(
+    served = run / record.NAME
+    job = started(
+        lambda: served.exists() and served.read_text().count("\n") >= 50,
         3, sys.executable, "-m", "agnmpi", "train", f"{ROOT}/tests/problems.py:Blobs", "--epochs", "100000", "--period",
         "3", "--log-every", "0.1", "--evaluate-every", "0", "--record", "--run", run,
     )  # fmt: skip
-    until = time.monotonic() + 60
-    while not (run / record.NAME).exists() or (run / record.NAME).read_text().count("\n") < 50:
-        assert time.monotonic() < until, "no progress"
-        time.sleep(0.05)
     job.process.send_signal(signal.SIGUSR1)
     code, output = job.finish(60)
     assert code == 75, output

@@ -170,7 +170,7 @@ def progresses(events, since):
     """Whether the run has written of steps taken after the time `since`."""
     if not events.exists() or events.stat().st_mtime < since:
         return False
-    last = events.read_text().splitlines()[-1:]
+    last = events.read_text().split("\n")[:-1][-1:]  # what follows may be half a line
     return bool(last) and '"progress"' in last[0] and json.loads(last[0])["step"] > 0
 
 
