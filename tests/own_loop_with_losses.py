@@ -1,4 +1,6 @@
-"""A loop of one's own in which ranks die, center or worker: DEATHS is RANK@LOOP.AT,… (its AT-th step, or commit, in that loop).
+"""A loop of one's own in which ranks die, center or worker.
+
+DEATHS is RANK@LOOP.AT,…: at the AT-th step (of rank 0: commit) of that rank in that loop.
 
 mpiexec --with-ft ulfm -n 4 python tests/own_loop_with_losses.py 0@1.20,2@2.7
 """
