@@ -255,7 +255,7 @@ class AGNOptimizer:
         and weight decay may still move it.) Raises ValueError if none has a gradient, or for a shape; TypeError for
         what is no variable.
         """
-        worker = self._loop.check()
+        self._loop.check()
         if self._optimizer is None:
             raise RuntimeError(f"{self._name} has no optimizer: move the parameters and call step()")
         views, ranges = self._layout.views(self._g), dict[str, Range]()
@@ -273,8 +273,7 @@ class AGNOptimizer:
         if not ranges:
             raise ValueError(f"rank {self._comm.rank}: no gradients: None for every variable")
         whole = len(ranges) == len(self._layout.names)
-        worker.step(self._g, self.loss, None if whole else list(ranges.values()))
-        self._loop.stepped = True
+        self._loop.step(self._g, self.loss, None if whole else list(ranges.values()))
 
     def minimize(self, loss: Loss, var_list: Iterable[Any] | None = None) -> float:
         """Compute the gradients, apply them, and return the value of the loss before the step."""
@@ -283,12 +282,11 @@ class AGNOptimizer:
 
     def step(self, loss: float = nan) -> None:
         """With `optimizer=None`: count one step that you took, and exchange when λ are done."""
-        worker = self._loop.check()
+        self._loop.check()
         if self._optimizer is not None:
             raise RuntimeError(f"{self._name} has an optimizer: call minimize() or apply_gradients()")
         self._layout.pack(self._own, out=self._x)
-        worker.step(None, loss)
-        self._loop.stepped = True
+        self._loop.step(None, loss)
         self._loop.refresh()
 
     def make_session_run_hook(
@@ -334,7 +332,6 @@ class AGNOptimizer:
             return
         self._loop.end()
         atexit.unregister(self._at_exit)
-        self._loop.closed = True
         self._hook.remove()
         self._loop.member.close()
         if self._loop.member.failover is None or not self._loop.member.failover.lost:  # with the dead it would not end

@@ -3,12 +3,13 @@
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
 
 from .backend import Array, bring
 from .member import Member
+from .optimizers import Range
 from .worker import Worker
 
 
@@ -23,7 +24,7 @@ class Loop:
     def __init__(self, member: Member, rank: int, x: Array, period: int, name: str, moved: Callable[[], None]) -> None:
         self.member = member
         self.worker = None if member.serves else member.workers[0]
-        self.running = self.stepped = self.closed = False
+        self.closed = self._running = self._stepped = False
         self._rank, self._x, self._period, self._name, self._moved = rank, x, period, name, moved
         self._generators: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
         self._pulls = 0  # of the worker, when `moved` was last called
@@ -46,16 +47,21 @@ class Loop:
                 f"rank {self._rank} holds the center and takes no steps: call this inside "
                 f"`for step in {self._name}.steps(n)`, which serves here"
             )
-        if not self.running:
+        if not self._running:
             raise RuntimeError(f"{self._name}: steps are taken inside `for step in opt.steps(n)`, which is not running")
-        if self.stepped:
+        if self._stepped:
             raise RuntimeError(f"{self._name}: one step in each turn of the loop over steps(), not two")
         return self.worker
+
+    def step(self, g: Array | None, loss: float, ranges: Sequence[Range] | None = None) -> None:
+        """Let the worker take the step that it is at; see `Worker.step`."""
+        self.check().step(g, loss, ranges)
+        self._stepped = True
 
     def settle(self) -> None:
         """After a break: wait for the others, and take the final center."""
         worker = self.worker
-        if worker is None or self.running:
+        if worker is None or self._running:
             return
         leaving = worker.leaving
         worker.settle()
@@ -72,15 +78,16 @@ class Loop:
             self._moved()
 
     def end(self) -> None:
-        """Leave a loop that was broken off but is still held by a name, or a hook that was not ended."""
+        """Leave a loop that was broken off but is still held by a name, or a hook that was not ended; for good."""
         for generator in list(self._generators):
             generator.close()
         self.settle()
+        self.closed = True
 
     def _steps(self, total: int | None) -> Generator[int, None, None]:
         if self.closed:
             raise RuntimeError(f"{self._name} is closed")
-        if self.running:
+        if self._running:
             raise RuntimeError(f"{self._name}: one loop over steps() at a time")
         total = None if total is None else operator.index(total)
         if total is not None and total < 0:
@@ -89,8 +96,6 @@ class Loop:
         center = self.member.center
         before = center.steps
         self.member.begin(total, self._period)
-        if self.worker:
-            self.worker.dropped = 0
         if self.worker is None:
             self._serve()
             if total is not None and center.steps - before < total and self._rank == 0:
@@ -98,6 +103,7 @@ class Loop:
                 warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
             return
         worker = self.worker
+        worker.dropped = 0
         while True:
             yield from self._train(worker)
             if not worker.elected:
@@ -119,15 +125,15 @@ class Loop:
 
     def _train(self, worker: Worker) -> Generator[int, None, None]:
         """The part of a worker in a loop."""
-        self.running = True
+        self._running = True
         try:
             # However it ends, commit the partial period and leave: who catches an error may keep this frame alive.
             with closing(worker.steps()) as steps:
                 for number in steps:
                     self.refresh()
-                    self.stepped = False
+                    self._stepped = False
                     yield number
-                    if not self.stepped:
+                    if not self._stepped:
                         raise RuntimeError(
                             f"step {number} was not taken: the loop over {self._name}.steps() must call minimize(), "
                             "apply_gradients() or step() once"
@@ -137,7 +143,7 @@ class Loop:
                 self._serve()
             raise
         finally:
-            self.running = self.stepped = False
+            self._running = self._stepped = False
 
     def _serve(self) -> bool:
         """At a center, or at a worker that was elected in place of a lost one: serve until all have left.

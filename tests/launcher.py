@@ -58,18 +58,24 @@ class Job:
         try:
             output, _ = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            output, _ = self.process.communicate()
-            pytest.fail(f"the job did not end within {timeout} s; it printed:\n{output[-6000:]}")
+            self.fail(f"did not end within {timeout} s")
         finally:
             self.directory.cleanup()
         return self.process.returncode, output
 
+    def fail(self, what):
+        """Kill it, and fail the test with what it printed."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        output, _ = self.process.communicate()
+        pytest.fail(f"the job {what}; it printed:\n{output[-6000:]}")
 
-def mpiexec(n, *args, timeout=60, **options):
-    """Run to the end; returns (exit code, output)."""
+
+def mpiexec(n, *args, timeout=60, ended=lambda job: None, **options):
+    """Run to the end; returns (exit code, output). `ended(job)` is called then."""
     for _ in range(3):
-        code, output = Job(n, *args, **options).finish(timeout)
+        job = Job(n, *args, **options)
+        code, output = job.finish(timeout)
+        ended(job)
         if KNOWN_FAILURE not in output:
             break
     return code, output
@@ -79,27 +85,25 @@ def started(reached, n, *args, limit=60, **options):
     """A job that runs, and has come so far that `reached()`."""
     for _ in range(3):
         job, until = Job(n, *args, **options), time.monotonic() + limit
-        while job.process.poll() is None and time.monotonic() < until:
+        while job.process.poll() is None:
             if reached():
                 return job
+            if time.monotonic() > until:
+                job.fail(f"did not come so far in {limit} s")
             time.sleep(0.05)
-        early = job.process.poll() is not None
-        _, output = job.finish(10) if early else (None, "")
+        code, output = job.finish(10)
         if KNOWN_FAILURE not in output:
             break
-    if not early:
-        os.killpg(job.process.pid, signal.SIGKILL)
-        _, output = job.finish(10)
-    pytest.fail(
-        f"the job {'ended early' if early else f'did not come so far in {limit} s'}; it printed:\n{output[-6000:]}"
-    )
+    return pytest.fail(f"the job ended early, with code {code}; it printed:\n{output[-6000:]}")
 
 
-def progresses(run):
-    """Whether the run in that directory has written of steps taken."""
+def progresses(run, since=0.0):
+    """Whether the last that the run in that directory has written, after the time `since`, is of steps taken."""
     events = run / "events.jsonl"
-    lines = events.read_text().split("\n")[:-1] if events.exists() else []  # what follows may be half a line
-    return any('"progress"' in line and json.loads(line)["step"] > 0 for line in lines)
+    if not events.exists() or events.stat().st_mtime < since:
+        return False
+    last = events.read_text().split("\n")[:-1][-1:]  # what follows may be half a line
+    return bool(last) and '"progress"' in last[0] and json.loads(last[0])["step"] > 0
 
 
 def agnmpi(n, *args, **options):

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher import ROOT, Job, mpi_kind, mpiexec, mpiexec_path, progresses
+from launcher import ROOT, mpi_kind, mpiexec, mpiexec_path, progresses, started
 
 NETLAB = Path(os.environ.get("AGNMPI_NETLAB") or ROOT.parent / "shared/tools/netlab.sh")
 HOSTS = 4
@@ -194,12 +194,12 @@ def test_a_host_vanishes(tmp_path, order, victim):
     run = tmp_path / "run"
     with hosts_up() as bed:
         start = [str(NETLAB), "run", "-H", order, "ompi", "--with-ft", "ulfm", *options, "--", sys.executable]
-        job = Job(
+        job = started(
+            lambda: progresses(run),
             3, "-m", "agnmpi", "train", f"{ROOT}/tests/problems.py:Quadratic", "--epochs", 400, "--set",
             "options.slow=0.002", "--evaluate-every", 0, "--log-every", 0.2, "--run", run,
             env=bed.environment, start=start,
         )  # fmt: skip
-        until(lambda: progresses(run))
         bed.call("poweroff", victim)
         until(lambda: (run / "result.json").exists())
         with contextlib.suppress(subprocess.TimeoutExpired):  # mpiexec may wait for the lost host for ever

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher import INHERITED, KNOWN_FAILURE, ROOT, mpi_kind
+from launcher import INHERITED, KNOWN_FAILURE, ROOT, mpi_kind, progresses
 
 from agnmpi.backend import device_count
 from agnmpi.checkpoint import newest
@@ -166,14 +166,6 @@ def left_over(home):
     return found
 
 
-def progresses(events, since):
-    """Whether the run has written of steps taken after the time `since`."""
-    if not events.exists() or events.stat().st_mtime < since:
-        return False
-    last = events.read_text().split("\n")[:-1][-1:]  # what follows may be half a line
-    return bool(last) and '"progress"' in last[0] and json.loads(last[0])["step"] > 0
-
-
 def results(runs):
     return [json.loads(path.read_text()) for path in sorted(runs.rglob("result.json"))]
 
@@ -315,10 +307,10 @@ def finish_requeue(slurm, job, directory, epochs, turns):
 def test_requeue_until_done(slurm, tmp_path):
     """Interrupted twice, back in the queue twice, and at the end each epoch was trained once."""
     job = submit_requeue(slurm, tmp_path, 60)
-    events = tmp_path / "runs" / f"agnmpi-requeue-{job}" / "events.jsonl"
+    run = tmp_path / "runs" / f"agnmpi-requeue-{job}"
     for turn in (0, 1):
         since = time.time()
-        slurm.until(job, tmp_path, f"under way in turn {turn}", lambda since=since: progresses(events, since))
+        slurm.until(job, tmp_path, f"under way in turn {turn}", lambda since=since: progresses(run, since))
         interrupt(slurm, job, tmp_path)
     finish_requeue(slurm, job, tmp_path, 60, 2)
 
