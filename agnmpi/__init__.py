@@ -6,23 +6,10 @@
 from typing import TYPE_CHECKING, Any
 
 from . import rules
-from .optimizers import (
-    Optimizer,
-    adagrad,
-    adam,
-    adamw,
-    constant,
-    cosine,
-    delayed_nesterov,
-    momentum,
-    nesterov,
-    rmsprop,
-    sgd,
-    step_decay,
-    warmup,
-)
+from .optimizers import Optimizer, adagrad, adam, adamw, delayed_nesterov, momentum, nesterov, rmsprop, sgd
 from .problem import Problem
 from .rules import Rule
+from .schedules import constant, cosine, step_decay, warmup
 from .version import __version__
 
 if TYPE_CHECKING:

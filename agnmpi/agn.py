@@ -12,6 +12,7 @@ from mpi4py import MPI
 from .agree import ConfigError, together
 from .backend import Array, as_array, bring, namespace
 from .faults import fault_tolerant
+from .fit import Setup, check_fit
 from .hook import Hook
 from .launch import AbortOnException, agree_on_model, check_world
 from .loop import Loop
@@ -19,7 +20,7 @@ from .optimizers import Optimizer, Range
 from .params import Layout, named
 from .probe import choose_wire
 from .rules import Rule, agn
-from .wiring import Setup, check_fit, connect
+from .wiring import connect
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
 Loss: TypeAlias = Callable[[Mapping[str, Array]], tuple[float, Gradients]]

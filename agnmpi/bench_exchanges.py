@@ -16,11 +16,12 @@ from mpi4py import MPI
 from . import agree, rules
 from .backend import Array, full_like
 from .data import rounds
+from .fit import Setup
 from .floors import FLOORS
 from .member import Member
 from .transport.base import WORK, Commit
 from .waiting import finish
-from .wiring import Setup, connect
+from .wiring import connect
 
 _BLOCKS = 20  # turns of each side
 SETUPS = {

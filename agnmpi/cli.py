@@ -127,6 +127,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
 def _simulate(args: argparse.Namespace, world: Any) -> int:
     from . import simulate
     from .agree import ConfigError, together
+    from .replay import replay
     from .run import write_result
 
     if world.size > 1:
@@ -140,7 +141,7 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
         if args.replay is not None:
             run = Path(args.replay)
             own = load(str(run / "config.toml"), {"run": None, "record": False} | given, args.sets)
-            return simulate.replay(run, own)
+            return replay(run, own)
         config = load(args.config, given, args.sets)
         timing = load_timing(args.config, {key: getattr(args, key) for key in timings})
         if args.timing_only:

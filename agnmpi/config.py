@@ -8,18 +8,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from .optimizers import (
-    CENTER_OPTIMIZERS,
-    OPTIMIZERS,
-    SCHEDULES,
-    Optimizer,
-    Schedule,
-    constant,
-    cosine,
-    step_decay,
-    warmup,
-)
+from .optimizers import CENTER_OPTIMIZERS, OPTIMIZERS, Optimizer
 from .rules import RULES, Rule, Weight, outer_rate, staleness_cap, staleness_power, weighted
+from .schedules import SCHEDULES, Schedule, constant, cosine, step_decay, warmup
 
 TRANSPORTS = ("auto", "p2p", "rma", "collective", "local")
 

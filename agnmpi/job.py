@@ -20,6 +20,7 @@ from .checkpoint import newest, prune, write_atomic
 from .config import Config
 from .data import Lease, Plan
 from .faults import DEGRADED, Degraded, Injection, Interrupted, Signals, read_faults
+from .fit import Setup, check_fit
 from .monitor import Monitor
 from .params import Layout
 from .probe import choose_wire
@@ -32,7 +33,7 @@ from .survivors import Survivors
 from .transport.base import LEAVE, STOP, Commit, Reply
 from .version import __version__, mpi_library
 from .waiting import finish
-from .wiring import Setup, check_fit, connect
+from .wiring import connect
 from .worker import Worker, train
 
 

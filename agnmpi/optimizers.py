@@ -1,4 +1,4 @@
-"""Optimizers as (init, update) pairs over one flat vector, and rate schedules.
+"""Optimizers as (init, update) pairs over one flat vector.
 
 An update works in place and in cache-sized blocks on the host: x, its gradient and its slots pass through
 the cache once, and no temporary is longer than a block. On a device it is one launch of the kernel of the same name
@@ -6,15 +6,16 @@ in `kernels`, with weight decay and scaling in it.
 """
 
 from collections.abc import Callable, Sequence
-from math import cos, pi, sqrt
+from math import sqrt
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from .backend import Array, blocks, full_like, on_host, scratch
+from .host_kernels import HOST
 from .kernels import launch
+from .schedules import Schedule, constant, positive
 
-Schedule: TypeAlias = Callable[[int], float]
 Range: TypeAlias = tuple[int, int]
 
 
@@ -37,53 +38,10 @@ class Optimizer(NamedTuple):
         return dict(list(state._asdict().items())[1:])
 
 
-def _positive(name: str, value: float) -> None:
-    if not (value > 0 and np.isfinite(value)):
-        raise ValueError(f"{name} must be a positive number, not {value!r}")
-
-
 def _fraction(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), not {value!r}")
-
-
-def constant(rate: float) -> Schedule:
-    """Rate η at every step."""
-    _positive("rate", rate)
-    return lambda _step: rate
-
-
-def step_decay(rate: float, every: int, factor: float = 0.1) -> Schedule:
-    """η·factor^⌊step/every⌋.
-
-    >>> [step_decay(1.0, every=2, factor=0.5)(t) for t in range(5)]
-    [1.0, 1.0, 0.5, 0.5, 0.25]
-    """
-    for name, value in (("rate", rate), ("every", every), ("factor", factor)):
-        _positive(name, value)
-    return lambda step: rate * factor ** (step // every)
-
-
-def cosine(rate: float, steps: int, final: float = 0.0) -> Schedule:
-    """From η to `final` over `steps` steps along half a cosine, `final` afterwards (arXiv:1608.03983, one cycle).
-
-    >>> [round(cosine(1.0, steps=2)(t), 3) for t in range(4)]
-    [1.0, 0.5, 0.0, 0.0]
-    """
-    _positive("rate", rate)
-    _positive("steps", steps)
-    return lambda step: final + (rate - final) * (1 + cos(pi * min(step, steps) / steps)) / 2
-
-
-def warmup(schedule: Schedule, steps: int) -> Schedule:
-    """`schedule`, its first `steps` steps scaled linearly up from 1/steps.
-
-    >>> [warmup(constant(1.0), steps=4)(t) for t in range(5)]
-    [0.25, 0.5, 0.75, 1.0, 1.0]
-    """
-    _positive("steps", steps)
-    return lambda step: schedule(step) * min(1.0, (step + 1) / steps)
 
 
 def _joined(ranges: Sequence[Range]) -> list[Range]:
@@ -108,117 +66,6 @@ def global_norm(g: Array, ranges: Sequence[Range]) -> float:
     return sqrt(float(sum(squares[1:], squares[0]))) if squares else 0.0  # the one wait for the device
 
 
-# A host kernel moves one block x against g, in place, with the block's slots, two scratch arrays and the scalars of
-# the step: 0-d arrays of x's dtype, for which NumPy's calls cost less than for Python's numbers.
-HostKernel: TypeAlias = Callable[..., None]
-
-
-def _sgd(x: Array, g: Array, _slots: Sequence[Array], s: Array, _r: Array, eta: Array) -> None:
-    x -= np.multiply(g, eta, out=s)
-
-
-def _momentum(x: Array, g: Array, slots: Sequence[Array], s: Array, _r: Array, eta: Array, beta: Array) -> None:
-    (m,) = slots
-    m *= beta
-    m += g
-    x -= np.multiply(m, eta, out=s)
-
-
-def _nesterov(x: Array, g: Array, slots: Sequence[Array], s: Array, _r: Array, eta: Array, beta: Array) -> None:
-    (m,) = slots
-    m *= beta
-    m += g
-    np.multiply(m, beta, out=s)
-    s += g
-    s *= eta
-    x -= s
-
-
-def _adagrad(x: Array, g: Array, slots: Sequence[Array], s: Array, r: Array, eta: Array, epsilon: Array) -> None:
-    (v,) = slots
-    v += np.multiply(g, g, out=s)
-    np.sqrt(v, out=s)
-    s += epsilon
-    np.multiply(g, eta, out=r)
-    x -= np.divide(r, s, out=s)
-
-
-def _rmsprop(
-    x: Array, g: Array, slots: Sequence[Array], s: Array, r: Array, eta: Array, rho: Array, fresh: Array, epsilon: Array
-) -> None:
-    (v,) = slots
-    np.multiply(g, g, out=s)
-    s *= fresh
-    v *= rho
-    v += s
-    np.sqrt(v, out=s)
-    s += epsilon
-    np.multiply(g, eta, out=r)
-    x -= np.divide(r, s, out=s)
-
-
-def _adam(
-    x: Array,
-    g: Array,
-    slots: Sequence[Array],
-    s: Array,
-    _r: Array,
-    beta1: Array,
-    fresh1: Array,
-    beta2: Array,
-    fresh2: Array,
-    epsilon: Array,
-    eta: Array,
-) -> None:
-    m, v = slots
-    # The order that was fastest of several: g is used twice while it is near, and few calls take three vectors.
-    np.multiply(g, fresh2, out=s)
-    s *= g
-    v *= beta2
-    v += s
-    np.multiply(g, fresh1, out=s)
-    m *= beta1
-    m += s
-    np.sqrt(v, out=s)
-    s += epsilon
-    np.divide(m, s, out=s)
-    s *= eta
-    x -= s
-
-
-def _delayed_nesterov(
-    x: Array,
-    g: Array,
-    slots: Sequence[Array],
-    s: Array,
-    _r: Array,
-    eta: Array,
-    push: Array,
-    beta: Array,
-    add: Array,
-    _hold: Array,
-) -> None:
-    m, b = slots
-    b += g
-    x -= np.multiply(g, eta, out=s)
-    if add:
-        m *= beta
-        m += b
-        b[...] = 0
-        x -= np.multiply(m, push, out=s)
-
-
-_HOST: dict[str, HostKernel] = {
-    "sgd": _sgd,
-    "momentum": _momentum,
-    "nesterov": _nesterov,
-    "adagrad": _adagrad,
-    "rmsprop": _rmsprop,
-    "adam": _adam,
-    "delayed_nesterov": _delayed_nesterov,
-}
-
-
 def _make(
     name: str,
     state_type: type[Any],
@@ -236,7 +83,7 @@ def _make(
     if not clip >= 0:
         raise ValueError(f"clip must not be negative, but is {clip!r} (0 means no clipping)")
     slot_names = state_type._fields[1:]
-    host = _HOST[kernel]
+    host = HOST[kernel]
 
     def init(x: Array) -> Any:
         return state_type(0, *(full_like(x, 0) for _ in slot_names))
@@ -351,7 +198,7 @@ class AdagradState(NamedTuple):
 
 def adagrad(rate: float | Schedule, epsilon: float = 1e-10, weight_decay: float = 0.0, clip: float = 0.0) -> Optimizer:
     """Adagrad: v ← v + g², x ← x − ηg/(√v + ε) (Duchi, Hazan, Singer 2011; diagonal, v from 0)."""
-    _positive("epsilon", epsilon)
+    positive("epsilon", epsilon)
 
     def scalars(eta: float, _t: int, _dtype: np.dtype[Any]) -> Sequence[float]:
         return eta, epsilon
@@ -379,7 +226,7 @@ def rmsprop(
     Raises ValueError unless 0 ≤ ρ < 1.
     """
     _fraction(decay=decay)
-    _positive("epsilon", epsilon)
+    positive("epsilon", epsilon)
 
     def scalars(eta: float, _t: int, _dtype: np.dtype[Any]) -> Sequence[float]:
         return eta, decay, 1 - decay, epsilon
@@ -407,7 +254,7 @@ def _adam_like(
     decoupled: bool,
 ) -> Optimizer:
     _fraction(beta1=beta1, beta2=beta2)
-    _positive("epsilon", epsilon)
+    positive("epsilon", epsilon)
 
     def scalars(eta: float, t: int, dtype: np.dtype[Any]) -> Sequence[float]:
         held1, held2 = _held(beta1, dtype), _held(beta2, dtype)
@@ -486,4 +333,3 @@ def delayed_nesterov(rate: float | Schedule = 1.0, every: int = 1, beta: float =
 
 # At the center also:
 CENTER_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {**OPTIMIZERS, "delayed_nesterov": delayed_nesterov}
-SCHEDULES = ("constant", "step", "cosine")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .backend import Array
 from .checkpoint import save, write_atomic
 from .config import Config
 from .faults import DEGRADED
@@ -41,6 +42,34 @@ def write_result(directory: Path, result: Mapping[str, Any]) -> None:
     write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
 
 
+def conclude(
+    directory: Path,
+    config: Config,
+    layout: Layout,
+    member: Member,
+    c: Array,
+    monitor: Monitor,
+    also: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the final center `c` (n,), evaluate it, and write the result, with what it says `also`; returns it."""
+    meta = {"agnmpi": __version__, "clock": str(member.center.clock), "rule": config.rule}
+    # Before the evaluation, which may fail.
+    save(directory / "center.safetensors", layout.views(c), meta)
+    result = {
+        "problem": config.problem,
+        "rule": config.rule,
+        "variant": config.variant,
+        "transport": config.transport,
+        "workers": member.count,
+        "period": config.period,
+        **monitor.finish(c),
+        **also,
+        "agnmpi": __version__,
+    }
+    write_result(directory, result)
+    return result
+
+
 def finish_run(
     directory: Path,
     config: Config,
@@ -60,23 +89,8 @@ def finish_run(
         monitor.stop("complete")
         monitor.say(f"the run was complete, at step {member.center.steps}; its result stays, in {directory}/")
         return dict(before)
-    meta = {"agnmpi": __version__, "clock": str(member.center.clock), "rule": config.rule}
-    # Before the evaluation, which may fail.
-    save(directory / "center.safetensors", layout.views(member.c), meta)
-    result = {
-        "problem": config.problem,
-        "rule": config.rule,
-        "variant": config.variant,
-        "transport": config.transport,
-        "workers": member.count,
-        "period": config.period,
-        **monitor.finish(member.c),
-        "refused": member.center.refused,
-        "lost": lost,
-        "mpi": mpi_library(),
-        "agnmpi": __version__,
-    }
-    write_result(directory, result)
+    also = {"refused": member.center.refused, "lost": lost, "mpi": mpi_library()}
+    result = conclude(directory, config, layout, member, member.c, monitor, also)
     if (result["loss"] is None and not complete) or None in result["metrics"].values():
         monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
     if lost:

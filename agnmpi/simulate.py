@@ -1,18 +1,16 @@
-"""Virtual-time runs of the same workers, rules and center as over MPI, in one process; and replays of recorded runs."""
+"""Virtual-time runs of the same workers, rules and center as over MPI, in one process."""
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import launch, record
-from .backend import Array, choose, full_like, to_host
+from .backend import Array, choose, full_like
 from .center import Center
-from .checkpoint import load, save, write_atomic
+from .checkpoint import write_atomic
 from .config import Config
 from .data import Leases, Plan, speed_proportional
 from .member import Member
@@ -20,10 +18,10 @@ from .metrics import finite
 from .monitor import Monitor
 from .params import Layout, parts
 from .problem import gradient_of, load_problem
-from .run import repeatable, run_directory, write_result
+from .run import conclude, repeatable, run_directory
 from .timing import Timing, figures, timing_only
-from .transport.base import STOP, Commit, Handle, Reply, WorkerEnd
-from .transport.local import LocalCenter, LocalHandle, LocalWorker
+from .transport.base import Commit, Handle, Reply, WorkerEnd
+from .transport.local import LocalCenter
 from .transport.virtual import Agenda, Station, VirtualHandle, VirtualWorker
 from .version import __version__
 from .worker import Worker, session
@@ -98,10 +96,11 @@ class Stage:
         config, layout, plan = self.config, self.layout, self.plan
         directory = self.directory
         write_atomic(directory / "config.toml", (repeatable(config).to_toml() + table).encode())
+        member = Member(self.centers[0], [], config.workers)
         monitor = Monitor(
             config,
             plan,
-            Member(self.centers[0], [], config.workers),
+            member,
             directory,
             lambda c: self.problem.evaluate(layout.views(c)),
             stamp,
@@ -126,21 +125,8 @@ class Stage:
         drive()
         if self._recorder is not None:
             self._recorder.close()
-        meta = {"agnmpi": __version__, "clock": str(self.centers[0].clock), "rule": config.rule}
-        save(directory / "center.safetensors", layout.views(self.c), meta)
-        result = {
-            "problem": config.problem,
-            "rule": config.rule,
-            "variant": config.variant,
-            "transport": "virtual",
-            "workers": config.workers,
-            "centers": len(self.parts),
-            "period": config.period,
-            **monitor.finish(self.c),
-            **finite(also()),
-            "agnmpi": __version__,
-        }
-        write_result(directory, result)
+        said_also = {"transport": "virtual", "centers": len(self.parts), **finite(also())}
+        result = conclude(directory, config, layout, member, self.c, monitor, said_also)
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
         monitor.say(
             f"done: {metrics}; {result['samples']} samples, {result['commits']} commits in {result['seconds']} s"
@@ -218,74 +204,6 @@ def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
         f"{config.centers}"
     ]
     return lambda: stage.play(drive, said, also, table, lambda: {"virtual_seconds": agenda.now})
-
-
-class _Outbox(LocalWorker):
-    """A worker's end whose messages lie there until the record says that it is their turn."""
-
-    def __init__(self, center: LocalCenter, worker: int) -> None:
-        super().__init__(center, worker)
-        self._held = center
-        self.messages: deque[LocalHandle] = deque()
-
-    def exchange(self, commit: Commit, out: Array | None) -> LocalHandle:
-        """Lay the message down."""
-        handle = LocalHandle(self._held, commit, out)
-        self.messages.append(handle)
-        return handle
-
-
-def replay(recorded: Path, config: Config) -> Callable[[], dict[str, Any]]:
-    """Make ready to serve the messages of the run in `recorded` once more, in their order; the call does it.
-
-    `config`: the run's own. With the same dtype and BLAS threads the center gets the same bits, which is checked
-    if the run ended. Raises ValueError if there is no record, RuntimeError where the run cannot be repeated.
-    """
-    facts, order = record.read(recorded)
-    stage = Stage(replace(config, workers=facts["workers"]))
-    threads, local = facts["blas_threads"], stage.locals[0]
-    launch.limit_blas(threads[0])
-    said = [f"replay of {recorded}"]
-    if set(threads) != {launch.blas_threads()}:
-        said.append(
-            f"WARNING: the run's workers had {threads} BLAS threads, this process has {launch.blas_threads()}: the "
-            f"bits may differ; set OMP_NUM_THREADS={threads[0]}"
-        )
-    stage.centers[0].parks = facts["parks"]
-    outboxes = [_Outbox(local, i) for i in range(stage.config.workers)]
-    sessions = stage.sessions(outboxes.__getitem__)
-
-    def drive() -> None:
-        for line, expected in enumerate(order, 2):
-            messages = outboxes[expected.worker].messages
-            if expected.control == STOP:  # somebody had asked the run to end
-                stage.centers[0].control = STOP
-            if config.dylu:  # speeds are of the run's clock, which has gone: grant what was granted
-                stage.leases.pace = lambda _worker, _steps, granted=expected.work_steps: max(1, granted)
-            while not messages and next(sessions[expected.worker], None) is not None:
-                pass
-            handle = messages.popleft() if messages else None
-            found = None
-            if handle is not None:
-                local.put(handle)
-                local.serve_one(local.apply)
-                assert handle.reply is not None
-                found = record.Served.of(handle.commit, handle.reply)
-            if found != expected:
-                raise RuntimeError(
-                    f"{recorded / record.NAME}, line {line}: the run had {expected}, the replay has {found}: the "
-                    "problem, its data or agnmpi are no longer those of the run"
-                )
-
-    def also() -> dict[str, Any]:
-        theirs, same = recorded / "center.safetensors", None
-        if theirs.is_file():
-            arrays, _ = load(theirs)
-            same = stage.layout.pack(arrays).tobytes() == to_host(stage.c).tobytes()
-        stale = figures(0.0, np.array(stage.staleness), 0.0, 0.0, [], 0, stage.config.workers)["staleness"]
-        return {"staleness": stale, "replayed": str(recorded), "same_bits": same}
-
-    return lambda: stage.play(drive, said, also)
 
 
 def network(config: Config, timing: Timing) -> dict[str, Any]:

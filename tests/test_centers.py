@@ -14,6 +14,7 @@ from agnmpi import adam, delayed_nesterov, launch, rules, sgd, simulate
 from agnmpi.backend import BLOCK
 from agnmpi.data import Lease, Leases, speed_proportional
 from agnmpi.optimizers import CENTER_OPTIMIZERS
+from agnmpi.replay import replay
 from agnmpi.rules import Seen
 from agnmpi.timing import Timing
 from agnmpi.transport.base import DROPPED, OK
@@ -258,7 +259,7 @@ def test_a_simulation_repeats_and_replays_bit_for_bit(tmp_path, name):
     simulate.run(config(tmp_path / "plain", 5), Timing(**UNEVEN))()
     assert center(tmp_path / "plain") != bits[0]
     if "centers" not in options:
-        again = simulate.replay(tmp_path / "a", config(tmp_path / "again", 5, **options))()
+        again = replay(tmp_path / "a", config(tmp_path / "again", 5, **options))()
         assert again["same_bits"] is True
         assert again["dropped"] == result["dropped"]
 
@@ -274,7 +275,7 @@ def test_all_of_them_over_mpi(tmp_path):
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["staleness"]["max"] <= 4
     assert tomllib.loads((tmp_path / "run/config.toml").read_text())["center_rate"] == 1.0
-    again = simulate.replay(tmp_path / "run", config(tmp_path / "again", 3, **OPTIONS["all"] | {
+    again = replay(tmp_path / "run", config(tmp_path / "again", 3, **OPTIONS["all"] | {
         "staleness_cap": 4, "center_options": {"beta": 0.3}, "batch": 16}))()  # fmt: skip
     assert again["same_bits"] is True
 

@@ -14,7 +14,7 @@ pytest.importorskip("mpi4py.MPI")
 from agnmpi import rules
 from agnmpi.center import Center
 from agnmpi.data import Lease, Leases
-from agnmpi.failover import Witness, elect, take_over
+from agnmpi.election import Witness, elect, take_over
 from agnmpi.transport.base import BAD, DROPPED, IDLE, PULL, WAIT, WORK, Book, Commit, Reply, most_open, reply_bytes
 
 TOTAL = 40

@@ -17,14 +17,16 @@ from test_rules import world
 from agnmpi import backend, bench_optimizers, delayed_nesterov, kernels, rules, sgd
 from agnmpi.center import Center
 from agnmpi.data import Lease
-from agnmpi.failover import Failover, Witness
+from agnmpi.election import Witness
+from agnmpi.failover import Failover
+from agnmpi.fit import Setup
 from agnmpi.job import Job
 from agnmpi.kernels import KERNELS
 from agnmpi.member import Member
 from agnmpi.optimizers import OPTIMIZERS, global_norm
 from agnmpi.params import Layout
 from agnmpi.transport.base import OK, WORK, Book, Commit, Reply
-from agnmpi.wiring import Setup, _successor
+from agnmpi.wiring import _successor
 from agnmpi.worker import Worker
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}

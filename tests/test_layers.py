@@ -7,13 +7,25 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "agnmpi"
 LAYERS = [
-    {"version", "backend", "waiting", "kernels"},
-    {"params", "optimizers", "rules", "data", "checkpoint", "metrics", "config", "timing", "problem", "agree", "hook"},
+    {"version", "backend", "waiting", "kernels", "schedules", "host_kernels"},
+    {
+        "params",
+        "optimizers",
+        "rules",
+        "data",
+        "checkpoint",
+        "metrics",
+        "config",
+        "timing",
+        "problem",
+        "agree",
+        "hook",
+    },
     {"transport.base", "transport.wire", "transport.windows", "transport.stream"},
     {"transport.local", "transport.p2p", "transport.collective", "transport.rma", "transport.serverless"},
     {"transport.sharded", "transport.virtual"},
     {"center", "worker", "record", "faults"},
-    {"wiring", "member", "failover", "probe"},
+    {"election", "fit", "wiring", "member", "failover", "probe"},
     {
         "agn",
         "loop",
@@ -25,6 +37,7 @@ LAYERS = [
         "job",
         "run",
         "simulate",
+        "replay",
         "floors",
         "bench",
         "bench_exchanges",
@@ -36,15 +49,17 @@ LAYERS = [
 ]
 # A module may import these from its own layer.
 WITHIN = {
-    "kernels": {"backend"},  # where a vector lies
+    "kernels": {"backend"}, "host_kernels": {"backend"},  # where a vector lies
     "rules": {"optimizers"},  # Optimizer, as a type and as the center's step
     "transport.windows": {"transport.base", "transport.wire"},
     "config": {"optimizers", "rules"},  # the names and numbers it validates
     "problem": {"data", "params"},  # what a step's gradient is
     "timing": {"config"},  # how options are declared and checked
-    "wiring": {"member", "failover"},
+    "wiring": {"fit", "member", "failover"},
+    "failover": {"election"},
     "member": {"failover"},
     "simulate": {"launch", "run", "monitor"},
+    "replay": {"launch", "simulate"},
     "agn": {"launch", "loop"}, "monitor": set(), "job": {"launch", "monitor", "resuming", "run", "saver", "survivors"},
     "run": {"monitor"},
     "bench": {"bench_exchanges", "bench_optimizers", "bench_waiting", "launch", "monitor"},
@@ -62,6 +77,7 @@ MPI = {
     "agree",
     "faults",
     "agn",
+    "fit",
     "wiring",
     "member",
     "failover",

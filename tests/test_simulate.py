@@ -17,6 +17,7 @@ from agnmpi.config import Config
 from agnmpi.data import Leases, Plan
 from agnmpi.params import Layout
 from agnmpi.problem import gradient_of
+from agnmpi.replay import replay
 from agnmpi.timing import Timing, timing_only
 from agnmpi.transport.base import Commit
 from agnmpi.transport.local import LocalCenter
@@ -304,7 +305,7 @@ def test_what_cannot_be_simulated_is_refused(tmp_path):
     with pytest.raises(ValueError, match="elastic rule with overlap"):
         simulate.network(config(tmp_path / "run", 2, rule="aeasgd", overlap=True), Timing())
     with pytest.raises(ValueError, match="train it with --record"):
-        simulate.replay(tmp_path, config(tmp_path / "run", 2))
+        replay(tmp_path, config(tmp_path / "run", 2))
     assert not (tmp_path / "run").exists()
 
 
@@ -385,14 +386,14 @@ def test_a_record_cut_short_by_a_crash_replays_to_where_it_ends(tmp_path):
     crashed = tmp_path / "crashed"
     crashed.mkdir()
     (crashed / record.NAME).write_text("".join(lines[:20]) + lines[20][:7])
-    result = simulate.replay(crashed, config(tmp_path / "a", 1))()
+    result = replay(crashed, config(tmp_path / "a", 1))()
     assert result["clock"] == order[18].clock
     assert result["same_bits"] is None
     # A record that does not fit the run is refused at its line.
     lines[10], lines[11] = lines[11], lines[10]
     (crashed / record.NAME).write_text("".join(lines))
     with pytest.raises(RuntimeError, match=r"order.jsonl, line 11: the run had Served"):
-        simulate.replay(crashed, config(tmp_path / "b", 1))()
+        replay(crashed, config(tmp_path / "b", 1))()
 
 
 @pytest.mark.long

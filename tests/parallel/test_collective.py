@@ -6,10 +6,11 @@ import pytest
 
 from agnmpi import nesterov, rules, sgd
 from agnmpi.agree import ConfigError
+from agnmpi.fit import Setup, check_fit
 from agnmpi.transport import collective
 from agnmpi.transport.base import WORK, Commit
 from agnmpi.transport.wire import CHUNK, Staged
-from agnmpi.wiring import Setup, check_fit, connect
+from agnmpi.wiring import connect
 from agnmpi.worker import train
 
 pytestmark = pytest.mark.mpi(min_size=2)

@@ -8,8 +8,9 @@ from worlds import MPIWorld
 from agnmpi import adam, rules
 from agnmpi.center import Center
 from agnmpi.data import Leases
+from agnmpi.fit import Setup
 from agnmpi.transport.base import OK, REFUSED, WORK, Commit, Done, Reply
-from agnmpi.wiring import Setup, connect
+from agnmpi.wiring import connect
 
 pytestmark = pytest.mark.mpi(min_size=2)
 

@@ -10,9 +10,10 @@ from worlds import MPIWorld
 
 from agnmpi import AGNOptimizer, probe, rules, sgd
 from agnmpi.agree import ConfigError
+from agnmpi.fit import Setup, check_fit
 from agnmpi.transport.base import Commit
 from agnmpi.transport.windows import READERS, WAITING, WRITING
-from agnmpi.wiring import Setup, check_fit, connect
+from agnmpi.wiring import connect
 
 pytestmark = pytest.mark.mpi(min_size=2)
 MAILBOX, SUMS = Setup("rma"), Setup("rma", use_locking=False)

@@ -5,8 +5,9 @@ from conformance import Outcome
 from paper import OnPaper
 
 from agnmpi import rules
+from agnmpi.fit import capabilities
 from agnmpi.params import parts
-from agnmpi.wiring import capabilities, connect
+from agnmpi.wiring import connect
 
 
 class MPIWorld:
