@@ -3,116 +3,109 @@
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from math import isfinite
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .optimizers import CENTER_OPTIMIZERS, OPTIMIZERS, Optimizer
+from .options import at_least, check_type, option
 from .rules import RULES, Rule, Weight, outer_rate, staleness_cap, staleness_power, weighted
 from .schedules import SCHEDULES, Schedule, constant, cosine, step_decay, warmup
 
 TRANSPORTS = ("auto", "p2p", "rma", "collective", "local")
 
 
-def _option(default: Any, group: str, text: str, kind: type = str, choices: Sequence[str] = ()) -> Any:
-    metadata = {"group": group, "help": text, "kind": kind, "choices": tuple(choices)}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
 class Config:
     """A run, whole: its file repeats it. Raises ValueError for what cannot be, with the value and the remedy."""
 
-    problem: str = _option("", "problem", "MODULE:PROBLEM, a module's name or a .py file and a class in it")
-    options: dict[str, Any] = _option({}, "problem", "what the problem is made with (--set options.KEY=VALUE)")
+    problem: str = option("", "problem", "MODULE:PROBLEM, a module's name or a .py file and a class in it")
+    options: dict[str, Any] = option({}, "problem", "what the problem is made with (--set options.KEY=VALUE)")
 
-    rule: str = _option("agn", "rule", "how workers and center exchange", choices=list(RULES))
-    variant: str = _option("displacement", "rule", "of agn", choices=("displacement", "gradient"))
-    period: int = _option(10, "rule", "communication period λ: local steps between exchanges", int)
-    rho: float = _option(5.0, "rule", "ρ of the elastic rules; α = rate·ρ", float)
-    outer_rate: float | None = _option(
+    rule: str = option("agn", "rule", "how workers and center exchange", choices=list(RULES))
+    variant: str = option("displacement", "rule", "of agn", choices=("displacement", "gradient"))
+    period: int = option(10, "rule", "communication period λ: local steps between exchanges", int)
+    rho: float = option(5.0, "rule", "ρ of the elastic rules; α = rate·ρ", float)
+    outer_rate: float | None = option(
         None,
         "rule",
         "r of agn: commits count rλ/n, so that a round of n moves the center by r mean displacements",
         float,
     )
-    staleness_power: float = _option(
+    staleness_power: float = option(
         0.0, "rule", "a: a commit of staleness s counts min(1, (n/(1 + s))^a); 0: whole", float
     )
-    staleness_cap: int | None = _option(None, "rule", "commits of a greater staleness are dropped", int)
-    dylu: bool = _option(False, "rule", "λ is of the fastest worker; the others' are in proportion to speed", bool)
-    overlap: bool = _option(False, "rule", "compute the next period while an exchange is under way", bool)
-    transport: str = _option(
+    staleness_cap: int | None = option(None, "rule", "commits of a greater staleness are dropped", int)
+    dylu: bool = option(False, "rule", "λ is of the fastest worker; the others' are in proportion to speed", bool)
+    overlap: bool = option(False, "rule", "compute the next period while an exchange is under way", bool)
+    transport: str = option(
         "auto",
         "rule",
         "how messages travel; auto: collective or p2p, as the rule needs; rma: one-sided windows; local: all workers "
         "in one process",
         choices=TRANSPORTS,
     )
-    use_locking: bool = _option(
+    use_locking: bool = option(
         True, "rule", "whole commits; --no-use-locking sums them into the center without a server (rma)", bool
     )
-    centers: int = _option(1, "rule", "ranks 0 … k−1 hold a block of the center each", int)
-    wire: str = _option(
+    centers: int = option(1, "rule", "ranks 0 … k−1 hold a block of the center each", int)
+    wire: str = option(
         "auto",
         "rule",
         "of vectors on a GPU: staged through pinned host memory, direct with CUDA-aware MPI; auto: as doctor found out",
         choices=("auto", "staged", "direct"),
     )
-    workers: int = _option(1, "rule", "number of workers, for --transport local only", int)
-    slots: int = _option(4, "rule", "vectors at a p2p center for messages on their way", int)
+    workers: int = option(1, "rule", "number of workers, for --transport local only", int)
+    slots: int = option(4, "rule", "vectors at a p2p center for messages on their way", int)
 
-    optimizer: str | None = _option(
+    optimizer: str | None = option(
         None, "optimizer", "of the workers [default: what the rule is known with]", choices=list(OPTIMIZERS)
     )
-    rate: float | None = _option(
+    rate: float | None = option(
         None, "optimizer", "learning rate η [default: 0.001 for adam and adamw, else 0.01]", float
     )
-    optimizer_options: dict[str, Any] = _option({}, "optimizer", "such as beta, beta1, epsilon")
-    weight_decay: float | None = _option(None, "optimizer", "w [default: the optimizer's]", float)
-    clip: float = _option(0.0, "optimizer", "largest global norm of a gradient; 0: none", float)
-    schedule: str = _option("constant", "optimizer", "of the rate over the run's steps", choices=SCHEDULES)
-    decay_every: int = _option(0, "optimizer", "steps between decays, for --schedule step", int)
-    decay_factor: float = _option(0.1, "optimizer", "factor of a decay, for --schedule step", float)
-    warmup: int = _option(0, "optimizer", "steps over which the rate rises at the start", int)
-    center_optimizer: str | None = _option(
+    optimizer_options: dict[str, Any] = option({}, "optimizer", "such as beta, beta1, epsilon")
+    weight_decay: float | None = option(None, "optimizer", "w [default: the optimizer's]", float)
+    clip: float = option(0.0, "optimizer", "largest global norm of a gradient; 0: none", float)
+    schedule: str = option("constant", "optimizer", "of the rate over the run's steps", choices=SCHEDULES)
+    decay_every: int = option(0, "optimizer", "steps between decays, for --schedule step", int)
+    decay_factor: float = option(0.1, "optimizer", "factor of a decay, for --schedule step", float)
+    warmup: int = option(0, "optimizer", "steps over which the rate rises at the start", int)
+    center_optimizer: str | None = option(
         None,
         "optimizer",
         "at the center [default: add, or what the rule is known with]",
         choices=["add", *CENTER_OPTIMIZERS],
     )
-    center_rate: float | None = _option(None, "optimizer", "its learning rate", float)
-    center_options: dict[str, Any] = _option({}, "optimizer", "its further numbers, such as beta")
+    center_rate: float | None = option(None, "optimizer", "its learning rate", float)
+    center_options: dict[str, Any] = option({}, "optimizer", "its further numbers, such as beta")
 
-    batch: int = _option(32, "run", "samples in a step", int)
-    epochs: float = _option(1.0, "run", "passes over the training data, all workers together", float)
-    steps: int | None = _option(None, "run", "steps of all workers together, instead of --epochs", int)
-    seed: int = _option(0, "run", "of the initial parameters and of the order of samples", int)
-    device: str = _option("auto", "run", "where workers compute", choices=("auto", "cpu", "gpu"))
-    center_device: str = _option("cpu", "run", "where the center lies", choices=("cpu", "gpu"))
-    evaluate_every: float = _option(1.0, "run", "epochs between evaluations; 0: only at the end", float)
-    log_every: float = _option(1.0, "run", "seconds between lines in events.jsonl", float)
-    record: bool = _option(False, "run", "write the order of messages at the center, for simulate --replay", bool)
-    checkpoint_seconds: float = _option(300.0, "run", "seconds between checkpoints; 0: by commits alone", float)
-    checkpoint_commits: int = _option(0, "run", "commits between checkpoints; 0: by seconds alone", int)
-    keep: int = _option(3, "run", "number of checkpoints that stay; 0: write none, not even at the end", int)
-    stall_limit: float = _option(0.0, "run", "report a worker that is silent for so many seconds; 0: never", float)
-    drop_stalled: bool = _option(
+    batch: int = option(32, "run", "samples in a step", int)
+    epochs: float = option(1.0, "run", "passes over the training data, all workers together", float)
+    steps: int | None = option(None, "run", "steps of all workers together, instead of --epochs", int)
+    seed: int = option(0, "run", "of the initial parameters and of the order of samples", int)
+    device: str = option("auto", "run", "where workers compute", choices=("auto", "cpu", "gpu"))
+    center_device: str = option("cpu", "run", "where the center lies", choices=("cpu", "gpu"))
+    evaluate_every: float = option(1.0, "run", "epochs between evaluations; 0: only at the end", float)
+    log_every: float = option(1.0, "run", "seconds between lines in events.jsonl", float)
+    record: bool = option(False, "run", "write the order of messages at the center, for simulate --replay", bool)
+    checkpoint_seconds: float = option(300.0, "run", "seconds between checkpoints; 0: by commits alone", float)
+    checkpoint_commits: int = option(0, "run", "commits between checkpoints; 0: by seconds alone", int)
+    keep: int = option(3, "run", "number of checkpoints that stay; 0: write none, not even at the end", int)
+    stall_limit: float = option(0.0, "run", "report a worker that is silent for so many seconds; 0: never", float)
+    drop_stalled: bool = option(
         False, "run", "wait no longer for such a worker: its steps go to others (p2p, one center; see README)", bool
     )
-    resume: str | None = _option(
+    resume: str | None = option(
         None, "run", "go on from the newest checkpoint of this run's directory; auto: of --run, if there is one"
     )
-    run: str | None = _option(None, "run", "directory for what the run writes [default: runs/PROBLEM-DATE]")
+    run: str | None = option(None, "run", "directory for what the run writes [default: runs/PROBLEM-DATE]")
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            _check_type(f.name, getattr(self, f.name), f.metadata)
+            check_type(f.name, getattr(self, f.name), f.metadata)
         for name in ("period", "workers", "centers", "slots", "batch"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in (
             "clip",
             "warmup",
@@ -124,9 +117,9 @@ class Config:
             "stall_limit",
             "staleness_power",
         ):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         if self.staleness_cap is not None:
-            _at_least("staleness_cap", self.staleness_cap, 0)
+            at_least("staleness_cap", self.staleness_cap, 0)
             if self.centers > 1:
                 raise ValueError(
                     "staleness_cap with several centers: each has a clock of its own, and would drop alone"
@@ -134,7 +127,7 @@ class Config:
         if self.outer_rate is not None and self.rule != "agn":
             raise ValueError(f"outer_rate is of rule agn, not of {self.rule}")
         if self.steps is not None:
-            _at_least("steps", self.steps, 1)
+            at_least("steps", self.steps, 1)
         for name in ("rate", "center_rate", "outer_rate", "rho", "epochs", "log_every", "decay_factor"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -271,28 +264,6 @@ class Config:
         import tomli_w
 
         return tomli_w.dumps({key: value for key, value in asdict(self).items() if value is not None})
-
-
-def _check_type(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    kind, default_none = metadata["kind"], value is None
-    if name.endswith("options"):
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} must be a table, not {value!r}")
-        return
-    if default_none:
-        return
-    good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    if not good:
-        raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
-    if kind is float and not isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
-    if metadata["choices"] and value not in metadata["choices"]:
-        raise ValueError(f"{name} must be one of {', '.join(metadata['choices'])}, not {value!r}")
-
-
-def _at_least(name: str, value: float, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value!r}")
 
 
 def load(path: str | None = None, given: Mapping[str, Any] | None = None, sets: Sequence[str] = ()) -> Config:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import _at_least, _check_type, _option
+from .options import at_least, check_type, option
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
 DISTRIBUTIONS = ("constant", "normal", "exponential")
@@ -22,41 +22,41 @@ TIES = ("worker", "random")
 class Timing:
     """The options that only a simulation has. Raises ValueError for what cannot be."""
 
-    step_time: float = _option(0.01, "time", "seconds of a local step, mean", float)
-    step_distribution: str = _option(
+    step_time: float = option(0.01, "time", "seconds of a local step, mean", float)
+    step_distribution: str = option(
         "constant",
         "time",
         "of a step's time: constant; normal (below 0 counts as 0); exponential: a fixed part and an exponential tail",
         choices=DISTRIBUTIONS,
     )
-    step_spread: float = _option(0.3, "time", "standard deviation of a step's time as a part of its mean", float)
-    speed_spread: float = _option(
+    step_spread: float = option(0.3, "time", "standard deviation of a step's time as a part of its mean", float)
+    speed_spread: float = option(
         0.0, "time", "spread σ of the workers' speeds: each has a factor exp(σz − σ²/2) on its step times", float
     )
-    speed_factors: str = _option("", "time", "factors on the workers' step times, such as 1,1,2.5; repeated over all")
-    stragglers: float = _option(0.0, "time", "fraction of the workers, drawn at random, that are slower", float)
-    straggler_factor: float = _option(4.0, "time", "their factor on step times", float)
-    start_jitter: float = _option(0.0, "time", "seconds over which the workers start, evenly at random", float)
-    latency: float = _option(1e-5, "time", "seconds of a message, each way", float)
-    bandwidth: float = _option(1e10, "time", "bytes per second of a message, each way; 0: no limit", float)
-    service: float = _option(1e-5, "time", "seconds in which the center serves a message", float)
-    service_bandwidth: float = _option(
+    speed_factors: str = option("", "time", "factors on the workers' step times, such as 1,1,2.5; repeated over all")
+    stragglers: float = option(0.0, "time", "fraction of the workers, drawn at random, that are slower", float)
+    straggler_factor: float = option(4.0, "time", "their factor on step times", float)
+    start_jitter: float = option(0.0, "time", "seconds over which the workers start, evenly at random", float)
+    latency: float = option(1e-5, "time", "seconds of a message, each way", float)
+    bandwidth: float = option(1e10, "time", "bytes per second of a message, each way; 0: no limit", float)
+    service: float = option(1e-5, "time", "seconds in which the center serves a message", float)
+    service_bandwidth: float = option(
         4e9, "time", "bytes in and out per second that the center serves, by link or memory; 0: no limit", float
     )
-    ties: str = _option("worker", "time", "what comes first at the same time: the lower worker, or drawn", choices=TIES)
-    time_seed: int = _option(0, "time", "of all that is drawn in virtual time", int)
-    parameters: int = _option(1_000_000, "time", "numbers of 4 bytes, for --timing-only without a problem", int)
-    exchanges: int = _option(100_000, "time", "exchanges in --timing-only", int)
+    ties: str = option("worker", "time", "what comes first at the same time: the lower worker, or drawn", choices=TIES)
+    time_seed: int = option(0, "time", "of all that is drawn in virtual time", int)
+    parameters: int = option(1_000_000, "time", "numbers of 4 bytes, for --timing-only without a problem", int)
+    exchanges: int = option(100_000, "time", "exchanges in --timing-only", int)
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            _check_type(f.name, getattr(self, f.name), f.metadata)
+            check_type(f.name, getattr(self, f.name), f.metadata)
         for name in ("parameters", "exchanges"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in ("step_time", "step_spread", "speed_spread", "stragglers", "start_jitter", "time_seed"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         for name in ("latency", "bandwidth", "service", "service_bandwidth"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         if self.stragglers > 1:
             raise ValueError(f"stragglers is a fraction of the workers, from 0 to 1, not {self.stragglers!r}")
         if self.step_distribution == "exponential" and self.step_spread > 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "agnmpi"
 LAYERS = [
-    {"version", "backend", "waiting", "kernels", "schedules", "host_kernels"},
+    {"version", "backend", "waiting", "kernels", "schedules", "host_kernels", "options"},
     {
         "params",
         "optimizers",
@@ -54,7 +54,6 @@ WITHIN = {
     "transport.windows": {"transport.base", "transport.wire"},
     "config": {"optimizers", "rules"},  # the names and numbers it validates
     "problem": {"data", "params"},  # what a step's gradient is
-    "timing": {"config"},  # how options are declared and checked
     "wiring": {"fit", "member", "failover"},
     "failover": {"election"},
     "member": {"failover"},
