@@ -78,7 +78,8 @@ def check(run, code, output, lost, accuracy=None, epochs=EPOCHS):
     assert sorted(result["lost"]) == sorted(lost)
     assert result["steps"] == epochs * STEPS
     assert result["samples"] == epochs * SAMPLES
-    assert result["metrics"]["accuracy"] > (accuracy or undisturbed() - 0.0201), result
+    room = 0.0101 if len(lost) < 3 else 0.0201  # a sole survivor trains most of it alone
+    assert result["metrics"]["accuracy"] > (accuracy or undisturbed() - room), result
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     turn = max((i for i, event in enumerate(events) if event["event"] == "resume"), default=0)
     said = {event["rank"] for event in events[turn:] if event["event"] == "lost"}
