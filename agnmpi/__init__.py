@@ -5,15 +5,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import rules
-from .optimizers import Optimizer, adagrad, adam, adamw, delayed_nesterov, momentum, nesterov, rmsprop, sgd
-from .problem import Problem
-from .rules import Rule
-from .schedules import constant, cosine, step_decay, warmup
+from .core import rules
+from .core.optimizers import Optimizer, adagrad, adam, adamw, delayed_nesterov, momentum, nesterov, rmsprop, sgd
+from .core.rules import Rule
+from .core.schedules import constant, cosine, step_decay, warmup
+from .training.problem import Problem
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .agn import AGNOptimizer
+    from .training.agn_optimizer import AGNOptimizer
 
 __all__ = [
     "AGNOptimizer",
@@ -40,6 +40,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "AGNOptimizer":
         raise AttributeError(f"module 'agnmpi' has no attribute {name!r}")
-    from .agn import AGNOptimizer
+    from .training.agn_optimizer import AGNOptimizer
 
     return AGNOptimizer

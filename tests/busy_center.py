@@ -10,8 +10,8 @@ import mpi4py
 
 mpi4py.rc.threads = False  # as agnmpi's own command line
 
-from agnmpi.cli import main  # noqa: E402
-from agnmpi.monitor import Monitor  # noqa: E402
+from agnmpi.cli.main import main  # noqa: E402
+from agnmpi.training.monitor import Monitor  # noqa: E402
 
 
 def go_away(seconds, after):

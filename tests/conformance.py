@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agnmpi import rules
-from agnmpi.center import Center
-from agnmpi.transport.base import DUPLICATE, OK, Commit
+from agnmpi.core import rules
+from agnmpi.core.center import Center
+from agnmpi.core.messages import DUPLICATE, OK, Commit
 from agnmpi.transport.local import LocalCenter, LocalWorker
 
 COMMITS = 12

@@ -19,7 +19,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    from agnmpi.backend import device_count
+    from agnmpi.arrays.backend import device_count
 
     if os.environ.get("AGNMPI_LONG") != "1":
         skip = pytest.mark.skip(reason="takes minutes: AGNMPI_LONG=1")

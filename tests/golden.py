@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from agnmpi import adam, rules, sgd
+from agnmpi import adam, sgd
+from agnmpi.core import rules
 
 TOLERANCE = 1e-6
 

@@ -13,11 +13,11 @@ mpi4py.rc.threads = False
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-from agnmpi import rules  # noqa: E402
-from agnmpi.bench_exchanges import SETUPS  # noqa: E402
-from agnmpi.launch import say_and_abort  # noqa: E402
-from agnmpi.transport.base import Commit  # noqa: E402
-from agnmpi.wiring import connect  # noqa: E402
+from agnmpi.bench.exchanges import SETUPS  # noqa: E402
+from agnmpi.cluster.connect import connect  # noqa: E402
+from agnmpi.core import rules  # noqa: E402
+from agnmpi.core.messages import Commit  # noqa: E402
+from agnmpi.training.abort import say_and_abort  # noqa: E402
 
 
 def go_away(end, seconds):

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from launcher import ROOT, Job, mpi_kind
 
-from agnmpi import adam, rules
-from agnmpi.center import Center
-from agnmpi.checkpoint import read_center
-from agnmpi.saver import CenterSaver
+from agnmpi import adam
+from agnmpi.core import rules
+from agnmpi.core.center import Center
+from agnmpi.recovery.checkpoint import read_center
+from agnmpi.recovery.saver import CenterSaver
 
 PROBLEM = f"{ROOT / 'tests/problems.py'}:Quadratic"
 

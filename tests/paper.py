@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from agnmpi.transport.wire import Staged
+from agnmpi.transport.staging import Staged
 
 log = []
 

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from agnmpi.kernels import KERNELS
+from agnmpi.arrays.device_kernels import KERNELS
 
 MODULE = "cupy_of_paper"  # where `backend.namespace` finds the device, and that it is one of CuPy's
 TYPES = {"float32": ("float", ctypes.c_float), "float64": ("double", ctypes.c_double)}

@@ -10,14 +10,17 @@ from launcher import agnmpi
 from test_rules import world
 from test_simulate import QUADRATIC, UNEVEN, center, config
 
-from agnmpi import adam, delayed_nesterov, launch, rules, sgd, simulate
-from agnmpi.backend import BLOCK
-from agnmpi.data import Lease, Leases, speed_proportional
-from agnmpi.optimizers import CENTER_OPTIMIZERS
-from agnmpi.replay import replay
-from agnmpi.rules import Seen
-from agnmpi.timing import Timing
-from agnmpi.transport.base import DROPPED, OK
+from agnmpi import adam, delayed_nesterov, sgd
+from agnmpi.arrays.backend import BLOCK
+from agnmpi.core import rules
+from agnmpi.core.leases import Lease, Leases, speed_proportional
+from agnmpi.core.messages import DROPPED, OK
+from agnmpi.core.optimizers import CENTER_OPTIMIZERS
+from agnmpi.core.rules import Seen
+from agnmpi.reporting.advice import advice
+from agnmpi.simulation import simulate
+from agnmpi.simulation.replay import replay
+from agnmpi.simulation.timing import Timing
 
 
 def trajectory(rule, center_optimizer=None, workers=4, period=5):
@@ -282,11 +285,11 @@ def test_all_of_them_over_mpi(tmp_path):
 
 def test_advice_goes_by_the_effective_outer_rate():
     weighted = rules.weighted(rules.agn(), rules.outer_rate(1.0))
-    assert any("WARNING" in line for line in launch.advice(rules.agn(), 40, 10))
-    lines = launch.advice(weighted, 40, 10)
+    assert any("WARNING" in line for line in advice(rules.agn(), 40, 10))
+    lines = advice(weighted, 40, 10)
     assert "effective outer rate 1" in lines[1]
     assert len(lines) == 2
-    assert not any("note" in line for line in launch.advice(weighted, 4, 10))
+    assert not any("note" in line for line in advice(weighted, 4, 10))
 
 
 @pytest.mark.parametrize(

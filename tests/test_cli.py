@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from launcher import ROOT, agnmpi, mpi_kind, mpiexec, progresses, started
 
-from agnmpi.checkpoint import load
+from agnmpi.recovery.files import load
 
 PROBLEMS = ROOT / "tests/problems.py"
 QUADRATIC = f"{PROBLEMS}:Quadratic"

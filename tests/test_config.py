@@ -3,9 +3,9 @@ import tomllib
 import numpy as np
 import pytest
 
-from agnmpi.config import Config, load
-from agnmpi.optimizers import OPTIMIZERS
-from agnmpi.rules import RULES
+from agnmpi.core.optimizers import OPTIMIZERS
+from agnmpi.core.rules import RULES
+from agnmpi.training.config import Config, load
 
 
 def test_layers_of_values(tmp_path):

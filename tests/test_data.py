@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agnmpi.data import NONE, Lease, Leases, Plan, rounds
+from agnmpi.core.batches import Plan
+from agnmpi.core.leases import NONE, Lease, Leases, rounds
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 3), st.integers(0, 5))

@@ -11,11 +11,11 @@ from launcher import ROOT, mpi_kind, mpiexec
 
 pytest.importorskip("mpi4py.MPI")
 
-from agnmpi import rules
-from agnmpi.center import Center
-from agnmpi.data import Lease, Leases
-from agnmpi.election import Witness, elect, take_over
-from agnmpi.transport.base import BAD, DROPPED, IDLE, PULL, WAIT, WORK, Book, Commit, Reply, most_open, reply_bytes
+from agnmpi.core import rules
+from agnmpi.core.center import Center
+from agnmpi.core.leases import Lease, Leases
+from agnmpi.core.messages import BAD, DROPPED, IDLE, PULL, WAIT, WORK, Book, Commit, Reply, most_open, reply_bytes
+from agnmpi.recovery.election import Witness, elect, take_over
 
 TOTAL = 40
 

@@ -18,10 +18,11 @@ pytest.importorskip("mpi4py.MPI")
 
 from mpi4py import MPI
 
-from agnmpi import job
-from agnmpi.checkpoint import newest
-from agnmpi.config import Config
-from agnmpi.faults import Fault, fault_tolerant, read_faults
+from agnmpi.cluster.processes import fault_tolerant
+from agnmpi.recovery.checkpoint import newest
+from agnmpi.training import job
+from agnmpi.training.config import Config
+from agnmpi.training.fault_injection import Fault, read_faults
 
 DIGITS = f"{ROOT / 'examples/digits.py'}:Digits"
 EPOCHS, SAMPLES, STEPS = 40, 1437, 45  # of digits: samples and steps in an epoch

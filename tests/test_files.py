@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from agnmpi.checkpoint import load, save, write_atomic
-from agnmpi.metrics import Every, JsonLines, RecentMean
+from agnmpi.core.timer import Every
+from agnmpi.recovery.files import load, save, write_atomic
+from agnmpi.reporting.events import JsonLines
+from agnmpi.reporting.recent_mean import RecentMean
 
 
 def test_save_and_load(tmp_path):
@@ -76,8 +78,8 @@ def test_recent_mean():
 def test_worlds_of_one_that_were_meant_to_be_many():
     from mpi4py import MPI
 
-    from agnmpi.agree import ConfigError
-    from agnmpi.launch import check_world
+    from agnmpi.cluster.placement import check_world
+    from agnmpi.transport.agreement import ConfigError
 
     if MPI.COMM_WORLD.size > 1:
         pytest.skip("one rank only")

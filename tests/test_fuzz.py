@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 
-from agnmpi import rules
-from agnmpi.center import Center
-from agnmpi.checkpoint import seal, unseal
-from agnmpi.config import Config, load
-from agnmpi.data import Leases
-from agnmpi.transport.base import MISFIT, REFUSED, WORK, Commit, Reply
+from agnmpi.core import rules
+from agnmpi.core.center import Center
+from agnmpi.core.leases import Leases
+from agnmpi.core.messages import MISFIT, REFUSED, WORK, Commit, Reply
+from agnmpi.recovery.checkpoint import seal, unseal
+from agnmpi.training.config import Config, load
 
 
 def mutate(rng, content):

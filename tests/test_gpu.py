@@ -9,9 +9,12 @@ import pytest
 from golden import ONE_WORKER, close
 from test_rules import world
 
-from agnmpi import backend, bench_optimizers, kernels, rules
-from agnmpi.optimizers import OPTIMIZERS, global_norm
-from agnmpi.params import Layout
+from agnmpi.arrays import backend
+from agnmpi.arrays import device_kernels as kernels
+from agnmpi.bench import optimizers as bench_optimizers
+from agnmpi.core import rules
+from agnmpi.core.optimizers import OPTIMIZERS, global_norm
+from agnmpi.core.params import Layout
 
 pytestmark = pytest.mark.gpu
 

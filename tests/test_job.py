@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from launcher import ROOT, agnmpi
 
-from agnmpi.checkpoint import load
+from agnmpi.recovery.files import load
 
 sys.path.insert(0, str(ROOT / "examples"))
 

@@ -14,20 +14,24 @@ from golden import ONE_WORKER, close
 from mpi4py import MPI
 from test_rules import world
 
-from agnmpi import backend, bench_optimizers, delayed_nesterov, kernels, rules, sgd
-from agnmpi.center import Center
-from agnmpi.data import Lease
-from agnmpi.election import Witness
-from agnmpi.failover import Failover
-from agnmpi.fit import Setup
-from agnmpi.job import Job
-from agnmpi.kernels import KERNELS
-from agnmpi.member import Member
-from agnmpi.optimizers import OPTIMIZERS, global_norm
-from agnmpi.params import Layout
-from agnmpi.transport.base import OK, WORK, Book, Commit, Reply
-from agnmpi.wiring import _successor
-from agnmpi.worker import Worker
+from agnmpi import delayed_nesterov, sgd
+from agnmpi.arrays import backend
+from agnmpi.arrays import device_kernels as kernels
+from agnmpi.arrays.device_kernels import KERNELS
+from agnmpi.bench import optimizers as bench_optimizers
+from agnmpi.cluster.connect import _successor
+from agnmpi.cluster.roles import Member
+from agnmpi.cluster.setup import Setup
+from agnmpi.core import rules
+from agnmpi.core.center import Center
+from agnmpi.core.leases import Lease
+from agnmpi.core.messages import OK, WORK, Book, Commit, Reply
+from agnmpi.core.optimizers import OPTIMIZERS, global_norm
+from agnmpi.core.params import Layout
+from agnmpi.core.worker import Worker
+from agnmpi.recovery.election import Witness
+from agnmpi.recovery.failover import Failover
+from agnmpi.training.job import Job
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 SIZE = 1000

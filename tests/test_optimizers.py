@@ -5,21 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agnmpi import (
-    adagrad,
-    adam,
-    adamw,
-    backend,
-    constant,
-    cosine,
-    momentum,
-    nesterov,
-    rmsprop,
-    sgd,
-    step_decay,
-    warmup,
-)
-from agnmpi.optimizers import OPTIMIZERS, global_norm
+from agnmpi import adagrad, adam, adamw, constant, cosine, momentum, nesterov, rmsprop, sgd, step_decay, warmup
+from agnmpi.arrays import backend
+from agnmpi.core.optimizers import OPTIMIZERS, global_norm
 
 STEPS = 5
 

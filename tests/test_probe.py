@@ -7,9 +7,9 @@ import paper
 import pytest
 from mpi4py import MPI
 
-from agnmpi import probe
-from agnmpi.agree import ConfigError
-from agnmpi.probe import Answer
+from agnmpi.cluster import probe
+from agnmpi.cluster.probe import Answer
+from agnmpi.transport.agreement import ConfigError
 
 
 @pytest.fixture(autouse=True)

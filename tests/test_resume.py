@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from launcher import ROOT, agnmpi, mpi_kind, progresses, started
 
-from agnmpi.checkpoint import center_file, folder, folders, load, newest, prune, set_aside, unseal
+from agnmpi.recovery.checkpoint import center_file, folder, folders, newest, prune, set_aside, unseal
+from agnmpi.recovery.files import load
 
 QUADRATIC = f"{ROOT / 'tests/problems.py'}:Quadratic"
 LIMIT = 90

@@ -6,13 +6,14 @@ from golden import ONE_WORKER, TWO_WORKERS, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agnmpi import nesterov, rules, sgd
-from agnmpi.center import Center
-from agnmpi.data import Leases
-from agnmpi.optimizers import OPTIMIZERS
-from agnmpi.rules import RULES, Seen
+from agnmpi import nesterov, sgd
+from agnmpi.core import rules
+from agnmpi.core.center import Center
+from agnmpi.core.leases import Leases
+from agnmpi.core.optimizers import OPTIMIZERS
+from agnmpi.core.rules import RULES, Seen
+from agnmpi.core.worker import Worker
 from agnmpi.transport.local import LocalCenter
-from agnmpi.worker import Worker
 
 ALPHA = 0.25
 

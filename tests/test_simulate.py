@@ -8,21 +8,24 @@ import numpy as np
 import pytest
 from launcher import ROOT, agnmpi, started
 
-from agnmpi import record, rules, simulate
-from agnmpi.backend import full_like
-from agnmpi.center import Center
-from agnmpi.checkpoint import load
-from agnmpi.cli import main
-from agnmpi.config import Config
-from agnmpi.data import Leases, Plan
-from agnmpi.params import Layout
-from agnmpi.problem import gradient_of
-from agnmpi.replay import replay
-from agnmpi.timing import Timing, timing_only
-from agnmpi.transport.base import Commit
+from agnmpi.arrays.backend import full_like
+from agnmpi.cli.main import main
+from agnmpi.core import rules
+from agnmpi.core.batches import Plan
+from agnmpi.core.center import Center
+from agnmpi.core.leases import Leases
+from agnmpi.core.messages import Commit
+from agnmpi.core.params import Layout
+from agnmpi.core.worker import Worker, train
+from agnmpi.recovery.files import load
+from agnmpi.reporting import record
+from agnmpi.simulation import simulate
+from agnmpi.simulation.network import Agenda, Station, VirtualWorker
+from agnmpi.simulation.replay import replay
+from agnmpi.simulation.timing import Timing, timing_only
+from agnmpi.training.config import Config
+from agnmpi.training.problem import gradient_of
 from agnmpi.transport.local import LocalCenter
-from agnmpi.transport.virtual import Agenda, Station, VirtualWorker
-from agnmpi.worker import Worker, train
 
 sys.path.insert(0, str(ROOT / "tests"))
 from problems import Quadratic

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from launcher import INHERITED, KNOWN_FAILURE, ROOT, mpi_kind, progresses
 
-from agnmpi.backend import device_count
-from agnmpi.checkpoint import newest
+from agnmpi.arrays.backend import device_count
+from agnmpi.recovery.checkpoint import newest
 
 LAB = ROOT / "tests/slurm_lab.sh"
 FILES = sorted(path.name for path in (ROOT / "jobs").glob("*.sbatch"))

@@ -5,9 +5,9 @@ import paper
 import pytest
 from paper import Vector
 
-from agnmpi import backend
-from agnmpi.transport import wire
-from agnmpi.transport.wire import Direct, Staged, cut, make_wire
+from agnmpi.arrays import backend
+from agnmpi.transport import staging as wire
+from agnmpi.transport.staging import Direct, Staged, cut, make_wire
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Transports: the ends of a worker and of a center, behind one contract (`base`)."""
+"""How a commit travels."""

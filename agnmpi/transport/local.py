@@ -2,8 +2,9 @@
 
 from collections import deque
 
-from ..backend import Array
-from .base import LEAVE, PULL, Apply, Capabilities, Commit, Handle, InTurn, Reply
+from ..arrays.backend import Array
+from ..core.ends import Apply, Capabilities, Handle, InTurn
+from ..core.messages import LEAVE, PULL, Commit, Reply
 
 
 class LocalCenter:

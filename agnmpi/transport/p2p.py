@@ -17,23 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from ..backend import Array, empty_like
-from ..waiting import finish
-from .base import (
-    COMMIT_BYTES,
-    LEAVE,
-    MISFIT,
-    PULL,
-    Apply,
-    Capabilities,
-    Commit,
-    Handle,
-    InTurn,
-    Reply,
-    reply_bytes,
-)
-from .stream import ALL, PIECE, Stream, Ticks
-from .wire import Direct, Wire, cut, make_wire
+from ..arrays.backend import Array, empty_like
+from ..core.backoff import finish
+from ..core.ends import Apply, Capabilities, Handle, InTurn
+from ..core.messages import COMMIT_BYTES, LEAVE, MISFIT, PULL, Commit, Reply, reply_bytes
+from .chunks import ALL, PIECE, Stream, Ticks
+from .staging import Direct, Wire, cut, make_wire
 
 CENTER = 0  # rank
 _HEADER, _DELTA, _REPLY, _CENTER_VARIABLE = range(1, 5)  # tags, on a communicator of our own

@@ -10,22 +10,11 @@ from functools import partial
 import numpy as np
 from mpi4py import MPI
 
-from ..backend import Array
-from .base import LEAVE, MISFIT, PULL, Apply, Capabilities, Commit, Handle, Polled, Reply
-from .windows import (
-    APPLIED,
-    CENTER,
-    CLOCK,
-    COMMIT_WORDS,
-    LEFT,
-    READERS,
-    REPLY_WORDS,
-    STEPS,
-    WAITING,
-    WRITING,
-    Windows,
-)
-from .wire import Direct, Wire
+from ..arrays.backend import Array
+from ..core.ends import Apply, Capabilities, Handle, Polled
+from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
+from .staging import Direct, Wire
+from .windows import APPLIED, CENTER, CLOCK, COMMIT_WORDS, LEFT, READERS, REPLY_WORDS, STEPS, WAITING, WRITING, Windows
 
 _PIECE = 1 << 20  # bytes of c that are read at once behind the apply
 

@@ -5,8 +5,9 @@ A pull is whole per shard, not over all of them, and each shard has a clock of i
 
 from collections.abc import Callable, Sequence
 
-from ..backend import Array
-from .base import WORK, Commit, Handle, Reply, WorkerEnd
+from ..arrays.backend import Array
+from ..core.ends import Handle, WorkerEnd
+from ..core.messages import WORK, Commit, Reply
 
 
 class _Together:

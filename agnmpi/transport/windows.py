@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
-from ..agree import ConfigError, agree, allgather
-from ..backend import Array
-from ..waiting import Idle, finish
-from .base import COMMIT_BYTES, Reply
-from .wire import Wire
+from ..arrays.backend import Array
+from ..core.backoff import Idle, finish
+from ..core.messages import COMMIT_BYTES, Reply
+from .agreement import ConfigError, agree, allgather
+from .staging import Wire
 
 CENTER = 0  # rank
 _PAGE = 4096

@@ -27,9 +27,9 @@ MNIST = f"{Path(__file__).resolve().parent.parent}/mnist_mlp.py:Mnist"
 
 def run_cell(cell: Cell, size: Size, data: str, device: str = "cpu") -> dict:
     """Simulate a cell; returns what the report needs."""
-    from agnmpi import simulate
-    from agnmpi.config import Config
-    from agnmpi.timing import Timing
+    from agnmpi.simulation import simulate
+    from agnmpi.simulation.timing import Timing
+    from agnmpi.training.config import Config
 
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory, Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):

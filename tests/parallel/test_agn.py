@@ -7,7 +7,8 @@ import pytest
 from golden import ONE_WORKER, TWO_WORKERS, close
 from mpi4py import MPI
 
-from agnmpi import AGNOptimizer, adam, delayed_nesterov, rules, sgd
+from agnmpi import AGNOptimizer, adam, delayed_nesterov, sgd
+from agnmpi.core import rules
 
 pytestmark = pytest.mark.mpi(min_size=2)
 

@@ -4,14 +4,15 @@ import numpy as np
 import paper
 import pytest
 
-from agnmpi import nesterov, rules, sgd
-from agnmpi.agree import ConfigError
-from agnmpi.fit import Setup, check_fit
-from agnmpi.transport import collective
-from agnmpi.transport.base import WORK, Commit
-from agnmpi.transport.wire import CHUNK, Staged
-from agnmpi.wiring import connect
-from agnmpi.worker import train
+from agnmpi import nesterov, sgd
+from agnmpi.cluster.connect import connect
+from agnmpi.cluster.setup import Setup, check_fit
+from agnmpi.core import rules
+from agnmpi.core.messages import WORK, Commit
+from agnmpi.core.worker import train
+from agnmpi.transport import allreduce as collective
+from agnmpi.transport.agreement import ConfigError
+from agnmpi.transport.staging import CHUNK, Staged
 
 pytestmark = pytest.mark.mpi(min_size=2)
 

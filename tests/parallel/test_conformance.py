@@ -4,7 +4,7 @@ import pytest
 from conformance import CHECKS, SIZES, declared, nothing_lost_nothing_twice
 from worlds import MPIWorld
 
-from agnmpi.fit import Setup
+from agnmpi.cluster.setup import Setup
 
 pytestmark = pytest.mark.mpi(min_size=2)
 

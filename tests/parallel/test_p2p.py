@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 from worlds import MPIWorld
 
-from agnmpi import adam, rules
-from agnmpi.center import Center
-from agnmpi.data import Leases
-from agnmpi.fit import Setup
-from agnmpi.transport.base import OK, REFUSED, WORK, Commit, Done, Reply
-from agnmpi.wiring import connect
+from agnmpi import adam
+from agnmpi.cluster.connect import connect
+from agnmpi.cluster.setup import Setup
+from agnmpi.core import rules
+from agnmpi.core.center import Center
+from agnmpi.core.ends import Done
+from agnmpi.core.leases import Leases
+from agnmpi.core.messages import OK, REFUSED, WORK, Commit, Reply
 
 pytestmark = pytest.mark.mpi(min_size=2)
 

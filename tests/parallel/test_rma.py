@@ -8,12 +8,14 @@ import pytest
 from mpi4py import MPI
 from worlds import MPIWorld
 
-from agnmpi import AGNOptimizer, probe, rules, sgd
-from agnmpi.agree import ConfigError
-from agnmpi.fit import Setup, check_fit
-from agnmpi.transport.base import Commit
+from agnmpi import AGNOptimizer, sgd
+from agnmpi.cluster import probe
+from agnmpi.cluster.connect import connect
+from agnmpi.cluster.setup import Setup, check_fit
+from agnmpi.core import rules
+from agnmpi.core.messages import Commit
+from agnmpi.transport.agreement import ConfigError
 from agnmpi.transport.windows import READERS, WAITING, WRITING
-from agnmpi.wiring import connect
 
 pytestmark = pytest.mark.mpi(min_size=2)
 MAILBOX, SUMS = Setup("rma"), Setup("rma", use_locking=False)

@@ -4,10 +4,10 @@ import numpy as np
 from conformance import Outcome
 from paper import OnPaper
 
-from agnmpi import rules
-from agnmpi.fit import capabilities
-from agnmpi.params import parts
-from agnmpi.wiring import connect
+from agnmpi.cluster.connect import connect
+from agnmpi.cluster.setup import capabilities
+from agnmpi.core import rules
+from agnmpi.core.params import parts
 
 
 class MPIWorld:

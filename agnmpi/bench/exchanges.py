@@ -1,0 +1,158 @@
+"""Exchanges of agnmpi against the same bytes by bare mpi4py calls, and against memcpy: side by side in one run.
+
+The sides take turns in short rounds, so that the noise of the machine falls on all; medians are compared.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from ..arrays.backend import Array, full_like
+from ..cluster.connect import connect
+from ..cluster.roles import Member
+from ..cluster.setup import Setup
+from ..core import rules
+from ..core.backoff import finish
+from ..core.leases import rounds
+from ..core.messages import WORK, Commit
+from ..transport.agreement import allgather
+from .floors import FLOORS
+
+_BLOCKS = 20  # turns of each side
+SETUPS = {
+    "p2p": Setup("p2p"),
+    "rma": Setup("rma"),
+    "serverless": Setup("rma", use_locking=False),
+    "collective": Setup("collective"),
+}
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds that `call` takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def meet(comm: MPI.Comm) -> None:
+    """Wait for the others without stealing their cores."""
+    finish(comm.Ibarrier().Test)
+
+
+def zeros(n: int, xp: ModuleType = np) -> Array:
+    """A float32 vector (n,), where a run would have it."""
+    return full_like(xp.empty(n, np.float32), 0)
+
+
+class _Ours:
+    """Exchanges through agnmpi, as a run makes them, without the optimizer."""
+
+    def __init__(self, comm: MPI.Comm, setup: Setup, x: Array) -> None:
+        rule = rules.synchronous() if setup.transport == "collective" else rules.agn()
+        self.member: Member = connect(comm, rule, x, None, setup=setup)
+        self._comm, self._setup, self._x, self._out = comm, setup, x, full_like(x, 0)
+        self._sequence = 0
+
+    def exchanges(self, count: int) -> list[float]:
+        """Seconds of each of `count` exchanges of this worker; a center rank serves meanwhile."""
+        if self._setup.transport == "collective":
+            end: Any = self.member.workers[0].end
+            end.begin(None, rounds(None, 1, self._comm.rank, self._comm.size))
+            end.exchange(Commit(self._comm.rank, wants=WORK), None)
+        elif not self._setup.use_locking:
+            self.member.begin(None, 1)
+        if self.member.serves:
+            self.member.serve()
+            return []
+        worker = self.member.workers[0]
+        times = []
+        for _ in range(count):
+            self._sequence += 1
+            commit = Commit(worker.index, self._sequence, steps=1, wants=WORK, payload=self._x)
+            start = time.perf_counter()
+            worker.end.exchange(commit, self._out).wait()
+            times.append(time.perf_counter() - start)
+        worker.end.leave(None, self._out).wait()
+        return times
+
+
+class Case(NamedTuple):
+    """What is measured: a transport, a wire, a size, a number of workers."""
+
+    transport: str
+    wire: str
+    n: int
+    workers: int
+
+
+def exchanges(
+    comm: MPI.Comm, transports: Sequence[str], wires: Sequence[str], sizes: Sequence[int], counts: Sequence[int],
+    turns: int, xp: ModuleType = np,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Time exchanges of float32 vectors; collective over `comm`, the rows are the same on every rank.
+
+    `counts`: numbers of workers beside the center, on the first ranks of `comm`; `turns`: exchanges of each worker and
+    side; `xp`: where the workers' vectors lie.
+    """
+    rows = []
+    for workers in counts:
+        for transport in transports:
+            ranks = workers + 1  # a collective rule has no center: one worker more
+            part = comm.Split(0 if comm.rank < ranks else MPI.UNDEFINED, comm.rank)
+            mine: list[dict[str, Any]] = []
+            if part != MPI.COMM_NULL:
+                train = workers if SETUPS[transport].serves else ranks
+                for n in sizes:
+                    for wire in wires if transport in ("p2p", "rma") else wires[:1]:  # the others are always staged
+                        mine += _compare(part, Case(transport, wire, n, train), turns, xp)
+                part.Free()
+            meet(comm)
+            rows += json.loads(allgather(comm, json.dumps(mine))[0])
+    return rows
+
+
+def _compare(comm: MPI.Comm, case: Case, turns: int, xp: ModuleType) -> list[dict[str, Any]]:
+    serves = SETUPS[case.transport].serves and comm.rank == 0
+    x = zeros(case.n, np if serves else xp)
+    ours = _Ours(comm, SETUPS[case.transport]._replace(wire=case.wire), x)
+    there = zeros(case.n)
+    with FLOORS[case.transport](comm, zeros(case.n)) as floor:
+        times: dict[str, list[float]] = {"agnmpi": [], "floor": [], "memcpy": []}
+        count = max(1, turns // _BLOCKS)
+        for block in range(_BLOCKS + 1):
+            meet(comm)
+            sides = {"agnmpi": ours.exchanges(count)}
+            meet(comm)
+            sides["floor"] = floor.exchanges(count)
+            meet(comm)
+            # Delta and center: each is read and written once in any case.
+            sides["memcpy"] = [2 * timed(lambda: np.copyto(there, floor.x)) for _ in range(count)]
+            if block:  # the first only warms up
+                for side, seconds in sides.items():
+                    times[side] += seconds
+    ours.member.close()
+    everyone = [json.loads(text) for text in allgather(comm, json.dumps(times))]
+    merged = {side: [t for theirs in everyone for t in theirs[side]] for side in times}
+    floor_median = statistics.median(merged["floor"])
+    return [_row(case, side, seconds, floor_median) for side, seconds in merged.items()]
+
+
+def _row(case: Case, side: str, seconds: list[float], floor: float) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    low, _, high = statistics.quantiles(seconds, n=4)
+    return {
+        **case._asdict(),
+        "side": side,
+        "exchanges": len(seconds),
+        "seconds": median,
+        "spread": [low, high],
+        "exchanges_per_second": case.workers / median,
+        "bytes_per_second": case.workers * 8 * case.n / median,
+        "ratio": median / floor,
+    }

@@ -1,0 +1,178 @@
+"""The floor under an exchange: the same bytes by bare mpi4py calls, as a good programmer would first write it."""
+
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from mpi4py import MPI
+
+from ..arrays.backend import Array, empty_like, full_like
+from ..core.backoff import finish
+
+
+class Floor(Protocol):
+    """Made on every rank with `x`, the delta (n,) in host memory; rank 0 is the center."""
+
+    x: Array
+
+    def exchanges(self, count: int) -> list[float]:
+        """Seconds of each of `count` exchanges of this worker; the center serves meanwhile."""
+
+    def __enter__(self) -> "Floor": ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class _Bare:
+    def __init__(self, comm: MPI.Comm, x: Array) -> None:
+        self.comm, self.x, self.out = comm, x, empty_like(x)
+        self.wins: list[MPI.Win] = []
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:  # else the job ends, and Free would wait for the others
+            for win in self.wins:
+                win.Free()
+
+    def window(self, nbytes: int) -> MPI.Win:
+        size = nbytes if self.comm.rank == 0 else 0
+        self.wins.append(MPI.Win.Allocate(size, 1, MPI.INFO_NULL, self.comm))  # type: ignore[arg-type]
+        return self.wins[-1]
+
+    def timed(self, count: int) -> list[float]:
+        times = []
+        for _ in range(count):
+            start = MPI.Wtime()
+            self.exchange()
+            times.append(MPI.Wtime() - start)
+        return times
+
+    def exchange(self) -> None:
+        raise NotImplementedError
+
+
+class TwoSided(_Bare):
+    """Recv, add, Send."""
+
+    def exchanges(self, count: int) -> list[float]:
+        """A center that blocks in Recv."""
+        comm, x = self.comm, self.x
+        if comm.rank:
+            return self.timed(count)
+        c, status = full_like(x, 0), MPI.Status()
+        for _ in range(count * (comm.size - 1)):
+            comm.Recv(x, MPI.ANY_SOURCE, 1, status)
+            np.add(c, x, out=c)
+            comm.Send(c, status.source, 2)
+        return []
+
+    def exchange(self) -> None:
+        """Send, Recv."""
+        self.comm.Send(self.x, 0, 1)
+        self.comm.Recv(self.out, 0, 2)
+
+
+class Mailbox(_Bare):
+    """Lock Put Unlock, flag, add at the center, flag, Lock Get Unlock."""
+
+    def __init__(self, comm: MPI.Comm, x: Array) -> None:
+        super().__init__(comm, x)
+        workers = comm.size - 1
+        self.center, self.slots = self.window(x.nbytes), self.window(workers * x.nbytes)
+        self.control = self.window(16 * workers)  # posted, taken
+        self.flag, self.seen = np.zeros(1, np.int64), np.empty(1, np.int64)
+        if comm.rank == 0:
+            np.asarray(self.center.tomemory())[:] = 0
+            np.asarray(self.control.tomemory())[:] = 0
+        comm.Barrier()
+
+    def exchanges(self, count: int) -> list[float]:
+        """A center that polls the flags and adds."""
+        comm, x = self.comm, self.x
+        if comm.rank:
+            return self.timed(count)
+        c = np.asarray(self.center.tomemory())[: x.nbytes].view(x.dtype)
+        slots = np.asarray(self.slots.tomemory())
+        flags = np.asarray(self.control.tomemory()).view(np.int64).reshape(-1, 2)
+        left = count * (comm.size - 1)
+        while left:
+            comm.Iprobe()
+            # Shared: over TCP Open MPI never grants an exclusive lock while three workers poll; a flag has one writer.
+            self.control.Lock(0, MPI.LOCK_SHARED)
+            waiting = np.flatnonzero(flags[:, 0] != flags[:, 1])
+            self.control.Unlock(0)
+            for worker in waiting:
+                self.slots.Lock(0)
+                self.center.Lock(0)
+                c += slots[worker * x.nbytes :][: x.nbytes].view(x.dtype)
+                self.center.Unlock(0)
+                self.slots.Unlock(0)
+                self.control.Lock(0, MPI.LOCK_SHARED)
+                flags[worker, 1] = flags[worker, 0]
+                self.control.Unlock(0)
+                left -= 1
+        return []
+
+    def exchange(self) -> None:
+        """Put, flag, wait for the flag, Get."""
+        worker = self.comm.rank - 1
+        self.slots.Lock(0, MPI.LOCK_SHARED)
+        self.slots.Put(self.x, 0, worker * self.x.nbytes)
+        self.slots.Unlock(0)
+        self.flag += 1
+        self.control.Lock(0, MPI.LOCK_SHARED)
+        self.control.Accumulate(self.flag, 0, 16 * worker, MPI.REPLACE)
+        self.control.Unlock(0)
+        self.seen[0] = -1
+        while self.seen[0] != self.flag[0]:
+            self.control.Lock(0, MPI.LOCK_SHARED)
+            self.control.Fetch_and_op(self.flag, self.seen, 0, 16 * worker + 8, MPI.NO_OP)
+            self.control.Unlock(0)
+        self.center.Lock(0, MPI.LOCK_SHARED)
+        self.center.Get(self.out, 0, 0)
+        self.center.Unlock(0)
+
+
+class Sums(_Bare):
+    """Lock Accumulate Get Unlock."""
+
+    def __init__(self, comm: MPI.Comm, x: Array) -> None:
+        super().__init__(comm, x)
+        self.center = self.window(x.nbytes)
+        if comm.rank == 0:
+            np.asarray(self.center.tomemory())[:] = 0
+        comm.Barrier()
+
+    def exchanges(self, count: int) -> list[float]:
+        """A center that waits in MPI."""
+        times = self.timed(count) if self.comm.rank else []
+        finish(self.comm.Ibarrier().Test)
+        return times
+
+    def exchange(self) -> None:
+        """Accumulate, flush, Get."""
+        self.center.Lock(0, MPI.LOCK_SHARED)
+        self.center.Accumulate(self.x, 0, 0, MPI.SUM)
+        self.center.Flush(0)
+        self.center.Get(self.out, 0, 0)
+        self.center.Unlock(0)
+
+
+class Collective(_Bare):
+    """Allreduce, add."""
+
+    def exchanges(self, count: int) -> list[float]:
+        """Every rank works."""
+        self.c = full_like(self.x, 0)
+        return self.timed(count)
+
+    def exchange(self) -> None:
+        """Allreduce, add the mean."""
+        self.comm.Allreduce(self.x, self.out)
+        self.out *= 1 / self.comm.size
+        self.c += self.out
+
+
+FLOORS: dict[str, Any] = {"p2p": TwoSided, "rma": Mailbox, "serverless": Sums, "collective": Collective}

@@ -1,0 +1,176 @@
+"""What `agnmpi bench` measures and shows: exchanges, waiting, what an exchange costs beside the wire, optimizers."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from ..arrays.backend import Array, choose, full_like, namespace, synchronize
+from ..cluster.placement import place
+from ..cluster.probe import choose_wire
+from ..core import rules
+from ..core.ends import Done, Handle
+from ..core.leases import Lease
+from ..core.messages import Commit, Reply
+from ..core.worker import Worker
+from ..transport.agreement import ConfigError, allgather, together
+from ..transport.p2p import P2PWorker
+from ..version import __version__, mpi_library
+from .exchanges import exchanges, meet, timed, zeros
+from .optimizers import device_bandwidth, optimizer_bandwidth
+from .waiting import quiet
+
+
+class _NoWire:
+    """An end that answers at once: what is left of an exchange is forming the delta and adopting the center."""
+
+    capabilities = P2PWorker.capabilities
+
+    def exchange(self, _commit: Commit, _out: Array | None) -> Handle:
+        return Done(Reply(0, work=Lease(0, 1)))
+
+    def pull(self, _out: Array) -> Handle:
+        return Done(Reply(0))
+
+    def leave(self, _commit: Commit | None, _out: Array) -> Handle:
+        return Done(Reply(0))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def pack_only(sizes: Sequence[int], turns: int, xp: ModuleType = np) -> list[dict[str, Any]]:
+    """Time what a worker does for an exchange besides the wire, against memcpy of the vector."""
+    rows = []
+    for n in sizes:
+        x = zeros(n, xp)
+        y = full_like(x, 0)
+        worker = Worker(x, rules.agn(), None, _NoWire(), 0)
+        worker.begin()
+        times: dict[str, list[float]] = {"pack": [], "memcpy": []}
+
+        def pack(worker: Worker = worker, x: Array = x) -> None:
+            worker.step(None)
+            synchronize(x)
+
+        def copy(x: Array = x, y: Array = y) -> None:
+            y[...] = x
+            synchronize(y)
+
+        for _ in range(turns + 1):
+            times["pack"].append(timed(pack))
+            times["memcpy"].append(timed(copy))
+        medians = {side: statistics.median(seconds[1:]) for side, seconds in times.items()}
+        device = "cpu" if namespace(x) is np else "gpu"
+        rows.append({"n": n, "device": device, **medians, "ratio": medians["pack"] / medians["memcpy"]})
+    return rows
+
+
+class Options(NamedTuple):
+    """What to measure; see `agnmpi bench --help`."""
+
+    sizes: Sequence[int]
+    transports: Sequence[str]
+    workers: Sequence[int]
+    rounds: int
+    quiet: int
+    optimizer_size: int
+    pack_only: bool
+    device: str
+    json: str | None
+
+
+def main(comm: MPI.Comm, given: Options) -> int:
+    """Measure, print tables on rank 0, and write JSON."""
+    if min(given.sizes) < 1 or given.rounds < 1 or given.quiet < 0 or given.optimizer_size < 0:
+        raise ConfigError("sizes and rounds must be at least 1, quiet and optimizer-size at least 0")
+    if comm.size == 1 and given.workers:
+        raise ConfigError("one rank, and so no workers; type: mpiexec -n 2 python -m agnmpi bench")
+    counts = list(given.workers) or [comm.size - 1]
+    if comm.size > 1 and not 0 < min(counts) <= max(counts) < comm.size:
+        raise ConfigError(f"workers must be 1 to {comm.size - 1} in a world of {comm.size}, not {counts}")
+    path = Path(given.json) if given.json and comm.rank == 0 else None
+    # Refused, if it must be, before anything is measured.
+    together(comm, lambda: path.open("a").close() if path else None)
+    comm = comm.Dup()
+    here = place(comm, comm.rank > 0)
+    xp = together(comm, lambda: choose(given.device, here.worker_index))
+    wires = ["direct"]
+    if any(allgather(comm, "" if xp is np else "device")):
+        wires = ["staged"] + ["direct"] * (choose_wire(comm, zeros(1, xp), "auto") == "direct")
+    report: dict[str, Any] = {"agnmpi": __version__, "mpi": mpi_library(), "world": comm.size}
+    several = comm.size > 1 and not given.pack_only
+    report["exchanges"] = (
+        exchanges(comm, given.transports, wires, given.sizes, counts, given.rounds, xp) if several else []
+    )
+    report["quiet"] = quiet(comm, given.quiet) if several and given.quiet else {}
+    alone = comm.rank == min(1, comm.size - 1)  # a worker
+    packed = pack_only(given.sizes, given.rounds, xp) if alone else []
+    meet(comm)
+    report["pack"] = json.loads(allgather(comm, json.dumps(packed))[min(1, comm.size - 1)])
+    measured = []
+    if alone and given.optimizer_size:
+        measured = optimizer_bandwidth(given.optimizer_size) if xp is np else device_bandwidth(given.optimizer_size)
+    report["optimizers"] = json.loads(allgather(comm, json.dumps(measured))[min(1, comm.size - 1)])
+    meet(comm)
+    if comm.rank == 0:
+        _show(report)
+        if path:
+            path.write_text(json.dumps(report, indent=2) + "\n")
+    comm.Free()
+    return 0
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from ..reporting.terminal import console as make_console
+
+    console = make_console()
+    console.print(f"agnmpi {report['agnmpi']}, {report['mpi']}, {report['world']} ranks")
+
+    def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        made = Table(title=title, box=None, pad_edge=False, title_justify="left")
+        for column in columns:
+            made.add_column(column, justify="left" if column in ("transport", "wire", "side", "name") else "right")
+        for row in rows:
+            made.add_row(*row)
+        console.print(made)
+
+    if report["exchanges"]:
+        lines = []
+        for row in report["exchanges"]:
+            low, high = (f"{1e6 * seconds:,.0f}" for seconds in row["spread"])
+            first = row["side"] == "agnmpi"
+            lines.append([
+                row["transport"] if first else "", row["wire"] if first else "", f"{row['n']:,}" if first else "",
+                str(row["workers"]) if first else "", row["side"], f"{1e6 * row['seconds']:,.0f} µs", f"{low}-{high}",
+                f"{row['exchanges_per_second']:,.0f}", f"{row['bytes_per_second'] / 1e9:.3f}", f"{row['ratio']:.2f}",
+            ])  # fmt: skip
+        columns = ("transport", "wire", "n", "workers", "side", "median", "25-75 %", "per second", "GB/s", "x floor")
+        table("exchanges (floor: the same bytes by bare mpi4py calls)", columns, lines)
+    elif report["world"] == 1:
+        console.print("one rank: no exchanges; type: mpiexec -n 2 python -m agnmpi bench")
+    if report["quiet"]:
+        facts = report["quiet"]
+        console.print(
+            f"waiting: center {100 * facts['center_cpu']:.1f} % of a core, worker {100 * facts['worker_cpu']:.1f} %; "
+            f"exchange {1e6 * facts['busy_seconds']:,.0f} µs, "
+            f"after 0.2 s of quiet {1e6 * facts['quiet_seconds']:,.0f} µs"
+        )
+    lines = [
+        [f"{row['n']:,}", f"{1e6 * row['pack']:,.0f} µs", f"{1e6 * row['memcpy']:,.0f} µs", f"{row['ratio']:.1f}"]
+        for row in report["pack"]
+    ]
+    table("without the wire: delta and adopt", ("n", "median", "memcpy", "x memcpy"), lines)
+    if report["optimizers"]:
+        lines = [
+            [row["name"], f"{row['n']:,}", f"{row['bytes_per_second'] / 1e9:.1f}", f"{100 * row['ratio']:.0f} %"]
+            for row in report["optimizers"]
+        ]
+        table("optimizers, float32", ("name", "n", "GB/s", "of memcpy"), lines)

@@ -1,0 +1,168 @@
+"""The arguments of the command line."""
+
+import argparse
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from ..simulation.timing import Timing
+from ..training.config import Config
+from ..version import __version__
+
+_TRANSPORTS = ("p2p", "rma", "serverless", "collective")
+# What a simulation is given in place of options of `train`.
+SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
+_GROUPS = {
+    "rule": "exchange",
+    "optimizer": "optimizers",
+    "run": "run",
+    "time": "virtual time",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="agnmpi",
+        description="Asynchronous training over MPI with Accumulated Gradient Normalization.",
+        epilog="Start it with mpiexec: mpiexec -n 4 python -m agnmpi train examples/digits.py:Digits",
+    )
+    top.add_argument("--version", action="version", version=f"agnmpi {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_simulate(commands)
+    bench = commands.add_parser(
+        "bench",
+        help="measure exchanges and optimizers against the limit of this machine",
+        description="Measure, side by side in one run, exchanges against bare mpi4py calls and memcpy, what a worker "
+        "does for an exchange besides the wire, and host optimizers against memcpy. The exchange part needs "
+        "mpiexec -n 2 or more.",
+    )
+    bench.add_argument("--sizes", type=int, nargs="+", default=[1, 1_000_000], metavar="N", help="float32 numbers")
+    bench.add_argument(
+        "--transports", nargs="+", default=list(_TRANSPORTS), choices=_TRANSPORTS, metavar="NAME",
+        help=f"of {', '.join(_TRANSPORTS)}",
+    )  # fmt: skip
+    bench.add_argument(
+        "--workers", type=int, nargs="+", default=[], metavar="N", help="numbers of workers [default: all]"
+    )
+    bench.add_argument("--device", default="cpu", choices=("cpu", "gpu"), help="where the workers' vectors lie")
+    bench.add_argument(
+        "--pack-only", action="store_true", help="no wire: only forming the delta and adopting the center"
+    )
+    bench.add_argument(
+        "--rounds", type=int, default=200, help="exchanges of each worker and side, in 20 turns [default: 200]"
+    )
+    bench.add_argument("--quiet", type=int, default=10, metavar="ROUNDS", help="rounds of waiting; 0: none")
+    bench.add_argument(
+        "--optimizer-size",
+        type=int,
+        default=10_000_000,
+        metavar="N",
+        help="numbers in the vector for the optimizers' bandwidth; 0: none",
+    )
+    bench.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what MPI, which roles and devices the ranks would get, and what is missing",
+        description="Show what MPI, which roles and devices each rank would get, what is missing and what to type. "
+        "Under mpiexec it reports the whole world.",
+    )
+    doctor.add_argument("--period", type=int, default=10, help="communication period λ, for the advice")
+    doctor.add_argument("--probe", action="store_true", help="try device pointers again, whatever is remembered")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    return top
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a problem",
+        usage="mpiexec -n P python -m agnmpi train MODULE:PROBLEM [options]",
+        description="Train a problem: rank 0 holds the center, every other rank trains (with collective rules "
+        "every rank trains). All options can also stand in a TOML file (--config), under the same names; "
+        "options given here come on top of it, and --set on top of all.",
+        argument_default=argparse.SUPPRESS,
+    )
+    train.add_argument("problem", nargs="?", metavar="MODULE:PROBLEM", help=_field("problem").metadata["help"])
+    train.add_argument("--inject-faults", action="store_true", default=False, help=argparse.SUPPRESS)  # for tests
+    train.add_argument("--config", metavar="FILE", help="TOML file; RUN/config.toml repeats a run", default=None)
+    train.add_argument(
+        "--set", action="append", dest="sets", metavar="KEY=VALUE", default=[],
+        help="set any option, also in a table: --set options.hidden=64 --set optimizer_options.beta1=0.8",
+    )  # fmt: skip
+    _add_fields(train, Config)
+
+
+def _add_simulate(commands: Any) -> None:
+    simulate = commands.add_parser(
+        "simulate",
+        help="train in virtual time: any number of workers in one process; or replay a recorded run",
+        usage="python -m agnmpi simulate MODULE:PROBLEM --workers n [options]\n"
+        "       python -m agnmpi simulate --timing-only --workers n [options]\n"
+        "       python -m agnmpi simulate --replay RUN [options]",
+        description="Train with n asynchronous workers and their center in one process and in virtual time: real "
+        "gradients, the workers, rules and center of `train`, seeded and repeatable. The options of `train` hold here, "
+        "too; RUN/config.toml, with its table [simulation], repeats a simulation.",
+        argument_default=argparse.SUPPRESS,
+    )
+    simulate.add_argument("problem", nargs="?", metavar="MODULE:PROBLEM", help=_field("problem").metadata["help"])
+    simulate.add_argument("--config", metavar="FILE", help="TOML file; RUN/config.toml repeats a run", default=None)
+    simulate.add_argument("--set", action="append", dest="sets", metavar="KEY=VALUE", default=[], help="as in train")
+    simulate.add_argument(
+        "--timing-only",
+        action="store_true",
+        default=False,
+        help="no gradients: throughput and staleness from n, λ, bytes, bandwidth and shards",
+    )
+    simulate.add_argument(
+        "--replay", metavar="RUN", default=None, help="repeat RUN, of train --record, message for message"
+    )
+    _add_fields(simulate, Config, (*SIMULATED, "slots", "use_locking", "wire", "center_device"))
+    _add_fields(simulate, Timing)
+
+
+def _add_fields(command: Any, options: type[Config] | type[Timing], without: Sequence[str] = ()) -> None:
+    """Add an option for each field of the dataclass `options`, but not for tables."""
+    used = dict.fromkeys(f.metadata["group"] for f in fields(options))
+    groups = {name: command.add_argument_group(_GROUPS[name]) for name in used if name in _GROUPS}
+    for f in fields(options):
+        meta = f.metadata
+        if f.name == "problem" or f.name.endswith("options") or f.name in without:
+            continue
+        default = f.default if f.default is not None else None
+        text = meta["help"] if default is None else f"{meta['help']} [default: {default}]"
+        flag = "--" + f.name.replace("_", "-")
+        if meta["kind"] is bool:
+            groups[meta["group"]].add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, help=text)
+            continue
+        metavar = "|".join(meta["choices"]) if meta["choices"] else f.name.rpartition("_")[2].upper()
+        groups[meta["group"]].add_argument(
+            flag, dest=f.name, type=meta["kind"], metavar=metavar, choices=meta["choices"] or None, help=text
+        )
+
+
+def _field(name: str) -> Any:
+    return next(f for f in fields(Config) if f.name == name)
+
+
+class HelpAsked(Exception):
+    """--help or --version, to be printed by one rank."""
+
+
+class ArgumentsRefused(Exception):
+    """The arguments make no sense; the parser's message, to be said by one rank."""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; usage errors and --help leave with what would be printed, so that one rank alone says it."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return parser().parse_args(argv)
+    except SystemExit as leave:
+        if leave.code in (0, None):
+            raise HelpAsked(said.getvalue()) from None
+        raise ArgumentsRefused(said.getvalue()) from None

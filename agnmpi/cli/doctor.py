@@ -1,0 +1,145 @@
+"""What MPI this is, what each rank would get, what is missing and what to type."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from mpi4py import MPI
+from rich.table import Table
+
+from ..arrays.backend import device_count
+from ..cluster import probe
+from ..cluster.placement import check_world, place, unused_devices
+from ..cluster.processes import fault_tolerant
+from ..core.backoff import finish
+from ..core.rules import agn
+from ..reporting.advice import advice
+from ..transport.agreement import ConfigError, allgather, ranks_in_words
+from ..version import __version__, mpi_library
+
+_LEVELS = {
+    MPI.THREAD_SINGLE: "single",
+    MPI.THREAD_FUNNELED: "funneled",
+    MPI.THREAD_SERIALIZED: "serialized",
+    MPI.THREAD_MULTIPLE: "multiple",
+}
+
+
+def _wire(comm: MPI.Comm, devices: int, again: bool) -> str:
+    """How vectors on a device would travel from this rank, and why; one rank of each host tries it. Collective."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    if devices and node.rank == 0 and (again or probe.recall() is None):
+        probe.remember(probe.run())
+    finish(node.Ibarrier().Test)
+    node.Free()
+    if not devices:
+        return "host memory: sent as it is"
+    try:
+        answer = probe.resolve("auto")
+    except ValueError as error:
+        return f"refused: {error}"
+    return f"{'direct' if answer.direct else 'staged'}: {answer.why}"
+
+
+def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
+    """Gather the facts of the whole world; collective, the same on every rank.
+
+    `again`: try device pointers anew, whatever is remembered.
+    """
+    problems = []
+    try:
+        check_world(comm)
+    except ConfigError as error:
+        problems.append(str(error))
+    trains = comm.rank > 0 or comm.size == 1
+    here = place(comm, trains)
+    devices = device_count()
+    wire = _wire(comm, devices, again)
+    mine = {
+        "rank": comm.rank,
+        "host": here.host,
+        "role": ("worker" if comm.rank else "center") if comm.size > 1 else "alone",
+        "device": f"gpu {here.worker_index % devices}" if devices and trains else "cpu",
+        "cores": len(os.sched_getaffinity(0)),
+        "blas_threads": here.threads,
+        "local_size": here.local_size,
+        "wire": wire,
+        "library": mpi_library(),
+        "agnmpi": __version__,
+    }
+    ranks = [json.loads(text) for text in allgather(comm, json.dumps(mine))]
+    for key in ("library", "agnmpi"):
+        if len({rank[key] for rank in ranks}) > 1:
+            problems.append(f"the ranks run different versions of {key}: use one environment on all hosts")
+    hints = []
+    if comm.size == 1:
+        hints.append("one rank: a rule with a center needs two or more; type: mpiexec -n 4 python -m agnmpi doctor")
+    beside = str(Path(sys.executable).parent)
+    if not shutil.which("mpiexec") and not shutil.which("mpiexec", path=beside):
+        hints.append("no mpiexec on PATH; type: pip install mpich, or load your cluster's MPI module")
+    if not devices:
+        hints += [*unused_devices(devices), _no_device()]
+    crowded = any(rank["local_size"] > rank["cores"] for rank in ranks)
+    if crowded and "Open MPI" in mpi_library() and os.environ.get("OMPI_MCA_mpi_yield_when_idle") != "1":  # noqa: SIM112
+        hints.append("more ranks than cores under Open MPI: type: . jobs/env-openmpi.sh, so that waiting ranks yield")
+    return {
+        "agnmpi": __version__,
+        "mpi": mpi_library(),
+        "mpi_standard": "{}.{}".format(*MPI.Get_version()),
+        "mpi4py": importlib.metadata.version("mpi4py"),
+        "fault_tolerant": fault_tolerant(),
+        "thread_level": _LEVELS[MPI.Query_thread()],
+        "world": comm.size,
+        "ranks": ranks,
+        "advice": advice(agn(), comm.size - 1, period) if comm.size > 1 else [],
+        "hints": hints,
+        "problems": problems,
+    }
+
+
+def _no_device() -> str:
+    if importlib.util.find_spec("cupy") is None:
+        return "CPU only: CuPy is not installed; for NVIDIA GPUs type: pip install cupy-cuda12x (or 13x)"
+    return "CPU only: CuPy is installed but finds no CUDA device or driver here (nvidia-smi tells)"
+
+
+def main(comm: MPI.Comm, period: int, again: bool, as_json: bool) -> int:
+    """Print the report on rank 0; returns 1 if something is wrong, else 0."""
+    if period < 1:
+        raise ConfigError(f"period must be at least 1, not {period}")
+    report = examine(comm, period, again)
+    if comm.rank == 0:
+        print(json.dumps(report, indent=2)) if as_json else _show(report)
+    return 1 if report["problems"] else 0
+
+
+def _show(report: dict[str, Any]) -> None:
+    from ..reporting.terminal import console as make_console
+
+    console = make_console()
+    console.print(
+        f"agnmpi {report['agnmpi']}, {report['mpi']} (MPI {report['mpi_standard']}), mpi4py {report['mpi4py']}, "
+        f"thread level {report['thread_level']}, world of {report['world']}"
+    )
+    table = Table(box=None, pad_edge=False)
+    for title in ("rank", "host", "role", "device", "cores", "BLAS threads"):
+        table.add_column(title, justify="right" if title in ("rank", "cores", "BLAS threads") else "left")
+    for rank in report["ranks"]:
+        table.add_row(*(str(rank[key]) for key in ("rank", "host", "role", "device", "cores", "blas_threads")))
+    console.print(table)
+    wires: dict[str, list[int]] = {}
+    for rank in report["ranks"]:
+        wires.setdefault(rank["wire"], []).append(rank["rank"])
+    for wire, ranks in wires.items():
+        console.print(f"wire of {ranks_in_words(ranks)}: {wire}", markup=False, soft_wrap=True)
+    if report["fault_tolerant"]:
+        console.print("fault tolerant (ULFM): train goes on without workers that die (transport p2p, one center)")
+    for line in report["advice"] + report["hints"]:
+        console.print(line, markup=False, soft_wrap=True)
+    for line in report["problems"]:
+        console.print(f"PROBLEM: {line}", style="bold red", markup=False, soft_wrap=True)

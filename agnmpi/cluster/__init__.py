@@ -1,0 +1,1 @@
+"""The ranks of a communicator: who serves, who trains, where they run."""

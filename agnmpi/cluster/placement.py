@@ -1,0 +1,87 @@
+"""Where a rank runs, and which cores it may use."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from mpi4py import MPI
+
+from ..transport.agreement import ConfigError, allgather
+from ..version import mpi_library
+
+
+class Place(NamedTuple):
+    """A rank's place among the ranks of its node."""
+
+    host: str
+    local_size: int
+    worker_index: int  # among the workers of this node
+    threads: int  # BLAS threads that leave each busy rank its cores
+
+
+def place(comm: MPI.Comm, trains: bool) -> Place:
+    """Find this rank's place; collective. `trains`: whether this rank computes (a center hardly does)."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    try:
+        cores = sorted(os.sched_getaffinity(0))
+        seen = [json.loads(text) for text in allgather(node, json.dumps([trains, cores]))]
+        index = sum(busy for busy, _ in seen[: node.rank])
+        sharing = sum(busy for busy, theirs in seen if theirs == cores)
+        threads = max(1, len(cores) // max(sharing, 1)) if trains else 1
+        return Place(MPI.Get_processor_name(), node.size, index, threads)
+    finally:
+        node.Free()
+
+
+def limit_blas(threads: int) -> None:
+    """Give BLAS `threads` threads, unless the environment already says how many."""
+    if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")):
+        return
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(threads)
+
+
+def blas_threads() -> int:
+    """Count the threads that BLAS uses here."""
+    import threadpoolctl
+
+    return max((int(pool["num_threads"]) for pool in threadpoolctl.threadpool_info()), default=1)
+
+
+def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse a world of one rank that a launcher meant to be one of many."""
+    if MPI.COMM_WORLD.size > 1 or comm.size > 1:
+        return
+    # Under mpiexec the tasks of the step are its daemons, one on each node.
+    by_mpiexec = "OMPI_COMM_WORLD_SIZE" in environment or "MPI_LOCALNRANKS" in environment
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1") if "SLURM_STEP_ID" in environment else "1"
+    if tasks not in ("", "1") and not by_mpiexec:
+        speaks = "pmix" if mpi_library().startswith("Open MPI") else "pmi2"
+        raise ConfigError(
+            f"srun started {tasks} tasks, but each is a world of its own: {mpi_library()} "
+            f"does not speak what srun offered; pass srun --mpi={speaks}, or use mpiexec of the same environment "
+            "in the batch file"
+        )
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"):
+        if environment.get(name, "1") not in ("", "0", "1"):
+            raise ConfigError(
+                f"the launcher started {environment[name]} ranks, but each is a world of its own: mpiexec is of "
+                f"another MPI than mpi4py's ({mpi_library()}); use the mpiexec of the same environment"
+            )
+
+
+def unused_devices(devices: int, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Say that SLURM gave this node GPUs of which none can be used; `devices`: how many can.
+
+    >>> unused_devices(4, {"SLURM_GPUS_ON_NODE": "4"}), unused_devices(0, {})
+    ([], [])
+    """
+    given = environment.get("SLURM_GPUS_ON_NODE", "")
+    if devices or given in ("", "0"):
+        return []
+    return [
+        f"WARNING: SLURM gave this job {given} GPU(s) on this node, but CuPy finds none: the workers compute on the "
+        "CPU; agnmpi doctor says what is missing"
+    ]

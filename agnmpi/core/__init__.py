@@ -1,0 +1,1 @@
+"""The algorithm: NumPy alone, no MPI."""

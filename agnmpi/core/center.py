@@ -1,0 +1,239 @@
+"""The center's state, and the loop of a center rank."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..arrays.backend import Array, bring
+from .backoff import Idle
+from .ends import Apply, CenterEnd
+from .leases import NONE, Lease, Leases
+from .messages import (
+    BAD,
+    CONTINUE,
+    DROPPED,
+    DUPLICATE,
+    IDLE,
+    LEAVE,
+    MISFIT,
+    OK,
+    PULL,
+    REFUSED,
+    SAVE,
+    STOP,
+    WAIT,
+    WORK,
+    Book,
+    Commit,
+    Reply,
+)
+from .optimizers import Optimizer
+from .rules import Rule, Seen, center_step
+
+
+class Center:
+    """All that the center knows beside the center variable itself, which its end holds.
+
+    `like`: the center variable (n,); `workers`: n; `optimizer`: the center optimizer, None to add; `patience`: refused
+    commits in a row after which the run ends.
+    """
+
+    def __init__(
+        self, rule: Rule, like: Array, workers: int, optimizer: Optimizer | None = None, patience: int = 10
+    ) -> None:
+        self.rule, self.workers, self.optimizer, self.patience = rule, workers, optimizer, patience
+        self.state: Any = optimizer.init(like) if optimizer else None
+        self.clock = 0
+        self.applied = [0] * workers  # last sequence, by worker
+        self.between: Callable[[int], None] | None = None  # called after each block of a step, with its end
+        self.leases: Leases | None = None  # None: the work is shared out elsewhere
+        self.now: Callable[[], float] | None = None  # what measures the workers' speeds, where λ_k goes by them
+        self.parks = False  # a worker that asks in vain shall ask again while others hold work
+        self.staleness_sum = self.staleness_max = 0
+        self.steps = 0  # local steps in all applied commits
+        self.refused = self._in_a_row = 0  # commits
+        self.dropped = 0  # commits that weighed nothing
+        self._released = set[int]()  # workers whose leases were taken back
+        self.control = CONTINUE  # STOP asks all workers to leave
+        self.checkpoint = 0  # steps at the newest checkpoint
+        self.turn = self.session = 0  # messages served; sessions begun
+        self.tells = False  # all that it knows travels with c: workers are to outlive this center
+        self.on_save: Callable[[int], None] | None = None  # the first center asks for a checkpoint of this number
+
+    @property
+    def staleness_mean(self) -> float:
+        """Mean staleness of the applied commits."""
+        return self.staleness_sum / self.clock if self.clock else 0.0
+
+    def apply(self, commit: Commit, c: Array) -> Reply:
+        """Apply `commit` to `c` in place, once, and answer what it asks for.
+
+        A commit that is not finite, or not to this model, is refused, and one that weighs nothing dropped: nothing of
+        it is applied, and its steps are free again. Raises RuntimeError when `patience` is at its end.
+        """
+        status, leases = OK, self.leases
+        brings = commit.payload is not None or commit.wants & MISFIT
+        if leases and not brings and commit.wants & WORK and commit.first != leases.total_said:
+            raise ValueError(
+                f"worker {commit.worker} asks for {_said(commit.first)}, the center for "
+                f"{_said(leases.total_said)}: all ranks must give the same number of steps"
+            )
+        if brings:
+            status = self._take(commit, c)
+        if commit.wants & SAVE and self.on_save:
+            self.on_save(commit.first)
+        if leases and commit.wants & (LEAVE | IDLE):
+            leases.release(commit.worker)
+        control, work = self.control, NONE
+        if leases and commit.wants & WORK and control != STOP:
+            work = leases.grant(commit.worker)
+            if work == NONE and self.parks and leases.held:
+                control = WAIT
+        self.turn += 1
+        return Reply(
+            self.clock,
+            status,
+            control,
+            work=work,
+            steps=self.steps,
+            checkpoint=self.checkpoint,
+            applied=tuple(self.applied),
+            book=self._book(leases) if leases and self.tells and commit.wants & PULL else None,
+        )
+
+    def _book(self, leases: Leases) -> Book:
+        staleness = self.staleness_sum, self.staleness_max
+        counts = self.refused, self.dropped
+        return Book(self.turn, self.session, leases.next, *staleness, *counts, tuple(leases.open()))
+
+    def _take(self, commit: Commit, c: Array) -> int:
+        """Apply or refuse a delta; returns the status of the reply."""
+        if not self.rule.collective and commit.sequence <= self.applied[commit.worker]:
+            return DUPLICATE
+        done = Lease(commit.first, commit.steps)
+        if commit.worker in self._released and self.leases and not self.leases.holds(commit.worker, done):
+            self.dropped += 1  # it was silent for so long that its steps went to others
+            return DROPPED
+        if commit.wants & (BAD | MISFIT):
+            self.refused += 1
+            self._in_a_row += 1
+            if self._in_a_row >= self.patience:
+                raise RuntimeError(
+                    f"{self._in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
+                    f"{commit.first}): "
+                    + (
+                        f"it is no commit to this model: {commit.nbytes} bytes, the center has {c.nbytes}"
+                        if commit.wants & MISFIT
+                        else "they hold NaN or infinity; lower the rate, clip the gradients, or look at the samples of "
+                        "these steps"
+                    )
+                )
+            if self.leases:
+                self.leases.refuse(commit.worker, done)
+            if self.rule.collective:  # all ranks refuse alike, and go on to the next round
+                self.steps += commit.steps
+            return REFUSED
+        self._in_a_row = 0
+        weight = self.weight(commit)
+        if not weight:
+            self.dropped += 1
+            if self.leases:
+                self.leases.refuse(commit.worker, done)
+            return DROPPED
+        if self.leases:
+            self.leases.commit(commit.worker, done)  # first: what nobody has granted does not move c
+        self._step(commit, c, weight)
+        if not self.rule.collective:
+            self.applied[commit.worker] = commit.sequence
+        return OK
+
+    def lose(self, worker: int) -> None:
+        """A worker is gone, for good or for a while: what it has not committed is free for the others."""
+        self.doubt(worker)
+        if self.leases:
+            self.leases.release(worker)
+
+    def doubt(self, worker: int) -> None:
+        """This worker may commit steps that are others' by now: these commits are dropped."""
+        self._released.add(worker)
+
+    def move(self, like: Array) -> None:
+        """Bring the slots to where `like` (n,) lies."""
+        if self.optimizer is None:
+            return
+        old, self.state = self.state, self.optimizer.init(like)._replace(step=self.state.step)
+        for name, slot in self.optimizer.slots(self.state).items():
+            slot[...] = bring(self.optimizer.slots(old)[name], slot)
+
+    def save(self, c: Array) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Copy what a checkpoint keeps: `c` (n,) and the slots, and the facts about them."""
+        slots = self.optimizer.slots(self.state) if self.optimizer else {}
+        arrays = {"c": c.copy()} | {f"slot/{name}": slot.copy() for name, slot in slots.items()}
+        return arrays, {
+            "clock": self.clock,
+            "steps": self.steps,
+            "applied": list(self.applied),
+            "turn": self.turn,
+            "session": self.session,
+            "refused": self.refused,
+            "dropped": self.dropped,
+            "staleness": [self.staleness_sum, self.staleness_max],
+            "center_optimizer": self.optimizer.name if self.optimizer else "add",
+            "center_optimizer_step": self.state.step if self.optimizer else 0,
+            "leases": self.leases.state() if self.leases else None,
+        }
+
+    def restore(self, arrays: Mapping[str, Array], facts: Mapping[str, Any], c: Array) -> None:
+        """Go on from what `save` has kept; the vectors are those of this center. Raises ValueError for what differs."""
+        name = self.optimizer.name if self.optimizer else "add"
+        if facts["center_optimizer"] != name:
+            raise ValueError(f"the checkpoint's center optimizer is {facts['center_optimizer']}, not {name}")
+        c[...] = bring(arrays["c"], c)
+        self.clock, self.steps, self.refused = int(facts["clock"]), int(facts["steps"]), int(facts["refused"])
+        self.checkpoint, self.dropped = self.steps, int(facts["dropped"])
+        self.turn = int(facts.get("turn", 0))
+        self.staleness_sum, self.staleness_max = map(int, facts["staleness"])
+        if self.optimizer:
+            for slot_name, slot in self.optimizer.slots(self.state).items():
+                slot[...] = bring(arrays[f"slot/{slot_name}"], slot)
+            self.state = self.state._replace(step=int(facts["center_optimizer_step"]))
+
+    def weight(self, commit: Commit) -> float:
+        """The weight of `commit` by the rule, were it applied now; 0: it is to be dropped.
+
+        Raises ValueError for a pull from the future.
+        """
+        staleness = self.clock - commit.clock
+        if staleness < 0:
+            raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
+        return self.rule.weight(Seen(staleness, commit.commits, commit.steps, self.workers))
+
+    def _step(self, commit: Commit, c: Array, weight: float) -> None:
+        assert commit.payload is not None
+        staleness = self.clock - commit.clock
+        self.state = center_step(c, commit.payload, weight, self.optimizer, self.state, self.steps, self.between)
+        self.clock += commit.commits
+        self.steps += commit.steps
+        self.staleness_sum += staleness * commit.commits
+        self.staleness_max = max(self.staleness_max, staleness)
+
+
+def _said(total: int) -> str:
+    return "steps without end" if total < 0 else f"{total} steps"
+
+
+def serve(end: CenterEnd, apply: Apply, on_turn: Callable[[], None] | None = None) -> None:
+    """Serve the workers until all have left; yield the core while nothing arrives.
+
+    `apply`: what a message does, usually `Center.apply`; `on_turn`: called after each message and, while it is
+    quiet, at each wake-up; it must not block.
+    """
+    end.open()
+    idle, seen = Idle(), 0
+    while end.live:
+        served = end.serve_one(apply)
+        if served or seen != (seen := end.progress):
+            idle.reset()
+        if not served:
+            idle.wait()
+        if on_turn:
+            on_turn()

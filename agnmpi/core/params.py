@@ -1,0 +1,134 @@
+"""Named parameters as views of one flat vector."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..arrays.backend import Array, as_array, bring, empty, namespace, on_host
+
+Params = Mapping[str, Any]
+
+
+def named(params: Any) -> dict[str, Array]:
+    """Return `params` as a dict: a mapping as it is, a sequence or one array under the names "0", "1", …
+
+    Raises TypeError for what is no array, ValueError if there is nothing.
+
+    >>> list(named([np.zeros(2), np.zeros(3)]))
+    ['0', '1']
+    """
+    if isinstance(params, Mapping):
+        items = dict(params)
+    elif isinstance(params, Sequence) and not isinstance(params, str | bytes):
+        items = {str(i): value for i, value in enumerate(params)}
+    else:
+        items = {"0": params}
+    if not items:
+        raise ValueError("there are no parameters: give a mapping from name to array")
+    arrays = {}
+    for name, value in items.items():
+        if not isinstance(name, str):
+            raise TypeError(f"parameter names are strings, not {name!r}")
+        try:
+            arrays[name] = as_array(value)
+        except TypeError as error:
+            raise TypeError(f"parameter {name!r}: {error}") from None
+    return arrays
+
+
+class Layout(NamedTuple):
+    """Where each named parameter lies in the flat vector.
+
+    >>> layout = Layout.of({"w": np.zeros((2, 3)), "b": np.zeros(3)})
+    >>> layout.size
+    9
+    >>> x = layout.pack({"w": np.ones((2, 3)), "b": np.zeros(3)})
+    >>> layout.views(x)["w"][1, 2] = 7
+    >>> x
+    array([1., 1., 1., 1., 1., 7., 0., 0., 0.])
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]  # one more than names: the last is the size
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the flat vector."""
+        return self.offsets[-1]
+
+    @classmethod
+    def of(cls, params: Any) -> "Layout":
+        """Read the layout of `params`; raises ValueError unless all have one floating dtype."""
+        items = named(params)
+        dtypes = {name: value.dtype for name, value in items.items()}
+        if len(set(dtypes.values())) > 1:
+            listed = ", ".join(f"{name}: {dtype}" for name, dtype in dtypes.items())
+            raise ValueError(f"parameters must share one dtype, but {listed}; convert them with astype")
+        dtype = next(iter(dtypes.values()))
+        if dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+            raise ValueError(f"parameters must be float32 or float64, not {dtype}; convert them with astype")
+        shapes = tuple(value.shape for value in items.values())
+        offsets = (0, *np.cumsum([prod(shape) for shape in shapes]).tolist())
+        if not offsets[-1]:
+            raise ValueError("the parameters have no elements")
+        return cls(tuple(items), shapes, offsets, dtype.name)
+
+    def span(self, name: str) -> tuple[int, int]:
+        """First element of `name` in the flat vector, and one past its last."""
+        i = self.names.index(name)
+        return self.offsets[i], self.offsets[i + 1]
+
+    def views(self, x: Array) -> dict[str, Array]:
+        """Name the pieces of `x`, shape (size,), as views of it."""
+        return {
+            name: x[lo:hi].reshape(shape)
+            for name, shape, lo, hi in zip(self.names, self.shapes, self.offsets, self.offsets[1:])
+        }
+
+    def pack(self, params: Any, out: Array | None = None) -> Array:
+        """Copy `params` into the flat vector `out` (a new one if None) and return it.
+
+        Raises ValueError if names or shapes differ from the layout.
+        """
+        items = named(params)
+        if set(items) != set(self.names):
+            raise ValueError(f"parameters are named {sorted(items)}, expected {sorted(self.names)}")
+        if out is None:
+            out = empty(self.size, self.dtype, items[self.names[0]])
+        if not on_host(out) and not any(on_host(value) for value in items.values()):
+            for name, shape in zip(self.names, self.shapes):
+                self.check(name, shape, items[name])
+            # CuPy copies many small arrays in one launch.
+            namespace(out).concatenate([items[name].reshape(-1) for name in self.names], out=out)
+            return out
+        for name, view in self.views(out).items():
+            self.fill(name, view, items[name])
+        return out
+
+    @staticmethod
+    def check(name: str, shape: tuple[int, ...], value: Array) -> None:
+        """Raise ValueError unless `value`, meant for `name`, has `shape`."""
+        if value.shape != shape:
+            raise ValueError(f"{name!r} has shape {value.shape}, expected {shape}")
+
+    @classmethod
+    def fill(cls, name: str, view: Array, value: Array) -> None:
+        """Copy `value` into the view of `name`; raises ValueError for another shape."""
+        cls.check(name, view.shape, value)
+        view[...] = bring(value, view)
+
+
+def parts(size: int, count: int) -> Iterator[slice]:
+    """Cut a vector into `count` contiguous blocks of nearly equal size, for shards.
+
+    >>> [(p.start, p.stop) for p in parts(10, 4)]
+    [(0, 3), (3, 6), (6, 8), (8, 10)]
+    """
+    for i in range(count):
+        base, extra = divmod(size, count)
+        start = i * base + min(i, extra)
+        yield slice(start, start + base + (i < extra))

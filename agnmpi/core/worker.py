@@ -1,0 +1,410 @@
+"""A worker: a value and its three steps, and the one loop that drives them.
+
+What must wait is written as a generator of the handles to wait for: over MPI each is waited for at once; a driver with
+a clock of its own (`simulate`) takes it up again when the handle is done.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from math import nan
+from typing import Any, TypeAlias, TypeVar
+
+from ..arrays.backend import Array, all_finite, empty_like, namespace
+from .ends import Elected, Handle, Pause, WorkerEnd
+from .leases import Lease
+from .messages import BAD, DROPPED, IDLE, REFUSED, STOP, WAIT, WORK, Commit, Reply
+from .optimizers import Optimizer, Range
+from .rules import Rule
+
+T = TypeVar("T")
+Waits: TypeAlias = Generator[Handle, None, T]  # yields the handles to wait for
+
+
+def _wait(waits: Waits[T]) -> T:
+    """Run `waits` to its end, waiting for each handle."""
+    while True:
+        try:
+            handle = next(waits)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+        handle.wait()
+
+
+class Worker:
+    """Parameters, what they were at the last pull, and the work in hand.
+
+    `x`: (n,) parameters, moved in place; `optimizer`: None if the caller moves x; `index`: 0 … n−1;
+    `overlap`: compute the next period while the exchange of the last is under way; `keeps`: keep `o` whole while the
+    next pull comes in: if the center is lost, another may go on from there.
+    """
+
+    def __init__(
+        self,
+        x: Array,
+        rule: Rule,
+        optimizer: Optimizer | None,
+        end: WorkerEnd,
+        index: int,
+        overlap: bool = False,
+        keeps: bool = False,
+    ) -> None:
+        if optimizer is None and rule.accumulates:
+            raise ValueError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
+        empty = empty_like
+        self.x, self.rule, self.optimizer, self.end, self.index = x, rule, optimizer, end, index
+        self.overlap = overlap
+        self.state: Any = optimizer.init(x) if optimizer else None
+        self.parted = x  # what x was when this worker left, before it took the final center
+        self.o = empty(x)  # the center as last pulled
+        self.a = namespace(x).zeros_like(x) if rule.accumulates else x
+        self.clock = 0  # of o
+        self.told: Reply | None = None  # with o
+        self.elected = False  # this rank serves now, and trains no more
+        self.session = 0  # sessions begun
+        self.total: int | None = None  # steps of this session, over all workers
+        self.before = 0  # steps of all workers in earlier sessions: schedules go on
+        self.sequence = 0  # commits sent
+        self.refused = 0  # commits that the center did not take
+        self.checkpoint = 0  # steps at the newest checkpoint: this worker's state belongs to it
+        self.resumed = False  # the next session begins with the x of a checkpoint, where the rule keeps x
+        self._waiting = False  # for work that others hold
+        self.dropped = 0  # steps that no round took, because another rank broke off
+        self.pulls = 0  # times x was adopted from a pull
+        self.done = 0  # steps since the last exchange was started
+        self.leases: deque[Lease] = deque()  # the first is under way
+        self._delta = empty(x)
+        self._sent = empty(x) if overlap else x
+        self._pulled = empty(x) if overlap or keeps else self.o  # MPI writes here: o stays whole meanwhile
+        self._loss = 0.0
+        self._handle: Handle | None = None
+        self._commit: Commit | None = None
+        self._farewell: Handle | None = None
+
+    @property
+    def under_way(self) -> Commit | None:
+        """The commit that was formed, and not answered yet."""
+        return self._commit
+
+    @property
+    def step_number(self) -> int:
+        """Number, over all workers, of the step to take next."""
+        return self.leases[0].first + self.done
+
+    def local_step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
+        """Move x by one step of the local optimizer on g (n,), and accumulate g if the rule wants it.
+
+        `g` is None when the caller has moved x; `ranges`: the pieces of x that have a gradient, all if None.
+        """
+        if self.optimizer is not None:
+            if g is None:
+                raise ValueError("local_step needs a gradient")
+            at = self.before + self.step_number
+            self.state = self.optimizer.update(self.x, g, self.state, step=at, ranges=ranges)
+            if self.rule.accumulates:
+                for lo, hi in ranges or [(0, g.size)]:
+                    a = self.a[lo:hi]
+                    a += g[lo:hi]
+        self.done += 1
+        self._loss += loss
+
+    def start_exchange(self) -> None:
+        """Form the delta of the steps done, and start the exchange."""
+        self._commit = self._form_commit(WORK)
+        if self.rule.pulls == "before":
+            self._handle = self.end.pull(self._pulled)
+            return
+        if self.overlap:
+            self._sent[...] = self.x
+        self._handle = self.end.exchange(self._commit, self._pulled)
+
+    def _form_commit(self, wants: int) -> Commit:
+        lease, steps, loss = self.leases.popleft(), self.done, self._loss
+        if self.rule.pulls == "after":
+            self.rule.delta(self.x, self.o, self.a, max(steps, 1), self._delta)
+            wants |= self._look()
+        if self.rule.accumulates:
+            self.a[...] = 0
+        self.sequence += 1
+        self.done, self._loss = 0, 0.0
+        return Commit(
+            self.index,
+            self.sequence,
+            steps=steps,
+            first=lease.first,
+            clock=self.clock,
+            wants=wants,
+            loss=loss / steps if steps else nan,
+            payload=self._delta,
+        )
+
+    def _look(self) -> int:
+        return 0 if all_finite(self._delta) else BAD
+
+    def finish_exchange(self) -> None:
+        """Wait for the exchange under way, and adopt what it brought."""
+        _wait(self._finish_exchange())
+
+    def _finish_exchange(self) -> Waits[None]:
+        assert self._handle is not None
+        assert self._commit is not None
+        handle, self._handle = self._handle, None
+        yield handle
+        reply = handle.wait()
+        self._have_pulled(reply)
+        if self.rule.pulls == "before":
+            self.rule.delta(self.x, self.o, self.a, max(self._commit.steps, 1), self._delta)
+            self._commit = self._commit._replace(clock=self.clock, wants=self._commit.wants | self._look())
+            handle = self.end.exchange(self._commit, None)
+            yield handle
+            reply = handle.wait()
+        if reply.status == REFUSED:
+            self._start_afresh()
+        else:
+            self.refused += reply.status == DROPPED  # what the reply has brought is adopted all the same
+            self.rule.adopt(self.x, self._sent, self._delta, self.o)
+        self._commit = None
+        self._take(reply)
+
+    def _have_pulled(self, reply: Reply) -> None:
+        """A pull is there, whole."""
+        self.o, self._pulled = self._pulled, self.o
+        self.clock, self.told = reply.clock, reply
+        self.pulls += 1
+
+    def _start_afresh(self) -> None:
+        """The last commit was refused: neither x nor the slots can be trusted, nor what was computed since."""
+        self.refused += 1
+        self.x[...] = self.o
+        self.done, self._loss = 0, 0.0  # with overlap: the lease in hand is begun anew
+        if self.rule.accumulates:
+            self.a[...] = 0
+        if self.optimizer is not None:
+            count = self.state.step
+            self.state = self.optimizer.init(self.x)._replace(step=count)
+
+    def step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
+        """The loop's body: a local step, and the exchange when the period is full."""
+        self.local_step(g, loss, ranges)
+        try:
+            _wait(self._after_step())
+        except Elected:
+            self._retire()
+
+    def _after_step(self) -> Waits[None]:
+        if self.done == self.leases[0].steps:
+            yield from self._exchange()
+        elif self._handle is not None and self._handle.test():
+            yield from self._finish_exchange()
+
+    def _exchange(self) -> Waits[None]:
+        if self._handle is not None:
+            yield from self._finish_exchange()
+        if not self.leases or self.done < self.leases[0].steps:  # the center said stop, or refused, meanwhile
+            return
+        self.start_exchange()
+        if not self.overlap or not self.leases:
+            yield from self._finish_exchange()
+
+    def begin(self) -> None:
+        """Start from the center, whatever x was, and ask for work (for two periods with overlap)."""
+        _wait(self._begin())
+
+    def _begin(self) -> Waits[None]:
+        yield from self._settle()
+        self.parted = self.x
+        handle = self.end.exchange(self._ask(), self._pulled)
+        yield handle
+        reply = handle.wait()
+        self._have_pulled(reply)
+        if not (self.resumed and self.rule.pulls == "before"):
+            self.x[...] = self.o
+        self.resumed = False
+        self._take(reply)
+        if self.overlap and self.leases:
+            handle = self.end.exchange(self._ask(), None)
+            yield handle
+            self._take(handle.wait())
+
+    def _take(self, reply: Reply) -> None:
+        self.checkpoint = max(self.checkpoint, reply.checkpoint)
+        self._waiting = reply.control == WAIT
+        if reply.control == STOP and self.rule.collective:  # there is no further round: with overlap, steps are dropped
+            self.leases.clear()
+            self.dropped += self.done
+            self.done, self._loss = 0, 0.0
+        elif reply.control == STOP:
+            while len(self.leases) > (self.done > 0):
+                self.leases.pop()
+            if self.leases:  # commit what is done of it
+                self.leases[0] = Lease(self.leases[0].first, self.done)
+        elif reply.work.first >= 0:
+            self.leases.append(reply.work)
+
+    def _has_work(self) -> Waits[bool]:
+        while not self.leases or self.done >= self.leases[0].steps:
+            if self.leases:  # a lease of nothing in a round of all, or one cut short by STOP
+                yield from self._exchange()
+            elif self._handle is not None:
+                yield from self._finish_exchange()
+            elif self._waiting:
+                yield from self._ask_again()
+            else:
+                return False
+        return True
+
+    def _ask_again(self) -> Waits[None]:
+        """Others hold work that may become free: by a break, a refusal, or the loss of a rank."""
+        yield Pause(0.1)
+        handle = self.end.exchange(self._ask(IDLE), None)
+        yield handle
+        self._take(handle.wait())
+        if self.leases and self.rule.pulls == "after":  # nothing was computed since the last pull
+            handle = self.end.pull(self._pulled)
+            yield handle
+            self._have_pulled(handle.wait())
+            self.x[...] = self.o
+
+    def _ask(self, wants: int = 0) -> Commit:
+        return Commit(self.index, first=-1 if self.total is None else self.total, wants=WORK | wants)
+
+    def steps(self) -> Generator[int, None, None]:
+        """Yield the number of each step granted to this worker; the caller then calls `step`, once.
+
+        Begins from the center; at the end commits a partial period and leaves, with the final center in x. After
+        a `break` the same, but the final center is there after `settle`. Ends early where this rank is elected to
+        serve.
+        """
+        try:
+            self.begin()
+            try:
+                while _wait(self._has_work()):
+                    yield self.step_number
+            except GeneratorExit:
+                # A break, or an exception in the caller's loop on its way up: do not wait for the others here, or the
+                # traceback would show when they are done. `settle` waits.
+                self.leave()
+                raise
+            self.leave()
+            self.settle()
+        except Elected:
+            self._retire()
+
+    def _retire(self) -> None:
+        """This rank serves from now on."""
+        self.elected = True
+        self.leases.clear()
+        self.done, self._loss, self._waiting = 0, 0.0, False
+        self._handle = self._commit = self._farewell = None
+
+    def leave(self) -> None:
+        """Finish the exchange under way, commit what is done, and say farewell, without waiting for the answer."""
+        try:
+            _wait(self._leave())
+        except Elected:
+            self._retire()
+
+    def _leave(self) -> Waits[None]:
+        if self.elected:
+            return
+        if self._commit is not None and self._handle is None:
+            return  # an exchange has failed: its exception is on its way up, and nothing may hold it back
+        if self._handle is not None:
+            yield from self._finish_exchange()
+        last: Commit | None = None
+        if self.done and self.rule.pulls == "before":
+            self.start_exchange()
+            yield from self._finish_exchange()  # the work that it was granted goes back with the farewell
+        elif self.done:
+            self._commit = last = self._form_commit(0)
+        self.leases.clear()
+        self._farewell = self.end.leave(last, self._pulled)
+
+    def save(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Copy what a checkpoint keeps of this worker, between two periods: x, o and the slots, and facts."""
+        slots = self.optimizer.slots(self.state) if self.optimizer else {}
+        arrays = {"x": self.parted.copy(), "o": self.o.copy()}
+        arrays |= {f"slot/{name}": slot.copy() for name, slot in slots.items()}
+        return arrays, {
+            "worker": self.index,
+            "clock": self.clock,
+            "optimizer": self.optimizer.name if self.optimizer else None,
+            "optimizer_step": self.state.step if self.optimizer else 0,
+        }
+
+    def restore(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+        """Go on from what `save` has kept. Raises ValueError for another optimizer or another model."""
+        name = self.optimizer.name if self.optimizer else None
+        if facts["optimizer"] != name or arrays["x"].shape != self.x.shape:
+            raise ValueError(
+                f"the worker's state is of optimizer {facts['optimizer']}, not {name}, or of another model"
+            )
+        missing = (
+            {f"slot/{slot}" for slot in self.optimizer.slots(self.state)} - set(arrays) if self.optimizer else set()
+        )
+        if missing:
+            raise ValueError(f"the state lacks {sorted(missing)}")
+        xp = namespace(self.x)
+        self.x[...], self.o[...] = xp.asarray(arrays["x"]), xp.asarray(arrays["o"])
+        if self.optimizer:
+            for slot_name, slot in self.optimizer.slots(self.state).items():
+                slot[...] = xp.asarray(arrays[f"slot/{slot_name}"])
+            self.state = self.state._replace(step=int(facts["optimizer_step"]))
+        self.resumed = True
+
+    def settle(self) -> None:
+        """After leaving: wait until all workers have left, and take the final center into x and o.
+
+        Or until this rank is elected to serve the others.
+        """
+        try:
+            _wait(self._settle())
+        except Elected:
+            self._retire()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether `settle` has to wait."""
+        return self._farewell is not None
+
+    def _settle(self) -> Waits[None]:
+        if self._farewell is not None:
+            yield self._farewell
+            reply = self._farewell.wait()
+            self._have_pulled(reply)
+            self.before = reply.steps
+            self._farewell = self._commit = None
+            self.parted = self.x.copy() if self.rule.pulls == "before" else self.x
+            self.x[...] = self.o
+
+
+def train(
+    worker: Worker,
+    gradient: Callable[[int], tuple[float, Array]],
+) -> Generator[int, None, None]:
+    """Drive `worker` to the end of its work; yields after each step, so that several can share a thread.
+
+    `gradient(step) -> (loss, g)`: loss and gradient (n,) of the worker's x at the batch of that step.
+    """
+    with closing(worker.steps()) as steps:
+        for step in steps:
+            loss, g = gradient(step)
+            worker.step(g, loss)
+            yield step
+
+
+def session(worker: Worker, gradient: Callable[[int], tuple[float, Array]]) -> Generator[int | Handle, None, None]:
+    """As `train`, for a driver that must not wait: a step's number when it is computed, each handle to wait for.
+
+    The driver goes on after a step when the step's time is over, and after a handle when that is done.
+    """
+    yield from worker._begin()
+    while (yield from worker._has_work()):
+        step = worker.step_number
+        loss, g = gradient(step)
+        worker.local_step(g, loss)
+        yield step
+        yield from worker._after_step()
+    yield from worker._leave()
+    yield from worker._settle()

@@ -1,0 +1,1 @@
+"""What survives: checkpoints, restoring, and going on without a lost center."""

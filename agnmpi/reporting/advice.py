@@ -1,0 +1,26 @@
+"""What the numbers of a run mean, in words."""
+
+from ..core.rules import Rule, Seen
+
+
+def advice(rule: Rule, workers: int, period: int) -> list[str]:
+    """What n/λ means for this run (arXiv:1710.02368, section 4, and DESIGN's own check); empty for other rules."""
+    if rule.name != "agn":
+        return []
+    ratio = workers / period
+    lines = [f"n/λ = {workers}/{period} = {ratio:.3g} (workers / communication period)"]
+    if rule.weighs:
+        ratio *= rule.weight(Seen(workers - 1, 1, period, workers))
+        lines.append(f"effective outer rate {ratio:.3g}: what a round of {workers} ordinary commits counts")
+    if ratio > 2:
+        lines.append(
+            "WARNING: above 2 AGN becomes unstable: expect worse accuracy or divergence; "
+            f"use a period of at least {-(-workers // 2)}, fewer workers, or an outer rate of 1"
+        )
+    elif ratio < 0.8:
+        lines.append(
+            f"note: each round of commits moves the center by only {ratio:.3g} mean displacements, so progress "
+            f"per sample is slow at first; a shorter period (about {max(1, workers)}), or an outer rate of 1, often "
+            "learns more per sample"
+        )
+    return lines

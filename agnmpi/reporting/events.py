@@ -1,0 +1,42 @@
+"""A file of one JSON object a line."""
+
+import json
+import time
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with NaN and infinities, which JSON has no words for, as None.
+
+    >>> finite({"loss": float("nan"), "steps": [1, 2.5]})
+    {'loss': None, 'steps': [1, 2.5]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+class JsonLines:
+    """A file of one JSON object a line; each line is flushed, so a killed run leaves whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._start = time.monotonic()
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append an event with the time (seconds since 1970) and the seconds since the start."""
+        stamp = {"event": event, "time": round(time.time(), 3), "seconds": self.seconds()}
+        self._file.write(json.dumps(finite(stamp | values), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return round(time.monotonic() - self._start, 3)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,230 @@
+"""Virtual-time runs of the same workers, rules and center as over MPI, in one process."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..arrays.backend import Array, choose, full_like
+from ..cluster.placement import blas_threads
+from ..cluster.roles import Member
+from ..core.batches import Plan
+from ..core.center import Center
+from ..core.ends import Handle, WorkerEnd
+from ..core.leases import Leases, speed_proportional
+from ..core.messages import Commit, Reply
+from ..core.params import Layout, parts
+from ..core.worker import Worker, session
+from ..recovery.files import write_atomic
+from ..reporting import record
+from ..reporting.advice import advice
+from ..reporting.events import finite
+from ..training.config import Config
+from ..training.monitor import Monitor
+from ..training.outputs import conclude, repeatable, run_directory
+from ..training.problem import gradient_of, load_problem
+from ..transport.local import LocalCenter
+from ..version import __version__
+from .network import Agenda, Station, VirtualHandle, VirtualWorker
+from .timing import Timing, figures, timing_only
+
+
+class Stage:
+    """What a simulation and a replay share: problem, centers, workers and files; they differ in what drives them.
+
+    Raises ValueError for what cannot be.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config = config.complete()
+        centers = config.centers
+        self.rule, n = config.make_rule(), config.workers
+        if self.rule.collective:
+            raise ValueError(f"rule {self.rule.name} has no center and no staleness: train it, there is no more to see")
+        xp = choose(config.device, 0)
+        self.problem = load_problem(config.problem, xp, config.options)
+        initial = self.problem.init(np.random.default_rng(config.seed))
+        self.layout = layout = Layout.of(initial)
+        self.x = layout.pack(initial)
+        self.plan = Plan(self.problem.samples, config.batch, config.epochs, config.steps, config.seed)
+        if centers > layout.size:
+            raise ValueError(f"{centers} centers for a model of {layout.size} numbers: each needs one at least")
+        self.c = full_like(self.x, self.x)
+        self.parts = list(parts(layout.size, centers))
+        optimizer = config.make_center_optimizer(self.plan.steps, n)
+        self.centers = [Center(self.rule, self.c[part], n, optimizer) for part in self.parts]
+        self.leases = self.centers[0].leases = Leases(self.plan.steps, config.period)
+        self.locals = [LocalCenter(self.c[p], n, partial(self._apply, i)) for i, p in enumerate(self.parts)]
+        self.staleness: list[int] = []
+        self._monitor: Monitor | None = None
+        self._recorder: record.Recorder | None = None
+        self.directory = run_directory(config)
+
+    def _apply(self, i: int, commit: Commit, c: Array) -> Reply:
+        center = self.centers[i]
+        before = center.clock
+        reply = center.apply(commit, c)
+        if i == 0 and center.clock > before:
+            self.staleness.append(before - commit.clock)
+            if self._monitor is not None:
+                self._monitor.commit(commit, self.c)
+        if i == 0 and self._recorder is not None:
+            self._recorder(commit, reply)
+        return reply
+
+    def sessions(self, end: Callable[[int], WorkerEnd]) -> list[Iterator[int | Handle]]:
+        """A session for each worker, on the end that `end(index)` makes."""
+        optimizer, g = self.config.make_optimizer(self.plan.steps), self.x.copy()
+        sessions = list[Iterator[int | Handle]]()
+        for i in range(self.config.workers):
+            worker = Worker(full_like(self.x, self.x), self.rule, optimizer, end(i), i, self.config.overlap)
+            worker.total = self.plan.steps
+            # One vector for all gradients: a gradient is used up before another is computed.
+            sessions.append(session(worker, gradient_of(self.problem, self.layout, self.plan, worker.x, g)))
+        return sessions
+
+    def play(
+        self,
+        drive: Callable[[], None],
+        said: list[str],
+        also: Callable[[], dict[str, Any]],
+        table: str = "",
+        stamp: Callable[[], dict[str, float]] = dict,
+    ) -> dict[str, Any]:
+        """Let `drive` run the workers, and write the result.
+
+        `said`: lines about the run; `also()`: further parts of the result; `table`: further lines of config.toml.
+        """
+        config, layout, plan = self.config, self.layout, self.plan
+        directory = self.directory
+        write_atomic(directory / "config.toml", (repeatable(config).to_toml() + table).encode())
+        member = Member(self.centers[0], [], config.workers)
+        monitor = Monitor(
+            config,
+            plan,
+            member,
+            directory,
+            lambda c: self.problem.evaluate(layout.views(c)),
+            stamp,
+        )
+        if config.record:
+            facts = {
+                "agnmpi": __version__,
+                "workers": config.workers,
+                "blas_threads": [blas_threads()],
+                "parks": False,
+            }
+            self._recorder = record.Recorder(directory, facts)
+        monitor.say(
+            f"agnmpi {__version__}: {config.problem}, {layout.size:,} parameters ({layout.dtype}), {plan.samples:,} "
+            f"samples, {plan.steps:,} steps of {plan.batch}; rule {config.rule}, {config.workers} workers, period "
+            f"{config.period}, {config.optimizer} {config.rate:g}, center {config.center_optimizer}"
+        )
+        for line in said + advice(self.rule, config.workers, config.period):
+            monitor.say(line)
+        self._monitor = monitor
+        monitor.start()
+        drive()
+        if self._recorder is not None:
+            self._recorder.close()
+        said_also = {"transport": "virtual", "centers": len(self.parts), **finite(also())}
+        result = conclude(directory, config, layout, member, self.c, monitor, said_also)
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
+        monitor.say(
+            f"done: {metrics}; {result['samples']} samples, {result['commits']} commits in {result['seconds']} s"
+        )
+        for line in in_words(result):
+            monitor.say(line)
+        monitor.say(f"written to {directory}/")
+        return result
+
+
+def in_words(result: dict[str, Any]) -> list[str]:
+    """Lines about virtual time and staleness, as far as `result` has them."""
+    lines = []
+    if virtual := result.get("virtual"):
+        used = virtual["utilisation"]
+        lines.append(
+            f"virtual time {virtual['seconds']:.6g} s, {virtual['commits_per_second']:.6g} commits/s; busy: workers "
+            f"{used['workers']:.1%}, center {used['center']:.1%}; queue {virtual['queue']['mean']:.2f} "
+            f"(max {virtual['queue']['max']}), wait {virtual['wait_mean']:.3g} s"
+        )
+    if staleness := result.get("staleness"):
+        lines.append(f"staleness {staleness['mean']:.2f} (max {staleness['max']})")
+    if dropped := result.get("dropped"):
+        lines.append(f"{dropped} commits were too old and were dropped; their steps were done again")
+    if "same_bits" in result:
+        verdict = {True: "the same bits as", False: "NOT the same bits as", None: "nothing to compare with:"}
+        lines.append(f"center: {verdict[result['same_bits']]} {result['replayed']}/center.safetensors")
+    return lines
+
+
+def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
+    """Make ready n = `config.workers` workers and their center in virtual time; the call runs them to the result.
+
+    A worker's local step takes the time that `timing` draws; a message the latency, its bytes' time, its turn in the
+    center's queue (first come, first served) and its service. Bit for bit repeatable. Raises ValueError, before
+    anything is written, for what cannot be.
+    """
+    stage, n = Stage(config), config.workers
+    agenda = Agenda(timing.tie())
+    if config.dylu:
+        stage.leases.pace = speed_proportional(config.period, lambda: agenda.now)
+    stations = [Station(agenda, local, timing) for local in stage.locals]
+    sessions = stage.sessions(lambda i: VirtualWorker(i, stations, stage.parts))
+    seconds, noise = (timing.step_time * timing.factors(n)).tolist(), timing.noise()
+    computed = 0.0
+
+    def go_on(worker: int) -> None:
+        nonlocal computed
+        for what in sessions[worker]:
+            if isinstance(what, int):
+                taken = seconds[worker] * next(noise)
+                computed += taken
+                agenda.at(agenda.now + taken, worker, partial(go_on, worker))
+                return
+            assert isinstance(what, VirtualHandle)
+            if not what.test():
+                what.then = partial(go_on, worker)
+                return
+
+    def drive() -> None:
+        for worker, start in enumerate(timing.starts(n).tolist()):
+            agenda.at(start, worker, partial(go_on, worker))
+        agenda.run()
+
+    def also() -> dict[str, Any]:
+        first = stations[0]  # the queues of all shards move in step
+        return figures(agenda.now, np.array(stage.staleness), computed, first.served, first.waits, first.longest, n)
+
+    import tomli_w
+
+    table = "\n" + tomli_w.dumps({"simulation": asdict(timing)})
+    said = [
+        f"virtual time: steps {timing.step_distribution} {timing.step_time:g} s, message {timing.latency:g} s + bytes "
+        f"/ {timing.bandwidth:g}, service {timing.service:g} s + bytes / {timing.service_bandwidth:g}, centers "
+        f"{config.centers}"
+    ]
+    return lambda: stage.play(drive, said, also, table, lambda: {"virtual_seconds": agenda.now})
+
+
+def network(config: Config, timing: Timing) -> dict[str, Any]:
+    """Virtual time without gradients: throughput and staleness of `config.workers` workers; see `timing_only`."""
+    nbytes = 4 * timing.parameters
+    config = config.complete()
+    rule = config.make_rule()
+    if config.dylu:
+        raise ValueError("--timing-only gives all workers the same λ: leave dylu")
+    if rule.collective:
+        raise ValueError(f"rule {rule.name} has no center: --timing-only is of rules with one")
+    if config.problem:
+        problem = load_problem(config.problem, choose(config.device, 0), config.options)
+        layout = Layout.of(problem.init(np.random.default_rng(config.seed)))
+        nbytes = layout.size * np.dtype(layout.dtype).itemsize
+    return {
+        "rule": rule.name,
+        **timing_only(timing, config.workers, config.period, nbytes, rule.pulls, config.overlap, config.centers),
+        "agnmpi": __version__,
+    }

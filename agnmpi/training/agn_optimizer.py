@@ -1,0 +1,378 @@
+"""AGNOptimizer: for codes with a loop of their own."""
+
+import atexit
+import operator
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from math import nan
+from typing import Any, TypeAlias
+
+from mpi4py import MPI
+
+from ..arrays.backend import Array, as_array, bring, namespace
+from ..cluster.connect import connect
+from ..cluster.model import agree_on_model
+from ..cluster.placement import check_world
+from ..cluster.probe import choose_wire
+from ..cluster.processes import fault_tolerant
+from ..cluster.setup import Setup, check_fit
+from ..core.optimizers import Optimizer, Range
+from ..core.params import Layout, named
+from ..core.rules import Rule, agn
+from ..transport.agreement import ConfigError, together
+from .abort import AbortOnException
+from .hook import Hook
+from .loop import Loop
+
+Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
+Loss: TypeAlias = Callable[[Mapping[str, Array]], tuple[float, Gradients]]
+
+
+class AGNOptimizer:
+    """Train the parameters of a loop of your own with Accumulated Gradient Normalization over `comm`.
+
+    Each worker: λ local steps, then a ← (x − o)/λ, center c ← c + a, x ← c.
+
+    `optimizer`: from `agnmpi.sgd`, `adam`, …, or None if you move the parameters yourself and call `step()`;
+    `params`: arrays by name (or a sequence, or one array), copied; with `optimizer=None` your own arrays, which
+    are kept up to date at each exchange; `comm`: any communicator, it is duplicated, and its rank 0 holds the
+    center; `communication_period`: λ; `use_locking`: False sums commits straight into the center, element by element,
+    with transport "rma" and rules whose commits are added as they are;
+    `name`: of this optimizer; `rule`: another rule of exchange, or one that weighs commits, such as
+    `rules.weighted(rules.agn(), rules.outer_rate(1.0))`; `variant`: of AGN, "gradient" as TensorFlow did;
+    `center_optimizer`: None adds; `transport`: "auto", "p2p", "rma", "collective" or "local" (one process);
+    `overlap`: compute while an exchange is under way; `centers`: k, ranks 0 … k−1 hold a block of the center each (a
+    pull is then whole per block; a clip at the center is per block); `wire`: of vectors on a device, "staged" through
+    pinned host memory, "direct" with CUDA-aware MPI, "auto" as `agnmpi doctor` has found out; `center_device`:
+    "gpu" keeps the center where rank 0's parameters lie; `slots`: message vectors at a p2p center; `dylu`: λ is of the
+    fastest worker, the others' are in proportion to their speeds.
+
+    The same script runs on every rank: on rank 0 the loop `for step in opt.steps(n)` serves and yields nothing.
+
+    Raises TypeError for what is no array or optimizer, ValueError for shapes, names and numbers, or where ranks
+    differ, RuntimeError for use after the end.
+
+    Source: Hermans, Spanakis, Moeckel, ACML 2017, arXiv:1710.02368; vocabulary of TensorFlow 1.14's
+    `tf.contrib.opt.AGNOptimizer`.
+
+    >>> import numpy as np
+    >>> from agnmpi import AGNOptimizer, sgd
+    >>> opt = AGNOptimizer(sgd(0.1), {"w": np.zeros(2)}, MPI.COMM_SELF, communication_period=4, transport="local")
+    >>> for step in opt.steps(8):
+    ...     loss = opt.minimize(lambda p: (float(p["w"].sum()), {"w": -np.ones(2)}))
+    >>> opt.center["w"]
+    array([0.2, 0.2])
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | None,
+        params: Any,
+        comm: MPI.Comm,
+        communication_period: int = 10,
+        use_locking: bool = True,
+        name: str = "AGNOptimizer",
+        *,
+        rule: Rule | None = None,
+        variant: str = "displacement",
+        center_optimizer: Optimizer | None = None,
+        transport: str = "auto",
+        overlap: bool = False,
+        centers: int = 1,
+        wire: str = "auto",
+        center_device: str = "cpu",
+        slots: int = 4,
+        dylu: bool = False,
+    ) -> None:
+        if not isinstance(comm, MPI.Intracomm):
+            raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
+        check_world(comm)
+        if fault_tolerant() and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            # Open MPI 5.0: btl/tcp locks itself when a peer dies amid a large message.
+            warnings.warn(
+                f"{name}: MPI runs fault tolerant and with MPI_THREAD_MULTIPLE, under which Open MPI may hang when a "
+                "rank dies; set MPI4PY_RC_THREADS=0, or mpi4py.rc.threads = False before the import of MPI",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._comm = comm.Dup()
+        self._hook = AbortOnException(self._comm)
+
+        def prepare() -> tuple[Rule, Layout, int]:
+            for given in (optimizer, center_optimizer):
+                if given is not None and not isinstance(given, Optimizer):
+                    raise TypeError(f"optimizer must come from agnmpi (sgd, adam, …) or be None, not {given!r}")
+            if rule is not None and not isinstance(rule, Rule):
+                raise TypeError(f"rule must be made by agnmpi.rules, such as rules.downpour(), not {rule!r}")
+            if rule is not None and variant != "displacement":
+                raise ValueError(f"give either a rule or variant {variant!r}: rules.agn({variant!r}) is both")
+            try:
+                period = operator.index(communication_period)
+            except TypeError:
+                raise TypeError(f"communication_period must be an int, not {communication_period!r}") from None
+            for what, number in (("communication_period", period), ("slots", slots)):
+                if number < 1:
+                    raise ValueError(f"{what} must be at least 1, not {number}")
+            for key, array in named(params).items():
+                if optimizer is None and not getattr(array.flags, "writeable", True):
+                    raise ValueError(
+                        f"parameter {key!r} is read-only, but is to be updated: give a writable array "
+                        "(of a PyTorch tensor: tensor.detach().numpy())"
+                    )
+            return rule or agn(variant), Layout.of(params), period
+
+        try:
+            self._rule, self._layout, period = together(self._comm, prepare)
+            layout = self._layout
+            facts = {
+                "rule": f"{self._rule.name}, alpha {self._rule.alpha:g}",
+                "variant": variant,
+                "communication_period": str(communication_period),
+                "optimizer": _in_words(optimizer),
+                "center_optimizer": _in_words(center_optimizer),
+                "transport": transport,
+                "overlap": str(overlap),
+                "use_locking": str(use_locking),
+                "centers": str(centers),
+                "center_device": center_device,
+                "dylu": str(dylu),
+            }
+            agree_on_model(self._comm, layout, facts)
+            if transport == "auto":
+                transport = self._rule.transport
+            setup = Setup(
+                transport=transport,
+                overlap=overlap,
+                use_locking=use_locking,
+                centers=centers,
+                center_device=center_device,
+                slots=slots,
+                dylu=dylu,
+            )
+            check_fit(self._rule, setup, self._comm, optimizer, center_optimizer)
+        except ConfigError:
+            self._hook.remove()
+            self._comm.Free()
+            raise
+        if self._rule.accumulates and center_optimizer is None:
+            center_optimizer = optimizer  # "of the same kind", with slots of its own
+        self._name, self._optimizer = name, optimizer
+        self._x = layout.pack(params)
+        self._views = layout.views(self._x)
+        self._own = named(params) if optimizer is None else {}
+        self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
+        member = connect(
+            self._comm,
+            self._rule,
+            self._x,
+            optimizer,
+            center_optimizer,
+            setup._replace(wire=choose_wire(self._comm, self._x, wire)),
+        )
+        self._loop = Loop(member, self._comm.rank, self._x, period, name, self._copy_out)
+        self._sharded = centers > 1
+        atexit.register(self._at_exit)  # before mpi4py finalizes MPI
+        self.loss = nan
+
+    @property
+    def params(self) -> dict[str, Array]:
+        """The parameters by name: views of the flat vector, or with `optimizer=None` your own arrays."""
+        self._loop.settle()
+        return dict(self._own or self._views)
+
+    @property
+    def center(self) -> dict[str, Array]:
+        """A copy of the center variable, by name, as last pulled; after the loop the final one, on every rank.
+
+        It lies where the parameters of this rank lie.
+        """
+        self._loop.settle()
+        return self._layout.views(bring(self._loop.member.c.copy(), self._x))
+
+    @property
+    def global_step(self) -> int:
+        """The center's clock, as this rank knows it: number of commits applied."""
+        self._loop.settle()
+        return self._loop.worker.clock if self._loop.worker else self._loop.member.center.clock
+
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """The communicator in use: a duplicate of yours, or what is left of it where ranks were lost (ULFM)."""
+        failover = self._loop.member.failover
+        comm: MPI.Intracomm = failover.comm if failover else self._comm  # type: ignore[assignment]
+        return comm
+
+    @property
+    def num_worker(self) -> int:
+        """Number of workers n."""
+        return self._loop.member.count
+
+    @property
+    def is_center(self) -> bool:
+        """Whether this rank serves the center and does not train."""
+        return self._loop.member.serves
+
+    def steps(self, total: int | None = None) -> Generator[int, None, None]:
+        """Yield the number of each step that this worker is to take; each of 0 … total−1 is taken by one worker.
+
+        `total`: steps over all workers, None until the workers `break`. On a center rank it serves until all
+        workers are done, and yields nothing. May be used again: parameters, slots, clock and schedules go on. At the
+        end `params` and `center` are the final center on every rank (after a `break`, when they are next read: that
+        waits for the others; a generator that you hold by a name must be closed first). The body calls `minimize`,
+        `apply_gradients` or `step` once.
+        """
+        return self._loop.steps(total)
+
+    def initialize(self) -> None:
+        """Start every worker from the center: rank 0's values, whatever it was given. Collective."""
+        for _ in self.steps(0):
+            raise AssertionError("no step was granted")
+
+    def compute_gradients(self, loss: Loss, var_list: Iterable[Any] | None = None) -> list[tuple[Array | None, Array]]:
+        """Return (gradient, variable) pairs of `loss`.
+
+        `loss(params) -> (value, gradients)`: gradients by name, or in the order of the parameters; None where
+        there is none. `var_list`: names or variables to keep, all if None. The value is in `self.loss`.
+        """
+        self._loop.check()
+        value, gradients = loss(self.params)
+        if isinstance(gradients, Mapping):
+            unknown = set(gradients) - set(self._layout.names)
+            if unknown:
+                raise ValueError(f"gradients for {sorted(unknown)}, but the parameters are {list(self._layout.names)}")
+            by_name = {name: gradients.get(name) for name in self._layout.names}
+        else:
+            listed = list(gradients) if isinstance(gradients, Sequence) else [gradients]
+            if len(listed) != len(self._layout.names):
+                raise ValueError(f"{len(listed)} gradients for {len(self._layout.names)} parameters")
+            by_name = dict(zip(self._layout.names, listed))
+        self.loss = float(value)
+        kept = self._layout.names if var_list is None else [self._name_of(v) for v in var_list]
+        return [(by_name[name], self._views[name]) for name in kept]
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> None:
+        """Take a local step with (gradient, variable) pairs, and exchange when λ steps are done.
+
+        A gradient may be None: its variable, and the slots that go with it, keep still, as do variables that are
+        not listed. (With variant "gradient" its mean gradient is zero at the center, as in TensorFlow: there momentum
+        and weight decay may still move it.) Raises ValueError if none has a gradient, or for a shape; TypeError for
+        what is no variable.
+        """
+        self._loop.check()
+        if self._optimizer is None:
+            raise RuntimeError(f"{self._name} has no optimizer: move the parameters and call step()")
+        views, ranges = self._layout.views(self._g), dict[str, Range]()
+        for gradient, variable in grads_and_vars:
+            name = self._name_of(variable)
+            if name in ranges:
+                raise ValueError(f"variable {name!r} is listed twice")
+            if gradient is None:
+                continue
+            try:
+                self._layout.fill(name, views[name], as_array(gradient))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"gradient of {name!r} on rank {self._comm.rank}: {error}") from None
+            ranges[name] = self._layout.span(name)
+        if not ranges:
+            raise ValueError(f"rank {self._comm.rank}: no gradients: None for every variable")
+        whole = len(ranges) == len(self._layout.names)
+        self._loop.step(self._g, self.loss, None if whole else list(ranges.values()))
+
+    def minimize(self, loss: Loss, var_list: Iterable[Any] | None = None) -> float:
+        """Compute the gradients, apply them, and return the value of the loss before the step."""
+        self.apply_gradients(self.compute_gradients(loss, var_list))
+        return self.loss
+
+    def step(self, loss: float = nan) -> None:
+        """With `optimizer=None`: count one step that you took, and exchange when λ are done."""
+        self._loop.check()
+        if self._optimizer is not None:
+            raise RuntimeError(f"{self._name} has an optimizer: call minimize() or apply_gradients()")
+        self._layout.pack(self._own, out=self._x)
+        self._loop.step(None, loss)
+        self._loop.refresh()
+
+    def make_session_run_hook(
+        self, is_chief: bool | None = None, task_index: int | None = None, total: int | None = None
+    ) -> "Hook":
+        """Return a hook for training loops that take callbacks; see Hook.
+
+        `is_chief`, `task_index`: as in TensorFlow, worker 0 being the chief; known from `comm`, and only checked
+        if given. `total`: as in `steps`.
+        """
+        index = self._loop.worker.index if self._loop.worker else None
+        if index is not None and task_index is not None and task_index != index:
+            raise ValueError(f"task_index {task_index}, but rank {self._comm.rank} is worker {index}")
+        if index is not None and is_chief is not None and is_chief != (index == 0):
+            raise ValueError(f"is_chief {is_chief}, but rank {self._comm.rank} is worker {index}")
+        return Hook(self.steps(total))
+
+    def get_name(self) -> str:
+        """The name of this optimizer."""
+        return self._name
+
+    def get_slot_names(self) -> list[str]:
+        """Names of the slots on this rank: the local optimizer's, on a center rank the center optimizer's.
+
+        None where several centers hold a block of them each.
+        """
+        return list(self._slots())
+
+    def get_slot(self, var: Any, name: str) -> Array:
+        """View of slot `name` of variable `var` (a name or a variable). Raises ValueError for an unknown slot."""
+        slots = self._slots()
+        if name not in slots:
+            raise ValueError(f"no slot {name!r}; there are {list(slots)}")
+        return self._layout.views(slots[name])[self._name_of(var)]
+
+    def variables(self) -> list[Array]:
+        """Views of all slots of all parameters on this rank."""
+        return [view for slot in self._slots().values() for view in self._layout.views(slot).values()]
+
+    def close(self) -> None:
+        """Free communicator and windows; collective. Afterwards `center` can still be read."""
+        if self._loop.closed:
+            return
+        self._loop.end()
+        atexit.unregister(self._at_exit)
+        self._hook.remove()
+        self._loop.member.close()
+        if self._loop.member.failover is None or not self._loop.member.failover.lost:  # with the dead it would not end
+            self._comm.Free()
+
+    def _at_exit(self) -> None:
+        """Nobody has closed it, perhaps for a sys.exit on this rank alone: the others come to their end, too."""
+        if not MPI.Is_finalized():
+            self.close()
+
+    def __enter__(self) -> "AGNOptimizer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # after an error the other ranks do not come to a collective close
+            self.close()
+
+    def _slots(self) -> dict[str, Array]:
+        worker, center = self._loop.worker, self._loop.member.center
+        if worker is None and self._sharded:  # a block of them: no views of whole variables
+            return {}
+        optimizer, state = (worker.optimizer, worker.state) if worker else (center.optimizer, center.state)
+        return optimizer.slots(state) if optimizer else {}
+
+    def _name_of(self, variable: Any) -> str:
+        if isinstance(variable, str):
+            if variable in self._views:
+                return variable
+            raise ValueError(f"no parameter {variable!r}; there are {list(self._views)}")
+        for name, view in (self._views | self._own).items():
+            if variable is view:
+                return name
+        raise TypeError(f"{type(variable).__name__} is no variable of {self._name}: give one of `params`, or its name")
+
+    def _copy_out(self) -> None:
+        for name, array in self._own.items():
+            array[...] = bring(self._views[name], array)
+
+
+def _in_words(optimizer: Optimizer | None) -> str:
+    return f"{optimizer.name}({optimizer.numbers})" if optimizer else "none"

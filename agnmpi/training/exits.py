@@ -1,0 +1,28 @@
+"""With which code a run ends, if not with 0 or 1."""
+
+# The exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL).
+INTERRUPTED = 75
+# That of a run which went to its end, but lost workers on the way.
+DEGRADED = 76
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; what is committed is in its newest checkpoint.
+
+    `abort`: other ranks hang, and have to be ended, too.
+    """
+
+    def __init__(self, abort: bool) -> None:
+        super().__init__(f"exit code {INTERRUPTED}")
+        self.abort = abort
+
+
+class Degraded(Exception):
+    """Ranks were lost, and MPI cannot be finalized any more; leave with exit code `code`.
+
+    `abort`: other ranks hang, and have to be ended, too.
+    """
+
+    def __init__(self, code: int, abort: bool) -> None:
+        super().__init__(f"exit code {code}")
+        self.code, self.abort = code, abort

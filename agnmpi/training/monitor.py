@@ -1,0 +1,236 @@
+"""What rank 0 shows and writes while a run goes on: progress, events, evaluations, the result."""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, TextColumn
+
+from ..arrays.backend import Array
+from ..cluster.roles import Member
+from ..core.batches import Plan
+from ..core.leases import Lease
+from ..core.messages import Commit
+from ..core.timer import Every
+from ..reporting.events import JsonLines, finite
+from ..reporting.recent_mean import RecentMean
+from ..reporting.terminal import _Progress, console
+from .config import Config
+
+Evaluate = Callable[[Array], Mapping[str, float]]
+
+
+class Monitor:
+    """Watches the commits of a run at the rank that applies them.
+
+    `commit` follows each applied commit, `tick` may be called at any time; neither blocks: evaluations run in
+    a thread, on a copy of the center, and the next is put off while one is under way. Where the rank trains, too
+    (`serves` is false), they run in turn with the steps, so that a problem need not be safe for threads. `stamp` gives
+    what each event shall carry besides.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        member: Member,
+        directory: Path,
+        evaluate: Evaluate,
+        stamp: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self._member, self._center, self._stamp = member, member.center, stamp
+        self._config, self._plan, self._evaluate = config, plan, evaluate
+        self._events = JsonLines(directory / "events.jsonl")
+        self._loss = RecentMean(plan.steps_per_epoch)
+        self._samples = self._logged_samples = self._logged_clock = 0
+        self._log = Every(seconds=config.log_every)
+        self._line = Every(seconds=10.0)
+        interval = config.evaluate_every * plan.steps_per_epoch
+        self._due = Every(steps=interval) if interval else None
+        self._wanted = False
+        self._snapshot: Callable[[], Array | None] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
+        self._pending: Future[Mapping[str, float]] | None = None
+        self._pending_at = (0, 0, 0.0)
+        self.metrics: dict[str, float] = {}
+        self._start = self._logged = time.monotonic()
+        self.console = console()
+        self._live = self.console.is_terminal
+        self._progress = _Progress(
+            TextColumn("[bold]epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+            refresh_per_second=4,
+            expand=True,
+        )
+        self._task = self._progress.add_task("train", total=plan.steps, epoch="0", facts="", left="")
+
+    def say(self, line: str) -> None:
+        """Print a line, with the date where it is no terminal."""
+        stamp = "" if self._live else time.strftime("%Y-%m-%d %H:%M:%S ")
+        style = "bold yellow" if line.startswith("WARNING") else None
+        self.console.print(stamp + line, style=style, markup=False, soft_wrap=True)
+
+    def start(self) -> None:
+        """The training begins."""
+        self._start = self._logged = time.monotonic()
+        self._events.write("start", workers=self._member.count, period=self._config.period)
+        if self._live:
+            self._progress.start()
+            self.console.show_cursor(True)  # a killed run must not leave the terminal without one
+
+    def resume(self, samples: int, seconds: float) -> None:
+        """The run goes on, after `samples` and `seconds` of earlier turns."""
+        self._samples = self._logged_samples = samples
+        self._start -= seconds
+        self._logged_clock = self._center.clock
+        if self._due is not None:
+            self._due(self._center.steps)
+        self._events.write("resume", step=self._center.steps, clock=self._center.clock)
+
+    @property
+    def progress(self) -> dict[str, float]:
+        """What a checkpoint keeps of this run's progress."""
+        return {"samples": self._samples, "seconds": round(time.monotonic() - self._start, 3)}
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Write an event."""
+        self._events.write(event, step=self._center.steps, clock=self._center.clock, **facts)
+
+    def stop(self, event: str, **facts: Any) -> None:
+        """The run ends early: close the display and the files."""
+        if self._live:
+            self._progress.stop()
+        self._pool.shutdown(cancel_futures=True)
+        self._events.write(event, step=self._center.steps, clock=self._center.clock, **facts)
+        self._events.close()
+
+    def commit(self, commit: Commit, c: Array) -> None:
+        """A commit was applied, and made the center `c`."""
+        self._loss.add(commit.loss, commit.steps)
+        self._samples += self._plan.count(Lease(commit.first, commit.steps))
+        if self._due is not None and self._due(self._center.steps):
+            self._wanted = True
+        idle = self._pending is None and self._snapshot is None
+        if self._wanted and idle and self._center.steps < self._plan.steps:
+            self._wanted = False
+            self._pending_at = (self._center.steps, self._center.clock, self._loss.value)
+            if not self._member.serves:
+                self._evaluated(self._evaluate(c), *self._pending_at)
+                return
+            self._snapshot = self._member.snapshot()
+        self.tick()
+
+    def tick(self) -> None:
+        """Begin and take in evaluations; log and show if it is time."""
+        if self._snapshot is not None and (copy := self._snapshot()) is not None:
+            self._snapshot = None
+            self._pending = self._pool.submit(self._evaluate, copy)
+        if self._pending is not None and self._pending.done():
+            done, self._pending = self._pending, None
+            self._evaluated(done.result(), *self._pending_at)
+        if self._log():
+            self._write_progress()
+            if not self._live and self._line():
+                self.say(f"epoch {self._epochs()}  {self._facts(self._rates())}  {self._left()}")
+
+    def finish(self, c: Array) -> dict[str, Any]:
+        """The training is over: evaluate the final center, and return the result."""
+        seconds = time.monotonic() - self._start
+        if self._pending is not None:
+            self._evaluated(self._pending.result(), *self._pending_at)
+        self._write_progress()
+        self._evaluated(self._evaluate(c), self._center.steps, self._center.clock, self._loss.value)
+        if self._live:
+            self._progress.stop()
+        self._pool.shutdown()
+        result = {
+            "clock": self._center.clock,
+            "commits": self._center.clock,
+            "steps": self._center.steps,
+            "samples": self._samples,
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(self._samples / seconds, 1),
+            "loss": self._loss.value,  # mean training loss over the last epoch's worth of steps
+            "metrics": self.metrics,
+            "staleness": {
+                "mean": round(self._center.staleness_mean, 3),
+                "max": self._center.staleness_max,
+            },
+            "dropped": self._center.dropped,  # commits of no weight, such as too old
+        }
+        result = dict(finite(result))
+        self._events.write("end", result=result, **self._stamp())
+        self._events.close()
+        return result
+
+    def _evaluated(self, metrics: Mapping[str, float], steps: int, clock: int, loss: float) -> None:
+        self.metrics = {name: float(value) for name, value in metrics.items()}
+        self._events.write(
+            "evaluation",
+            step=steps,
+            epoch=self._epoch(steps),
+            clock=clock,
+            loss=loss,
+            metrics=self.metrics,
+            **self._stamp(),
+        )
+        if not self._live:
+            self.say(f"evaluation at epoch {self._epoch(steps):.3g}: {_words(self.metrics)}")
+
+    def _epoch(self, steps: int) -> float:
+        return round(steps / self._plan.steps_per_epoch, 4)
+
+    def _epochs(self) -> str:
+        return f"{self._epoch(self._center.steps):.2f}/{self._epoch(self._plan.steps):.3g}"
+
+    def _rates(self) -> tuple[float, float]:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        return self._center.clock / seconds, self._samples / seconds
+
+    def _write_progress(self) -> None:
+        now = time.monotonic()
+        interval = max(now - self._logged, 1e-9)
+        rates = (
+            (self._center.clock - self._logged_clock) / interval,
+            (self._samples - self._logged_samples) / interval,
+        )
+        self._logged, self._logged_clock, self._logged_samples = now, self._center.clock, self._samples
+        self._events.write(
+            "progress",
+            step=self._center.steps,
+            epoch=self._epoch(self._center.steps),
+            loss=self._loss.value,
+            commits=self._center.clock,
+            staleness_mean=round(self._center.staleness_mean, 3),
+            staleness_max=self._center.staleness_max,
+            commits_per_second=round(rates[0], 2),
+            samples_per_second=round(rates[1], 1),
+            **self._stamp(),
+        )
+        self._progress.update(
+            self._task, completed=self._center.steps, epoch=self._epochs(), facts=self._facts(rates), left=self._left()
+        )
+
+    def _left(self) -> str:
+        steps = self._center.steps
+        if not steps:
+            return "waiting for the first commit"
+        seconds = (time.monotonic() - self._start) * (self._plan.steps - steps) / steps
+        return f"{seconds:.0f} s left" if seconds < 600 else f"{seconds / 60:.0f} min left"
+
+    def _facts(self, rates: tuple[float, float]) -> str:
+        facts = [f"loss {self._loss.value:.4f}", _words(self.metrics)]
+        facts += [
+            f"{rates[0]:.0f} commits/s",
+            f"{rates[1]:.0f} samples/s",
+            f"staleness {self._center.staleness_mean:.1f}",
+        ]
+        return "  ".join(filter(None, facts))
+
+
+def _words(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -1,0 +1,109 @@
+"""A run on disk: its directory, its configuration, its result."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..arrays.backend import Array
+from ..cluster.roles import Member
+from ..core.params import Layout
+from ..recovery.files import save, write_atomic
+from ..version import __version__, mpi_library
+from .config import Config
+from .exits import DEGRADED
+from .monitor import Monitor
+from .problem import absolute
+
+
+def run_directory(config: Config) -> Path:
+    """Make the run's directory; raises FileExistsError rather than write over another run."""
+    if config.resume is not None:
+        path = Path((config.run or "") if config.resume == "auto" else config.resume)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    name = config.problem.rpartition(":")[2].lower()
+    path = Path(config.run) if config.run else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (path / "config.toml").exists():
+        raise FileExistsError(f"{path} holds another run; give another --run, or remove it")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def repeatable(config: Config) -> Config:
+    """The configuration without what must differ when it is repeated."""
+    return replace(config, problem=absolute(config.problem), run=None, resume=None)
+
+
+def write_result(directory: Path, result: Mapping[str, Any]) -> None:
+    """Write result.json."""
+    write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+
+
+def conclude(
+    directory: Path,
+    config: Config,
+    layout: Layout,
+    member: Member,
+    c: Array,
+    monitor: Monitor,
+    also: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the final center `c` (n,), evaluate it, and write the result, with what it says `also`; returns it."""
+    meta = {"agnmpi": __version__, "clock": str(member.center.clock), "rule": config.rule}
+    # Before the evaluation, which may fail.
+    save(directory / "center.safetensors", layout.views(c), meta)
+    result = {
+        "problem": config.problem,
+        "rule": config.rule,
+        "variant": config.variant,
+        "transport": config.transport,
+        "workers": member.count,
+        "period": config.period,
+        **monitor.finish(c),
+        **also,
+        "agnmpi": __version__,
+    }
+    write_result(directory, result)
+    return result
+
+
+def finish_run(
+    directory: Path,
+    config: Config,
+    layout: Layout,
+    member: Member,
+    monitor: Monitor,
+    lost: list[int],
+    complete: bool,
+) -> dict[str, Any]:
+    """Evaluate the final center at rank 0, write it and the result, and say both. Returns the result.
+
+    `lost`: ranks that died; `complete`: the run had all its steps before it was resumed, and its result stays.
+    """
+    written = directory / "result.json"
+    before = json.loads(written.read_text()) if complete and written.is_file() else {}
+    if before.get("steps") == member.center.steps:
+        monitor.stop("complete")
+        monitor.say(f"the run was complete, at step {member.center.steps}; its result stays, in {directory}/")
+        return dict(before)
+    also = {"refused": member.center.refused, "lost": lost, "mpi": mpi_library()}
+    result = conclude(directory, config, layout, member, member.c, monitor, also)
+    if (result["loss"] is None and not complete) or None in result["metrics"].values():
+        monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
+    if lost:
+        monitor.say(f"WARNING: the run ended without ranks {lost}: exit code {DEGRADED}")
+    if result["refused"]:
+        monitor.say(f"WARNING: {result['refused']} commits were refused: not finite, or not of this model")
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
+    monitor.say(
+        f"done: {metrics}; {result['samples']} samples in {result['seconds']:.1f} s "
+        f"({result['samples_per_second']:.0f}/s), {result['commits']} commits, "
+        f"staleness {result['staleness']['mean']:.2f} (max {result['staleness']['max']})"
+    )
+    if result["dropped"]:
+        monitor.say(f"{result['dropped']} commits were too old and were dropped; their steps were done again")
+    monitor.say(f"written to {directory}/")
+    return result

@@ -1,0 +1,206 @@
+"""The one-sided way without a server: workers sum their deltas straight into c, element by element.
+
+TensorFlow's `use_locking=False`, for rules whose commits are added as they are. Leases are a counter, too.
+"""
+
+from functools import partial
+from math import isfinite
+
+import numpy as np
+from mpi4py import MPI
+
+from ..arrays.backend import Array
+from ..core.ends import Apply, Capabilities, Done, Handle, Polled
+from ..core.leases import NONE, Lease
+from ..core.messages import BAD, DUPLICATE, OK, REFUSED, SAVE, STOP, WORK, Commit, Reply
+from .agreement import agree_on_total
+from .staging import Direct, Wire
+from .windows import (
+    APPLIED,
+    CENTER,
+    CHECKPOINT,
+    CLOCK,
+    CONTROL,
+    LEFT,
+    LOSS,
+    NEXT,
+    READERS,
+    REFUSALS,
+    SAVING,
+    STALENESS,
+    STALEST,
+    STEPS,
+    Windows,
+)
+
+
+class SumWorker:
+    """A worker's end of the serverless way (TensorFlow's `use_locking=False`), for rules whose commits are added as
+    they are: an exchange is `Accumulate(SUM)` into c, and `Get`.
+
+    What it gives up: sums are atomic element by element, so a pull may hold a part of a commit under way;
+    commits are neither ordered nor weighed nor refused. Rank 0 need not be in MPI on a machine with shared memory.
+    """
+
+    capabilities = Capabilities(
+        server=True, whole_pulls=False, exact_clock=False, weights=False, center_optimizer=False
+    )
+
+    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None) -> None:
+        self.worker, self.wire = comm.rank - 1, wire or Direct()
+        self.windows = Windows(comm, like, 0)
+        self._total: int | None = None
+        self._period = 1
+        self._loss = np.empty(1)  # lives until a flush: across hosts an Accumulate is still to be sent when it returns
+        self._sequence = self.sessions = 0
+
+    def begin(self, total: int | None, period: int, _start: int = 0) -> None:
+        """Begin a session of `total` steps (None: no end), leased λ = `period` at a time; collective."""
+        self._total, self._period = total, period
+        self.sessions += 1
+        agree_on_total(self.windows.comm, total)
+
+    def exchange(self, commit: Commit, out: Array | None) -> Handle:
+        """Sum the payload into c at once; then pull."""
+        windows, status = self.windows, OK
+        if commit.wants & SAVE:
+            windows.add(SAVING, commit.first, MPI.REPLACE)
+        if not windows.one_host:
+            windows.add(READERS, 1)  # the center stays awake while bytes are on the way
+        if commit.payload is not None and commit.sequence <= self._sequence:
+            status = DUPLICATE
+        elif commit.payload is not None and not commit.wants & BAD:
+            self._add(commit, commit.payload)
+        elif commit.payload is not None:  # nobody else could refuse it
+            status = REFUSED
+            windows.add(REFUSALS, 1)
+            windows.add(STEPS, commit.steps)
+        head = windows.get(0, APPLIED + windows.workers)
+        if out is not None:
+            windows.pull(self.wire, out)  # an accepted race: others may be adding to c meanwhile
+        if not windows.one_host:
+            windows.add(READERS, -1)
+        work = self._grant() if commit.wants & WORK and head[CONTROL] != STOP else NONE
+        applied = tuple(head[APPLIED:].tolist())
+        said = int(head[CONTROL]), work, int(head[STEPS]), int(head[CHECKPOINT])
+        return Done(Reply(int(head[CLOCK]), status, *said, applied))
+
+    def _add(self, commit: Commit, payload: Array) -> None:
+        windows, center = self.windows, self.windows.center
+        windows.push(self.wire, payload, lambda piece, at: center.Accumulate(piece, CENTER, at, MPI.SUM), center)
+        self._sequence = commit.sequence
+        windows.add(STEPS, commit.steps)
+        if commit.steps and isfinite(commit.loss):
+            self._loss[0] = commit.loss * commit.steps
+            windows.control.Accumulate(self._loss, CENTER, 8 * LOSS, MPI.SUM)
+        staleness = windows.add(CLOCK, 1) - commit.clock
+        windows.add(STALENESS, staleness)
+        windows.add(STALEST, staleness, MPI.MAX)
+        windows.add(APPLIED + self.worker, commit.sequence, MPI.REPLACE)
+
+    def _grant(self) -> Lease:
+        first = self.windows.add(NEXT, self._period)
+        if self._total is None:
+            return Lease(first, self._period)
+        return Lease(first, min(self._period, self._total - first)) if first < self._total else NONE
+
+    def pull(self, out: Array) -> Handle:
+        """Get c, whoever is adding to it."""
+        return self.exchange(Commit(self.worker), out)
+
+    def leave(self, commit: Commit | None, out: Array) -> Handle:
+        """Sum the last commit, and wait for the others."""
+        if commit is not None:
+            self.exchange(commit, None)
+        self.windows.add(LEFT, 1)
+        return Polled(partial(self._last_pull, self.sessions * self.windows.workers, out))
+
+    def _last_pull(self, until: int, out: Array, _patient: bool) -> Reply | None:
+        """The final center, as soon as `until` farewells have been said."""
+        return self.pull(out).wait() if self.windows.read(LEFT) >= until else None
+
+    def close(self) -> None:
+        """Free the windows; collective."""
+        self.windows.free()
+
+
+class SumCenter:
+    """The center's end of the serverless way: holds the memory and reads the counters; memory: c alone."""
+
+    def __init__(self, comm: MPI.Comm, c: Array) -> None:
+        self._windows = windows = Windows(comm, c, 0)
+        self._c = windows.vector(windows.center)
+        self._c[...] = c
+        self._left = self._sessions = self._saved = 0
+        self._seen = [0, 0]  # clock and steps of which `apply` has been told
+        self._loss = 0.0
+        self.progress = 0
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable, as it is this very moment."""
+        return self._c
+
+    @property
+    def live(self) -> int:
+        """Workers that have not left this session."""
+        return self._sessions * self._windows.workers - self._left
+
+    @property
+    def refused(self) -> int:
+        """Commits that their workers did not sum, since they were not finite."""
+        return self._windows.read(REFUSALS)
+
+    @property
+    def staleness(self) -> tuple[int, int]:
+        """Sum and maximum of the staleness of all commits."""
+        return self._windows.read(STALENESS), self._windows.read(STALEST)
+
+    def begin(self, total: int | None, _period: int, start: int = 0) -> None:
+        """Begin a session, `start` steps into its work; collective."""
+        self._sessions += 1
+        self._windows.words[NEXT] = start
+        self._windows.sync()
+        agree_on_total(self._windows.comm, total)
+
+    def tell(self, control: int, checkpoint: int) -> None:
+        """What the replies to come shall say."""
+        self._windows.words[[CONTROL, CHECKPOINT]] = control, checkpoint
+        self._windows.sync()
+
+    def resume(self, clock: int, steps: int, staleness: tuple[int, int], refused: int) -> None:
+        """Go on from the counts of a checkpoint; `staleness`: sum and maximum."""
+        self._windows.words[[CLOCK, STEPS]] = self._seen = [clock, steps]
+        self._windows.words[[STALENESS, STALEST, REFUSALS]] = *staleness, refused
+        self._windows.sync()
+
+    def open(self) -> None:
+        """Nothing to do: `begin` has begun."""
+
+    def serve_one(self, apply: Apply) -> bool:
+        """Tell `apply` of what has been summed since the last time, as one commit without payload."""
+        windows = self._windows
+        windows.comm.Iprobe()  # progress for what comes from other hosts
+        if not windows.one_host and windows.read(READERS):
+            self.progress += 1
+        if (saving := windows.read(SAVING)) != self._saved:
+            self._saved = saving
+            apply(Commit(0, commits=0, wants=SAVE, first=saving), self._c)
+        left = windows.read(LEFT)  # before the clock: who has left has committed
+        clock, steps = windows.read(CLOCK), windows.read(STEPS)
+        commits, done = clock - self._seen[0], steps - self._seen[1]
+        if commits or done:
+            windows.sync()
+            first, self._seen = self._seen[1], [clock, steps]
+            mean = float("nan")
+            if done:  # else they were seen before their commits
+                loss = float(windows.words.view(np.float64)[LOSS])
+                mean, self._loss = (loss - self._loss) / done, loss
+            apply(Commit(0, steps=done, first=first, commits=commits, loss=mean), self._c)
+        self._left = left
+        return commits > 0
+
+    def close(self) -> None:
+        """Free the windows; collective. c lives on in memory of its own."""
+        self._c = self._c.copy()
+        self._windows.free()

@@ -1,0 +1,73 @@
+"""A vector on its way in pieces, a few at a time."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from mpi4py import MPI
+
+from ..arrays.backend import Array
+
+PIECE = 1 << 20  # bytes; ULFM: large sends under way when a rank dies can hang Open MPI 5.0's btl/tcp
+IN_FLIGHT = 4  # pieces
+ALL = 1 << 60
+_STALLED = 0.05  # seconds without a piece
+
+
+class Ticks:
+    """Counts what has come and gone: headers, and pieces of vectors."""
+
+    count = 0
+
+
+class Stream:
+    """A vector on its way in pieces, `in_flight` at a time; `post` starts one piece, `done` is told of each.
+
+    `limit`: no piece that begins at this element or later may start yet.
+    """
+
+    def __init__(
+        self,
+        post: Callable[[Array], MPI.Request],
+        pieces: Iterator[Array],
+        ticks: Ticks,
+        in_flight: int = IN_FLIGHT,
+        done: Callable[[slice], None] = lambda _part: None,
+        limit: int = ALL,
+    ) -> None:
+        self._post, self._pieces, self._ticks, self._done = post, pieces, ticks, done
+        self._in_flight, self._at, self._next, self._limit = in_flight, 0, 0, limit
+        self._requests: deque[tuple[MPI.Request, int]] = deque()
+        self._posted, self._moved = False, time.perf_counter()
+        self._fill()
+
+    def _fill(self) -> None:
+        while len(self._requests) < self._in_flight and self._next < self._limit:
+            if (piece := next(self._pieces, None)) is None:
+                self._posted = True
+                return
+            self._requests.append((self._post(piece), piece.size))
+            self._next += piece.size
+
+    def extend(self, limit: int) -> None:
+        """Let the pieces before `limit` start, too."""
+        self._limit = limit
+        self.test()
+        self._fill()
+
+    @property
+    def busy(self) -> bool:
+        """Whether this stream keeps its link busy for a while: it moves, and is not at its last pieces."""
+        return not self._posted and time.perf_counter() - self._moved < _STALLED
+
+    def test(self) -> bool:
+        """Make progress; whether all pieces are done."""
+        requests = self._requests
+        while requests and requests[0][0].Test():
+            _, size = requests.popleft()
+            self._done(slice(self._at, self._at + size))
+            self._at += size
+            self._moved = time.perf_counter()
+            self._ticks.count += 1
+            self._fill()
+        return not requests
