@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 settings.register_profile("agnmpi", deadline=None)  # machines are noisy
 settings.load_profile("agnmpi")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Tests that need ranks are collected under mpiexec alone; test_parallel.py starts it."""
-    if collection_path.name == "parallel" and not config.getoption("--with-mpi", default=False):
+    """Tests that need ranks are collected under mpiexec alone; system/test_under_mpiexec.py starts it."""
+    if collection_path.name == "mpi" and not config.getoption("--with-mpi", default=False):
         return True
     return None
 

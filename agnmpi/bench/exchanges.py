@@ -15,10 +15,10 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, full_like
 from ..cluster.connect import connect
-from ..cluster.roles import Member
+from ..cluster.roles import Role
 from ..cluster.setup import Setup
 from ..core import rules
-from ..core.backoff import finish
+from ..core.backoff import wait_until
 from ..core.leases import rounds
 from ..core.messages import WORK, Commit
 from ..transport.agreement import allgather
@@ -28,8 +28,8 @@ _BLOCKS = 20  # turns of each side
 SETUPS = {
     "p2p": Setup("p2p"),
     "rma": Setup("rma"),
-    "serverless": Setup("rma", use_locking=False),
-    "collective": Setup("collective"),
+    "accumulate": Setup("rma", use_locking=False),
+    "allreduce": Setup("allreduce"),
 }
 
 
@@ -42,7 +42,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 def meet(comm: MPI.Comm) -> None:
     """Wait for the others without stealing their cores."""
-    finish(comm.Ibarrier().Test)
+    wait_until(comm.Ibarrier().Test)
 
 
 def zeros(n: int, xp: ModuleType = np) -> Array:
@@ -54,27 +54,27 @@ class _Ours:
     """Exchanges through agnmpi, as a run makes them, without the optimizer."""
 
     def __init__(self, comm: MPI.Comm, setup: Setup, x: Array) -> None:
-        rule = rules.synchronous() if setup.transport == "collective" else rules.agn()
-        self.member: Member = connect(comm, rule, x, None, setup=setup)
+        rule = rules.synchronous() if setup.transport == "allreduce" else rules.agn()
+        self.role: Role = connect(comm, rule, x, None, setup=setup)
         self._comm, self._setup, self._x, self._out = comm, setup, x, full_like(x, 0)
         self._sequence = 0
 
     def exchanges(self, count: int) -> list[float]:
         """Seconds of each of `count` exchanges of this worker; a center rank serves meanwhile."""
-        if self._setup.transport == "collective":
-            end: Any = self.member.workers[0].end
+        if self._setup.transport == "allreduce":
+            end: Any = self.role.workers[0].end
             end.begin(None, rounds(None, 1, self._comm.rank, self._comm.size))
-            end.exchange(Commit(self._comm.rank, wants=WORK), None)
+            end.exchange(Commit(self._comm.rank, requests=WORK), None)
         elif not self._setup.use_locking:
-            self.member.begin(None, 1)
-        if self.member.serves:
-            self.member.serve()
+            self.role.begin(None, 1)
+        if self.role.serves:
+            self.role.serve()
             return []
-        worker = self.member.workers[0]
+        worker = self.role.workers[0]
         times = []
         for _ in range(count):
             self._sequence += 1
-            commit = Commit(worker.index, self._sequence, steps=1, wants=WORK, payload=self._x)
+            commit = Commit(worker.index, self._sequence, steps=1, requests=WORK, payload=self._x)
             start = time.perf_counter()
             worker.end.exchange(commit, self._out).wait()
             times.append(time.perf_counter() - start)
@@ -136,7 +136,7 @@ def _compare(comm: MPI.Comm, case: Case, turns: int, xp: ModuleType) -> list[dic
             if block:  # the first only warms up
                 for side, seconds in sides.items():
                     times[side] += seconds
-    ours.member.close()
+    ours.role.close()
     everyone = [json.loads(text) for text in allgather(comm, json.dumps(times))]
     merged = {side: [t for theirs in everyone for t in theirs[side]] for side in times}
     floor_median = statistics.median(merged["floor"])

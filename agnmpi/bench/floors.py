@@ -7,7 +7,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like, full_like
-from ..core.backoff import finish
+from ..core.backoff import wait_until
 
 
 class Floor(Protocol):
@@ -148,7 +148,7 @@ class Sums(_Bare):
     def exchanges(self, count: int) -> list[float]:
         """A center that waits in MPI."""
         times = self.timed(count) if self.comm.rank else []
-        finish(self.comm.Ibarrier().Test)
+        wait_until(self.comm.Ibarrier().Test)
         return times
 
     def exchange(self) -> None:
@@ -175,4 +175,4 @@ class Collective(_Bare):
         self.c += self.out
 
 
-FLOORS: dict[str, Any] = {"p2p": TwoSided, "rma": Mailbox, "serverless": Sums, "collective": Collective}
+FLOORS: dict[str, Any] = {"p2p": TwoSided, "rma": Mailbox, "accumulate": Sums, "allreduce": Collective}

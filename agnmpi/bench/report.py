@@ -18,7 +18,7 @@ from ..core.ends import Done, Handle
 from ..core.leases import Lease
 from ..core.messages import Commit, Reply
 from ..core.worker import Worker
-from ..transport.agreement import ConfigError, allgather, together
+from ..transport.agreement import ConfigError, allgather, raise_on_all
 from ..transport.p2p import P2PWorker
 from ..version import __version__, mpi_library
 from .exchanges import exchanges, meet, timed, zeros
@@ -96,10 +96,10 @@ def main(comm: MPI.Comm, given: Options) -> int:
         raise ConfigError(f"workers must be 1 to {comm.size - 1} in a world of {comm.size}, not {counts}")
     path = Path(given.json) if given.json and comm.rank == 0 else None
     # Refused, if it must be, before anything is measured.
-    together(comm, lambda: path.open("a").close() if path else None)
+    raise_on_all(comm, lambda: path.open("a").close() if path else None)
     comm = comm.Dup()
     here = place(comm, comm.rank > 0)
-    xp = together(comm, lambda: choose(given.device, here.worker_index))
+    xp = raise_on_all(comm, lambda: choose(given.device, here.worker_index))
     wires = ["direct"]
     if any(allgather(comm, "" if xp is np else "device")):
         wires = ["staged"] + ["direct"] * (choose_wire(comm, zeros(1, xp), "auto") == "direct")

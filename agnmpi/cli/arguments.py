@@ -11,7 +11,7 @@ from ..simulation.timing import Timing
 from ..training.config import Config
 from ..version import __version__
 
-_TRANSPORTS = ("p2p", "rma", "serverless", "collective")
+_TRANSPORTS = ("p2p", "rma", "accumulate", "allreduce")
 # What a simulation is given in place of options of `train`.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
 _GROUPS = {

@@ -16,7 +16,7 @@ from ..arrays.backend import device_count
 from ..cluster import probe
 from ..cluster.placement import check_world, place, unused_devices
 from ..cluster.processes import fault_tolerant
-from ..core.backoff import finish
+from ..core.backoff import wait_until
 from ..core.rules import agn
 from ..reporting.advice import advice
 from ..transport.agreement import ConfigError, allgather, ranks_in_words
@@ -35,7 +35,7 @@ def _wire(comm: MPI.Comm, devices: int, again: bool) -> str:
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     if devices and node.rank == 0 and (again or probe.recall() is None):
         probe.remember(probe.run())
-    finish(node.Ibarrier().Test)
+    wait_until(node.Ibarrier().Test)
     node.Free()
     if not devices:
         return "host memory: sent as it is"

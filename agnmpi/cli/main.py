@@ -101,7 +101,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     from ..training.abort import abort
     from ..training.job import run
     from ..training.signals import Signals
-    from ..transport.agreement import ConfigError, together
+    from ..transport.agreement import ConfigError, raise_on_all
 
     not_config = {"command", "config", "sets", "inject_faults"}
     given = {key: value for key, value in vars(args).items() if key not in not_config}
@@ -115,7 +115,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
             raise ConfigError("which problem? Give MODULE:PROBLEM, or a --config that names one")
         return config
 
-    config = together(world, read)
+    config = raise_on_all(world, read)
     signals = Signals(lambda code: abort(world, code))
     signals.install()
     try:
@@ -129,7 +129,7 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
     from ..simulation import simulate
     from ..simulation.replay import replay
     from ..training.outputs import write_result
-    from ..transport.agreement import ConfigError, together
+    from ..transport.agreement import ConfigError, raise_on_all
 
     if world.size > 1:
         raise ConfigError(f"simulate is one process, but mpiexec started {world.size} ranks; start it without mpiexec")
@@ -152,7 +152,7 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
             raise ConfigError("which problem? Give MODULE:PROBLEM, or a --config that names one, or --timing-only")
         return simulate.run(config, timing)
 
-    result = together(world, ready)()
+    result = raise_on_all(world, ready)()
     if args.timing_only:
         for line in simulate.in_words(result):
             print(line)

@@ -19,7 +19,7 @@ from ..recovery.failover import Failover
 from ..transport.local import LocalCenter
 from ..transport.sharded import ShardedWorker
 from ..transport.staging import make_wire
-from .roles import Member
+from .roles import Role
 from .setup import Setup, survives
 
 Observe = Callable[[Commit, Array], None]
@@ -35,14 +35,14 @@ def connect(
     setup: Setup = Setup(),  # noqa: B008
     observe: Observe | None = None,
     record: Record | None = None,
-) -> Member:
+) -> Role:
     """Give this rank its part; collective over `comm`, which must be ours (duplicated).
 
     `x`: (n,) parameters of this rank, moved in place; rank 0's are the center's. `observe(commit, c)` is called
-    after each applied commit where the center is applied (every rank with transport collective), `record(commit,
+    after each applied commit where the center is applied (every rank with transport allreduce), `record(commit,
     reply)` after each message that a center serves, whatever it asks.
     """
-    if setup.transport == "collective":
+    if setup.transport == "allreduce":
         return _collective(comm, rule, x, optimizer, center_optimizer, setup, observe)
     if setup.transport == "local":
         c = x.copy()
@@ -52,7 +52,7 @@ def connect(
         local = LocalCenter(c, setup.workers, apply)
         copies = [x if i == 0 else x.copy() for i in range(setup.workers)]
         workers = [Worker(mine, rule, optimizer, local.worker_end(i), i) for i, mine in enumerate(copies)]
-        return Member(center, workers, setup.workers, end=local, apply=apply)
+        return Role(center, workers, setup.workers, end=local, apply=apply)
     if comm.rank >= setup.centers:
         make = partial(_successor, rule, center_optimizer, setup, observe, record)
         return _worker(comm, rule, x, optimizer, setup, make)
@@ -74,12 +74,12 @@ def _apply(center: Center, observe: Observe | None, record: Record | None = None
 
 
 def _booked(center: Center, end: Any, observe: Observe | None) -> Apply:
-    """Serverless: the commits are summed already; count them."""
+    """Accumulate: the commits are summed already; count them."""
     in_a_row = 0  # refused since the last good commit
 
     def apply(commit: Commit, c: Array) -> Reply:
         nonlocal in_a_row
-        if commit.wants & SAVE:
+        if commit.requests & SAVE:
             return center.apply(commit, c)
         refused = end.refused
         in_a_row = 0 if commit.commits else in_a_row + refused - center.refused
@@ -115,9 +115,9 @@ def _worker_end(comm: MPI.Comm, like: Array, setup: Setup) -> WorkerEnd:
         from ..transport.rma import RMAWorker
 
         return RMAWorker(comm, like, make_wire(like, setup.wire))
-    from ..transport.accumulate import SumWorker
+    from ..transport.accumulate import AccumulateWorker
 
-    return SumWorker(comm, like, make_wire(like, "staged"))  # Open MPI refuses device buffers in Accumulate
+    return AccumulateWorker(comm, like, make_wire(like, "staged"))  # Open MPI refuses device buffers in Accumulate
 
 
 def _worker(
@@ -126,17 +126,17 @@ def _worker(
     x: Array,
     optimizer: Optimizer | None,
     setup: Setup,
-    make: Callable[[MPI.Comm, Array, Worker], Member],
-) -> Member:
+    make: Callable[[MPI.Comm, Array, Worker], Role],
+) -> Role:
     spans, index = list(parts(x.size, setup.centers)), comm.rank - setup.centers
     ends = [_worker_end(_group(comm, i, setup.centers), x[span], setup) for i, span in enumerate(spans)]
     end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
-    worker = Worker(x, rule, optimizer, end, index, setup.overlap, keeps=survives(setup))
+    worker = Worker(x, rule, optimizer, end, index, setup.overlap, double_buffer=survives(setup))
     count = comm.size - setup.centers
-    member = Member(Center(rule, x[:0], count), [worker], count)  # only the center's counts are of use here
+    role = Role(Center(rule, x[:0], count), [worker], count)  # only the center's counts are of use here
     if survives(setup):
-        member.failover = Failover(comm, member, partial(_worker_end, like=x, setup=setup), make)
-    return member
+        role.failover = Failover(comm, role, partial(_worker_end, like=x, setup=setup), make)
+    return role
 
 
 def _successor(
@@ -148,7 +148,7 @@ def _successor(
     comm: MPI.Comm,
     c: Array,
     worker: Worker,
-) -> Member:
+) -> Role:
     """The part of a worker that takes the place of a lost center; a sole survivor goes on within its own process."""
     if comm.size == 1 or setup.center_device == "gpu":
         c = bring(c, worker.x)
@@ -157,7 +157,7 @@ def _successor(
     c = c.copy()
     center = Center(rule, c, 1, center_optimizer)
     apply = _apply(center, observe, record)
-    return Member(center, [worker], 1, end=LocalCenter(c, 1, apply), apply=apply)
+    return Role(center, [worker], 1, end=LocalCenter(c, 1, apply), apply=apply)
 
 
 def _center(
@@ -168,7 +168,7 @@ def _center(
     setup: Setup,
     observe: Observe | None,
     record: Record | None,
-) -> Member:
+) -> Role:
     centers: MPI.Comm | None = None
     whole: Array | None = None
     spans, count = list(parts(x.size, setup.centers)), comm.size - setup.centers
@@ -189,27 +189,27 @@ def _center(
         from ..transport.p2p import P2PCenter
 
         end = P2PCenter(mine, c, setup.slots, setup.wire)
-        center.between = end.move_on
+        center.on_block = end.move_on
     elif setup.use_locking:
         from ..transport.rma import RMACenter
 
         end = RMACenter(mine, c)
-        center.between = end.move_on
+        center.on_block = end.move_on
     else:
-        from ..transport.accumulate import SumCenter
+        from ..transport.accumulate import AccumulateCenter
 
-        end = SumCenter(mine, c)
-    center.parks = setup.use_locking
+        end = AccumulateCenter(mine, c)
+    center.idle_workers_wait = setup.use_locking
     apply = _apply(center, observe, record) if setup.use_locking else _booked(center, end, observe)
     others: list[WorkerEnd] = []
     if comm.rank == 0 and whole is not None:
         rest = list(enumerate(spans))[1:]
         others = [_worker_end(_group(comm, i, setup.centers), whole[span], setup) for i, span in rest]
-    member = Member(center, [], count, True, end, apply, spans, others, centers, whole)
+    role = Role(center, [], count, True, end, apply, spans, others, centers, whole)
     if survives(setup):
-        center.tells = True
-        member.failover = Failover(comm, member)
-    return member
+        center.replicates_state = True
+        role.failover = Failover(comm, role)
+    return role
 
 
 def _collective(
@@ -220,8 +220,8 @@ def _collective(
     center_optimizer: Optimizer | None,
     setup: Setup,
     observe: Observe | None,
-) -> Member:
-    from ..transport.allreduce import CollectiveEnd
+) -> Role:
+    from ..transport.allreduce import AllreduceEnd
 
     wire = make_wire(x, "staged")  # Open MPI's nonblocking collectives take no device pointers
     buffer = wire.incoming(x)
@@ -231,6 +231,6 @@ def _collective(
     wire.arrived(x, slice(0, x.size))
     wire.settle(x)
     center = Center(rule, c := full_like(x, x), comm.size, center_optimizer)
-    end = CollectiveEnd(comm, c, _apply(center, observe), wire)
+    end = AllreduceEnd(comm, c, _apply(center, observe), wire)
     worker = Worker(x, rule, optimizer, end, comm.rank, setup.overlap)
-    return Member(center, [worker], comm.size)
+    return Role(center, [worker], comm.size)

@@ -23,7 +23,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array, choose, device_count, full_like, namespace, on_host, synchronize, to_host
-from ..core.backoff import finish
+from ..core.backoff import wait_until
 from ..recovery.files import write_atomic
 from ..transport.agreement import ConfigError, allgather
 from ..version import mpi_library
@@ -190,7 +190,7 @@ def try_out(comm: MPI.Comm, xp: ModuleType) -> str:
             win.Flush(0)
             if not bool((y == x).all()):
                 wrong = wrong or f"Put and Get on rank {comm.rank}"
-        finish(comm.Ibarrier().Test)
+        wait_until(comm.Ibarrier().Test)
     win.Unlock_all()
     win.Free()
     return wrong

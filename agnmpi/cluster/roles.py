@@ -6,7 +6,7 @@ from typing import Any
 from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like, to_host
-from ..core.backoff import finish
+from ..core.backoff import wait_until
 from ..core.center import Center, serve
 from ..core.ends import Apply, CenterEnd, Handle, WorkerEnd
 from ..core.leases import Leases, rounds, speed_proportional
@@ -16,7 +16,7 @@ from ..recovery.failover import Failover
 from ..transport.sharded import ShardedWorker
 
 
-class Member:
+class Role:
     """A rank's part: a center (or a block of it) to serve, or workers to drive (several in one process alone).
 
     `center`: the center's counts where they are known; `count`: number of workers; `end`: the center's end, where
@@ -66,7 +66,7 @@ class Member:
             if hasattr(self.end, "resume"):
                 stale = self.center.staleness_sum, self.center.staleness_max
                 self.end.resume(self.center.clock, self.center.steps, stale, self.center.refused)
-        elif self.center.rule.collective:
+        elif self.center.rule.allreduce:
             end: Any = self.workers[0].end
             self.center.restore(arrays, facts, end.c)
             end.clock, end.steps = self.center.clock, self.center.steps
@@ -81,7 +81,7 @@ class Member:
         if resumed:
             done = int(resumed["steps"])
             leases.restore(resumed["leases"] or {"next": done, "free": [], "committed": done})
-        if self.center.rule.collective:
+        if self.center.rule.allreduce:
             (worker,) = self.workers
             collective: Any = worker.end
             work = rounds(total, period, worker.index, self.count, leases.next, leases.free)
@@ -89,8 +89,8 @@ class Member:
         elif self.end is not None and self.first and not hasattr(self.end, "begin"):
             self.center.leases = leases
         for end in self._ends():
-            if not self.center.rule.collective and hasattr(end, "begin"):
-                end.begin(total, period, leases.next)  # serverless: a lease is a counter
+            if not self.center.rule.allreduce and hasattr(end, "begin"):
+                end.begin(total, period, leases.next)  # accumulate: a lease is a counter
         for worker in self.workers:
             worker.total, worker.session = total, self.session
         if self.end is not None and not self.serves:
@@ -124,7 +124,7 @@ class Member:
             for farewell in farewells:
                 farewell.wait()
             self._whole[self._spans[0]] = to_host(self.end.c)
-        finish(self._centers.Ibcast(self._whole, 0).Test)
+        wait_until(self._centers.Ibcast(self._whole, 0).Test)
 
     def save_others(self, steps: int) -> None:
         """At rank 0: have the other centers save their blocks, too, for the checkpoint after `steps` steps.
@@ -134,9 +134,9 @@ class Member:
         for i, end in enumerate(self._others):
             before = self._asked.get(i)
             if before is None or (before[0] < steps and before[1].test()):
-                self._asked[i] = steps, end.exchange(Commit(self.count, wants=SAVE, first=steps), None)
+                self._asked[i] = steps, end.exchange(Commit(self.count, requests=SAVE, checkpoint=steps), None)
 
-    def snapshot(self) -> Callable[[], Array | None]:
+    def copy_center(self) -> Callable[[], Array | None]:
         """Begin to copy the center variable; call what is returned, now and then, until it gives the copy (n,)."""
         if self._whole is None:
             copy = to_host(self.c).copy()

@@ -52,24 +52,24 @@ def capabilities(setup: Setup) -> Capabilities:
 
         return RMAWorker.capabilities
     if setup.transport == "rma":
-        from ..transport.accumulate import SumWorker
+        from ..transport.accumulate import AccumulateWorker
 
-        return SumWorker.capabilities
-    if setup.transport == "collective":
-        from ..transport.allreduce import CollectiveEnd
+        return AccumulateWorker.capabilities
+    if setup.transport == "allreduce":
+        from ..transport.allreduce import AllreduceEnd
 
-        return CollectiveEnd.capabilities
+        return AllreduceEnd.capabilities
     if setup.transport == "local":
         return LocalWorker.capabilities
     raise ConfigError(f"unknown transport {setup.transport!r}: p2p, rma, collective or local")
 
 
-def check_fit(
+def check_setup(
     rule: Rule, setup: Setup, comm: MPI.Comm, optimizer: Optimizer | None, center_optimizer: Optimizer | None
 ) -> None:
     """Refuse a rule on a transport, or a world, that lacks what the rule needs."""
     given, transport = capabilities(setup), setup.transport
-    if rule.collective == given.server:
+    if rule.allreduce == given.server:
         raise ConfigError(f"rule {rule.name} cannot use transport {transport!r}; use {rule.transport!r}, or 'auto'")
     if not setup.use_locking and transport != "rma":
         raise ConfigError(f"use_locking=False needs transport 'rma'; transport {transport!r} applies whole commits")
@@ -77,7 +77,7 @@ def check_fit(
         raise ConfigError(f"rule {rule.name} weighs commits, which use_locking=False cannot; leave use_locking on")
     if not given.center_optimizer and (center_optimizer is not None or rule.accumulates):
         raise ConfigError("use_locking=False adds commits as they are: no center optimizer; leave use_locking on")
-    if setup.dylu and (rule.collective or not setup.use_locking):
+    if setup.dylu and (rule.allreduce or not setup.use_locking):
         raise ConfigError("dylu needs a center that grants the work: not a collective rule, nor use_locking=False")
     if setup.centers < 1:
         raise ConfigError(f"centers must be at least 1, not {setup.centers}")

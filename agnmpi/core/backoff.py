@@ -23,7 +23,7 @@ def watch_launcher() -> None:
     _Launcher.pid = os.getppid()
 
 
-class Idle:
+class Backoff:
     """Waiting that yields the core: first `sched_yield`, then sleeps that grow with the quiet, up to a cap.
 
     A sleep is an eighth of the quiet so far, so waiting adds at most that part, and never more than `cap`
@@ -49,14 +49,14 @@ class Idle:
         time.sleep(min(self.cap, quiet / 8))
 
 
-def finish(test: Callable[[], bool], progress: Callable[[], int] = int, spin: float = 1e-3) -> None:
+def wait_until(test: Callable[[], bool], progress: Callable[[], int] = int, spin: float = 1e-3) -> None:
     """Call `test` until it is true, yielding the core in between; a change of `progress()` is no quiet.
 
     `spin`: seconds of quiet before it sleeps in between.
     """
-    idle, seen = Idle(spin=spin), progress()
+    backoff, seen = Backoff(spin=spin), progress()
     while not test():
         if (now := progress()) != seen:
             seen = now
-            idle.reset()
-        idle.wait()
+            backoff.reset()
+        backoff.wait()

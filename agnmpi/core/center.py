@@ -4,17 +4,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..arrays.backend import Array, bring
-from .backoff import Idle
+from .backoff import Backoff
 from .ends import Apply, CenterEnd
 from .leases import NONE, Lease, Leases
 from .messages import (
-    BAD,
     CONTINUE,
     DROPPED,
     DUPLICATE,
     IDLE,
     LEAVE,
     MISFIT,
+    NOT_FINITE,
     OK,
     PULL,
     REFUSED,
@@ -22,12 +22,12 @@ from .messages import (
     STOP,
     WAIT,
     WORK,
-    Book,
     Commit,
     Reply,
+    Snapshot,
 )
 from .optimizers import Optimizer
-from .rules import Rule, Seen, center_step
+from .rules import CommitInfo, Rule, center_step
 
 
 class Center:
@@ -44,10 +44,10 @@ class Center:
         self.state: Any = optimizer.init(like) if optimizer else None
         self.clock = 0
         self.applied = [0] * workers  # last sequence, by worker
-        self.between: Callable[[int], None] | None = None  # called after each block of a step, with its end
+        self.on_block: Callable[[int], None] | None = None  # called after each block of a step, with its end
         self.leases: Leases | None = None  # None: the work is shared out elsewhere
         self.now: Callable[[], float] | None = None  # what measures the workers' speeds, where λ_k goes by them
-        self.parks = False  # a worker that asks in vain shall ask again while others hold work
+        self.idle_workers_wait = False  # a worker that asks in vain shall ask again while others hold work
         self.staleness_sum = self.staleness_max = 0
         self.steps = 0  # local steps in all applied commits
         self.refused = self._in_a_row = 0  # commits
@@ -56,7 +56,7 @@ class Center:
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
         self.turn = self.session = 0  # messages served; sessions begun
-        self.tells = False  # all that it knows travels with c: workers are to outlive this center
+        self.replicates_state = False  # all that it knows travels with c: workers are to outlive this center
         self.on_save: Callable[[int], None] | None = None  # the first center asks for a checkpoint of this number
 
     @property
@@ -71,22 +71,22 @@ class Center:
         it is applied, and its steps are free again. Raises RuntimeError when `patience` is at its end.
         """
         status, leases = OK, self.leases
-        brings = commit.payload is not None or commit.wants & MISFIT
-        if leases and not brings and commit.wants & WORK and commit.first != leases.total_said:
+        brings = commit.payload is not None or commit.flags & MISFIT
+        if leases and not brings and commit.requests & WORK and commit.total != leases.total_said:
             raise ValueError(
-                f"worker {commit.worker} asks for {_said(commit.first)}, the center for "
+                f"worker {commit.worker} asks for {_said(commit.total)}, the center for "
                 f"{_said(leases.total_said)}: all ranks must give the same number of steps"
             )
         if brings:
             status = self._take(commit, c)
-        if commit.wants & SAVE and self.on_save:
-            self.on_save(commit.first)
-        if leases and commit.wants & (LEAVE | IDLE):
+        if commit.requests & SAVE and self.on_save:
+            self.on_save(commit.checkpoint)
+        if leases and commit.requests & (LEAVE | IDLE):
             leases.release(commit.worker)
         control, work = self.control, NONE
-        if leases and commit.wants & WORK and control != STOP:
+        if leases and commit.requests & WORK and control != STOP:
             work = leases.grant(commit.worker)
-            if work == NONE and self.parks and leases.held:
+            if work == NONE and self.idle_workers_wait and leases.held:
                 control = WAIT
         self.turn += 1
         return Reply(
@@ -97,39 +97,39 @@ class Center:
             steps=self.steps,
             checkpoint=self.checkpoint,
             applied=tuple(self.applied),
-            book=self._book(leases) if leases and self.tells and commit.wants & PULL else None,
+            snapshot=self._snapshot(leases) if leases and self.replicates_state and commit.requests & PULL else None,
         )
 
-    def _book(self, leases: Leases) -> Book:
+    def _snapshot(self, leases: Leases) -> Snapshot:
         staleness = self.staleness_sum, self.staleness_max
         counts = self.refused, self.dropped
-        return Book(self.turn, self.session, leases.next, *staleness, *counts, tuple(leases.open()))
+        return Snapshot(self.turn, self.session, leases.next, *staleness, *counts, tuple(leases.open()))
 
     def _take(self, commit: Commit, c: Array) -> int:
         """Apply or refuse a delta; returns the status of the reply."""
-        if not self.rule.collective and commit.sequence <= self.applied[commit.worker]:
+        if not self.rule.allreduce and commit.sequence <= self.applied[commit.worker]:
             return DUPLICATE
-        done = Lease(commit.first, commit.steps)
+        done = Lease(commit.first_step, commit.steps)
         if commit.worker in self._released and self.leases and not self.leases.holds(commit.worker, done):
             self.dropped += 1  # it was silent for so long that its steps went to others
             return DROPPED
-        if commit.wants & (BAD | MISFIT):
+        if commit.flags & (NOT_FINITE | MISFIT):
             self.refused += 1
             self._in_a_row += 1
             if self._in_a_row >= self.patience:
                 raise RuntimeError(
                     f"{self._in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
-                    f"{commit.first}): "
+                    f"{commit.first_step}): "
                     + (
                         f"it is no commit to this model: {commit.nbytes} bytes, the center has {c.nbytes}"
-                        if commit.wants & MISFIT
+                        if commit.flags & MISFIT
                         else "they hold NaN or infinity; lower the rate, clip the gradients, or look at the samples of "
                         "these steps"
                     )
                 )
             if self.leases:
                 self.leases.refuse(commit.worker, done)
-            if self.rule.collective:  # all ranks refuse alike, and go on to the next round
+            if self.rule.allreduce:  # all ranks refuse alike, and go on to the next round
                 self.steps += commit.steps
             return REFUSED
         self._in_a_row = 0
@@ -142,7 +142,7 @@ class Center:
         if self.leases:
             self.leases.commit(commit.worker, done)  # first: what nobody has granted does not move c
         self._step(commit, c, weight)
-        if not self.rule.collective:
+        if not self.rule.allreduce:
             self.applied[commit.worker] = commit.sequence
         return OK
 
@@ -165,7 +165,7 @@ class Center:
             slot[...] = bring(self.optimizer.slots(old)[name], slot)
 
     def save(self, c: Array) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Copy what a checkpoint keeps: `c` (n,) and the slots, and the facts about them."""
+        """Copy what a checkpoint double_buffer: `c` (n,) and the slots, and the facts about them."""
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
         arrays = {"c": c.copy()} | {f"slot/{name}": slot.copy() for name, slot in slots.items()}
         return arrays, {
@@ -205,12 +205,12 @@ class Center:
         staleness = self.clock - commit.clock
         if staleness < 0:
             raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
-        return self.rule.weight(Seen(staleness, commit.commits, commit.steps, self.workers))
+        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.workers))
 
     def _step(self, commit: Commit, c: Array, weight: float) -> None:
         assert commit.payload is not None
         staleness = self.clock - commit.clock
-        self.state = center_step(c, commit.payload, weight, self.optimizer, self.state, self.steps, self.between)
+        self.state = center_step(c, commit.payload, weight, self.optimizer, self.state, self.steps, self.on_block)
         self.clock += commit.commits
         self.steps += commit.steps
         self.staleness_sum += staleness * commit.commits
@@ -228,12 +228,12 @@ def serve(end: CenterEnd, apply: Apply, on_turn: Callable[[], None] | None = Non
     quiet, at each wake-up; it must not block.
     """
     end.open()
-    idle, seen = Idle(), 0
+    backoff, seen = Backoff(), 0
     while end.live:
         served = end.serve_one(apply)
         if served or seen != (seen := end.progress):
-            idle.reset()
+            backoff.reset()
         if not served:
-            idle.wait()
+            backoff.wait()
         if on_turn:
             on_turn()

@@ -6,7 +6,7 @@ from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from ..arrays.backend import Array
-from .backoff import finish
+from .backoff import wait_until
 from .messages import Commit, Reply
 
 
@@ -120,7 +120,7 @@ class Polled:
 
     def wait(self) -> Reply:
         """Ask until the reply is there."""
-        finish(partial(self._try, True))
+        wait_until(partial(self._try, True))
         assert self._reply is not None
         return self._reply
 

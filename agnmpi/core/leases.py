@@ -66,7 +66,7 @@ class Leases:
         self._done: dict[int, int] = {}  # steps of a worker since its last grant
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: what is committed; whatever is leased is free again for who resumes."""
+        """What a checkpoint double_buffer: what is committed; whatever is leased is free again for who resumes."""
         free = [*self._free, *(lease for held in self._held.values() for lease in held)]
         return {"next": self._next, "free": [list(lease) for lease in sorted(free)], "committed": self.committed}
 
@@ -152,7 +152,7 @@ class Leases:
         return lease
 
     def commit(self, worker: int, done: Lease) -> None:
-        """Book `done`, the first steps of a lease of `worker`; what is left of that lease becomes free."""
+        """Snapshot `done`, the first steps of a lease of `worker`; what is left of that lease becomes free."""
         held = self._held.get(worker, [])
         lease = next((lease for lease in held if lease.first == done.first), None)
         if lease is None or done.steps > lease.steps:

@@ -8,20 +8,23 @@ from typing import NamedTuple
 from ..arrays.backend import Array
 from .leases import NONE, Lease
 
-# What a message to the center asks for, besides applying its payload.
-# BAD: the payload is not finite; its worker has looked, so that the center need not read it once more.
+# Plain ints, not IntFlags: each `&` of an IntFlag takes 1 µs in Python 3.11, and a message of one number some 50 µs.
+# Commit.requests: what a message asks for, besides applying its payload.
 # IDLE: this worker holds no steps, whatever the center thinks.
+PULL, WORK, LEAVE, SAVE, IDLE = 1, 2, 4, 8, 16
+# Commit.flags: what is known of the payload.
+# NOT_FINITE: its worker has looked, so that the center need not read it once more.
 # MISFIT: no commit to this model; set by the center's end.
-PULL, WORK, LEAVE, SAVE, BAD, IDLE, MISFIT = 1, 2, 4, 8, 16, 32, 64
+NOT_FINITE, MISFIT = 1, 2
 # Reply.status
 # refused: not finite, or no commit to this model; dropped: of no weight, such as too old
 OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3
 # Reply.control; STOP: give back the work in hand, commit what is done, leave. WAIT: no work is free now, but others
 # hold some that may become free: ask again.
 CONTINUE, STOP, WAIT = 0, 1, 2
-_COMMIT = struct.Struct("<9qd")
+_COMMIT = struct.Struct("<12qd")
 _REPLY = struct.Struct("<9q")
-_BOOK = struct.Struct("<7q")
+_SNAPSHOT = struct.Struct("<7q")
 _LARGEST = 1 << 42  # bytes of a vector
 
 
@@ -31,12 +34,15 @@ class Commit(NamedTuple):
     worker: int
     sequence: int = 0  # of this worker's commits, from 1
     steps: int = 0  # local steps in the payload
-    first: int = 0  # number of the first of them
+    first_step: int = 0  # number of the first of them
     clock: int = 0  # of the center when this worker last pulled
     commits: int = 1  # deltas summed in the payload
-    wants: int = 0
+    requests: int = 0
+    flags: int = 0
     encoding: int = 0  # 0: the vector as it is
     nbytes: int = 0
+    total: int = -1  # with WORK and no payload: steps of the session that this rank knows of, -1 without end
+    checkpoint: int = 0  # with SAVE: number of the checkpoint that is to be written
     loss: float = nan  # mean training loss over the steps
     payload: Array | None = None
 
@@ -61,13 +67,13 @@ class Commit(NamedTuple):
         whole = self.nbytes in (0, nbytes) and not self.encoding
         if self.worker == worker and whole and self.steps >= 0 and self.commits == 1:
             return self
-        return self._replace(worker=worker, steps=max(self.steps, 0), commits=1, wants=self.wants | MISFIT)
+        return self._replace(worker=worker, steps=max(self.steps, 0), commits=1, flags=self.flags | MISFIT)
 
 
 COMMIT_BYTES = _COMMIT.size
 
 
-class Book(NamedTuple):
+class Snapshot(NamedTuple):
     """What a center knows beside c, clock and `applied`: with these it makes a worker able to take over."""
 
     turn: int = 0  # messages served: of two books the later has more
@@ -80,7 +86,7 @@ class Book(NamedTuple):
     open: tuple[Lease, ...] = ()  # steps before `next` that are not committed
 
 
-def most_open(workers: int) -> int:
+def max_open_leases(workers: int) -> int:
     """Number of intervals that a book has room for; with more it does not travel, and nobody can go on from there."""
     return 4 * workers + 64
 
@@ -95,17 +101,21 @@ class Reply(NamedTuple):
     steps: int = 0  # local steps in all commits so far
     checkpoint: int = 0  # steps at the newest checkpoint: workers save their state for it
     applied: tuple[int, ...] = ()  # last sequence applied, by worker
-    book: Book | None = None  # with c, where workers are to outlive their center
+    snapshot: Snapshot | None = None  # with c, where workers are to outlive their center
 
     def encode(self) -> bytes:
         """The header, as it travels."""
-        book = self.book
-        if book is not None and len(book.open) > most_open(len(self.applied)):
-            book = None
-        intervals = -1 if book is None else len(book.open)
+        snapshot = self.snapshot
+        if snapshot is not None and len(snapshot.open) > max_open_leases(len(self.applied)):
+            snapshot = None
+        intervals = -1 if snapshot is None else len(snapshot.open)
         fixed = (self.clock, self.status, self.control, *self.work, self.steps, self.checkpoint)
         header = _REPLY.pack(*fixed, len(self.applied), intervals) + _words(self.applied)
-        return header if book is None else header + _BOOK.pack(*book[:-1]) + _words(n for at in book.open for n in at)
+        return (
+            header
+            if snapshot is None
+            else header + _SNAPSHOT.pack(*snapshot[:-1]) + _words(n for at in snapshot.open for n in at)
+        )
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Reply":
@@ -113,7 +123,7 @@ class Reply(NamedTuple):
         if len(header) < _REPLY.size:
             raise ValueError(f"a reply's header cannot have {len(header)} bytes")
         clock, status, control, first, count, steps, checkpoint, workers, intervals = _REPLY.unpack_from(header)
-        words = workers if intervals < 0 else workers + _BOOK.size // 8 + 2 * intervals
+        words = workers if intervals < 0 else workers + _SNAPSHOT.size // 8 + 2 * intervals
         if workers < 0 or _REPLY.size + 8 * words > len(header):
             raise ValueError(f"a reply's header of {len(header)} bytes cannot tell of {workers} workers")
         applied = struct.unpack_from(f"<{workers}q", header, _REPLY.size)
@@ -121,10 +131,10 @@ class Reply(NamedTuple):
         if intervals < 0:
             return reply
         at = _REPLY.size + 8 * workers
-        said = struct.unpack_from(f"<{2 * intervals}q", header, at + _BOOK.size)
+        said = struct.unpack_from(f"<{2 * intervals}q", header, at + _SNAPSHOT.size)
         intervals_said = tuple(Lease(*pair) for pair in zip(said[::2], said[1::2]))
-        book = Book(*_BOOK.unpack_from(header, at))
-        return reply._replace(book=book._replace(open=intervals_said))
+        snapshot = Snapshot(*_SNAPSHOT.unpack_from(header, at))
+        return reply._replace(snapshot=snapshot._replace(open=intervals_said))
 
 
 def _words(numbers: Iterable[int]) -> bytes:
@@ -134,4 +144,4 @@ def _words(numbers: Iterable[int]) -> bytes:
 
 def reply_bytes(workers: int) -> int:
     """Most bytes of an encoded Reply."""
-    return _REPLY.size + 8 * workers + _BOOK.size + 16 * most_open(workers)
+    return _REPLY.size + 8 * workers + _SNAPSHOT.size + 16 * max_open_leases(workers)

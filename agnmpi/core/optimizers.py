@@ -22,9 +22,9 @@ Range: TypeAlias = tuple[int, int]
 class Optimizer(NamedTuple):
     """A pair of functions; the state is a NamedTuple whose first field is the step count, the rest slots.
 
-    `init(x) -> state`. `update(x, g, state, *, step=None, scale=1.0, ranges=None, between=None) -> state`: moves x
+    `init(x) -> state`. `update(x, g, state, *, step=None, scale=1.0, ranges=None, on_block=None) -> state`: moves x
     (n,) in place against scale·g (n,); `step` is the position of the rate schedule (default: the own count),
-    `ranges` the pieces of x that move (default: all of it), `between` is called after each block, with its end: up to
+    `ranges` the pieces of x that move (default: all of it), `on_block` is called after each block, with its end: up to
     there x moves no more, and may be read.
     """
 
@@ -96,7 +96,7 @@ def _make(
         step: int | None = None,
         scale: float = 1.0,
         ranges: Sequence[Range] | None = None,
-        between: Callable[[int], None] | None = None,
+        on_block: Callable[[int], None] | None = None,
     ) -> Any:
         count = state.step + 1
         eta = schedule(state.step if step is None else step)
@@ -111,8 +111,8 @@ def _make(
             decay = 0.0 if decoupled else weight_decay
             for lo, hi in _joined(ranges):
                 launch(kernel, g[lo:hi], scale, decay, keep, *now, x[lo:hi], *(slot[lo:hi] for slot in slots))
-                if between:
-                    between(hi)
+                if on_block:
+                    on_block(hi)
             return state._replace(step=count)
         constants = [np.array(number, x.dtype) for number in now]
         s, r, scaled = scratch(x, 3)
@@ -127,8 +127,8 @@ def _make(
                 elif weight_decay:
                     xb *= 1 - eta * weight_decay
                 host(xb, gb, [slot[part] for slot in slots], s[:size], r[:size], *constants)
-                if between:
-                    between(part.stop)
+                if on_block:
+                    on_block(part.stop)
         return state._replace(step=count)
 
     said = "schedule" if callable(rate) else f"{rate:g}"

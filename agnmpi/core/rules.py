@@ -36,7 +36,7 @@ def _adopt_elastic(x: Array, _sent: Array, delta: Array, _c: Array) -> None:
     x -= delta
 
 
-class Seen(NamedTuple):
+class CommitInfo(NamedTuple):
     """What the center sees of a commit when it weighs it."""
 
     staleness: int  # s
@@ -45,10 +45,10 @@ class Seen(NamedTuple):
     workers: int = 1  # n
 
 
-Weight: TypeAlias = Callable[[Seen], float]
+Weight: TypeAlias = Callable[[CommitInfo], float]
 
 
-def _whole(_seen: Seen) -> float:
+def _whole(_seen: CommitInfo) -> float:
     return 1.0
 
 
@@ -65,7 +65,7 @@ class Rule(NamedTuple):
     adopt: Callable[[Array, Array, Array, Array], None] = _adopt_center
     weight: Weight = _whole
     accumulates: bool = False  # needs a, an accumulator of its own
-    collective: bool = False  # all ranks together, by Allreduce
+    allreduce: bool = False  # all ranks together, by Allreduce
     alpha: float = 0.0  # of the elastic rules
 
     @property
@@ -76,7 +76,7 @@ class Rule(NamedTuple):
     @property
     def transport(self) -> str:
         """The transport that "auto" stands for."""
-        return "collective" if self.collective else "p2p"
+        return "allreduce" if self.allreduce else "p2p"
 
 
 def _displacement(x: Array, o: Array, _a: Array, _k: int, out: Array) -> None:
@@ -150,18 +150,18 @@ def eamsgd(alpha: float) -> Rule:
     return _elastic("eamsgd", alpha)
 
 
-def _mean(seen: Seen) -> float:
+def _mean(seen: CommitInfo) -> float:
     return 1 / seen.commits
 
 
 def synchronous() -> Rule:
     """Synchronous: c ← c + mean of x − o over all ranks, then x ← c; λ = 1 is data-parallel SGD, else local SGD."""
-    return Rule("synchronous", _displacement, weight=_mean, collective=True)
+    return Rule("synchronous", _displacement, weight=_mean, allreduce=True)
 
 
 def diloco() -> Rule:
     """DiLoCo-like: the mean displacement is the gradient of a Nesterov center (Douillard et al., arXiv:2311.08105)."""
-    return Rule("diloco", _displacement, weight=_mean, collective=True)
+    return Rule("diloco", _displacement, weight=_mean, allreduce=True)
 
 
 RULES: dict[str, Callable[..., Rule]] = {
@@ -177,7 +177,7 @@ def outer_rate(r: float) -> Weight:
     last period counts for what it is. Raises ValueError unless r is positive. Source: ours; as the outer rate of
     local SGD (Reddi et al. 2021, arXiv:2003.00295).
 
-    >>> outer_rate(2.0)(Seen(staleness=3, steps=10, workers=40))
+    >>> outer_rate(2.0)(CommitInfo(staleness=3, steps=10, workers=40))
     0.5
     """
     if not (r > 0 and isfinite(r)):
@@ -192,7 +192,7 @@ def staleness_power(a: float) -> Weight:
     the mean staleness of n equal workers, which is ours.
 
     >>> weight = staleness_power(0.5)
-    >>> weight(Seen(staleness=2, workers=4)), weight(Seen(staleness=15, workers=4))
+    >>> weight(CommitInfo(staleness=2, workers=4)), weight(CommitInfo(staleness=15, workers=4))
     (1.0, 0.5)
     """
     if not (a >= 0 and isfinite(a)):
@@ -218,7 +218,7 @@ def weighted(rule: Rule, *weights: Weight) -> Rule:
     """
     if not weights:
         return rule
-    if rule.pulls == "before" or rule.collective:
+    if rule.pulls == "before" or rule.allreduce:
         raise ValueError(f"rule {rule.name} takes no further weights; they are of agn, downpour and dynsgd")
     factors = (rule.weight, *weights)
     return rule._replace(weight=lambda seen: prod(weight(seen) for weight in factors))
@@ -231,27 +231,27 @@ def center_step(
     optimizer: Optimizer | None,
     state: Any,
     steps: int = 0,
-    between: Callable[[int], None] | None = None,
+    on_block: Callable[[int], None] | None = None,
 ) -> Any:
     """Move the center in place: c ← c + weight·delta, or one step of `optimizer` on −weight·delta.
 
     `c`, `delta`: (n,); `delta` is not changed; `steps`: local steps in all earlier commits, where the schedule of
-    the center's rate stands; `between`: called after each block, with its end, up to where c moves no more. Returns the
-    new state of the optimizer.
+    the center's rate stands; `on_block`: called after each block, with its end, up to where c moves no more. Returns
+    the new state of the optimizer.
     """
     if optimizer is not None:
-        return optimizer.update(c, delta, state, scale=-weight, step=steps, between=between)
+        return optimizer.update(c, delta, state, scale=-weight, step=steps, on_block=on_block)
     if not on_host(c):
         launch("add", delta, weight, c)
-        if between:
-            between(c.size)
+        if on_block:
+            on_block(c.size)
         return state
-    plain = weight == 1.0  # then nothing is read twice, and blocks are there for `between` alone
+    plain = weight == 1.0  # then nothing is read twice, and blocks are there for `on_block` alone
     (s,) = (c,) if plain else scratch(c, 1)
-    size = (_LONG if between else c.size) if plain else None
+    size = (_LONG if on_block else c.size) if plain else None
     for part in blocks(c, size=size):
         block, d = c[part], delta[part]
         block += d if plain else np.multiply(d, weight, out=s[: d.size])
-        if between:
-            between(part.stop)
+        if on_block:
+            on_block(part.stop)
     return state

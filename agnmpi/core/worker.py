@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from ..arrays.backend import Array, all_finite, empty_like, namespace
 from .ends import Elected, Handle, Pause, WorkerEnd
 from .leases import Lease
-from .messages import BAD, DROPPED, IDLE, REFUSED, STOP, WAIT, WORK, Commit, Reply
+from .messages import DROPPED, IDLE, NOT_FINITE, REFUSED, STOP, WAIT, WORK, Commit, Reply
 from .optimizers import Optimizer, Range
 from .rules import Rule
 
@@ -36,8 +36,8 @@ class Worker:
     """Parameters, what they were at the last pull, and the work in hand.
 
     `x`: (n,) parameters, moved in place; `optimizer`: None if the caller moves x; `index`: 0 … n−1;
-    `overlap`: compute the next period while the exchange of the last is under way; `keeps`: keep `o` whole while the
-    next pull comes in: if the center is lost, another may go on from there.
+    `overlap`: compute the next period while the exchange of the last is under way; `double_buffer`: keep `o` whole while
+    the next pull comes in: if the center is lost, another may go on from there.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Worker:
         end: WorkerEnd,
         index: int,
         overlap: bool = False,
-        keeps: bool = False,
+        double_buffer: bool = False,
     ) -> None:
         if optimizer is None and rule.accumulates:
             raise ValueError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
@@ -60,7 +60,7 @@ class Worker:
         self.o = empty(x)  # the center as last pulled
         self.a = namespace(x).zeros_like(x) if rule.accumulates else x
         self.clock = 0  # of o
-        self.told: Reply | None = None  # with o
+        self.last_reply: Reply | None = None  # with o
         self.elected = False  # this rank serves now, and trains no more
         self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
@@ -76,7 +76,7 @@ class Worker:
         self.leases: deque[Lease] = deque()  # the first is under way
         self._delta = empty(x)
         self._sent = empty(x) if overlap else x
-        self._pulled = empty(x) if overlap or keeps else self.o  # MPI writes here: o stays whole meanwhile
+        self._pulled = empty(x) if overlap or double_buffer else self.o  # MPI writes here: o stays whole meanwhile
         self._loss = 0.0
         self._handle: Handle | None = None
         self._commit: Commit | None = None
@@ -93,7 +93,7 @@ class Worker:
         return self.leases[0].first + self.done
 
     def local_step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
-        """Move x by one step of the local optimizer on g (n,), and accumulate g if the rule wants it.
+        """Move x by one step of the local optimizer on g (n,), and accumulate g if the rule requests it.
 
         `g` is None when the caller has moved x; `ranges`: the pieces of x that have a gradient, all if None.
         """
@@ -119,11 +119,11 @@ class Worker:
             self._sent[...] = self.x
         self._handle = self.end.exchange(self._commit, self._pulled)
 
-    def _form_commit(self, wants: int) -> Commit:
-        lease, steps, loss = self.leases.popleft(), self.done, self._loss
+    def _form_commit(self, requests: int) -> Commit:
+        lease, steps, loss, flags = self.leases.popleft(), self.done, self._loss, 0
         if self.rule.pulls == "after":
             self.rule.delta(self.x, self.o, self.a, max(steps, 1), self._delta)
-            wants |= self._look()
+            flags = self._look()
         if self.rule.accumulates:
             self.a[...] = 0
         self.sequence += 1
@@ -132,15 +132,16 @@ class Worker:
             self.index,
             self.sequence,
             steps=steps,
-            first=lease.first,
+            first_step=lease.first,
             clock=self.clock,
-            wants=wants,
+            requests=requests,
+            flags=flags,
             loss=loss / steps if steps else nan,
             payload=self._delta,
         )
 
     def _look(self) -> int:
-        return 0 if all_finite(self._delta) else BAD
+        return 0 if all_finite(self._delta) else NOT_FINITE
 
     def finish_exchange(self) -> None:
         """Wait for the exchange under way, and adopt what it brought."""
@@ -155,7 +156,7 @@ class Worker:
         self._have_pulled(reply)
         if self.rule.pulls == "before":
             self.rule.delta(self.x, self.o, self.a, max(self._commit.steps, 1), self._delta)
-            self._commit = self._commit._replace(clock=self.clock, wants=self._commit.wants | self._look())
+            self._commit = self._commit._replace(clock=self.clock, flags=self._look())
             handle = self.end.exchange(self._commit, None)
             yield handle
             reply = handle.wait()
@@ -170,7 +171,7 @@ class Worker:
     def _have_pulled(self, reply: Reply) -> None:
         """A pull is there, whole."""
         self.o, self._pulled = self._pulled, self.o
-        self.clock, self.told = reply.clock, reply
+        self.clock, self.last_reply = reply.clock, reply
         self.pulls += 1
 
     def _start_afresh(self) -> None:
@@ -230,7 +231,7 @@ class Worker:
     def _take(self, reply: Reply) -> None:
         self.checkpoint = max(self.checkpoint, reply.checkpoint)
         self._waiting = reply.control == WAIT
-        if reply.control == STOP and self.rule.collective:  # there is no further round: with overlap, steps are dropped
+        if reply.control == STOP and self.rule.allreduce:  # there is no further round: with overlap, steps are dropped
             self.leases.clear()
             self.dropped += self.done
             self.done, self._loss = 0, 0.0
@@ -266,8 +267,8 @@ class Worker:
             self._have_pulled(handle.wait())
             self.x[...] = self.o
 
-    def _ask(self, wants: int = 0) -> Commit:
-        return Commit(self.index, first=-1 if self.total is None else self.total, wants=WORK | wants)
+    def _ask(self, requests: int = 0) -> Commit:
+        return Commit(self.index, requests=WORK | requests, total=-1 if self.total is None else self.total)
 
     def steps(self) -> Generator[int, None, None]:
         """Yield the number of each step granted to this worker; the caller then calls `step`, once.

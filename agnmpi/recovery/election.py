@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ..core.center import Center
 from ..core.leases import Lease
-from ..core.messages import BAD
+from ..core.messages import NOT_FINITE
 from ..core.worker import Worker
 
 
@@ -25,10 +25,14 @@ class Witness(NamedTuple):
     @classmethod
     def of(cls, worker: Worker, rank: int) -> "Witness":
         """What `worker`, of rank `rank` when all began, has to tell."""
-        book = worker.told.book if worker.told else None
+        snapshot = worker.last_reply.snapshot if worker.last_reply else None
         commit = worker.under_way
-        sent = [Lease(commit.first, commit.steps)] if commit and commit.steps and not commit.wants & BAD else []
-        turn, sequence = (book.turn if book else -1), (commit.sequence if commit else 0)
+        sent = (
+            [Lease(commit.first_step, commit.steps)]
+            if commit and commit.steps and not commit.flags & NOT_FINITE
+            else []
+        )
+        turn, sequence = (snapshot.turn if snapshot else -1), (commit.sequence if commit else 0)
         held = [lease for lease in worker.leases if lease.steps]
         return cls(rank, worker.index, worker.session, worker.clock, turn, sequence, sent, held)
 
@@ -57,7 +61,7 @@ def elect(witnesses: Sequence[Witness]) -> int:
 def take_over(
     center: Center, facts: Mapping[str, Any], witnesses: Sequence[Witness], first: int
 ) -> tuple[bool, list[int]]:
-    """Book at the restored `center` what the survivors hold; `facts`: of the state that it was restored from.
+    """Snapshot at the restored `center` what the survivors hold; `facts`: of the state that it was restored from.
 
     `witnesses[first:]` are its workers, in order; with `first` = 1, `witnesses[0]` is the elected rank itself, whose
     commit under way counts as that of a further worker. Returns whether that is to be applied, and the last sequences
@@ -71,8 +75,8 @@ def take_over(
         order.append((len(workers), witnesses[0], applied[0]))
     held = [(i, lease) for i, witness, _ in order for lease in witness.held if i < len(workers)]
     sent = [(i, lease) for i, witness, last in order for lease in witness.under_way if witness.sequence > last]
-    book, claims = facts["leases"], [*held, *sent]
-    holds = leases.take_over(book["next"], [Lease(*lease) for lease in book["free"]], claims)
+    snapshot, claims = facts["leases"], [*held, *sent]
+    holds = leases.take_over(snapshot["next"], [Lease(*lease) for lease in snapshot["free"]], claims)
     for (i, _), hold in zip(claims, holds):
         if not hold and i < len(workers):  # it was silent, or refused unheard: these steps are another's
             center.doubt(i)

@@ -1,7 +1,7 @@
 """A lost center: the survivors elect the one of them that has pulled last, and it serves on from there (ULFM).
 
-A reply brings, with c, all that the center knows (`Book`), and a worker keeps both until the next pull is whole. If the
-center dies, each survivor notices in its own exchange, no later than at the end of its period. They shrink the
+A reply brings, with c, all that the center knows (`Snapshot`), and a worker keeps both until the next pull is whole. If
+the center dies, each survivor notices in its own exchange, no later than at the end of its period. They shrink the
 communicator, tell each other what they hold, and elect. The elected rank restores a center from its last pull, or from
 the newest checkpoint if that is newer, and books what the others hold; these send again what was not answered, and
 `applied` keeps it from being applied twice. What is lost is what only the dead knew.
@@ -17,7 +17,7 @@ from ..arrays.backend import Array, bring, empty_like
 from ..core.center import Center
 from ..core.ends import Capabilities, Elected, Handle, WorkerEnd
 from ..core.leases import Leases
-from ..core.messages import Book, Commit, Reply
+from ..core.messages import Commit, Reply, Snapshot
 from ..core.worker import Worker
 from ..transport.agreement import allgather
 from ..transport.local import LocalCenter
@@ -27,8 +27,8 @@ from .election import Witness, elect, take_over
 Saved: TypeAlias = tuple[Mapping[str, Array], Mapping[str, Any]]  # a checkpoint: arrays and facts
 
 
-class Member(Protocol):
-    """What is asked of a rank's part (`member.Member`)."""
+class Role(Protocol):
+    """What is asked of a rank's part (`role.Role`)."""
 
     center: Center
     workers: list[Worker]
@@ -53,27 +53,27 @@ class Member(Protocol):
 class Failover:
     """Who is left, and who serves them; on every rank.
 
-    `comm`: of the center (rank 0) and its workers; `make_end(comm)`: a worker's end; `make_member(comm, c, worker)`:
+    `comm`: of the center (rank 0) and its workers; `make_end(comm)`: a worker's end; `make_role(comm, c, worker)`:
     the part of a rank that takes the place of the center.
     """
 
     def __init__(
         self,
         comm: MPI.Comm,
-        member: Member,
+        role: Role,
         make_end: Callable[[MPI.Comm], WorkerEnd] | None = None,
-        make_member: Callable[[MPI.Comm, Array, Worker], Member] | None = None,
+        make_role: Callable[[MPI.Comm, Array, Worker], Role] | None = None,
     ) -> None:
-        self.comm, self.member, self._size = comm, member, comm.size
+        self.comm, self.role, self._size = comm, role, comm.size
         self.ranks = list(range(comm.size))  # of the communicator of the beginning, by rank of `comm`
         self.served = self.ranks  # likewise, by rank of the communicator of the center's end
         self.source = ""  # where the last new center has begun
         self.checkpoint: Callable[[], Saved | None] = lambda: None  # gives the newest
         self.on_center: Callable[[], None] = lambda: None  # called on every rank when there is a new center
-        self._make_end, self._make_member = make_end, make_member
+        self._make_end, self._make_role = make_end, make_role
         self._buried: list[object] = []  # exchanges with the dead: MPI may still touch their memory
         self.sending: Commit | None = None  # what the exchange under way brings
-        self.worker = member.workers[0] if member.workers else None
+        self.worker = role.workers[0] if role.workers else None
         if self.worker:
             self.end = self.worker.end
             self.worker.end = FailoverEnd(self)
@@ -121,12 +121,12 @@ class Failover:
     def alone(self) -> None:
         """At an elected center that has lost all its workers: it trains on, within this process."""
         assert self.worker is not None
-        member, worker = self.member, self.worker
-        c = bring(member.end.c, worker.x)
-        member.center.move(c)
-        member.center.workers, member.center.applied, member.center.between = 1, [worker.sequence], None
-        local = LocalCenter(c, 1, member.apply)
-        member.workers, member.count, member.serves, member.end = [worker], 1, False, local
+        role, worker = self.role, self.worker
+        c = bring(role.end.c, worker.x)
+        role.center.move(c)
+        role.center.workers, role.center.applied, role.center.on_block = 1, [worker.sequence], None
+        local = LocalCenter(c, 1, role.apply)
+        role.workers, role.count, role.serves, role.end = [worker], 1, False, local
         worker.index, worker.elected, self.end = 0, False, local.worker_end(0)
 
     def bury(self, handle: object) -> None:
@@ -139,22 +139,24 @@ class Failover:
         worker, comm = self.worker, self.comm
         if comm.rank:
             worker.index = comm.rank - 1
-            if worker.told:  # by the indices of now, for the next time
-                applied = worker.told.applied
-                worker.told = worker.told._replace(applied=tuple(applied[other.worker] for other in witnesses[1:]))
+            if worker.last_reply:  # by the indices of now, for the next time
+                applied = worker.last_reply.applied
+                worker.last_reply = worker.last_reply._replace(
+                    applied=tuple(applied[other.worker] for other in witnesses[1:])
+                )
             self.end = self._make_end(comm)
-            self.member.count = self.member.center.workers = comm.size - 1
+            self.role.count = self.role.center.workers = comm.size - 1
             return
-        self.member = self._restore(witnesses)
+        self.role = self._restore(witnesses)
         if comm.size == 1:
-            local: LocalCenter = self.member.end
+            local: LocalCenter = self.role.end
             worker.index, self.end = 0, local.worker_end(0)
 
-    def _restore(self, witnesses: Sequence[Witness]) -> Member:
+    def _restore(self, witnesses: Sequence[Witness]) -> Role:
         """Make the center, from the last pull of this rank or from the newest checkpoint."""
         assert self.worker is not None
-        assert self._make_member is not None
-        worker, before = self.worker, self.member
+        assert self._make_role is not None
+        worker, before = self.worker, self.role
         facts: Mapping[str, Any]
         c, facts = _remembered(worker, len(before.center.applied))
         saved = self.checkpoint()
@@ -165,10 +167,10 @@ class Failover:
             applied = {witness.worker: by_rank.get(witness.rank, 0) for witness in witnesses}
             c, facts = saved[0]["c"], {**saved[1], "applied": applied}
             source = f"the newest checkpoint, clock {facts['clock']}"
-        if worker.told is None and not facts["clock"]:
+        if worker.last_reply is None and not facts["clock"]:
             source = "the beginning"
-        member = self._make_member(self.comm, c, worker)
-        center = member.center
+        role = self._make_role(self.comm, c, worker)
+        center = role.center
         slots = center.optimizer.slots(center.state) if center.optimizer else {}
         if saved is not None and all(f"slot/{name}" in saved[0] for name in slots):
             slots = {name: saved[0][f"slot/{name}"] for name in slots}
@@ -178,42 +180,42 @@ class Failover:
         arrays = {"c": c} | {f"slot/{name}": slot for name, slot in slots.items()}
         name = center.optimizer.name if center.optimizer else "add"
         empty = Leases(None, 1).state()
-        member.resume(arrays, {**facts, "center_optimizer": name, "leases": empty, "applied": ()})
-        member.session = before.session - 1
-        member.begin(before.total, before.period)
+        role.resume(arrays, {**facts, "center_optimizer": name, "leases": empty, "applied": ()})
+        role.session = before.session - 1
+        role.begin(before.total, before.period)
         center.checkpoint = int(facts.get("checkpoint", facts["steps"]))
         if facts.get("session", before.session) != before.session:  # nothing of this session has been seen
             facts = {**facts, "leases": empty}
         own, sequences = take_over(center, facts, witnesses, first=min(1, self.comm.size - 1))
         if own and self.sending is not None and self.sending.payload is not None:
             center.applied = [*sequences[:-1], self.sending.sequence - 1]
-            payload = bring(self.sending.payload, member.end.c)
-            own_commit = self.sending._replace(worker=len(sequences) - 1, wants=0, payload=payload)
-            member.apply(own_commit, member.end.c)
+            payload = bring(self.sending.payload, role.end.c)
+            own_commit = self.sending._replace(worker=len(sequences) - 1, requests=0, payload=payload)
+            role.apply(own_commit, role.end.c)
             center.applied.pop()
         elif own:
             assert center.leases is not None
             center.leases.release(len(sequences) - 1)
-        member.failover, self.source = self, source
-        return member
+        role.failover, self.source = self, source
+        return role
 
 
 def _remembered(worker: Worker, workers: int) -> tuple[Array, dict[str, Any]]:
     """The center as `worker` has pulled it last, and the facts of a checkpoint of it."""
-    told = worker.told or Reply(0)
-    book = told.book or Book(turn=-1)
-    return (worker.o if worker.told else worker.x), {
-        "clock": told.clock,
-        "steps": told.steps,
-        "applied": [*told.applied, *[0] * (workers - len(told.applied))],
-        "turn": book.turn,
-        "session": book.session,
-        "refused": book.refused,
-        "dropped": book.dropped,
-        "staleness": [book.staleness_sum, book.staleness_max],
+    last_reply = worker.last_reply or Reply(0)
+    snapshot = last_reply.snapshot or Snapshot(turn=-1)
+    return (worker.o if worker.last_reply else worker.x), {
+        "clock": last_reply.clock,
+        "steps": last_reply.steps,
+        "applied": [*last_reply.applied, *[0] * (workers - len(last_reply.applied))],
+        "turn": snapshot.turn,
+        "session": snapshot.session,
+        "refused": snapshot.refused,
+        "dropped": snapshot.dropped,
+        "staleness": [snapshot.staleness_sum, snapshot.staleness_max],
         "center_optimizer_step": 0,
-        "checkpoint": told.checkpoint,
-        "leases": {"next": book.next, "free": book.open},
+        "checkpoint": last_reply.checkpoint,
+        "leases": {"next": snapshot.next, "free": snapshot.open},
     }
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from mpi4py import MPI
 
-from ..cluster.roles import Member
+from ..cluster.roles import Role
 from ..core.params import Layout
-from ..transport.agreement import allgather, together
+from ..transport.agreement import allgather, raise_on_all
 from .checkpoint import newest, read_center, set_aside, unseal, worker_file
 
 
 def resume(
     comm: MPI.Comm,
-    member: Member,
+    role: Role,
     layout: Layout,
     total: int,
     data: Mapping[str, int],
@@ -24,7 +24,7 @@ def resume(
     required: bool,
     say: Callable[[str], None],
 ) -> Mapping[str, Any] | None:
-    """Restore `member` from the newest whole checkpoint; collective. Returns its facts, None if there is none.
+    """Restore `role` from the newest whole checkpoint; collective. Returns its facts, None if there is none.
 
     `total`: steps of the run; `data`: what says which samples a step has (samples, batch, seed); `run()`: its
     directory, on rank 0; `required`: refuse if there is no checkpoint; `say` is told what is left out, and where the
@@ -53,16 +53,16 @@ def resume(
             )
         return str(found[0].resolve()), found[2]
 
-    name, facts = json.loads(allgather(comm, json.dumps(together(comm, find)))[0])
+    name, facts = json.loads(allgather(comm, json.dumps(raise_on_all(comm, find)))[0])
     if not name:
         return None
 
     def restore() -> bool:
-        needs = member.end is not None or member.center.rule.collective
-        member.resume(read_center(Path(name))[0] if needs else {}, facts)
-        if facts["workers"] != member.count:
+        needs = role.end is not None or role.center.rule.allreduce
+        role.resume(read_center(Path(name))[0] if needs else {}, facts)
+        if facts["workers"] != role.count:
             return False
-        for worker in member.workers:
+        for worker in role.workers:
             worker.checkpoint = int(facts["steps"])
             try:
                 worker.restore(*unseal(worker_file(Path(name), worker.index)))
@@ -71,7 +71,7 @@ def resume(
                 return False
         return True
 
-    mine = together(comm, restore)
+    mine = raise_on_all(comm, restore)
     local = all(json.loads(text) for text in allgather(comm, json.dumps(mine)))
     say(
         f"resumed from {Path(name).name}: {facts['steps']} of {total} steps, clock {facts['clock']}"

@@ -1,6 +1,6 @@
 """What the numbers of a run mean, in words."""
 
-from ..core.rules import Rule, Seen
+from ..core.rules import CommitInfo, Rule
 
 
 def advice(rule: Rule, workers: int, period: int) -> list[str]:
@@ -10,7 +10,7 @@ def advice(rule: Rule, workers: int, period: int) -> list[str]:
     ratio = workers / period
     lines = [f"n/λ = {workers}/{period} = {ratio:.3g} (workers / communication period)"]
     if rule.weighs:
-        ratio *= rule.weight(Seen(workers - 1, 1, period, workers))
+        ratio *= rule.weight(CommitInfo(workers - 1, 1, period, workers))
         lines.append(f"effective outer rate {ratio:.3g}: what a round of {workers} ordinary commits counts")
     if ratio > 2:
         lines.append(

@@ -27,9 +27,9 @@ class Served(NamedTuple):
     @classmethod
     def of(cls, commit: Commit, reply: Reply) -> "Served":
         """Put a message and its reply into words."""
-        requests = "leave" if commit.wants & LEAVE else "ask" if commit.wants & WORK else "pull"
+        requests = "leave" if commit.requests & LEAVE else "ask" if commit.requests & WORK else "pull"
         kind = requests if commit.payload is None else "commit"
-        done = (commit.sequence, commit.first, commit.steps) if kind == "commit" else (0, 0, 0)
+        done = (commit.sequence, commit.first_step, commit.steps) if kind == "commit" else (0, 0, 0)
         return cls(kind, commit.worker, *done, reply.clock, reply.status, reply.control, *reply.work)
 
 

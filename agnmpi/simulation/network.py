@@ -148,13 +148,13 @@ class VirtualWorker:
 
     def pull(self, out: Array) -> VirtualHandle:
         """Ask for the center."""
-        return self.exchange(Commit(self._worker, wants=PULL), out)
+        return self.exchange(Commit(self._worker, requests=PULL), out)
 
     def leave(self, commit: Commit | None, out: Array) -> VirtualHandle:
         """Send the last commit and, behind it, the farewell."""
         if commit is not None:
             self.exchange(commit, None)
-        return self.exchange(Commit(self._worker, wants=PULL | LEAVE), out)
+        return self.exchange(Commit(self._worker, requests=PULL | LEAVE), out)
 
     def close(self) -> None:
         """Nothing to free."""

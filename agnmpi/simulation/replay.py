@@ -50,7 +50,7 @@ def replay(recorded: Path, config: Config) -> Callable[[], dict[str, Any]]:
             f"WARNING: the run's workers had {threads} BLAS threads, this process has {blas_threads()}: the "
             f"bits may differ; set OMP_NUM_THREADS={threads[0]}"
         )
-    stage.centers[0].parks = facts["parks"]
+    stage.centers[0].idle_workers_wait = facts["idle_workers_wait"]
     outboxes = [_Outbox(local, i) for i in range(stage.config.workers)]
     sessions = stage.sessions(outboxes.__getitem__)
 

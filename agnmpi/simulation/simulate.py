@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays.backend import Array, choose, full_like
 from ..cluster.placement import blas_threads
-from ..cluster.roles import Member
+from ..cluster.roles import Role
 from ..core.batches import Plan
 from ..core.center import Center
 from ..core.ends import Handle, WorkerEnd
@@ -41,7 +41,7 @@ class Stage:
         self.config = config = config.complete()
         centers = config.centers
         self.rule, n = config.make_rule(), config.workers
-        if self.rule.collective:
+        if self.rule.allreduce:
             raise ValueError(f"rule {self.rule.name} has no center and no staleness: train it, there is no more to see")
         xp = choose(config.device, 0)
         self.problem = load_problem(config.problem, xp, config.options)
@@ -100,11 +100,11 @@ class Stage:
         config, layout, plan = self.config, self.layout, self.plan
         directory = self.directory
         write_atomic(directory / "config.toml", (repeatable(config).to_toml() + table).encode())
-        member = Member(self.centers[0], [], config.workers)
+        role = Role(self.centers[0], [], config.workers)
         monitor = Monitor(
             config,
             plan,
-            member,
+            role,
             directory,
             lambda c: self.problem.evaluate(layout.views(c)),
             stamp,
@@ -114,7 +114,7 @@ class Stage:
                 "agnmpi": __version__,
                 "workers": config.workers,
                 "blas_threads": [blas_threads()],
-                "parks": False,
+                "idle_workers_wait": False,
             }
             self._recorder = record.Recorder(directory, facts)
         monitor.say(
@@ -130,7 +130,7 @@ class Stage:
         if self._recorder is not None:
             self._recorder.close()
         said_also = {"transport": "virtual", "centers": len(self.parts), **finite(also())}
-        result = conclude(directory, config, layout, member, self.c, monitor, said_also)
+        result = conclude(directory, config, layout, role, self.c, monitor, said_also)
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
         monitor.say(
             f"done: {metrics}; {result['samples']} samples, {result['commits']} commits in {result['seconds']} s"
@@ -217,7 +217,7 @@ def network(config: Config, timing: Timing) -> dict[str, Any]:
     rule = config.make_rule()
     if config.dylu:
         raise ValueError("--timing-only gives all workers the same λ: leave dylu")
-    if rule.collective:
+    if rule.allreduce:
         raise ValueError(f"rule {rule.name} has no center: --timing-only is of rules with one")
     if config.problem:
         problem = load_problem(config.problem, choose(config.device, 0), config.options)

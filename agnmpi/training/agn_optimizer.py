@@ -11,15 +11,15 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, as_array, bring, namespace
 from ..cluster.connect import connect
-from ..cluster.model import agree_on_model
+from ..cluster.model import require_equal_model
 from ..cluster.placement import check_world
 from ..cluster.probe import choose_wire
 from ..cluster.processes import fault_tolerant
-from ..cluster.setup import Setup, check_fit
+from ..cluster.setup import Setup, check_setup
 from ..core.optimizers import Optimizer, Range
 from ..core.params import Layout, named
 from ..core.rules import Rule, agn
-from ..transport.agreement import ConfigError, together
+from ..transport.agreement import ConfigError, raise_on_all
 from .abort import AbortOnException
 from .hook import Hook
 from .loop import Loop
@@ -40,7 +40,7 @@ class AGNOptimizer:
     with transport "rma" and rules whose commits are added as they are;
     `name`: of this optimizer; `rule`: another rule of exchange, or one that weighs commits, such as
     `rules.weighted(rules.agn(), rules.outer_rate(1.0))`; `variant`: of AGN, "gradient" as TensorFlow did;
-    `center_optimizer`: None adds; `transport`: "auto", "p2p", "rma", "collective" or "local" (one process);
+    `center_optimizer`: None adds; `transport`: "auto", "p2p", "rma", "allreduce" or "local" (one process);
     `overlap`: compute while an exchange is under way; `centers`: k, ranks 0 … k−1 hold a block of the center each (a
     pull is then whole per block; a clip at the center is per block); `wire`: of vectors on a device, "staged" through
     pinned host memory, "direct" with CUDA-aware MPI, "auto" as `agnmpi doctor` has found out; `center_device`:
@@ -122,7 +122,7 @@ class AGNOptimizer:
             return rule or agn(variant), Layout.of(params), period
 
         try:
-            self._rule, self._layout, period = together(self._comm, prepare)
+            self._rule, self._layout, period = raise_on_all(self._comm, prepare)
             layout = self._layout
             facts = {
                 "rule": f"{self._rule.name}, alpha {self._rule.alpha:g}",
@@ -137,7 +137,7 @@ class AGNOptimizer:
                 "center_device": center_device,
                 "dylu": str(dylu),
             }
-            agree_on_model(self._comm, layout, facts)
+            require_equal_model(self._comm, layout, facts)
             if transport == "auto":
                 transport = self._rule.transport
             setup = Setup(
@@ -149,7 +149,7 @@ class AGNOptimizer:
                 slots=slots,
                 dylu=dylu,
             )
-            check_fit(self._rule, setup, self._comm, optimizer, center_optimizer)
+            check_setup(self._rule, setup, self._comm, optimizer, center_optimizer)
         except ConfigError:
             self._hook.remove()
             self._comm.Free()
@@ -161,7 +161,7 @@ class AGNOptimizer:
         self._views = layout.views(self._x)
         self._own = named(params) if optimizer is None else {}
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
-        member = connect(
+        role = connect(
             self._comm,
             self._rule,
             self._x,
@@ -169,7 +169,7 @@ class AGNOptimizer:
             center_optimizer,
             setup._replace(wire=choose_wire(self._comm, self._x, wire)),
         )
-        self._loop = Loop(member, self._comm.rank, self._x, period, name, self._copy_out)
+        self._loop = Loop(role, self._comm.rank, self._x, period, name, self._copy_out)
         self._sharded = centers > 1
         atexit.register(self._at_exit)  # before mpi4py finalizes MPI
         self.loss = nan
@@ -187,30 +187,30 @@ class AGNOptimizer:
         It lies where the parameters of this rank lie.
         """
         self._loop.settle()
-        return self._layout.views(bring(self._loop.member.c.copy(), self._x))
+        return self._layout.views(bring(self._loop.role.c.copy(), self._x))
 
     @property
     def global_step(self) -> int:
         """The center's clock, as this rank knows it: number of commits applied."""
         self._loop.settle()
-        return self._loop.worker.clock if self._loop.worker else self._loop.member.center.clock
+        return self._loop.worker.clock if self._loop.worker else self._loop.role.center.clock
 
     @property
     def comm(self) -> MPI.Intracomm:
         """The communicator in use: a duplicate of yours, or what is left of it where ranks were lost (ULFM)."""
-        failover = self._loop.member.failover
+        failover = self._loop.role.failover
         comm: MPI.Intracomm = failover.comm if failover else self._comm  # type: ignore[assignment]
         return comm
 
     @property
     def num_worker(self) -> int:
         """Number of workers n."""
-        return self._loop.member.count
+        return self._loop.role.count
 
     @property
     def is_center(self) -> bool:
         """Whether this rank serves the center and does not train."""
-        return self._loop.member.serves
+        return self._loop.role.serves
 
     def steps(self, total: int | None = None) -> Generator[int, None, None]:
         """Yield the number of each step that this worker is to take; each of 0 … total−1 is taken by one worker.
@@ -336,8 +336,8 @@ class AGNOptimizer:
         self._loop.end()
         atexit.unregister(self._at_exit)
         self._hook.remove()
-        self._loop.member.close()
-        if self._loop.member.failover is None or not self._loop.member.failover.lost:  # with the dead it would not end
+        self._loop.role.close()
+        if self._loop.role.failover is None or not self._loop.role.failover.lost:  # with the dead it would not end
             self._comm.Free()
 
     def _at_exit(self) -> None:
@@ -353,7 +353,7 @@ class AGNOptimizer:
             self.close()
 
     def _slots(self) -> dict[str, Array]:
-        worker, center = self._loop.worker, self._loop.member.center
+        worker, center = self._loop.worker, self._loop.role.center
         if worker is None and self._sharded:  # a block of them: no views of whole variables
             return {}
         optimizer, state = (worker.optimizer, worker.state) if worker else (center.optimizer, center.state)

@@ -12,7 +12,7 @@ from ..core.rules import RULES, Rule, Weight, outer_rate, staleness_cap, stalene
 from ..core.schedules import SCHEDULES, Schedule, constant, cosine, step_decay, warmup
 from .options import at_least, check_type, option
 
-TRANSPORTS = ("auto", "p2p", "rma", "collective", "local")
+TRANSPORTS = ("auto", "p2p", "rma", "allreduce", "local")
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ class Config:
             raise ValueError("record is of transport p2p: what one-sided calls read is not in the order of messages")
         if self.stall_limit and not self.use_locking:
             raise ValueError("stall_limit without locking: the center hears of no single worker; leave one of them")
-        if self.record and transport == "collective":
-            raise ValueError("record is of runs with a center; on transport collective every run repeats itself")
+        if self.record and transport == "allreduce":
+            raise ValueError("record is of runs with a center; on transport allreduce every run repeats itself")
         whole = replace(
             self,
             optimizer=optimizer,

@@ -79,12 +79,12 @@ class _FaultyEnd:
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         if commit.payload is None:
-            self._total = commit.first
+            self._total = commit.total
             return self._end.exchange(commit, out)
         kinds = {fault.kind for fault in self._faults if fault.at == self._exchanges}
         self._exchanges += 1
         if "drop" in kinds:  # as if it had never been sent; the steps stay leased until this worker leaves
-            commit = Commit(commit.worker, first=self._total, wants=commit.wants)
+            commit = Commit(commit.worker, total=self._total, requests=commit.requests)
         handle = self._end.exchange(commit, out)
         if "cut" in kinds:
             handle.test()

@@ -16,11 +16,11 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, choose, current, device_count
 from ..cluster.connect import connect
-from ..cluster.model import agree_on_model
+from ..cluster.model import require_equal_model
 from ..cluster.placement import blas_threads, check_world, limit_blas, place, unused_devices
 from ..cluster.probe import choose_wire
-from ..cluster.setup import Setup, check_fit
-from ..core.backoff import finish
+from ..cluster.setup import Setup, check_setup
+from ..core.backoff import wait_until
 from ..core.batches import Plan
 from ..core.leases import Lease
 from ..core.messages import LEAVE, STOP, Commit, Reply
@@ -28,12 +28,12 @@ from ..core.params import Layout
 from ..core.worker import Worker, train
 from ..recovery.checkpoint import newest, prune
 from ..recovery.files import write_atomic
+from ..recovery.membership import Membership
 from ..recovery.restore import resume
 from ..recovery.saver import CenterSaver, save_worker
-from ..recovery.survivors import Survivors
 from ..reporting.advice import advice
 from ..reporting.record import Recorder
-from ..transport.agreement import ConfigError, allgather, together
+from ..transport.agreement import ConfigError, allgather, raise_on_all
 from ..version import __version__, mpi_library
 from .config import Config
 from .drive import drive
@@ -61,7 +61,7 @@ class Job:
     def __init__(self, config: Config, world: MPI.Comm, signals: Signals, inject: bool = False) -> None:
         check_world(world)
         self.comm, self.signals = world.Dup(), signals
-        self.config = config = together(self.comm, config.complete)
+        self.config = config = raise_on_all(self.comm, config.complete)
         self.rule = config.make_rule()
         self.setup = Setup(
             transport=config.transport,
@@ -73,7 +73,7 @@ class Job:
             workers=config.workers,
             dylu=config.dylu,
         )
-        check_fit(self.rule, self.setup, self.comm, config.make_optimizer(1), config.make_center_optimizer(1))
+        check_setup(self.rule, self.setup, self.comm, config.make_optimizer(1), config.make_center_optimizer(1))
         self.rank = self.comm.rank
         trains = not self.setup.serves or self.rank >= self.setup.centers
         here = place(self.comm, trains)
@@ -87,11 +87,11 @@ class Job:
             plan = Plan(problem.samples, config.batch, config.epochs, config.steps, config.seed)
             return problem, layout, layout.pack(initial), plan
 
-        self.problem, self.layout, self.x, self.plan = together(self.comm, prepare)
+        self.problem, self.layout, self.x, self.plan = raise_on_all(self.comm, prepare)
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
         # Where the run's directory lies is rank 0's affair.
         told = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run", "resume")}
-        agree_on_model(self.comm, self.layout, {"samples": str(self.problem.samples), **told})
+        require_equal_model(self.comm, self.layout, {"samples": str(self.problem.samples), **told})
         self.monitor: Monitor | None = None
         self.recorder: Recorder | None = None
         self.saver: CenterSaver | None = None
@@ -102,16 +102,16 @@ class Job:
         self.result: dict[str, Any] | None = None
         self._began = 0.0  # time at which the training began, less what earlier turns took
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
-        self.injection = Injection(together(self.comm, lambda: read_faults(faults)), self.rank)
+        self.injection = Injection(raise_on_all(self.comm, lambda: read_faults(faults)), self.rank)
         first = self.setup.centers if self.setup.serves else 0
         limit, drop = config.stall_limit, config.drop_stalled
-        self.survivors = Survivors(self.comm, here.host, first, limit, drop, self._say, self._note)
+        self.membership = Membership(self.comm, here.host, first, limit, drop, self._say, self._note)
 
     def run(self) -> dict[str, Any] | None:
         """Wire, resume, train, and write the result."""
         config, comm = self.config, self.comm
         chosen = choose_wire(comm, self.x, config.wire)
-        self.member = member = connect(
+        self.role = role = connect(
             comm,
             self.rule,
             self.x,
@@ -121,23 +121,23 @@ class Job:
             observe=self._observe,
             record=self._served,
         )
-        self.survivors.member = member
+        self.membership.role = role
         try:
             resumed = self._take_up()
         except ConfigError:  # on all ranks; MPICH 5.0 complains at length of windows that are not freed
-            member.close()
+            role.close()
             raise
         threads = allgather(comm, str(blas_threads())) if config.record else []
         self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
         if self.rank == 0:
-            monitor = self._open([int(t) for t in threads[-member.count :]])
+            monitor = self._open([int(t) for t in threads[-role.count :]])
             if resumed is not None:
                 monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
-        if config.keep and (self.rank == 0 or member.serves):
+        if config.keep and (self.rank == 0 or role.serves):
             self._keep()
-        if member.failover is not None:
-            member.failover.on_center = self._new_center
-            member.failover.checkpoint = self._newest
+        if role.failover is not None:
+            role.failover.on_center = self._new_center
+            role.failover.checkpoint = self._newest
         while True:
             self._train()
             while not self._go_on():
@@ -146,35 +146,35 @@ class Job:
 
     def _take_up(self) -> Mapping[str, Any] | None:
         """Begin, or go on from a checkpoint, whose facts are returned; and find out where the run is written."""
-        config, comm, member, resumed = self.config, self.comm, self.member, None
+        config, comm, role, resumed = self.config, self.comm, self.role, None
         if config.resume is not None:
             directory = partial(run_directory, config) if self.rank == 0 else None
             required = config.resume != "auto"
             resumed = resume(
-                comm, member, self.layout, self.plan.steps, self._data(), directory, required, self.said.append
+                comm, role, self.layout, self.plan.steps, self._data(), directory, required, self.said.append
             )
-            self.complete = resumed is not None and member.center.steps >= self.plan.steps
-        member.begin(self.plan.steps, config.period)
-        made = together(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
+            self.complete = resumed is not None and role.center.steps >= self.plan.steps
+        role.begin(self.plan.steps, config.period)
+        made = raise_on_all(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
         self.directory = Path(allgather(comm, made)[0])
         return resumed
 
     def _train(self) -> None:
         """Serve or train until all have left; a worker may do one after the other."""
-        for worker in self.member.workers:
+        for worker in self.role.workers:
             worker.end = self.injection.wrap(worker.end)
-        drive([self._steps(worker) for worker in self.member.workers])
-        if self.member.serves:
-            end: Any = self.member.end
-            if self.member.failover is not None:
-                end.on_loss = self.survivors.lose
-            self.member.serve(self._turn if self.monitor is not None else None)
+        drive([self._steps(worker) for worker in self.role.workers])
+        if self.role.serves:
+            end: Any = self.role.end
+            if self.role.failover is not None:
+                end.on_loss = self.membership.lose
+            self.role.serve(self._turn if self.monitor is not None else None)
 
     def _go_on(self) -> bool:
         """When all have left: whether there is a new center, and its workers are to begin once more."""
         if self.config.drop_stalled and self.saver is not None:
             self.saver.save(self._own_center())  # Open MPI 5.0 may crash if a rank dies while others are left behind
-        elected, failover = self.survivors.regroup(), self.member.failover
+        elected, failover = self.membership.regroup(), self.role.failover
         if self._all_lost() and failover is not None and failover.worker is not None:
             self._say(f"WARNING: all workers are lost; rank {self.rank}, which was one, trains on alone")
             failover.alone()
@@ -183,27 +183,27 @@ class Job:
 
     def _all_lost(self) -> bool:
         """Whether this is a center whose work is not done, and all its workers are lost."""
-        return self.member.serves and self.survivors.comm.size == 1 and self.member.center.steps < self.plan.steps
+        return self.role.serves and self.membership.comm.size == 1 and self.role.center.steps < self.plan.steps
 
     def _new_center(self) -> None:
         """Another center has been elected; if it is this rank, it takes over the files and the display, too."""
-        survivors, failover = self.survivors, self.member.failover
+        membership, failover = self.membership, self.role.failover
         assert failover is not None
-        gone = survivors.follow()
-        if survivors.comm.rank:
+        gone = membership.follow()
+        if membership.comm.rank:
             return
-        self.member = member = survivors.member
-        center, leases = member.center, member.center.leases
+        self.role = role = membership.role
+        center, leases = role.center, role.center.leases
         assert leases is not None
         monitor = self._watch()
         samples = self.plan.count(Lease(0, leases.next)) - sum(self.plan.count(lease) for lease in leases.open())
         monitor.resume(samples, time.monotonic() - self._began)
         self._say(
-            f"WARNING: {' and '.join(map(survivors.name, gone))} {'is' if len(gone) == 1 else 'are'} lost, the center "
-            f"among them; {survivors.name(self.rank)} is the center now, from {failover.source}, and goes on at step "
-            f"{center.steps}, clock {center.clock}, " + (f"workers: {member.count}" if member.serves else "alone")
+            f"WARNING: {' and '.join(map(membership.name, gone))} {'is' if len(gone) == 1 else 'are'} lost, the center "
+            f"among them; {membership.name(self.rank)} is the center now, from {failover.source}, and goes on at step "
+            f"{center.steps}, clock {center.clock}, " + (f"workers: {role.count}" if role.serves else "alone")
         )
-        monitor.note("failover", lost=survivors.lost, center=self.rank, begun_from=failover.source)
+        monitor.note("failover", lost=membership.lost, center=self.rank, begun_from=failover.source)
         if self.config.keep:
             self._keep()
 
@@ -227,7 +227,7 @@ class Job:
             if worker.checkpoint != saved and not worker.done:
                 saved = worker.checkpoint
                 save_worker(self.directory, worker, saved, self._say)
-            if self.signals.asked and (not self.setup.serves or self.survivors.comm.size == 1):
+            if self.signals.asked and (not self.setup.serves or self.membership.comm.size == 1):
                 loop.close()
                 worker.settle()
                 return
@@ -236,23 +236,23 @@ class Job:
     def _turn(self) -> None:
         """What rank 0 does beside serving, between two messages."""
         assert self.monitor is not None
-        member, center = self.member, self.member.center
+        role, center = self.role, self.role.center
         self.monitor.tick()
         if self.signals.asked and center.control != STOP:
             center.control = STOP
             self._say(f"{self.signals.asked}: the workers commit what they have done; then a checkpoint, and the end")
-        self.survivors.tick()
+        self.membership.tick()
         if self.saver is not None:
             self.saver.take_in()
             if self.saver.begun:
-                member.save_others(self.saver.begun)
+                role.save_others(self.saver.begun)
         if not self.setup.use_locking:
-            end: Any = member.end
+            end: Any = role.end
             end.tell(center.control, center.checkpoint)
 
     def _own_center(self) -> Array:
         """What this rank holds of the center variable."""
-        return self.member.c if self.member.end is None else self.member.end.c
+        return self.role.c if self.role.end is None else self.role.end.c
 
     def _save_block(self, steps: int) -> None:
         assert self.saver is not None
@@ -265,11 +265,11 @@ class Job:
         self.monitor.commit(commit, c)
         if self.saver is not None:
             self.saver.tick(c)
-        if self.member.serves:
+        if self.role.serves:
             self.injection.step()
 
     def _served(self, commit: Commit, reply: Reply) -> None:
-        self.survivors.heard(commit.worker, bool(commit.wants & LEAVE))
+        self.membership.heard(commit.worker, bool(commit.requests & LEAVE))
         if self.recorder is not None:
             self.recorder(commit, reply)
 
@@ -292,32 +292,32 @@ class Job:
         return {
             "agnmpi": __version__,
             "centers": self.setup.centers if self.setup.serves else 1,
-            "workers": self.member.count,
+            "workers": self.role.count,
             "layout": self.layout._asdict(),
             "data": self._data(),
             "config": asdict(self.config),
-            "ranks": self.member.failover.served[1:] if self.member.failover else [],
+            "ranks": self.role.failover.served[1:] if self.role.failover else [],
             **(self.monitor.progress if self.monitor is not None else {}),
         }
 
     def _open(self, threads: list[int]) -> Monitor:
         """Rank 0: the files and the display of the run."""
-        config, member = self.config, self.member
+        config, role = self.config, self.role
         write_atomic(self.directory / "config.toml", repeatable(config).to_toml().encode())
         if config.record:
-            said = {"agnmpi": __version__, "workers": member.count, "blas_threads": threads}
-            said["parks"] = member.center.parks
+            said = {"agnmpi": __version__, "workers": role.count, "blas_threads": threads}
+            said["idle_workers_wait"] = role.center.idle_workers_wait
             self.recorder = Recorder(self.directory, said)
-        lines = _introduction(config, self.layout, self.plan, member.count, self.comm.size) + self.said
+        lines = _introduction(config, self.layout, self.plan, role.count, self.comm.size) + self.said
         return self._watch(lines)
 
     def _watch(self, lines: Sequence[str] = ()) -> Monitor:
         """At the center that grants the work: begin to show and write what goes on."""
         self.directory.mkdir(parents=True, exist_ok=True)  # a new center may be on another host
-        monitor = Monitor(self.config, self.plan, self.member, self.directory, self._evaluate)
+        monitor = Monitor(self.config, self.plan, self.role, self.directory, self._evaluate)
         for line in lines:
             monitor.say(line)
-        self.survivors.watch()
+        self.membership.watch()
         monitor.start()
         self.monitor = monitor
         return monitor
@@ -329,27 +329,27 @@ class Job:
 
     def _keep(self) -> None:
         """At a center: keep checkpoints."""
-        config, member, first = self.config, self.member, self.monitor is not None
+        config, role, first = self.config, self.role, self.monitor is not None
         self.saver = CenterSaver(
             self.directory,
-            member.center,
+            role.center,
             self._facts,
             self._say,
             config.checkpoint_seconds if first else 0.0,
             config.checkpoint_commits if first else 0,
             config.keep,
-            self.survivors.comm.rank if member.serves else 0,
+            self.membership.comm.rank if role.serves else 0,
         )
-        member.center.on_save = self._save_block
+        role.center.on_save = self._save_block
 
     def _last_checkpoint(self) -> None:
         """Save what all have reached, if any has a place for it; and find out whether the run was asked to stop."""
-        member, center = self.member, self.member.center
+        role, center = self.role, self.role.center
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None
         said = [
-            json.loads(text) for text in allgather(self.survivors.comm, json.dumps([center.steps, self.signals.asked]))
+            json.loads(text) for text in allgather(self.membership.comm, json.dumps([center.steps, self.signals.asked]))
         ]
         steps = said[0][0]
         # Where all train, any rank may have been the one that broke off.
@@ -357,19 +357,19 @@ class Job:
         asked = heard[0] if heard else None
         self.interrupted = asked is not None and steps < self.plan.steps
         if self.config.keep:
-            for worker in member.workers:
+            for worker in role.workers:
                 save_worker(self.directory, worker, steps, self._say)
         if self.saver is not None:
             self.saver.save(self._own_center(), steps)
             self.saver.finish()
             self.saver = None
-        finish(self.survivors.comm.Ibarrier().Test)
+        wait_until(self.membership.comm.Ibarrier().Test)
         if self.config.keep and self.monitor is not None:  # once more: now the other centers have written theirs
             prune(self.directory, self.config.keep, self.setup.centers if self.setup.serves else 1)
 
     def _concluded(self) -> bool:
         """Save and write what has been reached; whether all have come through this, the same on every rank."""
-        comm, failover = self.survivors.comm, self.member.failover
+        comm, failover = self.membership.comm, self.role.failover
         if failover is None:
             self._conclude()
             return True
@@ -390,40 +390,42 @@ class Job:
         self._last_checkpoint()
         if self.monitor is not None and not self.interrupted and not self._all_lost():
             self._result()
-        if self.member.failover is not None or self.survivors.lost:
-            finish(self.survivors.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another one writes it
+        if self.role.failover is not None or self.membership.lost:
+            wait_until(
+                self.membership.comm.Ibarrier().Test
+            )  # if rank 0 dies before all is written, another one writes it
 
     def _end(self) -> dict[str, Any] | None:
         """Free what is held. Returns the result on rank 0."""
-        member, survivors = self.member, self.survivors
-        survivors.end_hung()
-        abort = bool(survivors.hung) and member.failover is None
+        role, membership = self.role, self.membership
+        membership.end_hung()
+        abort = bool(membership.hung) and role.failover is None
         if self._all_lost():
-            self._say(f"all workers are lost, ranks {survivors.lost}; resume with --resume {self.directory}")
+            self._say(f"all workers are lost, ranks {membership.lost}; resume with --resume {self.directory}")
             raise Degraded(1, abort)
         if self.interrupted:
-            if not survivors.lost:
-                member.close()
+            if not membership.lost:
+                role.close()
             if self.monitor is not None:
                 self.monitor.stop("interrupted", signal=self.signals.asked or "another rank's")
                 resume = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
-                self.monitor.say(f"interrupted at step {member.center.steps} of {self.plan.steps}; {resume}")
+                self.monitor.say(f"interrupted at step {role.center.steps} of {self.plan.steps}; {resume}")
             raise Interrupted(abort)
-        if survivors.lost:  # who has lost a rank cannot finalize MPI
+        if membership.lost:  # who has lost a rank cannot finalize MPI
             raise Degraded(DEGRADED, abort)
-        member.close()
-        survivors.comm.Free()
+        role.close()
+        membership.comm.Free()
         return self.result
 
     def _result(self) -> None:
-        member, monitor = self.member, self.monitor
+        role, monitor = self.role, self.monitor
         assert monitor is not None
         if self.result is None:
             self.result = finish_run(
-                self.directory, self.config, self.layout, member, monitor, self.survivors.lost, self.complete
+                self.directory, self.config, self.layout, role, monitor, self.membership.lost, self.complete
             )
             return
-        self.result["lost"] = self.survivors.lost  # a rank has died since
+        self.result["lost"] = self.membership.lost  # a rank has died since
         write_result(self.directory, self.result)
 
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from ..arrays.backend import Array, bring
-from ..cluster.roles import Member
+from ..cluster.roles import Role
 from ..core.optimizers import Range
 from ..core.worker import Worker
 
@@ -16,22 +16,22 @@ from ..core.worker import Worker
 class Loop:
     """The sessions of a code with a loop of its own, on one rank.
 
-    `member`: the part of this rank, whose `rank` is of the communicator that all began with; `x`: (n,) its
+    `role`: the part of this rank, whose `rank` is of the communicator that all began with; `x`: (n,) its
     parameters; `period`: λ; `name`: of the optimizer, for what is said; `moved()` is called when x has become a center
     that was pulled, or the final one.
     """
 
-    def __init__(self, member: Member, rank: int, x: Array, period: int, name: str, moved: Callable[[], None]) -> None:
-        self.member = member
-        self.worker = None if member.serves else member.workers[0]
+    def __init__(self, role: Role, rank: int, x: Array, period: int, name: str, moved: Callable[[], None]) -> None:
+        self.role = role
+        self.worker = None if role.serves else role.workers[0]
         self.closed = self._running = self._stepped = False
         self._rank, self._x, self._period, self._name, self._moved = rank, x, period, name, moved
         self._generators: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
         self._pulls = 0  # of the worker, when `moved` was last called
-        if member.failover is not None:
-            member.failover.on_center = self._new_center
+        if role.failover is not None:
+            role.failover.on_center = self._new_center
             if self.worker is None:
-                end: Any = member.end
+                end: Any = role.end
                 end.on_loss = self._lose
 
     def steps(self, total: int | None) -> Generator[int, None, None]:
@@ -93,9 +93,9 @@ class Loop:
         if total is not None and total < 0:
             raise ValueError(f"the number of steps must not be negative, but is {total}")
         self.settle()
-        center = self.member.center
+        center = self.role.center
         before = center.steps
-        self.member.begin(total, self._period)
+        self.role.begin(total, self._period)
         if self.worker is None:
             self._serve()
             if total is not None and center.steps - before < total and self._rank == 0:
@@ -113,7 +113,7 @@ class Loop:
             self.worker = worker  # it has lost all its workers, and trains on alone
         self._regroup()
         self.refresh()
-        if center.rule.collective and total is not None and center.steps - before < total:
+        if center.rule.allreduce and total is not None and center.steps - before < total:
             raise RuntimeError(
                 f"{self._name}: another rank left the loop after {center.steps - before} of {total} steps, by break or "
                 f"by an exception, and rule {center.rule.name} needs all ranks; use steps() to end early"
@@ -151,45 +151,45 @@ class Loop:
         False if all its workers were lost, and it was one itself: it can go on alone.
         """
         self.worker = None
-        self.member.serve()
-        end: Any = self.member.end
-        deserted = self.member.failover is not None and end.deserted
+        self.role.serve()
+        end: Any = self.role.end
+        deserted = self.role.failover is not None and end.deserted
         self._regroup()
-        if deserted and self.member.failover is not None and self.member.failover.worker is not None:
-            self.member.failover.alone()
+        if deserted and self.role.failover is not None and self.role.failover.worker is not None:
+            self.role.failover.alone()
             return False
         if deserted:
             raise RuntimeError(f"{self._name}: all workers are lost")
-        self._x[...] = bring(self.member.c, self._x)
+        self._x[...] = bring(self.role.c, self._x)
         self._moved()
         return True
 
     def _regroup(self) -> None:
         """After a loop: find out who is left, if ranks may be lost."""
-        failover = self.member.failover
+        failover = self.role.failover
         while failover is not None and failover.regroup():  # the center was lost at the very end
-            if self.worker is not None and not self.member.serves:
+            if self.worker is not None and not self.role.serves:
                 self.worker.leave()
                 self.worker.settle()
-            if self.member.serves:
+            if self.role.serves:
                 self.worker = None
-                self.member.serve()
+                self.role.serve()
 
     def _new_center(self) -> None:
-        failover = self.member.failover
+        failover = self.role.failover
         assert failover is not None
         what = f"ranks {failover.lost} are lost, the center among them"
         if failover.comm.rank == 0:
-            taken: Any = failover.member
-            self.member = taken
+            taken: Any = failover.role
+            self.role = taken
             if taken.serves:
                 taken.end.on_loss = self._lose
             what += f"; this rank {'serves' if taken.serves else 'trains'} on, from {failover.source}"
         self._warn_of_loss(what)
 
     def _lose(self, worker: int) -> None:
-        self.member.center.lose(worker)
-        failover = self.member.failover
+        self.role.center.lose(worker)
+        failover = self.role.failover
         assert failover is not None
         self._warn_of_loss(f"rank {failover.served[worker + 1]} is lost; what it had not committed goes to the others")
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.progress import BarColumn, TextColumn
 
 from ..arrays.backend import Array
-from ..cluster.roles import Member
+from ..cluster.roles import Role
 from ..core.batches import Plan
 from ..core.leases import Lease
 from ..core.messages import Commit
@@ -35,12 +35,12 @@ class Monitor:
         self,
         config: Config,
         plan: Plan,
-        member: Member,
+        role: Role,
         directory: Path,
         evaluate: Evaluate,
         stamp: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self._member, self._center, self._stamp = member, member.center, stamp
+        self._role, self._center, self._stamp = role, role.center, stamp
         self._config, self._plan, self._evaluate = config, plan, evaluate
         self._events = JsonLines(directory / "events.jsonl")
         self._loss = RecentMean(plan.steps_per_epoch)
@@ -50,7 +50,7 @@ class Monitor:
         interval = config.evaluate_every * plan.steps_per_epoch
         self._due = Every(steps=interval) if interval else None
         self._wanted = False
-        self._snapshot: Callable[[], Array | None] | None = None
+        self._copying: Callable[[], Array | None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         self._pending: Future[Mapping[str, float]] | None = None
         self._pending_at = (0, 0, 0.0)
@@ -77,7 +77,7 @@ class Monitor:
     def start(self) -> None:
         """The training begins."""
         self._start = self._logged = time.monotonic()
-        self._events.write("start", workers=self._member.count, period=self._config.period)
+        self._events.write("start", workers=self._role.count, period=self._config.period)
         if self._live:
             self._progress.start()
             self.console.show_cursor(True)  # a killed run must not leave the terminal without one
@@ -111,23 +111,23 @@ class Monitor:
     def commit(self, commit: Commit, c: Array) -> None:
         """A commit was applied, and made the center `c`."""
         self._loss.add(commit.loss, commit.steps)
-        self._samples += self._plan.count(Lease(commit.first, commit.steps))
+        self._samples += self._plan.count(Lease(commit.first_step, commit.steps))
         if self._due is not None and self._due(self._center.steps):
             self._wanted = True
-        idle = self._pending is None and self._snapshot is None
+        idle = self._pending is None and self._copying is None
         if self._wanted and idle and self._center.steps < self._plan.steps:
             self._wanted = False
             self._pending_at = (self._center.steps, self._center.clock, self._loss.value)
-            if not self._member.serves:
+            if not self._role.serves:
                 self._evaluated(self._evaluate(c), *self._pending_at)
                 return
-            self._snapshot = self._member.snapshot()
+            self._copying = self._role.copy_center()
         self.tick()
 
     def tick(self) -> None:
         """Begin and take in evaluations; log and show if it is time."""
-        if self._snapshot is not None and (copy := self._snapshot()) is not None:
-            self._snapshot = None
+        if self._copying is not None and (copy := self._copying()) is not None:
+            self._copying = None
             self._pending = self._pool.submit(self._evaluate, copy)
         if self._pending is not None and self._pending.done():
             done, self._pending = self._pending, None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arrays.backend import Array
-from ..cluster.roles import Member
+from ..cluster.roles import Role
 from ..core.params import Layout
 from ..recovery.files import save, write_atomic
 from ..version import __version__, mpi_library
@@ -46,13 +46,13 @@ def conclude(
     directory: Path,
     config: Config,
     layout: Layout,
-    member: Member,
+    role: Role,
     c: Array,
     monitor: Monitor,
     also: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write the final center `c` (n,), evaluate it, and write the result, with what it says `also`; returns it."""
-    meta = {"agnmpi": __version__, "clock": str(member.center.clock), "rule": config.rule}
+    meta = {"agnmpi": __version__, "clock": str(role.center.clock), "rule": config.rule}
     # Before the evaluation, which may fail.
     save(directory / "center.safetensors", layout.views(c), meta)
     result = {
@@ -60,7 +60,7 @@ def conclude(
         "rule": config.rule,
         "variant": config.variant,
         "transport": config.transport,
-        "workers": member.count,
+        "workers": role.count,
         "period": config.period,
         **monitor.finish(c),
         **also,
@@ -74,7 +74,7 @@ def finish_run(
     directory: Path,
     config: Config,
     layout: Layout,
-    member: Member,
+    role: Role,
     monitor: Monitor,
     lost: list[int],
     complete: bool,
@@ -85,12 +85,12 @@ def finish_run(
     """
     written = directory / "result.json"
     before = json.loads(written.read_text()) if complete and written.is_file() else {}
-    if before.get("steps") == member.center.steps:
+    if before.get("steps") == role.center.steps:
         monitor.stop("complete")
-        monitor.say(f"the run was complete, at step {member.center.steps}; its result stays, in {directory}/")
+        monitor.say(f"the run was complete, at step {role.center.steps}; its result stays, in {directory}/")
         return dict(before)
-    also = {"refused": member.center.refused, "lost": lost, "mpi": mpi_library()}
-    result = conclude(directory, config, layout, member, member.c, monitor, also)
+    also = {"refused": role.center.refused, "lost": lost, "mpi": mpi_library()}
+    result = conclude(directory, config, layout, role, role.c, monitor, also)
     if (result["loss"] is None and not complete) or None in result["metrics"].values():
         monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
     if lost:

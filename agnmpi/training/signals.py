@@ -12,7 +12,7 @@ class Signals:
     """While installed, USR1, USR2, TERM and INT ask the run to stop; a second one aborts at once.
 
     `abort` is called with the exit code. Python calls handlers between two bytecodes of the main thread; but for the
-    moments in which survivors regroup nothing of ours blocks in MPI, so that is at once.
+    moments in which membership regroup nothing of ours blocks in MPI, so that is at once.
     """
 
     def __init__(self, abort: Callable[[int], None]) -> None:

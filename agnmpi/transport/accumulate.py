@@ -12,8 +12,8 @@ from mpi4py import MPI
 from ..arrays.backend import Array
 from ..core.ends import Apply, Capabilities, Done, Handle, Polled
 from ..core.leases import NONE, Lease
-from ..core.messages import BAD, DUPLICATE, OK, REFUSED, SAVE, STOP, WORK, Commit, Reply
-from .agreement import agree_on_total
+from ..core.messages import DUPLICATE, NOT_FINITE, OK, REFUSED, SAVE, STOP, WORK, Commit, Reply
+from .agreement import require_equal_total
 from .staging import Direct, Wire
 from .windows import (
     APPLIED,
@@ -34,8 +34,8 @@ from .windows import (
 )
 
 
-class SumWorker:
-    """A worker's end of the serverless way (TensorFlow's `use_locking=False`), for rules whose commits are added as
+class AccumulateWorker:
+    """A worker's end of the accumulate way (TensorFlow's `use_locking=False`), for rules whose commits are added as
     they are: an exchange is `Accumulate(SUM)` into c, and `Get`.
 
     What it gives up: sums are atomic element by element, so a pull may hold a part of a commit under way;
@@ -58,18 +58,18 @@ class SumWorker:
         """Begin a session of `total` steps (None: no end), leased λ = `period` at a time; collective."""
         self._total, self._period = total, period
         self.sessions += 1
-        agree_on_total(self.windows.comm, total)
+        require_equal_total(self.windows.comm, total)
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c at once; then pull."""
         windows, status = self.windows, OK
-        if commit.wants & SAVE:
-            windows.add(SAVING, commit.first, MPI.REPLACE)
+        if commit.requests & SAVE:
+            windows.add(SAVING, commit.checkpoint, MPI.REPLACE)
         if not windows.one_host:
             windows.add(READERS, 1)  # the center stays awake while bytes are on the way
         if commit.payload is not None and commit.sequence <= self._sequence:
             status = DUPLICATE
-        elif commit.payload is not None and not commit.wants & BAD:
+        elif commit.payload is not None and not commit.flags & NOT_FINITE:
             self._add(commit, commit.payload)
         elif commit.payload is not None:  # nobody else could refuse it
             status = REFUSED
@@ -80,7 +80,7 @@ class SumWorker:
             windows.pull(self.wire, out)  # an accepted race: others may be adding to c meanwhile
         if not windows.one_host:
             windows.add(READERS, -1)
-        work = self._grant() if commit.wants & WORK and head[CONTROL] != STOP else NONE
+        work = self._grant() if commit.requests & WORK and head[CONTROL] != STOP else NONE
         applied = tuple(head[APPLIED:].tolist())
         said = int(head[CONTROL]), work, int(head[STEPS]), int(head[CHECKPOINT])
         return Done(Reply(int(head[CLOCK]), status, *said, applied))
@@ -124,8 +124,8 @@ class SumWorker:
         self.windows.free()
 
 
-class SumCenter:
-    """The center's end of the serverless way: holds the memory and reads the counters; memory: c alone."""
+class AccumulateCenter:
+    """The center's end of the accumulate way: holds the memory and reads the counters; memory: c alone."""
 
     def __init__(self, comm: MPI.Comm, c: Array) -> None:
         self._windows = windows = Windows(comm, c, 0)
@@ -161,7 +161,7 @@ class SumCenter:
         self._sessions += 1
         self._windows.words[NEXT] = start
         self._windows.sync()
-        agree_on_total(self._windows.comm, total)
+        require_equal_total(self._windows.comm, total)
 
     def tell(self, control: int, checkpoint: int) -> None:
         """What the replies to come shall say."""
@@ -185,7 +185,7 @@ class SumCenter:
             self.progress += 1
         if (saving := windows.read(SAVING)) != self._saved:
             self._saved = saving
-            apply(Commit(0, commits=0, wants=SAVE, first=saving), self._c)
+            apply(Commit(0, commits=0, requests=SAVE, checkpoint=saving), self._c)
         left = windows.read(LEFT)  # before the clock: who has left has committed
         clock, steps = windows.read(CLOCK), windows.read(STEPS)
         commits, done = clock - self._seen[0], steps - self._seen[1]
@@ -196,7 +196,7 @@ class SumCenter:
             if done:  # else they were seen before their commits
                 loss = float(windows.words.view(np.float64)[LOSS])
                 mean, self._loss = (loss - self._loss) / done, loss
-            apply(Commit(0, steps=done, first=first, commits=commits, loss=mean), self._c)
+            apply(Commit(0, steps=done, first_step=first, commits=commits, loss=mean), self._c)
         self._left = left
         return commits > 0
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from mpi4py import MPI
 
-from ..core.backoff import finish
+from ..core.backoff import wait_until
 
 T = TypeVar("T")
 
@@ -20,12 +20,12 @@ def allgather(comm: MPI.Comm, text: str) -> list[str]:
     """Gather a string of every rank, by rank; no pickles."""
     mine = np.frombuffer(text.encode(), np.uint8)
     sizes = np.empty(comm.size, np.int64)
-    finish(comm.Iallgather(np.array([mine.size]), sizes).Test)
+    wait_until(comm.Iallgather(np.array([mine.size]), sizes).Test)
     # Padded: mpi4py 4.1 lets go of the lists of counts that Iallgatherv may still read.
     padded = np.zeros(max(1, int(sizes.max())), np.uint8)
     padded[: mine.size] = mine
     everything = np.empty((comm.size, padded.size), np.uint8)
-    finish(comm.Iallgather(padded, everything).Test)
+    wait_until(comm.Iallgather(padded, everything).Test)
     return [row[:size].tobytes().decode() for row, size in zip(everything, sizes)]
 
 
@@ -45,7 +45,7 @@ def ranks_in_words(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {words}"
 
 
-def together(comm: MPI.Comm, make: Callable[[], T]) -> T:
+def raise_on_all(comm: MPI.Comm, make: Callable[[], T]) -> T:
     """Call `make` on every rank; if it refuses on any, raise the same ConfigError, naming ranks, on all.
 
     A refusal is a ValueError, TypeError, OSError or ImportError; whatever else is raised passes through.
@@ -67,7 +67,7 @@ def together(comm: MPI.Comm, make: Callable[[], T]) -> T:
     return made  # type: ignore[return-value]
 
 
-def agree(comm: MPI.Comm, facts: Mapping[str, str]) -> None:
+def require_equal(comm: MPI.Comm, facts: Mapping[str, str]) -> None:
     """Raise the same ConfigError on all ranks if `facts` differ between them, naming the ranks that differ."""
     everyone = [json.loads(text) for text in allgather(comm, json.dumps(dict(facts)))]
     problems = []
@@ -83,10 +83,10 @@ def agree(comm: MPI.Comm, facts: Mapping[str, str]) -> None:
         raise ConfigError("\n".join(shown))
 
 
-def agree_on_total(comm: MPI.Comm, total: int | None) -> None:
+def require_equal_total(comm: MPI.Comm, total: int | None) -> None:
     """Raise ValueError on all ranks if they do not ask for the same number of steps."""
     said = -1 if total is None else total
     extremes = np.array([said, -said])
-    finish(comm.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX).Test)
+    wait_until(comm.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX).Test)
     if extremes[0] != -extremes[1]:
         raise ValueError(f"the ranks ask for different numbers of steps, from {-extremes[1]} to {extremes[0]}")

@@ -11,12 +11,12 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like, full_like, to_host
-from ..core.backoff import finish
+from ..core.backoff import wait_until
 from ..core.ends import Apply, Capabilities, Done, Handle
 from ..core.leases import NONE, Lease
-from ..core.messages import BAD, CONTINUE, OK, STOP, WORK, Commit, Reply
+from ..core.messages import CONTINUE, NOT_FINITE, OK, STOP, WORK, Commit, Reply
 from ..version import mpi_library
-from .agreement import agree_on_total
+from .agreement import require_equal_total
 from .chunks import Stream, Ticks
 from .staging import CHUNK, Direct, Wire, cut
 
@@ -27,7 +27,7 @@ _PIECE = 1 << 18
 assert CHUNK % _PIECE == 0
 
 
-class CollectiveEnd:
+class AllreduceEnd:
     """A rank's end.
 
     `c`: (n,) its replica of the center, moved in place; `apply`: the center step.
@@ -46,7 +46,7 @@ class CollectiveEnd:
 
     def begin(self, total: int | None, rounds: Iterator[Lease]) -> None:
         """Begin a session of `total` steps; raises ValueError, on all ranks, if they do not say the same."""
-        agree_on_total(self.comm, total)
+        require_equal_total(self.comm, total)
         self.rounds, self.stopped, self._due = rounds, False, 0
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
@@ -56,7 +56,7 @@ class CollectiveEnd:
             return Round(self, commit, out)
         if out is not None:
             out[...] = self.c
-        return Done(Reply(self.clock, work=self.grant(commit.wants), steps=self.steps))
+        return Done(Reply(self.clock, work=self.grant(commit.requests), steps=self.steps))
 
     def pull(self, out: Array) -> Handle:
         """Read the replica."""
@@ -71,9 +71,9 @@ class CollectiveEnd:
     def close(self) -> None:
         """Nothing to free."""
 
-    def grant(self, wants: int) -> Lease:
+    def grant(self, requests: int) -> Lease:
         """The next lease of this rank, if asked for."""
-        lease = next(self.rounds, NONE) if wants & WORK else NONE
+        lease = next(self.rounds, NONE) if requests & WORK else NONE
         self._due += lease.first >= 0
         return lease
 
@@ -81,7 +81,7 @@ class CollectiveEnd:
 class Farewell:
     """The end of a session: after the last round the replicas are compared."""
 
-    def __init__(self, end: CollectiveEnd, out: Array, check: bool) -> None:
+    def __init__(self, end: AllreduceEnd, out: Array, check: bool) -> None:
         self._end, self._out = end, out
         digest = zlib.crc32(to_host(end.c).tobytes())
         self._extremes = np.array([digest, -digest])
@@ -93,7 +93,7 @@ class Farewell:
 
     def wait(self) -> Reply:
         """Finish; raises RuntimeError if the replicas differ."""
-        finish(self.test)
+        wait_until(self.test)
         end = self._end
         if self._extremes[0] != -self._extremes[1]:
             raise RuntimeError(
@@ -107,12 +107,12 @@ class Farewell:
 class Round:
     """A round under way."""
 
-    def __init__(self, end: CollectiveEnd, commit: Commit, out: Array | None, leaving: bool = False) -> None:
+    def __init__(self, end: AllreduceEnd, commit: Commit, out: Array | None, leaving: bool = False) -> None:
         self._end, self._commit, self._out = end, commit, out
         self._reply: Reply | None = None
         loss = commit.loss * commit.steps if commit.steps else 0.0
         # A rank without steps adds nothing to the sum and does not count in the mean.
-        bad = bool(commit.wants & BAD)
+        bad = bool(commit.flags & NOT_FINITE)
         checkpoint = end.checkpoint if end.comm.rank == 0 else 0  # rank 0 saves, and all hear of it
         self._counts = np.array([commit.steps > 0, commit.steps, loss, leaving, checkpoint, bad], np.float64)
         # A send buffer on every rank: with MPI_IN_PLACE on some, Open MPI 5.0's ranks choose different algorithms.
@@ -138,10 +138,10 @@ class Round:
 
     def wait(self) -> Reply:
         """Finish the round."""
-        finish(lambda: self.test() or not self._requests)
+        wait_until(lambda: self.test() or not self._requests)
         # The counts are there, so all ranks are: bytes are on their way, and MPICH 5.0 moves few of them at a time. Who
         # slept in between would hold up the others, who would then sleep, too.
-        finish(self.test, lambda: self._ticks.count, spin=0.05)
+        wait_until(self.test, lambda: self._ticks.count, spin=0.05)
         assert self._reply is not None
         return self._reply
 
@@ -153,7 +153,8 @@ class Round:
         end.stopped = bool(leaving)
         if commits:
             summed = self._commit._replace(
-                wants=BAD if bad else 0,
+                requests=0,
+                flags=NOT_FINITE if bad else 0,
                 clock=end.clock,
                 steps=int(steps),
                 commits=int(commits),
@@ -165,5 +166,5 @@ class Round:
         if self._out is not None:
             self._out[...] = end.c
         control = STOP if leaving else CONTINUE
-        work = end.grant(self._commit.wants)
+        work = end.grant(self._commit.requests)
         return Reply(end.clock, status, control, work, end.steps, max(int(checkpoint), end.checkpoint))

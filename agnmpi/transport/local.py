@@ -37,7 +37,7 @@ class LocalCenter:
             return False
         handle = self._queue.popleft()
         handle.reply = apply(handle.commit, self.c)
-        if handle.commit.wants & LEAVE:
+        if handle.commit.requests & LEAVE:
             self.live -= 1
         if handle.out is not None:
             handle.out[...] = self.c
@@ -82,12 +82,12 @@ class LocalWorker:
 
     def pull(self, out: Array) -> LocalHandle:
         """Queue a request for the center."""
-        return self.exchange(Commit(self._worker, wants=PULL), out)
+        return self.exchange(Commit(self._worker, requests=PULL), out)
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
         """Queue the last commit and the farewell."""
         last = [] if commit is None else [self.exchange(commit, None)]
-        return InTurn(*last, self.exchange(Commit(self._worker, wants=PULL | LEAVE), out))
+        return InTurn(*last, self.exchange(Commit(self._worker, requests=PULL | LEAVE), out))
 
     def close(self) -> None:
         """Nothing to free."""

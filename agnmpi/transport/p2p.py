@@ -18,7 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like
-from ..core.backoff import finish
+from ..core.backoff import wait_until
 from ..core.ends import Apply, Capabilities, Handle, InTurn
 from ..core.messages import COMMIT_BYTES, LEAVE, MISFIT, PULL, Commit, Reply, reply_bytes
 from .chunks import ALL, PIECE, Stream, Ticks
@@ -37,8 +37,8 @@ class _Exchange:
         self._ticks = Ticks()
         self._streams: list[Stream] = []
         payload = commit.payload
-        wants, nbytes = commit.wants | (PULL if out is not None else 0), 0 if payload is None else payload.nbytes
-        self._requests = [comm.Isend(commit._replace(wants=wants, nbytes=nbytes).encode(), CENTER, _HEADER)]
+        requests, nbytes = commit.requests | (PULL if out is not None else 0), 0 if payload is None else payload.nbytes
+        self._requests = [comm.Isend(commit._replace(requests=requests, nbytes=nbytes).encode(), CENTER, _HEADER)]
         if payload is not None:
             pieces = (piece for chunk in wire.outgoing(payload) for piece in cut(chunk, PIECE))
             self._streams.append(Stream(lambda x: comm.Isend(x, CENTER, _DELTA), pieces, self._ticks, ALL))
@@ -70,7 +70,7 @@ class _Exchange:
         return self._ticks.count - len(self._requests)
 
     def wait(self) -> Reply:
-        finish(self.test, self._progress)
+        wait_until(self.test, self._progress)
         assert self._done is not None
         return self._done
 
@@ -94,7 +94,7 @@ class P2PWorker:
     def leave(self, commit: Commit | None, out: Array) -> Handle:
         """Say farewell, right behind the last commit; the reply comes when all have left."""
         last = [] if commit is None else [self.exchange(commit, None)]
-        return InTurn(*last, self.exchange(Commit(self._worker, wants=LEAVE), out))
+        return InTurn(*last, self.exchange(Commit(self._worker, requests=LEAVE), out))
 
     def close(self) -> None:
         """Nothing to free."""
@@ -157,7 +157,7 @@ class P2PCenter:
         self._receiving: list[tuple[Commit, _Buffer | None, Stream]] = []
         self._ready: deque[tuple[Commit, _Buffer | None]] = deque()
         self._replies: list[_Answer] = []
-        self._applied: Commit | None = None  # while it is, if it wants c
+        self._applied: Commit | None = None  # while it is, if it requests c
         self._out: Stream | None = None  # c on its way to the worker of that one, block by block
         self._left: list[Commit] = []
         self.lost = set[int]()  # workers that have died, with `on_loss` alone; else the error is raised
@@ -205,12 +205,12 @@ class P2PCenter:
         if slot is not None and not self._own_center():
             return False
         self._ready.popleft()
-        self._applied = commit if commit.wants & (PULL | LEAVE) == PULL else None
+        self._applied = commit if commit.requests & (PULL | LEAVE) == PULL else None
         reply = apply(commit if slot is None else commit._replace(payload=slot.x), self.c)
         self._applied = None
         if slot is not None:
             self._free.append(slot)
-        if not commit.wants & LEAVE:
+        if not commit.requests & LEAVE:
             self._answer(commit, reply)
             self._post(commit.worker)
             return True
@@ -227,7 +227,7 @@ class P2PCenter:
         farewell, self._farewell = self._farewell, None
         for leaver in self._left:
             self._answer(leaver, farewell)
-        finish(self._flush)
+        wait_until(self._flush)
 
     def _try(self, worker: int, call: Callable[[], bool]) -> bool:
         """Call what speaks with `worker`; if that is dead, forget it, and go on without."""
@@ -300,7 +300,7 @@ class P2PCenter:
                 self._ticks.count += 1
                 self.dropped.discard(worker)
                 commit = Commit.decode(self._headers[worker]).taken_from(worker, self.c.nbytes)
-                if commit.nbytes and commit.wants & MISFIT:
+                if commit.nbytes and commit.flags & MISFIT:
                     self._swallow(commit)
                 elif commit.nbytes:
                     self._queue.append(commit)
@@ -385,7 +385,7 @@ class P2PCenter:
         worker, buffer = commit.worker, self._center
 
         def send() -> bool:
-            if commit.wants & PULL:
+            if commit.requests & PULL:
                 self._send(worker, buffer.x.size)
             header = reply.encode()
             request = self._comm.Isend(header, worker + 1, _REPLY)

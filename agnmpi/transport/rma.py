@@ -40,8 +40,8 @@ class RMAWorker:
         windows, payload = self.windows, commit.payload
         if payload is not None and payload.size != windows.size:
             raise ValueError(f"worker {self.worker}: a vector of {payload.size} numbers, not {windows.size}")
-        wants = commit.wants | (PULL if out is not None else 0)
-        commit = commit._replace(wants=wants, nbytes=0 if payload is None else payload.nbytes)
+        requests = commit.requests | (PULL if out is not None else 0)
+        commit = commit._replace(requests=requests, nbytes=0 if payload is None else payload.nbytes)
         windows.put(windows.header(self.worker), commit.encode())
         if payload is not None:
             if not windows.one_host:
@@ -57,7 +57,7 @@ class RMAWorker:
             )
         self._posted += 2
         windows.add(windows.posted + self.worker, self._posted, MPI.REPLACE)
-        return Polled(partial(self._answered, self._posted, out, bool(commit.wants & LEAVE)))
+        return Polled(partial(self._answered, self._posted, out, bool(commit.requests & LEAVE)))
 
     def _answered(self, posted: int, out: Array | None, leaving: bool, patient: bool) -> Reply | None:
         """The reply to the message `posted`, with c in `out`, as soon as it has been taken and c can be read."""
@@ -120,7 +120,7 @@ class RMAWorker:
     def leave(self, commit: Commit | None, out: Array) -> Handle:
         """Put the last commit and the farewell as one message; it is taken when all have left."""
         last = commit or Commit(self.worker)
-        return self.exchange(last._replace(wants=last.wants | LEAVE), out)
+        return self.exchange(last._replace(requests=last.requests | LEAVE), out)
 
     def close(self) -> None:
         """Free the windows; collective."""
@@ -189,11 +189,11 @@ class RMACenter:
         windows.sync()
         header = windows.words[windows.header(worker) :][:COMMIT_WORDS].tobytes()
         commit = Commit.decode(header).taken_from(worker, self._c.nbytes)
-        if commit.nbytes and not commit.wants & MISFIT:
+        if commit.nbytes and not commit.flags & MISFIT:
             if not self._lock():
                 return False
             commit = commit._replace(payload=self._slots[worker])
-        if windows.one_host and commit.wants & (PULL | LEAVE) == PULL:
+        if windows.one_host and commit.requests & (PULL | LEAVE) == PULL:
             self._applied = commit
         reply = apply(commit, self._c)
         self._applied = None
@@ -201,7 +201,7 @@ class RMACenter:
             self._readable = 0
             windows.add(windows.taken(worker) + 1, 0, MPI.REPLACE)  # while new readers are still kept out
         self._taken[worker] = posted
-        if commit.wants & LEAVE:
+        if commit.requests & LEAVE:
             self._left.append(worker)
             answered = self._left if len(self._left) == self._workers else []
         else:

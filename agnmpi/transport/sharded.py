@@ -61,8 +61,8 @@ class ShardedWorker:
 
     def _part(self, commit: Commit, i: int) -> Commit:
         payload = None if commit.payload is None else commit.payload[self.spans[i]]
-        wants = commit.wants if i == 0 else commit.wants & ~WORK
-        return commit._replace(payload=payload, wants=wants, clock=self._clocks[i])
+        requests = commit.requests if i == 0 else commit.requests & ~WORK
+        return commit._replace(payload=payload, requests=requests, clock=self._clocks[i])
 
     def _pulled(self, replies: list[Reply]) -> None:
         self._clocks = [reply.clock for reply in replies]

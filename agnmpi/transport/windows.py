@@ -13,9 +13,9 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array
-from ..core.backoff import Idle, finish
+from ..core.backoff import Backoff, wait_until
 from ..core.messages import COMMIT_BYTES, Reply
-from .agreement import ConfigError, agree, allgather
+from .agreement import ConfigError, allgather, require_equal
 from .staging import Wire
 
 CENTER = 0  # rank
@@ -36,7 +36,7 @@ class Windows:
     """
 
     def __init__(self, comm: MPI.Comm, like: Array, slots: int) -> None:
-        agree(comm, {"size of the vector": str(like.size), "dtype": str(like.dtype)})
+        require_equal(comm, {"size of the vector": str(like.size), "dtype": str(like.dtype)})
         self.comm, self.dtype, self.size, self.workers = comm, like.dtype, like.size, comm.size - 1
         self.stride = -(-like.nbytes // _PAGE) * _PAGE  # vectors begin at pages
         _check_room(comm, (1 + slots) * self.stride)
@@ -62,7 +62,7 @@ class Windows:
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.one_host = node.size == comm.size
         node.Free()
-        finish(comm.Ibarrier().Test)
+        wait_until(comm.Ibarrier().Test)
 
     def taken(self, worker: int) -> int:
         """The word that tells which message of a worker has been served; the next one, up to where c is done for it."""
@@ -123,16 +123,16 @@ class Windows:
 
         `done()`: elements of c that may be read by now, where these are not all; more and more, and at last all.
         """
-        buffer, idle, at = wire.incoming(out), Idle(), 0
+        buffer, backoff, at = wire.incoming(out), Backoff(), 0
         for part in wire.cuts(out):
             while at < part.stop:
                 stop = min(done(), part.stop) if done else part.stop
                 if stop <= at:
-                    idle.wait()
+                    backoff.wait()
                     continue
                 self.center.Get(buffer[at:stop], CENTER, at * self.dtype.itemsize)
                 self.center.Flush(CENTER)
-                idle.reset()
+                backoff.reset()
                 at = stop
             wire.arrived(out, part)
         wire.settle(out)
@@ -146,7 +146,7 @@ class Windows:
 
     def free(self) -> None:
         """Unlock and free; collective."""
-        finish(self.comm.Ibarrier().Test)
+        wait_until(self.comm.Ibarrier().Test)
         for win in self._all:
             win.Unlock_all()
         self.words = self.words[:0]

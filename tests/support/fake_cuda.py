@@ -1,0 +1,180 @@
+"""A CUDA device made of fake: CuPy's names over host memory, every launch and copy written down.
+
+Its ElementwiseKernels are the bodies of `agnmpi.kernels`, compiled by g++ into plain C loops.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from agnmpi.arrays.device_kernels import KERNELS
+
+MODULE = "fake_cupy"  # where `backend.namespace` finds the device, and that it is one of CuPy's
+TYPES = {"float32": ("float", ctypes.c_float), "float64": ("double", ctypes.c_double)}
+
+
+def names(params):
+    return re.findall(r"T (\w+)(?:, |$)", params)
+
+
+def vectors(name):
+    """The inputs of a kernel that are vectors: those with the letters of vectors; the others are scalars."""
+    return [p for p in names(KERNELS[name].inputs) if p in {"g", "x", "o", "c", "sent", "delta"}]
+
+
+def source(qualifiers, loop):
+    """C for every kernel and both dtypes, as CuPy writes it: inputs const, references into the vectors."""
+    text = []
+    for dtype, (ctype, _) in TYPES.items():
+        for name, body in KERNELS.items():
+            arguments, lines = ["long size"], []
+            for p in names(body.inputs):
+                if p in vectors(name):
+                    arguments.append(f"const {ctype}* raw_{p}")
+                    lines.append(f"const T& {p} = raw_{p}[index];")
+                else:
+                    arguments.append(f"const {ctype} {p}")
+            for p in names(body.inouts):
+                arguments.append(f"{ctype}* raw_{p}")
+                lines.append(f"T& {p} = raw_{p}[index];")
+            text.append(
+                f'extern "C" {qualifiers} void {name}_{dtype}({", ".join(arguments)}) {{\n'
+                f"typedef {ctype} T;\n{loop} {{ {' '.join(lines)}\n{body.code} }} }}\n"
+            )
+    return "".join(text)
+
+
+def compile_host(folder):
+    """Compile the kernels into loops over host memory; skips without a compiler."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler here (g++)")
+    loop = "for (long index = 0; index < size; ++index)"
+    (folder / "kernels.cpp").write_text("#include <cmath>\nusing std::sqrt;\n" + source("", loop))
+    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "kernels.cpp", "-o", "kernels.so"]
+    subprocess.run(command, cwd=folder, check=True, timeout=120)
+    return ctypes.CDLL(str(folder / "kernels.so"))
+
+
+class Vector(np.lib.mixins.NDArrayOperatorsMixin):
+    """A device array: whatever is done to it is written down."""
+
+    __module__ = MODULE
+    __cuda_array_interface__ = ()
+
+    def __init__(self, memory, log):
+        self.memory, self.log = memory, log
+        self.size, self.dtype, self.shape, self.nbytes = memory.size, memory.dtype, memory.shape, memory.nbytes
+
+    def __getitem__(self, key):
+        return Vector(self.memory[key], self.log)
+
+    def __setitem__(self, key, value):
+        if isinstance(value, Vector) and np.shares_memory(self.memory, value.memory):
+            return  # x[part] += y writes back the view that it has moved
+        if isinstance(value, np.ndarray) and value.ndim:
+            raise ValueError("non-scalar numpy.ndarray cannot be used for fill")  # as CuPy says
+        self.log.append("copy")
+        self.memory[key] = plain(value)
+
+    def __float__(self):
+        self.log.append("synchronize")
+        return float(self.memory)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None):
+        assert method == "__call__"
+        self.log.append(ufunc.__name__)
+        result = ufunc(*map(plain, inputs), out=None if out is None else tuple(map(plain, out)))
+        return out[0] if out else Vector(np.asarray(result), self.log)
+
+    @property
+    def device(self):
+        @contextmanager
+        def entered():
+            self.log.append("enter device")
+            yield
+
+        return entered()
+
+    def reshape(self, *shape):
+        return Vector(self.memory.reshape(*shape), self.log)
+
+    def copy(self):
+        self.log.append("copy")
+        return Vector(self.memory.copy(), self.log)
+
+
+def plain(value):
+    return value.memory if isinstance(value, Vector) else value
+
+
+def device(library):
+    """A module with as much of CuPy in it as agnmpi uses; `log` is its list of what was done."""
+    fake, log = ModuleType(MODULE), []
+    fake.log, fake.pointers = log, []
+
+    class ElementwiseKernel:
+        def __init__(self, inputs, inouts, code, name):
+            self.name = name.removeprefix("agnmpi_")
+            assert (inputs, inouts, code) == KERNELS[self.name]
+            log.append(f"make {self.name}")
+
+        def __call__(self, *arguments):
+            log.append(self.name)
+            arrays = [a for a in arguments if isinstance(a, Vector)]
+            (dtype,) = {a.dtype.name for a in arrays}
+            (size,) = {a.size for a in arrays}
+            body = KERNELS[self.name]
+            expected = names(body.inputs) + names(body.inouts)
+            assert len(arguments) == len(expected)
+            passed = []
+            for p, a in zip(expected, arguments):
+                is_vector = p in vectors(self.name) + names(body.inouts)
+                assert isinstance(a, Vector) == is_vector, (self.name, p, a)
+                passed.append(ctypes.c_void_p(a.memory.ctypes.data) if is_vector else TYPES[dtype][1](a))
+            getattr(library, f"{self.name}_{dtype}")(ctypes.c_long(size), *passed)
+
+    class Memory:  # one cudaMalloc
+        def __init__(self, size):
+            log.append(f"malloc {size}")
+            self.size = size
+
+    def ndarray(shape, dtype, memptr):
+        memory, offset = memptr
+        assert offset == 0
+        assert np.dtype(dtype).itemsize * int(np.prod(shape)) == memory.size
+        made = Vector(np.full(shape, np.nan, dtype), log)
+        fake.pointers.append(memptr)
+        return made
+
+    def concatenate(pieces, out):
+        log.append("concatenate")
+        np.concatenate([p.memory for p in pieces], out=out.memory)
+
+    def array(values, dtype=None):
+        return Vector(np.array(plain(values), dtype), log)
+
+    def copyto(out, x):
+        out[...] = x
+
+    def event():
+        return SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+
+    fake.ElementwiseKernel, fake.ndarray, fake.concatenate = ElementwiseKernel, ndarray, concatenate
+    fake.array, fake.asarray, fake.copyto = array, array, copyto
+    fake.asnumpy = lambda x: x.memory.copy()
+    fake.zeros_like = lambda x: Vector(np.zeros_like(x.memory), log)
+    fake.full_like = lambda x, value: Vector(np.full_like(x.memory, value), log)
+    fake.full = lambda size, value, dtype=float: Vector(np.full(size, value, dtype), log)
+    fake.cuda = SimpleNamespace(
+        Memory=Memory, MemoryPointer=lambda memory, offset: (memory, offset), Event=event,
+        get_elapsed_time=lambda start, end: 1.0,
+        get_current_stream=lambda: SimpleNamespace(synchronize=lambda: log.append("synchronize")),
+    )  # fmt: skip
+    return fake

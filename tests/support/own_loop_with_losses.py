@@ -1,0 +1,68 @@
+"""A loop of one's own in which ranks die, center or worker.
+
+DEATHS is RANK@LOOP.AT,…: at the AT-th step (of rank 0: commit) of that rank in that loop.
+
+mpiexec --with-ft ulfm -n 4 python tests/support/own_loop_with_losses.py 0@1.20,2@2.7
+"""
+
+import os
+import signal
+import sys
+import time
+import warnings
+
+import mpi4py
+
+mpi4py.rc.threads = False
+
+import numpy as np  # noqa: E402
+from mpi4py import MPI  # noqa: E402
+
+from agnmpi import AGNOptimizer, sgd  # noqa: E402
+
+TOTAL, LOOPS = 600, 2
+
+
+def main(deaths):
+    warnings.simplefilter("always")
+    rank = MPI.COMM_WORLD.rank
+    victims = dict(death.split("@") for death in deaths.split(","))
+    mine = [int(number) for number in victims.get(str(rank), "0.0").split(".")]
+    at = [0, 0]  # loop, step
+
+    def die_if_due():
+        at[1] += 1
+        if at == mine:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    # Gradient -1 at a rate of 1: each step of a period moves the center by 1/λ.
+    opt = AGNOptimizer(sgd(1.0), {"w": np.zeros(3)}, MPI.COMM_WORLD, communication_period=3)
+    if opt.is_center:
+        apply = opt._loop.role._apply
+
+        def watched(commit, c):
+            reply = apply(commit, c)
+            die_if_due()
+            return reply
+
+        opt._loop.role._apply = watched
+    for loop in range(1, LOOPS + 1):
+        at[:] = loop, 0
+        for _step in opt.steps(TOTAL):
+            die_if_due()
+            if str(rank) not in victims:
+                time.sleep(1e-3)  # the victims come to their steps, whoever gets the cores
+            opt.minimize(lambda p: (0.0, {"w": -np.ones(3)}))
+    w, clock = opt.center["w"], opt.global_step
+    # Whole: every commit of the clock is in the center, each of mean length 1.
+    assert w.tolist() == [clock] * 3, (w, clock)
+    print(f"rank {rank}: clock {clock}, center rank {opt.is_center}, {opt.comm.size} left", flush=True)
+    opt.comm.Barrier()
+    lost = opt.comm.size < MPI.COMM_WORLD.size
+    opt.close()
+    if lost:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,161 @@
+"""Small problems for the command line: well-behaved, and each broken in one way, on the last rank only."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
+from mlp import MLP
+
+
+def on_last_rank():
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1
+
+
+class Quadratic:
+    """Mean of (w − sample)²/2 and a bias that is not used: the optimum is the mean of the samples."""
+
+    samples = 240
+
+    def __init__(self, xp=np, dtype="float32", slow=0.0):
+        self.x = xp.asarray(np.random.default_rng(0).normal(size=(self.samples, 4)), dtype=dtype)
+        self.slow = slow
+
+    def init(self, rng):
+        return {"w": np.asarray(rng.normal(size=4), self.x.dtype), "b": np.zeros(2, self.x.dtype)}
+
+    def gradient(self, params, indices):
+        time.sleep(self.slow)
+        error = params["w"] - self.x[indices]
+        return float((error**2).mean() / 2), {"w": error.mean(axis=0), "b": np.zeros(2, self.x.dtype)}
+
+    def evaluate(self, params):
+        return {"distance": float(np.abs(params["w"] - self.x.mean(axis=0)).max())}
+
+
+class OtherShape(Quadratic):
+    def init(self, rng):
+        return {"w": np.zeros(4 + on_last_rank(), "f4"), "b": np.zeros(2, "f4")}
+
+
+class OtherDtype(Quadratic):
+    def init(self, rng):
+        kind = "f8" if on_last_rank() else "f4"
+        return {"w": np.zeros(4, kind), "b": np.zeros(2, kind)}
+
+
+class OtherNames(Quadratic):
+    def init(self, rng):
+        return {"v" if on_last_rank() else "w": np.zeros(4, "f4"), "b": np.zeros(2, "f4")}
+
+
+class OtherOrder(Quadratic):
+    def init(self, rng):
+        params = super().init(rng)
+        return dict(reversed(params.items())) if on_last_rank() else params
+
+
+class NoData(Quadratic):
+    def __init__(self, xp=np):
+        super().__init__(xp)
+        if on_last_rank():
+            open("/nowhere/data.bin")  # noqa: PTH123, SIM115
+
+
+class WrongGradient(Quadratic):
+    def gradient(self, params, indices):
+        loss, grads = super().gradient(params, indices)
+        return loss, {"w": np.zeros(5), "b": grads["b"]} if on_last_rank() else grads
+
+
+class Raises(Quadratic):
+    def gradient(self, params, indices):
+        if on_last_rank():
+            raise ArithmeticError("this gradient went wrong")
+        return super().gradient(params, indices)
+
+
+class Exits(Quadratic):
+    def gradient(self, params, indices):
+        if on_last_rank():
+            sys.exit(7)
+        return super().gradient(params, indices)
+
+
+class Diverges(Quadratic):
+    def gradient(self, params, indices):
+        return float("nan"), super().gradient(params, indices)[1]
+
+
+class EvaluationRaises(Quadratic):
+    def evaluate(self, params):
+        raise ArithmeticError("this evaluation went wrong")
+
+
+class SecondEvaluationRaises(Quadratic):
+    evaluations = 0
+
+    def evaluate(self, params):
+        self.evaluations += 1
+        if self.evaluations == 2:
+            raise ArithmeticError("the second evaluation went wrong")
+        return super().evaluate(params)
+
+
+class SlowEvaluation(Quadratic):
+    def evaluate(self, params):
+        time.sleep(0.5)
+        return super().evaluate(params)
+
+
+class Timed(Quadratic):
+    """Steps of `mean` seconds, of which the part `spread` is an exponential tail; the last rank's `last` times that."""
+
+    def __init__(self, xp=np, mean=0.01, spread=0.0, last=1.0):
+        super().__init__(xp)
+        self.mean, self.spread = mean * (last if on_last_rank() else 1.0), spread
+        self.rng = np.random.default_rng()
+
+    def gradient(self, params, indices):
+        self.slow = self.mean * (1 - self.spread + self.spread * self.rng.exponential())
+        return super().gradient(params, indices)
+
+
+class Blobs(MLP):
+    """An MLP that tells Gaussian clusters apart: matrix products of the size that BLAS spreads over threads."""
+
+    def __init__(self, xp=np, dtype="float32", samples=600, hidden=100):
+        rng = np.random.default_rng(0)
+        y = rng.integers(10, size=samples)
+        x = (rng.normal(size=(10, 50))[y] + rng.normal(size=(samples, 50))).astype(dtype)
+        super().__init__(xp, (x[100:], y[100:]), (x[:100], y[:100]), [hidden])
+
+
+class Stuck(Quadratic):
+    """A period that takes for ever."""
+
+    def gradient(self, params, indices):
+        Path("stuck").touch()
+        time.sleep(2)
+        return super().gradient(params, indices)
+
+
+class SometimesNaN(Quadratic):
+    """The first gradients of each rank go wrong, once."""
+
+    calls = 0
+
+    def gradient(self, params, indices):
+        self.calls += 1
+        loss, grads = super().gradient(params, indices)
+        return loss, {name: g * np.nan for name, g in grads.items()} if self.calls == 6 else grads
+
+
+class AlwaysNaN(Quadratic):
+    def gradient(self, params, indices):
+        loss, grads = super().gradient(params, indices)
+        return loss, {name: g * np.nan for name, g in grads.items()}

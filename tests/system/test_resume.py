@@ -1,0 +1,339 @@
+"""Checkpoints, resuming and signals, as a person meets them: through the command line."""
+
+import json
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+from launcher import ROOT, agnmpi, mpi_kind, progresses, started
+
+from agnmpi.recovery.checkpoint import center_file, folder, folders, newest, prune, set_aside, unseal
+from agnmpi.recovery.files import load
+
+QUADRATIC = f"{ROOT / 'tests/support/problems.py'}:Quadratic"
+LIMIT = 90
+SHORT = ["--batch", "16", "--rate", "0.05", "--period", "4"]
+
+
+def train(ranks, *options, code=0, problem=QUADRATIC):
+    found, output = agnmpi(ranks, "train", problem, *options, timeout=LIMIT)
+    assert found == code, output
+    return output
+
+
+def center(run):
+    arrays, _ = load(run / "center.safetensors")
+    return b"".join(arrays[name].tobytes() for name in sorted(arrays))
+
+
+def result(run):
+    return json.loads((run / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ["--transport", "local", "--optimizer", "adamw"]),
+        (2, ["--transport", "rma", "--schedule", "step", "--decay-every", "24"]),
+        (2, ["--rule", "eamsgd", "--rho", "2"]),
+        pytest.param(2, ["--variant", "gradient", "--optimizer", "momentum"], marks=pytest.mark.long),
+        (3, ["--centers", "2", "--center-optimizer", "nesterov"]),
+        pytest.param(2, ["--transport", "rma", "--no-use-locking"], marks=pytest.mark.long),
+        (2, ["--outer-rate", "0.7", "--center-optimizer", "delayed_nesterov", "--set", "center_options.every=4"]),
+        (1, ["--rule", "diloco"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_half_and_half_is_the_whole_bit_for_bit(tmp_path, ranks, options):
+    """One worker: k steps, resume, k steps equal 2k steps; λ divides k. (With overlap resuming cuts it once.)"""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    train(ranks, *SHORT, *options, "--steps", "48", "--run", whole)
+    train(ranks, *SHORT, *options, "--steps", "24", "--run", half)
+    assert center(half) != center(whole)
+    output = train(ranks, "--resume", half, "--steps", "48", problem=QUADRATIC)
+    assert "resumed from step-000000000024: 24 of 48 steps" in output
+    assert "local state" not in output
+    assert center(half) == center(whole)
+    for key in ("clock", "steps", "samples"):
+        assert result(half)[key] == result(whole)[key]
+
+
+@pytest.mark.parametrize(
+    ("then", "options"),
+    [
+        (2, []),
+        pytest.param(5, [], marks=pytest.mark.long),
+        (4, ["--centers", "2"]),
+        pytest.param(3, ["--transport", "rma"], marks=pytest.mark.long),
+        (1, ["--transport", "local", "--workers", "3"]),
+    ],
+    ids=str,
+)
+def test_resume_with_other_ranks_and_another_transport(tmp_path, then, options):
+    run = tmp_path / "run"
+    train(4, *SHORT, "--epochs", "3", "--run", run)
+    output = train(then, "--resume", run, "--epochs", "6", *options)
+    assert "resumed from step-000000000045" in output
+    assert result(run)["steps"] == 6 * 15
+    assert result(run)["samples"] == 6 * 240, "nothing repeated, nothing skipped"
+    assert result(run)["metrics"]["distance"] < 1.5
+    kinds = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert "resume" in kinds
+    assert kinds.count("end") == 2
+
+
+def test_from_several_centers_to_one(tmp_path):
+    run = tmp_path / "run"
+    train(4, *SHORT, "--centers", "3", "--center-optimizer", "adam", "--epochs", "2", "--run", run)
+    before = center(run)
+    found = newest(run, pytest.fail)
+    assert found is not None
+    assert found[1]["c"].tobytes() in (before, b"".join(load(run / "center.safetensors")[0][n].tobytes() for n in "wb"))
+    train(2, "--resume", run, "--centers", "1", "--epochs", "4")
+    assert result(run)["steps"] == 60
+
+
+def interrupted(tmp_path, ranks, *options, number=signal.SIGUSR1):
+    """Start a long run, send it a signal when it has made progress, and let it end."""
+    run = tmp_path / "run"
+    saves = "--checkpoint-seconds" in options
+    job = started(
+        lambda: progresses(run) and not (saves and newest(run, lambda line: None) is None),
+        ranks, sys.executable, "-m", "agnmpi", "train", QUADRATIC, *SHORT, "--epochs", "4000", "--set",
+        "options.slow=0.0005", "--log-every", "0.1", "--evaluate-every", "0", "--run", run, *options,
+    )  # fmt: skip
+    job.process.send_signal(number)
+    code, output = job.finish(LIMIT)
+    return run, code, output
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (4, []),
+        (3, ["--transport", "rma"]),
+        pytest.param(3, ["--transport", "rma", "--no-use-locking"], marks=pytest.mark.long),
+        pytest.param(4, ["--centers", "2"], marks=pytest.mark.long),
+        (3, ["--rule", "synchronous"]),
+    ],
+    ids=str,
+)
+def test_usr1_commits_saves_and_leaves(tmp_path, ranks, options):
+    run, code, output = interrupted(tmp_path, ranks, *options)
+    assert code == 75, output
+    assert "SIGUSR1" in output or "synchronous" in options
+    assert f"--resume {run.resolve()}" in output
+    assert not (run / "result.json").exists()
+    _, facts = unseal(folders(run)[0] / "center-0.safetensors")
+    steps = int(facts["steps"])
+    assert 0 < steps < 60_000
+    assert f"interrupted at step {steps} of 60000" in output
+    lasting = ["--steps", str(steps + 400), "--set", "options.slow=0"]
+    output = train(ranks, "--resume", run, *lasting)
+    assert f"{steps} of {steps + 400} steps" in output
+    assert result(run)["steps"] == steps + 400
+    assert result(run)["metrics"]["distance"] < 0.5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_term_and_interrupt(tmp_path, number):
+    run, code, output = interrupted(tmp_path, 3, "--checkpoint-seconds", "0.2", number=number)
+    assert code != 0
+    assert "Traceback" not in output
+    if mpi_kind() == "mpich":
+        assert "interrupted at step" in output, output
+    assert newest(run, lambda line: None) is not None, "at most the last interval is lost"
+
+
+def test_a_second_signal_aborts_at_once(tmp_path):
+    run = tmp_path / "run"
+    job = started(
+        (tmp_path / "stuck").exists, 2, sys.executable, "-m", "agnmpi", "train",
+        f"{ROOT / 'tests/support/problems.py'}:Stuck", "--period", "1000000", "--run", run, cwd=tmp_path,
+    )  # fmt: skip
+    job.process.send_signal(signal.SIGUSR1)
+    time.sleep(1)
+    assert job.process.poll() is None, "the period is not finished: the run goes on"
+    job.process.send_signal(signal.SIGUSR1)
+    code, _ = job.finish(30)
+    assert code != 0
+
+
+def test_checkpoints_while_it_runs_and_a_broken_newest_one(tmp_path):
+    run = tmp_path / "run"
+    train(3, *SHORT, "--epochs", "20", "--checkpoint-commits", "10", "--keep", "2", "--run", run)
+    found = folders(run)
+    assert len(found) == 2
+    assert found[0].name == "step-000000000300"
+    assert found[1].name < found[0].name
+    newest_file = found[0] / "center-0.safetensors"
+    content = bytearray(newest_file.read_bytes())
+    content[-1] ^= 1
+    newest_file.write_bytes(content)
+    output = train(3, "--resume", run, "--epochs", "24")
+    assert "step-000000000300 is left out" in output
+    assert len(list((run / "checkpoints").glob("broken-step-000000000300-*"))) == 1
+    assert "does not match its checksum" in output
+    assert f"resumed from {found[1].name}" in output
+    assert result(run)["samples"] == 24 * 240
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ["--transport", "local"]),
+        (2, []),
+        pytest.param(2, ["--transport", "rma"], marks=pytest.mark.long),
+        (1, ["--rule", "synchronous"]),
+    ],
+    ids=str,
+)
+def test_after_a_crash_it_is_the_whole_bit_for_bit(tmp_path, ranks, options):
+    """One worker: its local state is that of the checkpoint, and no gradient enters its moments twice."""
+    whole, crashed = tmp_path / "whole", tmp_path / "crashed"
+    options = [*SHORT, "--optimizer", "adam", "--checkpoint-commits", "5", *options]
+    train(ranks, *options, "--epochs", "10", "--run", whole)
+    code, output = agnmpi(
+        ranks, "train", QUADRATIC, *options, "--epochs", "10", "--run", crashed, "--inject-faults",
+        env={"AGNMPI_FAULTS": f"kill:{ranks - 1}@103"}, timeout=LIMIT,
+    )  # fmt: skip
+    assert code != 0
+    assert not (crashed / "result.json").exists(), output
+    output = train(ranks, "--resume", crashed)
+    assert "local state" not in output
+    assert center(crashed) == center(whole)
+
+
+def test_checkpoints_of_several_centers_that_nobody_serves(tmp_path):
+    run = tmp_path / "run"
+    code, output = agnmpi(
+        4, "train", QUADRATIC, *SHORT, "--transport", "rma", "--no-use-locking", "--centers", "2",
+        "--checkpoint-commits", "10", "--epochs", "4000", "--set", "options.slow=0.002", "--run", run,
+        "--inject-faults", env={"AGNMPI_FAULTS": "kill:3@400"}, timeout=LIMIT,
+    )  # fmt: skip
+    assert code != 0, output
+    found = newest(run, pytest.fail)
+    assert found is not None
+    steps = int(found[2]["steps"])
+    assert steps >= 100
+    assert len(folders(run)) < 8, "old ones go"
+    stale = found[2]["staleness"]
+    output = train(4, "--resume", run, "--steps", str(steps + 40), "--set", "options.slow=0")
+    assert result(run)["steps"] == steps + 40
+    assert result(run)["staleness"]["max"] >= stale[1], "counts go on"
+
+
+def test_resume_auto(tmp_path):
+    run = tmp_path / "run"
+    options = ["--run", run, "--resume", "auto"]
+    train(2, *SHORT, *options, "--epochs", "2")
+    assert "resumed" in train(2, *SHORT, *options, "--epochs", "4")
+    assert result(run)["steps"] == 60
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--resume", "auto"], "name it with run"),
+        (["--resume", "RUN", "--set", "options.dtype=float64"], "dtype is float32 there and float64 here"),
+        (["--resume", "RUN", "--center-optimizer", "adam"], "center optimizer is add, not adam"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--resume", "RUN", "--steps", "3"], "has 15 steps, but the run ends at 3"),
+        (["--resume", "RUN", "--epochs", "2", "--batch", "8"], "has batch 16, not 8: it cannot be told which samples"),
+        (["--resume", "RUN", "--epochs", "2", "--seed", "7"], "has seed 0, not 7"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(tmp_path, options, text):
+    run = tmp_path / "run"
+    train(2, *SHORT, "--epochs", "1", "--run", run)
+    given = [str(run) if word == "RUN" else word for word in options]
+    assert text in train(2, *given, code=2)
+
+
+def test_a_complete_run_stays_as_it_is(tmp_path):
+    run = tmp_path / "run"
+    train(2, *SHORT, "--steps", "16", "--run", run)
+    before = (run / "result.json").read_text()
+    output = train(2, "--resume", run)
+    assert "the run was complete, at step 16" in output
+    assert "WARNING" not in output
+    assert (run / "result.json").read_text() == before
+    (run / "result.json").unlink()  # as if the run had been killed before it wrote it
+    output = train(2, "--resume", run)
+    assert "WARNING" not in output
+    assert result(run)["steps"] == 16
+    assert result(run)["metrics"] == json.loads(before)["metrics"]
+    output = train(2, "--resume", run, "--epochs", "2")  # overrides the steps of its configuration
+    assert result(run)["steps"] > 16
+
+
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").write_text("in the way")
+    output = train(3, *SHORT, "--epochs", "10", "--checkpoint-commits", "10", "--run", run)
+    assert "the checkpoint could not be written" in output
+    assert result(run)["steps"] == 150
+
+
+def test_checkpoints_of_several_centers_come_as_fast_as_they_can(tmp_path):
+    """A center that lags behind is asked for the newest alone, and nobody waits for an answer that does not come."""
+    run = tmp_path / "run"
+    options = ["--transport", "rma", "--centers", "2", "--checkpoint-commits", "1", "--keep", "1", "--period", "1"]
+    train(4, "--steps", "300", *options, "--run", run)
+    assert newest(run, pytest.fail) is not None
+    assert len(folders(run)) == 1
+
+
+def test_prune_and_set_aside(tmp_path):
+    def make(steps, *centers):
+        where = folder(tmp_path, steps)
+        where.mkdir(parents=True)
+        for i in centers:
+            center_file(where, i).write_text("")
+
+    for steps, centers in ((1, (0, 1)), (2, ()), (3, (0, 1)), (4, (0,)), (5, (0, 1)), (6, (0,))):
+        make(steps, *centers)
+    prune(tmp_path, 2, 2)
+    assert [int(found.name[5:]) for found in folders(tmp_path)] == [6, 5, 4, 3], "what is newer may be under way"
+    prune(tmp_path, 3, 2)
+    assert len(folders(tmp_path)) == 4, "not as many whole ones"
+    set_aside(tmp_path, folder(tmp_path, 5))
+    assert [int(found.name[5:]) for found in folders(tmp_path)] == [5, 4, 3]
+    set_aside(tmp_path, None)
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (3, ["--rule", "synchronous", "--optimizer", "momentum"]),
+        (4, ["--centers", "2", "--optimizer", "adam"]),
+        (3, ["--overlap", "--optimizer", "adam"]),
+        (3, ["--transport", "rma", "--no-use-locking"]),
+    ],
+    ids=str,
+)
+def test_a_refused_commit_leaves_no_trace(tmp_path, ranks, options):
+    run = tmp_path / "run"
+    problem = f"{ROOT / 'tests/support/problems.py'}:SometimesNaN"
+    train(ranks, *SHORT, *options, "--epochs", "20", "--run", run, problem=problem)
+    assert result(run)["refused"] > 0
+    assert result(run)["steps"] == 300
+    assert result(run)["metrics"]["distance"] < 1.0
+
+
+def test_commits_that_are_not_finite_are_refused(tmp_path):
+    """A few are refused and their steps taken again; many in a row end the run with the reason."""
+    run = tmp_path / "run"
+    output = train(
+        3, *SHORT, "--epochs", "10", "--run", run, problem=f"{ROOT / 'tests/support/problems.py'}:SometimesNaN"
+    )
+    assert result(run)["refused"] > 0
+    assert "commits were refused" in output
+    assert result(run)["samples"] == 2400
+    assert np.isfinite(result(run)["metrics"]["distance"])
+    output = train(3, *SHORT, "--epochs", "10", code=1, problem=f"{ROOT / 'tests/support/problems.py'}:AlwaysNaN")
+    assert "10 commits in a row were refused" in output

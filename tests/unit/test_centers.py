@@ -1,0 +1,323 @@
+"""What the center may do with a commit beyond adding it (DESIGN 3.5): each piece, and the case in which it is AGN."""
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+from golden import close
+from in_process import QUADRATIC, UNEVEN, center, config, world
+from launcher import agnmpi
+
+from agnmpi import adam, delayed_nesterov, sgd
+from agnmpi.arrays.backend import BLOCK
+from agnmpi.core import rules
+from agnmpi.core.leases import Lease, Leases, speed_proportional
+from agnmpi.core.messages import DROPPED, OK
+from agnmpi.core.optimizers import CENTER_OPTIMIZERS
+from agnmpi.core.rules import CommitInfo
+from agnmpi.reporting.advice import advice
+from agnmpi.simulation import simulate
+from agnmpi.simulation.replay import replay
+from agnmpi.simulation.timing import Timing
+
+
+def trajectory(rule, center_optimizer=None, workers=4, period=5):
+    """Where the center is after each exchange of workers that turn by turn take Adam's steps on noisy gradients."""
+    rng, seen = np.random.default_rng(0), []
+    _, local, made = world(rule, adam(0.05), rng.normal(size=6), workers, period, center_optimizer=center_optimizer)
+    for t in range(12 * period):
+        for worker in made:
+            worker.step(worker.x + rng.normal(size=6))
+            if t % period == period - 1:
+                seen.append(local.c.copy())
+    return np.array(seen)
+
+
+def test_identity_cases():
+    plain = trajectory(rules.agn())
+    assert rules.weighted(rule := rules.agn()) is rule
+    rate = rules.weighted(rules.agn(), rules.outer_rate(4 / 5))
+    np.testing.assert_allclose(trajectory(rate), plain, rtol=1e-12)
+    for weight in (rules.staleness_power(0.0), rules.staleness_cap(3), rules.staleness_power(2.0)):
+        # In turn each worker's staleness is n − 1 = 3, or less at the start: what is expected stays whole.
+        np.testing.assert_array_equal(trajectory(rules.weighted(rules.agn(), weight)), plain)
+    np.testing.assert_array_equal(trajectory(rules.agn(), delayed_nesterov(1.0, every=4, beta=0.0)), plain)
+
+
+def test_weights_are_what_their_formulas_say():
+    seen = CommitInfo(staleness=24, steps=10, workers=40)
+    assert rules.outer_rate(2.0)(seen) == 0.5
+    assert rules.outer_rate(2.0)(seen._replace(steps=5)) == 0.25
+    assert rules.staleness_power(1.0)(seen) == 1.0
+    assert rules.staleness_power(1.0)(seen._replace(workers=5)) == 0.2
+    assert rules.staleness_power(0.5)(seen._replace(workers=1)) == 0.2
+    assert [rules.staleness_cap(24)(seen), rules.staleness_cap(23)(seen)] == [1.0, 0.0]
+    both = rules.weighted(rules.dynsgd(), rules.staleness_power(1.0), rules.staleness_cap(99))
+    assert both.weight(seen._replace(workers=5)) == pytest.approx(1 / 25 * 0.2)
+    assert both.weighs
+    for made, text in (
+        (rules.outer_rate, "outer rate r"),
+        (rules.staleness_power, "power"),
+        (rules.staleness_cap, "cap"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            made(-1)
+    for rule in (rules.aeasgd(0.1), rules.synchronous()):
+        with pytest.raises(ValueError, match="takes no further weights"):
+            rules.weighted(rule, rules.staleness_cap(1))
+
+
+def test_r_1_averages_whatever_lambda_is():
+    """Three workers that pull together and move by 6, 3 and 0 in periods of their own length: c is their mean."""
+    _, local, made = world(rules.weighted(rules.agn(), rules.outer_rate(1.0)), None, [0.0], 3, 2)
+    for worker, steps, moved in zip(made, (2, 1, 2), (6, 3, 0)):
+        worker.leases[0] = worker.leases[0]._replace(steps=2)
+        worker.x += moved
+        for _ in range(steps):
+            worker.step(None)
+    made[1].leave()  # its period is cut short
+    made[1].settle()
+    close(local.c, [3.0])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7, 40])
+def test_an_outer_rate_of_1_is_stable_whatever_n_is(workers):
+    """Workers that reach their optimum, 0, in each period; in turn, so that their staleness is n − 1.
+
+    Then c ← c − (r/n)·c_old, which is stable for r/n < 2 cos(kπ/(2k + 1)), k = n − 1 (Levin, May 1976): for large n
+    r < π/2. So r = 1 is, and would be with an overshoot of half; r = 2, that is n/λ = 2, is not.
+    """
+
+    def end(r):
+        rule = rules.weighted(rules.agn(), rules.outer_rate(r))
+        _, local, made = world(rule, None, [1.0], workers, 3)
+        for _ in range(60):
+            for worker in made:
+                for _ in range(3):
+                    worker.x[:] = 0
+                    worker.step(None)
+        return abs(local.c[0])
+
+    edge = workers * 2 * np.cos((workers - 1) * np.pi / (2 * workers - 1))
+    assert edge > np.pi / 2
+    assert end(1.0) < 1e-4
+    assert end(0.8 * edge) < 0.1
+    assert end(1.2 * edge) > 10
+
+
+def test_what_is_too_old_is_dropped_and_done_again():
+    rule = rules.weighted(rules.agn(), rules.staleness_cap(1))
+    held, local, made = world(rule, sgd(1.0), [0.0], 3, 2, total=8)
+    replies = []
+    for worker in made:  # all pulled at clock 0: their staleness is 0, 1, 2
+        worker.local_step(-np.ones(1)), worker.local_step(-np.ones(1))
+        worker.start_exchange()
+        replies.append(worker._handle.wait())
+        worker.finish_exchange()
+    assert [reply.status for reply in replies] == [OK, OK, DROPPED]
+    close([local.c[0], made[2].x[0], made[2].o[0]], [2, 2, 2])
+    assert (held.clock, held.steps, held.dropped, made[2].refused, made[2].clock) == (2, 4, 1, 1, 2)
+    assert held.applied == [1, 1, 0]
+    assert made[2].leases[0] == Lease(4, 2), "its steps, and nobody has done them"
+    made[0].leave(), made[1].leave()
+    numbers = []
+    while made[2].leases:
+        numbers.append(made[2].step_number)
+        made[2].step(-np.ones(1))
+    assert numbers == [4, 5, 6, 7]
+    assert (held.steps, held.leases.committed) == (8, 8)
+    close(local.c, [4.0])
+
+
+def test_a_cap_of_nothing_ends_all_the_same(tmp_path):
+    result = simulate.run(config(tmp_path / "run", 5, staleness_cap=0), Timing(**UNEVEN))()
+    assert result["steps"] == 8 * 15
+    assert result["samples"] == 8 * 240
+    assert result["dropped"] > 10
+    assert result["staleness"]["max"] == 0
+
+
+@pytest.mark.parametrize("name", ["add", *CENTER_OPTIMIZERS])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_what_is_done_moves_no_more(name, weight):
+    """Workers read c up to there, while the rest is still to come."""
+    rng, seen = np.random.default_rng(0), []
+    c, delta = rng.normal(size=(2, 5 * (1 << 17) + 3))
+    options = {} if name in ("add", "delayed_nesterov") else {"clip": 1.0}
+    optimizer = None if name == "add" else CENTER_OPTIMIZERS[name](0.1, **options)
+    state = optimizer.init(c) if optimizer else None
+    for _ in range(3):
+        seen.clear()
+        state = rules.center_step(
+            c, delta, weight, optimizer, state, on_block=lambda stop: seen.append((stop, c[:stop].copy()))
+        )
+        stops = [stop for stop, _ in seen]
+        assert stops == sorted(set(stops))
+        assert len(stops) > 1
+        assert stops[-1] == c.size
+        assert all((c[:stop] == before).all() for stop, before in seen)
+
+
+def test_delayed_nesterov_is_the_published_form():
+    """In the letters of arXiv:2401.09135: ε = ηN, m of means; over more than one block, and in place."""
+    rng, eta, beta, every, turns = np.random.default_rng(0), 0.7, 0.6, 3, []
+    x = rng.normal(size=2 * BLOCK + 5)
+    expected, m, buffer, epsilon = x.copy(), np.zeros_like(x), np.zeros_like(x), eta * every
+    optimizer, place = delayed_nesterov(eta, every, beta), x
+    state = optimizer.init(x)
+    for t in range(1, 10):
+        d, before = rng.normal(size=x.size), state[1:]
+        state = rules.center_step(x, d, 0.5, optimizer, state, on_block=lambda _stop: turns.append(1))
+        assert all(a is b for a, b in zip(state[1:], before))
+        d = 0.5 * d
+        buffer += d
+        expected += epsilon * d / every
+        if t % every == 0:
+            m = beta * m + buffer / every
+            expected += epsilon * beta * m
+            buffer[:] = 0
+    assert len(turns) == 3 * 9
+    assert x is place
+    np.testing.assert_allclose(x, expected, rtol=1e-10, atol=1e-12)
+    assert set(optimizer.slots(state)) == {"momentum", "buffer"}
+    with pytest.raises(ValueError, match="at least 1"):
+        delayed_nesterov(every=0)
+
+
+def test_delayed_nesterov_on_a_quadratic():
+    """One worker, N = 1: every commit is a turn, so m ← βm + d, c ← c + η(d + βm), d = (q − 1)c."""
+    eta, k = 0.1, 3
+    _, local, (worker,) = world(rules.downpour(), sgd(eta), [2.0], 1, k, center_optimizer=delayed_nesterov(0.8, 1, 0.5))
+    c, m, q = 2.0, 0.0, (1 - eta) ** k
+    for _ in range(15):
+        for _ in range(k):
+            worker.step(worker.x.copy())
+        d = (q - 1) * c
+        m = 0.5 * m + d
+        c += 0.8 * (d + 0.5 * m)
+        close([local.c[0], worker.x[0]], [c, c])
+
+
+def test_speed_proportional_periods():
+    now = 0.0
+    pace = speed_proportional(10, lambda: now)
+    assert [pace(w, 0) for w in range(3)] == [10, 10, 10]
+    now = 1.0
+    assert pace(0, 10) == 10
+    now = 2.0
+    assert pace(1, 10) == 5
+    now = 100.0
+    assert pace(2, 10) == 1
+    book = Leases(total=20, period=10, pace=lambda worker, steps: 10 if worker == 0 else 4)
+    assert [book.grant(0), book.grant(1)] == [Lease(0, 10), Lease(10, 4)]
+    book.commit(0, Lease(0, 3))
+    assert [book.grant(1), book.grant(1), book.grant(0)] == [Lease(3, 4), Lease(7, 3), Lease(14, 6)]
+
+
+def test_equal_speeds_are_agn_with_one_lambda(tmp_path):
+    for name, dylu in (("plain", False), ("dylu", True)):
+        simulate.run(config(tmp_path / name, 4, dylu=dylu), Timing())()
+    assert center(tmp_path / "plain") == center(tmp_path / "dylu")
+
+
+def test_a_slow_worker_takes_shorter_periods(tmp_path):
+    result = {}
+    for dylu in (False, True):
+        given = config(tmp_path / str(dylu), 3, dylu=dylu, period=8, record=True, epochs=16)
+        result[dylu] = simulate.run(given, Timing(speed_factors="1,1,4"))()
+    lines = (tmp_path / "True/order.jsonl").read_text().splitlines()
+    names = json.loads(lines[0])["fields"]
+    served = [dict(zip(names, json.loads(line))) for line in lines[1:]]
+    steps = [[e["steps"] for e in served if e["kind"] == "commit" and e["worker"] == w][1:-1] for w in (0, 1, 2)]
+    assert set(steps[0] + steps[1]) == {8}
+    assert set(steps[2]) == {2}
+    assert result[True]["staleness"]["max"] < result[False]["staleness"]["max"]
+
+
+OPTIONS = {
+    "outer rate": {"outer_rate": 1.0},
+    "staleness": {"staleness_power": 0.5, "staleness_cap": 6},
+    "delayed nesterov": {"center_optimizer": "delayed_nesterov", "center_options": {"beta": 0.3}, "centers": 2},
+    "dylu": {"dylu": True, "staleness_cap": 6},
+    "all": {
+        "outer_rate": 1.5, "staleness_power": 1.0, "staleness_cap": 8, "dylu": True,
+        "center_optimizer": "delayed_nesterov",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_simulation_repeats_and_replays_bit_for_bit(tmp_path, name):
+    options, bits = OPTIONS[name], []
+    for run in ("a", "b"):
+        given = config(tmp_path / run, 5, record="centers" not in options, **options)
+        result = simulate.run(given, Timing(**UNEVEN))()
+        bits.append(center(tmp_path / run))
+        assert result["samples"] == 8 * 240, "each sample of an epoch is used once"
+        assert result["metrics"]["distance"] < 1.5
+        assert (result["dropped"] > 0) == ("staleness_cap" in options)
+    assert bits[0] == bits[1]
+    simulate.run(config(tmp_path / "plain", 5), Timing(**UNEVEN))()
+    assert center(tmp_path / "plain") != bits[0]
+    if "centers" not in options:
+        again = replay(tmp_path / "a", config(tmp_path / "again", 5, **options))()
+        assert again["same_bits"] is True
+        assert again["dropped"] == result["dropped"]
+
+
+def test_all_of_them_over_mpi(tmp_path):
+    code, output = agnmpi(
+        4, "train", QUADRATIC, "--epochs", 8, "--batch", 16, "--period", 3, "--rate", 0.05, "--outer-rate", 1.5,
+        "--staleness-power", 1, "--staleness-cap", 4, "--dylu", "--center-optimizer", "delayed_nesterov",
+        "--set", "center_options.beta=0.3", "--record", "--run", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, output
+    assert "effective outer rate 1.5" in output
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["staleness"]["max"] <= 4
+    assert tomllib.loads((tmp_path / "run/config.toml").read_text())["center_rate"] == 1.0
+    again = replay(tmp_path / "run", config(tmp_path / "again", 3, **OPTIONS["all"] | {
+        "staleness_cap": 4, "center_options": {"beta": 0.3}, "batch": 16}))()  # fmt: skip
+    assert again["same_bits"] is True
+
+
+def test_advice_goes_by_the_effective_outer_rate():
+    weighted = rules.weighted(rules.agn(), rules.outer_rate(1.0))
+    assert any("WARNING" in line for line in advice(rules.agn(), 40, 10))
+    lines = advice(weighted, 40, 10)
+    assert "effective outer rate 1" in lines[1]
+    assert len(lines) == 2
+    assert not any("note" in line for line in advice(weighted, 4, 10))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"outer_rate": 0.0}, "outer_rate must be positive"),
+        ({"outer_rate": 1.0, "rule": "downpour"}, "is of rule agn, not of downpour"),
+        ({"staleness_power": -1.0}, "staleness_power must be at least 0"),
+        ({"staleness_cap": -1}, "staleness_cap must be at least 0"),
+        ({"staleness_cap": 3, "centers": 2}, "a clock of its own"),
+        ({"staleness_cap": 3, "rule": "aeasgd"}, "takes no further weights"),
+        ({"center_optimizer": "delayed_nesterov", "center_options": {"every": 0}}, "at least 1"),
+        ({"center_optimizer": "delayed_nesterov", "center_options": {"gamma": 0}}, "gamma"),
+    ],
+)
+def test_what_is_refused(tmp_path, options, text):
+    with pytest.raises(ValueError, match=text):
+        config(tmp_path, 3, **options).complete()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--no-use-locking", "--transport", "rma", "--outer-rate", 1], "weighs commits"),
+        (["--no-use-locking", "--transport", "rma", "--dylu"], "dylu needs a center"),
+        (["--rule", "synchronous", "--dylu"], "dylu needs a center"),
+    ],
+)
+def test_what_is_refused_over_mpi(options, text):
+    code, output = agnmpi(2, "train", QUADRATIC, *options)
+    assert code == 2
+    assert text in output

@@ -1,0 +1,213 @@
+"""Who takes over from a lost center, and that no step is lost or taken twice: without MPI's help, then with it."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from launcher import ROOT, mpi_kind, mpiexec
+
+pytest.importorskip("mpi4py.MPI")
+
+from agnmpi.core import rules
+from agnmpi.core.center import Center
+from agnmpi.core.leases import Lease, Leases
+from agnmpi.core.messages import (
+    DROPPED,
+    IDLE,
+    NOT_FINITE,
+    PULL,
+    WAIT,
+    WORK,
+    Commit,
+    Reply,
+    Snapshot,
+    max_open_leases,
+    reply_bytes,
+)
+from agnmpi.recovery.election import Witness, elect, take_over
+
+TOTAL = 40
+
+
+def witness(worker=0, session=1, clock=0, turn=0, sequence=0, under_way=(), held=()):
+    return Witness(worker + 1, worker, session, clock, turn, sequence, list(under_way), list(held))
+
+
+def test_the_last_pull_is_elected():
+    assert elect([witness(turn=3), witness(turn=7), witness(turn=7)]) == 1
+    assert elect([witness(turn=-1), witness(turn=-1)]) == 0
+    with pytest.raises(RuntimeError, match="between two loops"):
+        elect([witness(session=1), witness(session=2)])
+    for told in ([witness(clock=5, turn=-1), witness(clock=4, turn=9)], [witness(clock=7, turn=-1)]):
+        with pytest.raises(RuntimeError, match="book was too long"):
+            elect(told)
+
+
+def test_a_book_travels_whole_or_not_at_all():
+    snapshot = Snapshot(9, 1, 100, 3, 2, 1, 0, (Lease(4, 2), Lease(90, 10)))
+    reply = Reply(5, applied=(1, 2, 3), snapshot=snapshot)
+    assert Reply.decode(reply.encode()) == reply
+    assert Reply.decode(reply.encode() + bytes(64)) == reply, "in a longer buffer, too"
+    full = reply._replace(snapshot=snapshot._replace(open=tuple(Lease(2 * i, 1) for i in range(max_open_leases(3)))))
+    assert len(full.encode()) == reply_bytes(3)
+    assert Reply.decode(full.encode()) == full
+    longer = reply._replace(
+        snapshot=snapshot._replace(open=tuple(Lease(2 * i, 1) for i in range(max_open_leases(3) + 1)))
+    )
+    assert Reply.decode(longer.encode()).snapshot is None
+
+
+class Trainee:
+    """A worker as the center sees it: what it holds, what it has sent, what it was told."""
+
+    def __init__(self, index):
+        self.index, self.sequence, self.last_reply, self.clock = index, 0, None, 0
+        self.c, self.held, self.commit = 0.0, [], None
+        self.done = False
+
+    def message(self, bad=False, pull=True):
+        if self.commit is not None:
+            return self.commit
+        requests = WORK | (PULL if pull else 0)
+        if not self.held:
+            return Commit(self.index, requests=requests | IDLE, total=TOTAL)
+        lease = self.held.pop(0)
+        self.sequence += 1
+        payload = np.array([float(lease.steps)])
+        numbers = self.index, self.sequence, lease.steps, lease.first, self.clock
+        self.commit = Commit(*numbers, requests=requests, flags=NOT_FINITE if bad else 0, payload=payload)
+        return self.commit
+
+    def take(self, reply, c):
+        if reply.snapshot is not None:
+            self.last_reply, self.clock, self.c = reply, reply.clock, float(c[0])
+        self.commit = None
+        if reply.work.steps:
+            self.held.append(reply.work)
+        elif reply.control != WAIT:
+            self.done = True
+
+    def testify(self):
+        snapshot = self.last_reply.snapshot if self.last_reply else None
+        commit = self.commit
+        sent = [Lease(commit.first, commit.steps)] if commit and not commit.flags & NOT_FINITE else []
+        sequence = commit.sequence if commit else 0
+        return Witness(0, self.index, 1, self.clock, snapshot.turn if snapshot else -1, sequence, sent, list(self.held))
+
+
+def made(c, workers):
+    rule = rules.weighted(rules.agn(), rules.staleness_cap(2))  # some are dropped
+    center = Center(rule, c, workers, patience=10**9)
+    center.leases, center.replicates_state, center.idle_workers_wait, center.session = Leases(TOTAL, 3), True, True, 1
+    return center
+
+
+def test_steps_that_two_claim_are_the_holders():
+    """A commit was dropped, unheard, and its steps granted to another: sent again, it counts as answered."""
+    center = made(np.zeros(1), 2)
+    facts = {"applied": [4, 7, 1], "leases": {"next": 9, "free": [Lease(3, 6)]}}
+    told = [
+        witness(worker=2, turn=9),
+        witness(worker=0, sequence=5, under_way=[Lease(3, 3)]),
+        witness(worker=1, sequence=8, under_way=[Lease(9, 3)], held=[Lease(3, 3)]),
+    ]
+    own, sequences = take_over(center, facts, told, 1)
+    assert (own, sequences, center.applied) == (False, [4, 7, 1], [4, 7])
+    late = Commit(0, 5, 3, 3, center.clock, payload=np.ones(1))
+    assert center.apply(late, np.zeros(1)).status == DROPPED
+    assert [center.leases.held_by(worker) for worker in (0, 1)] == [[], [Lease(3, 3), Lease(9, 3)]]
+    assert center.leases.free == [Lease(6, 3)]
+    assert center.leases.committed == 3
+
+
+@given(st.data())
+def test_after_any_history_each_step_is_taken_once(data):
+    """Commits and requests in any order, answered or not, refused or not; workers die, and then the center; twice."""
+    c = np.zeros(1)
+    trainees = [Trainee(i) for i in range(data.draw(st.integers(2, 5)))]
+    center = made(c, len(trainees))
+    for _ in range(2):
+        for _ in range(data.draw(st.integers(0, 25))):
+            who = data.draw(st.sampled_from(trainees))
+            fate = data.draw(st.sampled_from(["answered"] * 5 + ["unheard", "bad", "dies", "silent"]))
+            if fate == "silent":  # its steps go to others, and it comes back
+                center.lose(who.index)
+                continue
+            if who.done or (who.commit is not None and fate != "dies"):
+                continue  # its answer never comes
+            if fate == "dies" and len(trainees) > 2:
+                center.lose(who.index)
+                trainees.remove(who)
+                continue
+            reply = center.apply(who.message(fate == "bad", data.draw(st.booleans())), c)
+            if fate != "unheard":
+                who.take(reply, c)
+        # The center dies. (What it applied last may have been heard of by nobody.)
+        witnesses = [trainee.testify() for trainee in trainees]
+        winner = elect(witnesses)
+        elected = trainees[winner]
+        snapshot = elected.last_reply.snapshot if elected.last_reply else Snapshot(session=1)
+        steps = elected.last_reply.steps if elected.last_reply else 0
+        facts = {
+            "applied": elected.last_reply.applied if elected.last_reply else [0] * 9,
+            "leases": {"next": snapshot.next, "free": snapshot.open},
+        }
+        c, order = np.array([elected.c]), [winner, *(i for i in range(len(trainees)) if i != winner)]
+        center = made(c, len(trainees) - 1)
+        center.clock, center.steps, center.turn = elected.clock, steps, snapshot.turn
+        own, sequences = take_over(center, facts, [witnesses[i] for i in order], 1)
+        if own:
+            center.applied = [*sequences[:-1], elected.commit.sequence - 1]
+            center.apply(elected.commit._replace(worker=len(sequences) - 1, requests=0), c)
+            center.applied.pop()
+        others = [trainees[i] for i in order[1:]]
+        for trainee in others:
+            if trainee.last_reply:  # as Failover does
+                told = trainee.last_reply.applied
+                trainee.last_reply = trainee.last_reply._replace(applied=tuple(told[other.index] for other in others))
+        for i, trainee in enumerate(others):
+            trainee.index = i
+            if trainee.commit is not None:  # sent again
+                trainee.take(center.apply(trainee.commit._replace(worker=i), c), c)
+        trainees = others
+        if len(trainees) < 2:
+            break
+    for _ in range(10 * TOTAL):
+        for trainee in trainees:
+            trainee.done = False
+            trainee.take(center.apply(trainee.message(), c), c)
+    assert c[0] == TOTAL
+    assert (center.steps, center.leases.committed, center.leases.open()) == (TOTAL, TOTAL, [])
+
+
+@pytest.mark.skipif(
+    mpi_kind() != "openmpi", reason="MPICH 5.0 ends the whole job when a rank dies: no ULFM in the wheel"
+)
+@pytest.mark.parametrize(
+    ("deaths", "left"),
+    [
+        pytest.param("2@1.7", 3, marks=pytest.mark.long),
+        ("0@1.20", 3),
+        ("1@1.30,3@2.30", 2),
+        ("0@2.60,3@2.20,1@1.30", 1),
+    ],
+)
+def test_a_loop_of_ones_own_survives(deaths, left):
+    """AGNOptimizer: every commit of the clock is in the center once, and `comm` is what is left."""
+    code, output = mpiexec(
+        4,
+        sys.executable,
+        ROOT / "tests/support/own_loop_with_losses.py",
+        deaths,
+        launcher=("--with-ft", "ulfm"),
+        timeout=90,
+    )
+    assert "Traceback" not in output, output
+    said = re.findall(r"rank (\d): clock (\d+), center rank (\w+), (\d+) left", output)
+    assert len(said) == left, output
+    assert {(clock, size) for _, clock, _, size in said} == {("400", str(left))}
+    assert code in (0, 137), output
+    assert "MPI cannot be finalized any more" in output

@@ -1,0 +1,437 @@
+"""The fused kernels, proved without a GPU: on a fake device, and by the device compiler where there is one."""
+
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import fake_cuda
+import numpy as np
+import pytest
+from golden import ONE_WORKER, close
+from in_process import world
+from mpi4py import MPI
+
+from agnmpi import delayed_nesterov, sgd
+from agnmpi.arrays import backend
+from agnmpi.arrays import device_kernels as kernels
+from agnmpi.arrays.device_kernels import KERNELS
+from agnmpi.bench import optimizers as bench_optimizers
+from agnmpi.cluster.connect import _successor
+from agnmpi.cluster.roles import Role
+from agnmpi.cluster.setup import Setup
+from agnmpi.core import rules
+from agnmpi.core.center import Center
+from agnmpi.core.leases import Lease
+from agnmpi.core.messages import OK, WORK, Commit, Reply, Snapshot
+from agnmpi.core.optimizers import OPTIMIZERS, global_norm
+from agnmpi.core.params import Layout
+from agnmpi.core.worker import Worker
+from agnmpi.recovery.election import Witness
+from agnmpi.recovery.failover import Failover
+from agnmpi.training.job import Job
+
+TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
+SIZE = 1000
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return fake_cuda.compile_host(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def xp(library, monkeypatch):
+    device = fake_cuda.device(library)
+    monkeypatch.setitem(sys.modules, fake_cuda.MODULE, device)
+    return device
+
+
+def launches(xp):
+    """What was launched or waited for since the last call, without the making of kernels."""
+    done = [entry for entry in xp.log if not entry.startswith("make")]
+    xp.log.clear()
+    return done
+
+
+def require_equal(there, here, dtype):
+    # Differences of numbers near 1: the error that counts is the one beside 1.
+    np.testing.assert_allclose(there.memory, here, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def kernel_of(name):
+    return "adam" if name == "adamw" else name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "numbers",
+    [{}, {"weight_decay": 0.1}, {"clip": 3.0}, {"weight_decay": 0.1, "clip": 3.0}],
+    ids=["plain", "decay", "clip", "decay and clip"],
+)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_is_one_launch_with_the_numbers_of_the_host(xp, name, numbers, dtype):
+    rng = np.random.default_rng(0)
+    here = rng.normal(size=SIZE).astype(dtype)
+    there, optimizer = xp.array(here), OPTIMIZERS[name](0.05, **numbers)
+    state, state_there = optimizer.init(here), optimizer.init(there)
+    for t in range(5):
+        g = rng.normal(size=SIZE).astype(dtype)
+        g_there, scale = xp.array(g), (1.0, -0.5)[t % 2]
+        launches(xp)
+        state = optimizer.update(here, g, state, scale=scale)
+        state_there = optimizer.update(there, g_there, state_there, scale=scale)
+        norm = ["matmul", "synchronize"] if "clip" in numbers else []
+        assert launches(xp) == [*norm, kernel_of(name)]
+        np.testing.assert_array_equal(g_there.memory, g)
+    assert state_there.step == 5
+    require_equal(there, here, dtype)
+    for slot_there, slot in zip(state_there[1:], state[1:]):
+        require_equal(slot_there, slot, dtype)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_launch_for_each_range_and_the_rest_keeps_still(xp, name):
+    rng = np.random.default_rng(0)
+    start, g = rng.normal(size=10), rng.normal(size=10)
+    here, there, optimizer = start.copy(), xp.array(start), OPTIMIZERS[name](0.1, weight_decay=0.1, clip=0.1)
+    ranges, turns = [(0, 1), (1, 3), (7, 10)], []
+    optimizer.update(here, g, optimizer.init(here), ranges=ranges)
+    optimizer.update(
+        there, xp.array(g), optimizer.init(there), ranges=ranges, on_block=lambda _stop: turns.append(xp.log[-1])
+    )
+    done = launches(xp)
+    assert done.count(kernel_of(name)) == 2, "ranges that touch are one"
+    assert turns == [kernel_of(name)] * 2
+    assert done.count("synchronize") == 1
+    require_equal(there, here, "float64")
+    np.testing.assert_array_equal(there.memory[3:7], start[3:7])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", [None, *OPTIMIZERS])
+@pytest.mark.parametrize("weight", [1.0, 1 / 3])
+def test_center_step_is_one_launch(xp, name, weight, dtype):
+    rng = np.random.default_rng(1)
+    here, delta = rng.normal(size=SIZE).astype(dtype), rng.normal(size=SIZE).astype(dtype)
+    there, optimizer, turns = xp.array(here), name and OPTIMIZERS[name](0.1, weight_decay=0.01), []
+    state, state_there = (optimizer.init(here), optimizer.init(there)) if optimizer else (None, None)
+    delta_there = xp.array(delta)
+    launches(xp)
+    for _ in range(3):
+        state = rules.center_step(here, delta, weight, optimizer, state)
+        state_there = rules.center_step(
+            there, delta_there, weight, optimizer, state_there, on_block=lambda _stop: turns.append(1)
+        )
+    assert launches(xp) == [kernel_of(name) if name else "add"] * 3
+    assert turns == [1] * 3
+    require_equal(there, here, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_delayed_nesterov_is_one_launch(xp, dtype):
+    rng = np.random.default_rng(5)
+    here = rng.normal(size=SIZE).astype(dtype)
+    there, optimizer = xp.array(here), delayed_nesterov(0.7, every=2, beta=0.6)
+    state, state_there = optimizer.init(here), optimizer.init(there)
+    for _ in range(5):
+        delta = rng.normal(size=SIZE).astype(dtype)
+        delta_there = xp.array(delta)
+        launches(xp)
+        state = rules.center_step(here, delta, 0.5, optimizer, state)
+        state_there = rules.center_step(there, delta_there, 0.5, optimizer, state_there)
+        assert launches(xp) == ["delayed_nesterov"]
+    require_equal(there, here, dtype)
+    for slot_there, slot in zip(state_there[1:], state[1:]):
+        require_equal(slot_there, slot, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rule", "launched"), [(rules.agn(), "delta"), (rules.aeasgd(0.3), "elastic"), (rules.agn("gradient"), "divide")]
+)
+def test_a_delta_is_one_launch(xp, rule, launched, dtype):
+    rng = np.random.default_rng(2)
+    here = [rng.normal(size=SIZE).astype(dtype) for _ in range(4)]
+    there = [xp.array(v) for v in here]
+    for x, o, a, out in (here, there):
+        rule.delta(x, o, a, 7, out)
+    assert launches(xp) == [launched]
+    for v_there, v in zip(there, here):
+        require_equal(v_there, v, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_adopt_is_one_launch(xp, dtype):
+    rng = np.random.default_rng(3)
+    here = [rng.normal(size=SIZE).astype(dtype) for _ in range(4)]
+    there = [xp.array(v) for v in here]
+    for x, sent, delta, c in (here, there):
+        rules.agn().adopt(x, sent, delta, c)
+    assert launches(xp) == ["adopt"]
+    require_equal(there[0], here[0], dtype)
+    x, _, delta, c = there
+    rules.agn().adopt(x, x, delta, c)  # no overlap
+    assert launches(xp) == ["copy"]
+    np.testing.assert_array_equal(x.memory, c.memory)
+    rules.aeasgd(0.5).adopt(x, x, delta, c)
+    assert launches(xp) == ["subtract"]
+
+
+@pytest.mark.parametrize("case", ONE_WORKER)
+def test_golden_one_worker(xp, case):
+    rule, optimizer, center_optimizer, gradients, start, period, local_after, center_after = ONE_WORKER[case]
+    _, local, (worker,) = world(rule, optimizer, start, 1, period, center_optimizer=center_optimizer, xp=xp)
+    for t, g in enumerate(gradients, 1):
+        worker.step(xp.full(len(start), float(g)))
+        if t in local_after:
+            close(worker.x.memory, local_after[t])
+        if t in center_after:
+            close(local.c.memory, center_after[t])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_worker_and_its_center_follow_the_host(xp, overlap):
+    """Two workers, AGN, Adam with clipping, on the device and on the host: the same trajectory."""
+    start, trajectories = np.linspace(-1, 1, 5), []
+    for array in (xp.array, np.array):
+        optimizer = OPTIMIZERS["adam"](0.05, clip=0.5)
+        module = xp if array is xp.array else np
+        _, local, workers = world(rules.agn(), optimizer, start, 2, 3, overlap=overlap, xp=module)
+        rng = np.random.default_rng(4)
+        for _ in range(20):
+            for worker in workers:
+                worker.step(array(rng.normal(size=5)))
+        trajectories.append([fake_cuda.plain(v) for v in (local.c, workers[0].x, workers[1].x)])
+    np.testing.assert_allclose(*trajectories, rtol=1e-11)
+
+
+def test_a_kernel_is_made_once(xp):
+    x, optimizer = xp.array(np.zeros(3)), sgd(0.1)
+    state = optimizer.init(x)
+    for _ in range(3):
+        state = optimizer.update(x, xp.array(np.ones(3)), state)
+    sgd(0.2).update(x, xp.array(np.ones(3)), state)
+    assert xp.log.count("make sgd") == 1
+
+
+def test_vectors_for_mpi_are_allocations_of_their_own(xp):
+    like = xp.array(np.arange(5, dtype="f4"))
+    empty, filled, copied = backend.empty_like(like), backend.full_like(like, 2), backend.full_like(like, like)
+    assert launches(xp) == ["malloc 20", "malloc 20", "copy", "malloc 20", "copy"]
+    assert len({id(memory) for memory, _ in xp.pointers}) == 3
+    assert empty.shape == (5,)
+    assert (filled.memory == 2).all()
+    np.testing.assert_array_equal(copied.memory, like.memory)
+    assert backend.empty(3, "float64", like).dtype == np.float64
+    assert backend.empty(0, "float64", like).size == 0
+
+
+def test_packing_is_one_call_into_an_allocation_of_its_own(xp):
+    params = {"w": xp.array(np.arange(6.0).reshape(2, 3)), "b": xp.array([7.0]), "s": xp.array(8.0)}
+    layout = Layout.of(params)
+    x = layout.pack(params)
+    assert launches(xp) == ["malloc 64", "concatenate"]
+    np.testing.assert_array_equal(x.memory, [0, 1, 2, 3, 4, 5, 7, 8])
+    assert layout.pack(params, out=x) is x
+    assert launches(xp) == ["concatenate"]
+    with pytest.raises(ValueError, match=r"'b' has shape \(2,\), expected \(1,\)"):
+        layout.pack(params | {"b": xp.array([1.0, 2.0])})
+    host = {name: value.memory for name, value in params.items()}
+    layout.pack(host | {"b": np.ones(1)}, out=x)  # from the host, one by one
+    np.testing.assert_array_equal(x.memory, [0, 1, 2, 3, 4, 5, 1, 8])
+
+
+def test_memory_that_the_pool_holds_is_given_back_for_vectors(xp, monkeypatch):
+    class Full(Exception):
+        pass
+
+    freed, memory = [], xp.cuda.Memory
+
+    def crowded(nbytes):
+        if not freed:
+            raise Full
+        return memory(nbytes)
+
+    monkeypatch.setattr(xp.cuda, "Memory", crowded)
+    xp.cuda.runtime = SimpleNamespace(CUDARuntimeError=Full)
+    xp.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: freed.append(1))
+    assert backend.empty(3, "f4", xp.array(np.ones(3, "f4"))).size == 3
+    assert freed == [1]
+
+
+def test_tensors_keep_their_memory_or_are_refused(monkeypatch):
+    """As PyTorch's: what has a history refuses to be looked at, and CuPy copies from another device."""
+
+    class Tensor:
+        def __init__(self, device, history):
+            self.device, self.history = device, history
+
+        def detach(self):
+            return Tensor(self.device, history=False)
+
+        @property
+        def __cuda_array_interface__(self):
+            if self.history:
+                raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad")
+            return {"data": (1000 + self.device, False)}
+
+    def asarray(tensor):
+        assert not tensor.history
+        return SimpleNamespace(size=1, data=SimpleNamespace(ptr=1000))
+
+    cupy = SimpleNamespace(asarray=asarray, cuda=SimpleNamespace(Device=lambda: SimpleNamespace(id=0)))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    assert backend.as_array(Tensor(0, history=True)).data.ptr == 1000
+    with pytest.raises(ValueError, match="another device than this rank's, 0"):
+        backend.as_array(Tensor(1, history=True))
+
+
+def test_without_a_driver_there_is_no_device(monkeypatch):
+    class NoDriver(RuntimeError):
+        pass
+
+    def count():
+        raise NoDriver("cudaErrorInsufficientDriver")
+
+    runtime = SimpleNamespace(getDeviceCount=count, CUDARuntimeError=NoDriver)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    assert backend.device_count() == 0
+    assert backend.choose("auto", 0) is np
+    with pytest.raises(ValueError, match="finds no CUDA device"):
+        backend.choose("gpu", 0)
+
+
+def test_a_center_is_evaluated_where_the_problem_computes(xp):
+    """In whatever thread, and wherever the center lies: on the host, after another rank was elected, or here."""
+    x, seen = xp.array(np.zeros(3, "f4")), []
+    layout = Layout.of({"w": x})
+
+    def evaluate(params):
+        assert xp.log[-1].startswith("enter device")
+        seen.append(type(params["w"]))
+        return {"sum": float(np.sum(params["w"].memory))}
+
+    job = SimpleNamespace(x=x, layout=layout, problem=SimpleNamespace(evaluate=evaluate))
+    for c in (np.ones(3, "f4"), xp.array(np.ones(3, "f4"))):
+        assert Job._evaluate(job, c) == {"sum": 3.0}
+    assert seen == [fake_cuda.Vector] * 2
+
+
+def test_the_norm_waits_once(xp):
+    g = xp.array([3.0, 0.0, 4.0, 0.0, 12.0])
+    assert global_norm(g, [(0, 5)]) == 13
+    assert launches(xp) == ["matmul", "synchronize"]
+    assert global_norm(g, [(0, 1), (1, 3), (4, 5)]) == 13
+    assert launches(xp) == ["matmul", "matmul", "add", "synchronize"]
+    assert global_norm(g, []) == 0
+
+
+def test_bodies_write_no_input_and_compute_in_the_dtype_of_the_vectors():
+    for name, body in KERNELS.items():
+        assert not re.search(r"\b\d", body.code), f"{name}: a literal would be a double or an int"
+        for p in fake_cuda.names(body.inputs):
+            assert not re.search(rf"\b{p} [-+*/]?= ", body.code), f"{name} writes {p}"
+
+
+def test_cupy_takes_every_signature():
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    for name, body in KERNELS.items():
+        made = kernels.kernel(cupy, name)
+        assert made is kernels.kernel(cupy, name)
+        assert made.name == f"agnmpi_{name}"
+        assert made.nin == len(fake_cuda.names(body.inputs))
+        assert made.nout == len(fake_cuda.names(body.inouts))
+
+
+def test_device_code_reads_and_writes_each_vector_once_and_in_its_own_precision(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc here")
+    loop = "const long index = blockIdx.x * (long)blockDim.x + threadIdx.x; if (index < size)"
+    (tmp_path / "kernels.cu").write_text(fake_cuda.source("__global__", loop))
+    # No -arch: what this nvcc takes for its oldest device.
+    made = subprocess.run([nvcc, "-ptx", "kernels.cu"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    if made.returncode and "host compiler" in made.stderr:
+        pytest.skip(f"nvcc cannot work here: {made.stderr.strip().splitlines()[0]}")
+    assert made.returncode == 0, made.stderr
+    entries = re.split(r"\.visible \.entry ", (tmp_path / "kernels.ptx").read_text())[1:]
+    codes = {entry[: entry.index("(")]: entry for entry in entries}
+    assert set(codes) == {f"{name}_{dtype}" for name in KERNELS for dtype in fake_cuda.TYPES}
+    written_only = {"delta", "elastic"}
+    for name, body in KERNELS.items():
+        for dtype, kind in (("float32", "f32"), ("float64", "f64")):
+            code = codes[f"{name}_{dtype}"]
+            moved = len(fake_cuda.names(body.inouts))
+            read = len(fake_cuda.vectors(name)) + (0 if name in written_only else moved)
+            assert len(re.findall(rf"ld\.global\S*\.{kind}", code)) == read, name
+            assert len(re.findall(rf"st\.global\S*\.{kind}", code)) == moved, name
+            if dtype == "float32":
+                assert "f64" not in code, f"{name} computes in double"
+
+
+def test_the_device_bench_runs_each_side_as_often_as_the_others(xp, monkeypatch):
+    monkeypatch.setattr(bench_optimizers, "choose", lambda device, _index: xp if device == "gpu" else None)
+    monkeypatch.setitem(sys.modules, "torch", None)  # not installed
+    rows = {row["name"]: row for row in bench_optimizers.device_bandwidth(1000, rounds=3)}
+    calls = 4 * 5  # three rounds and one to warm up, five calls between the events
+    for name, launched in [("device copy", "copy"), ("sgd", "sgd"), ("momentum", "momentum"), ("adam", "adam"),
+                           ("center add", "add"), ("agn delta", "delta")]:  # fmt: skip
+        assert xp.log.count(launched) >= calls, name
+        words = {"device copy": 2, "momentum": 5, "adam": 7}.get(name, 3)
+        assert rows[name]["bytes_per_second"] == pytest.approx(words * 4 * 1000 / (1e-3 / 5))
+        assert rows[name]["ratio"] == pytest.approx(words / 2)
+    assert len(rows) == 6
+
+
+def test_torch_steps_move_the_same_vector_to_the_same_place():
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    x, g = np.random.default_rng(0).random((2, 100), np.float32)
+    for name in ("sgd", "momentum", "adam"):
+        here, there, optimizer = x.copy(), x.copy(), OPTIMIZERS[name](1e-3)
+        step, _ = bench_optimizers.torch_steps(there, g)[f"torch {name}"]
+        state = optimizer.init(here)
+        for _ in range(3):
+            step()
+            state = optimizer.update(here, g, state)
+        np.testing.assert_allclose(there, here, rtol=1e-5)
+        assert (there != x).all()
+
+
+def facts_of(center, clock=3):
+    return {
+        "clock": clock, "steps": 9, "refused": 0, "dropped": 0, "staleness": [1, 1], "center_optimizer": "momentum",
+        "center_optimizer_step": 4, "turn": 5,
+    }  # fmt: skip
+
+
+def test_a_center_on_the_host_goes_on_from_a_pull_on_a_device_and_back(xp):
+    """A worker on a GPU is elected: c and slots come to the host; left alone, it takes them to the device again."""
+    here = np.zeros(6, "f4")
+    center = Center(rules.agn(), here, 1, OPTIMIZERS["momentum"](1.0))
+    pulled = xp.array(np.arange(6, dtype="f4"))
+    center.restore({"c": pulled, "slot/momentum": xp.array(np.full(6, 2, "f4"))}, facts_of(center), here)
+    assert here.tolist() == list(range(6))
+    center.move(pulled)
+    assert isinstance(center.state.momentum, fake_cuda.Vector)
+    assert (center.state.momentum.memory.tolist(), center.state.step) == ([2.0] * 6, 4)
+
+
+def test_a_sole_survivor_goes_on_on_its_device(xp):
+    worker = Worker(xp.array(np.ones(6, "f4")), rules.agn(), OPTIMIZERS["sgd"](0.5), None, 2, double_buffer=True)
+    role = Role(Center(rules.agn(), worker.x[:0], 3), [worker], 3)
+    role.begin(20, 3)
+    successor = partial(_successor, rules.agn(), None, Setup(), None, None)
+    failover = Failover(MPI.COMM_SELF, role, lambda _comm: None, successor)
+    worker.o[...] = 4
+    snapshot = Snapshot(5, 1, 12, open=(Lease(6, 3), Lease(9, 3)))
+    worker.last_reply, worker.clock, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), snapshot=snapshot), 2, 2
+    worker._commit = failover.sending = Commit(2, 2, 3, 9, 2, requests=WORK, payload=xp.array(np.full(6, 1, "f4")))
+    failover._take_roles([Witness.of(worker, 3)])
+    assert isinstance(failover.role.end.c, fake_cuda.Vector)
+    out = xp.array(np.zeros(6, "f4"))
+    reply = worker.end.exchange(failover.sending, out).wait()
+    assert (reply.status, reply.clock, reply.work) == (OK, 3, Lease(6, 3))
+    assert out.memory.tolist() == [5.0] * 6

@@ -1,0 +1,89 @@
+"""A trial that is killed, hangs or cannot run means staged, with one clear line; nothing of it can harm the run."""
+
+import time
+
+import fake_device
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from agnmpi.cluster import probe
+from agnmpi.cluster.probe import Answer
+from agnmpi.transport.agreement import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("AGNMPI_CUDA_AWARE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (["sh", "-c", "kill -SEGV $$"], "killed by signal 11"),
+        (["sh", "-c", "exit 139"], "killed by signal 11"),  # as an mpiexec tells it
+        (["/nonexistent/mpiexec"], "could not be run"),
+        (["sh", "-c", "echo no device driver >&2; exit 3"], "code 3: no device driver"),
+        (["true"], "code 0: it said nothing"),
+    ],
+)
+def test_what_goes_wrong_means_staged(command, why):
+    answer = probe.run(command)
+    assert not answer.direct
+    assert why in answer.why
+
+
+def test_a_trial_that_hangs_is_ended():
+    begin = time.monotonic()
+    answer = probe.run(["sh", "-c", "sleep 100 & wait"], timeout=0.5)
+    assert answer == Answer(False, "the trial hung for 0.5 s")
+    assert time.monotonic() - begin < 50
+
+
+def test_an_answer_is_kept_for_this_host_and_mpi():
+    assert probe.recall() is None
+    assert probe.resolve("auto") == Answer(False, "not tried on this host yet; type: python -m agnmpi doctor")
+    probe.remember(Answer(True, "tried on paper"))
+    assert probe.resolve("auto") == Answer(True, "tried on paper")
+    assert probe.resolve("auto", {"AGNMPI_CUDA_AWARE": "0"}) == Answer(False, "AGNMPI_CUDA_AWARE=0")
+    assert probe.resolve("staged") == Answer(False, "as asked for")
+    probe.cache_file().write_text("[broken")
+    assert not probe.resolve("auto").direct
+    assert probe.cache_file({"OMPI_MCA_pml": "ucx"}) != probe.cache_file({})
+    with pytest.raises(ValueError, match="AGNMPI_CUDA_AWARE must be 0 or 1"):
+        probe.resolve("auto", {"AGNMPI_CUDA_AWARE": "yes"})
+
+
+def test_the_launchers_variables_do_not_reach_the_trial():
+    inherited = {
+        "PATH": "/bin", "PMI_RANK": "0", "PMIX_RANK": "0", "PRTE_LAUNCHED": "1", "OMPI_COMM_WORLD_SIZE": "2",
+        "SLURM_JOB_ID": "7", "OMPI_MCA_pml": "ucx", "OMPI_ALLOW_RUN_AS_ROOT": "1", "MPI_LOCALNRANKS": "2",
+    }  # fmt: skip
+    kept = probe.stripped(inherited)
+    assert kept["PATH"] == "/bin"
+    assert kept["OMPI_MCA_pml"] == "ucx"
+    assert not {"PMI_RANK", "PMIX_RANK", "PRTE_LAUNCHED", "OMPI_COMM_WORLD_SIZE", "SLURM_JOB_ID"} & set(kept)
+
+
+def test_the_real_trial_runs_and_answers():
+    answer = probe.run()
+    assert "no CUDA device" in answer.why or "tried on" in answer.why
+
+
+def test_a_device_of_paper_is_staged_with_one_line(capfd):
+    assert probe.choose_wire(MPI.COMM_SELF, fake_device.Vector([1, 2]), "auto") == "staged"
+    assert capfd.readouterr().err == (
+        "agnmpi: wire staged: not tried on this host yet; type: python -m agnmpi doctor\n"
+    )
+
+
+def test_a_wrong_guess_is_refused(monkeypatch):
+    """AGNMPI_CUDA_AWARE=1 where the numbers arrive wrong."""
+    monkeypatch.setenv("AGNMPI_CUDA_AWARE", "1")
+    monkeypatch.setattr(probe, "try_out", lambda _comm, _xp: "Recv on rank 1")
+    with pytest.raises(ConfigError, match=r"wrong numbers \(Recv on rank 1\).*--wire staged"):
+        probe.choose_wire(MPI.COMM_SELF, fake_device.Vector([1, 2]), "auto")
+    monkeypatch.setattr(probe, "try_out", lambda _comm, _xp: "")
+    assert probe.choose_wire(MPI.COMM_SELF, fake_device.Vector([1, 2]), "auto") == "direct"
+    assert probe.choose_wire(MPI.COMM_SELF, np.zeros(2), "auto") == "staged", "no device, nothing to choose"

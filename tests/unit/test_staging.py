@@ -1,0 +1,84 @@
+"""Which buffer MPI would see, and when the stream is synchronised: proved with a device made of fake_device."""
+
+import fake_device
+import numpy as np
+import pytest
+from fake_device import Vector
+
+from agnmpi.arrays import backend
+from agnmpi.transport import staging as wire
+from agnmpi.transport.staging import Direct, Staged, cut, make_wire
+
+
+@pytest.fixture
+def log():
+    fake_device.log.clear()
+    return fake_device.log
+
+
+def test_direct_on_the_host_is_the_vector_itself():
+    x = np.zeros(3)
+    assert next(iter(Direct().outgoing(x))) is x
+    assert Direct().incoming(x) is x
+    assert make_wire(x, "staged").name == "direct"
+
+
+def test_direct_on_a_device_synchronises_and_sends_the_vector_itself(log):
+    x = Vector([1, 2, 3])
+    assert next(Direct().outgoing(x)) is x
+    assert log == ["synchronize"]
+    assert Direct().incoming(x) is x
+    assert log == ["synchronize"] * 2
+    assert make_wire(x, "direct").name == "direct"
+    assert make_wire(x, "staged").name == "staged"
+
+
+def test_staged_sends_pinned_memory_after_the_copy_is_done(log):
+    staged, x = Staged(), Vector([1, 2, 3])
+    (buffer,) = staged.outgoing(x)
+    assert log == ["pin 12", "copy 3 to host", "record", "wait for the copy"]
+    np.testing.assert_array_equal(buffer, [1, 2, 3])
+    assert backend.on_host(buffer)
+    x.memory[:] = 5
+    (again,) = staged.outgoing(x)
+    assert again.ctypes.data == buffer.ctypes.data, "pinned once"
+    np.testing.assert_array_equal(buffer, 5)
+
+
+def test_staged_copies_the_next_chunks_while_one_is_on_the_wire(log, monkeypatch):
+    monkeypatch.setattr(wire, "CHUNK", 8)
+    x = Vector([1, 2, 3, 4, 5])
+    for sent, chunk in enumerate(Staged().outgoing(x)):
+        assert log.count("wait for the copy") == sent + 1, "each chunk is waited for alone"
+        assert [line for line in log if line.startswith("copy")] == ["copy 2 to host"] * 2 + ["copy 1 to host"]
+        np.testing.assert_array_equal(chunk, x.memory[2 * sent : 2 * sent + 2])
+
+
+def test_staged_receives_into_pinned_memory_and_copies_before_it_returns(log):
+    staged, x = Staged(), Vector([0, 0, 0])
+    buffer = staged.incoming(x)
+    buffer[...] = [7, 8, 9]
+    assert (x.memory == 0).all()
+    staged.arrived(x, slice(0, 2))
+    staged.arrived(x, slice(2, 3))
+    staged.settle(x)
+    assert log == ["pin 12", "copy 2 to device", "copy 1 to device", "synchronize"]
+    np.testing.assert_array_equal(x.memory, [7, 8, 9])
+    assert next(staged.outgoing(x)).ctypes.data != buffer.ctypes.data, "one buffer each way"
+
+
+def test_cut():
+    assert [piece.size for piece in cut(np.zeros(10), 32)] == [4, 4, 2]
+    assert list(cut(np.zeros(0), 32)) == []
+
+
+def test_backend_asks_the_module_of_the_array(log):
+    x = Vector([1, 2])
+    assert not backend.on_host(x)
+    assert backend.namespace(x).__name__ == "paper"
+    assert list(backend.blocks(x)) == [slice(0, 2)]
+    backend.synchronize(x)
+    assert log == ["synchronize"]
+    np.testing.assert_array_equal(backend.to_host(x), [1, 2])
+    backend.synchronize(np.zeros(2))
+    assert len(log) == 1
