@@ -207,7 +207,7 @@ def main() -> None:
         wrong = [text for text in allgather(comm, try_out(comm, choose("gpu", comm.rank))) if text]
         answer = Answer(not wrong, f"tried on {platform.node()}: " + (wrong[0] if wrong else f"{mpi_library()} passed"))
     if comm.rank == 0:
-        print("agnmpi.cluster.probe", json.dumps(answer), flush=True)
+        print("agnmpi.probe", json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -146,13 +146,13 @@ class Center:
             self.applied[commit.worker] = commit.sequence
         return OK
 
-    def lose(self, worker: int) -> None:
+    def worker_lost(self, worker: int) -> None:
         """A worker is gone, for good or for a while: what it has not committed is free for the others."""
-        self.doubt(worker)
+        self.worker_released(worker)
         if self.leases:
             self.leases.release(worker)
 
-    def doubt(self, worker: int) -> None:
+    def worker_released(self, worker: int) -> None:
         """This worker may commit steps that are others' by now: these commits are dropped."""
         self._released.add(worker)
 

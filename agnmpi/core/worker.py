@@ -36,8 +36,8 @@ class Worker:
     """Parameters, what they were at the last pull, and the work in hand.
 
     `x`: (n,) parameters, moved in place; `optimizer`: None if the caller moves x; `index`: 0 … n−1;
-    `overlap`: compute the next period while the exchange of the last is under way; `double_buffer`: keep `o` whole while
-    the next pull comes in: if the center is lost, another may go on from there.
+    `overlap`: compute the next period while the exchange of the last is under way; `double_buffer`: keep `o` whole
+    while the next pull comes in: if the center is lost, another may go on from there.
     """
 
     def __init__(

@@ -79,7 +79,7 @@ def take_over(
     holds = leases.take_over(snapshot["next"], [Lease(*lease) for lease in snapshot["free"]], claims)
     for (i, _), hold in zip(claims, holds):
         if not hold and i < len(workers):  # it was silent, or refused unheard: these steps are another's
-            center.doubt(i)
+            center.worker_released(i)
     own = any(hold for (i, _), hold in zip(claims, holds) if i == len(workers))
     sequences = [last for _, _, last in order]
     center.applied = sequences[: len(workers)]

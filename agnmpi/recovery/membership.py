@@ -82,10 +82,10 @@ class Membership:
 
     def _wait_no_longer(self, worker: int) -> bool:
         end: Any = self.role.end
-        if worker in end.dropped or len(end.lost | end.dropped | {worker}) == self.role.count:
+        if worker in end.silent or len(end.lost | end.silent | {worker}) == self.role.count:
             return False  # the last one is waited for
-        self.role.center.lose(worker)
-        end.drop(worker)
+        self.role.center.worker_lost(worker)
+        end.stop_waiting_for(worker)
         return True
 
     def lose(self, worker: int) -> None:
@@ -94,7 +94,7 @@ class Membership:
         end: Any = self.role.end
         self.lost.append(rank)
         held = center.leases.held_by(worker) if center.leases else []
-        center.lose(worker)
+        center.worker_lost(worker)
         self._say(
             f"WARNING: {self.name(rank)} is lost, at step {center.steps}; what it had not committed goes to the "
             f"{self.role.count - len(end.lost)} others"
@@ -124,7 +124,7 @@ class Membership:
         try:
             if self.role.serves:
                 end: Any = self.role.end
-                left = [0] + [w + 1 for w in range(self.role.count) if w not in end.dropped | end.lost]
+                left = [0] + [w + 1 for w in range(self.role.count) if w not in end.silent | end.lost]
                 for rank in left[1:]:
                     try:
                         wait_until(comm.Isend(np.array([len(left), *left]), rank, _LEFT).Test)

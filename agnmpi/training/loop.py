@@ -188,7 +188,7 @@ class Loop:
         self._warn_of_loss(what)
 
     def _lose(self, worker: int) -> None:
-        self.role.center.lose(worker)
+        self.role.center.worker_lost(worker)
         failover = self.role.failover
         assert failover is not None
         self._warn_of_loss(f"rank {failover.served[worker + 1]} is lost; what it had not committed goes to the others")

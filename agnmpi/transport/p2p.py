@@ -163,7 +163,7 @@ class P2PCenter:
         self.lost = set[int]()  # workers that have died, with `on_loss` alone; else the error is raised
         self.on_loss: Callable[[int], None] | None = None  # told of each, after its messages are forgotten
         self._dying: list[int] = []  # lost, but not reported yet
-        self.dropped = set[int]()  # workers that nobody waits for, until they are heard of again
+        self.silent = set[int]()  # workers that nobody waits for, until they are heard of again
         self._farewell: Reply | None = None
         self._buried: list[object] = []  # requests of the dead, and what MPI may still touch for them
         self._ticks = Ticks()
@@ -177,7 +177,7 @@ class P2PCenter:
     @property
     def live(self) -> int:
         """Workers that have not left this session."""
-        return self._workers - len({commit.worker for commit in self._left} | self.lost | self.dropped)
+        return self._workers - len({commit.worker for commit in self._left} | self.lost | self.silent)
 
     @property
     def deserted(self) -> bool:
@@ -268,9 +268,9 @@ class P2PCenter:
                 self.on_loss(worker)
             self._part()
 
-    def drop(self, worker: int) -> None:
+    def stop_waiting_for(self, worker: int) -> None:
         """Wait for this silent worker no longer; it is one of the others again when it is heard of."""
-        self.dropped.add(worker)
+        self.silent.add(worker)
         # Its messages stay where they are; the others get as many slots as these hold.
         held = [commit for commit, _, _ in self._receiving] + list(self._queue)
         self._slots_left += sum(commit.worker == worker for commit in held)
@@ -298,7 +298,7 @@ class P2PCenter:
             request = self._posted.get(worker)
             if request is not None and self._try(worker, request.Test):
                 self._ticks.count += 1
-                self.dropped.discard(worker)
+                self.silent.discard(worker)
                 commit = Commit.decode(self._headers[worker]).taken_from(worker, self.c.nbytes)
                 if commit.nbytes and commit.flags & MISFIT:
                     self._swallow(commit)
@@ -404,7 +404,7 @@ class P2PCenter:
             if self._try(answer.worker, answer.test) and answer in self._replies:
                 self._replies.remove(answer)
                 self._done_reading(answer)
-        return all(answer.worker in self.dropped for answer in self._replies)
+        return all(answer.worker in self.silent for answer in self._replies)
 
     def _done_reading(self, answer: "_Answer") -> None:
         buffer = answer.buffer

@@ -10,7 +10,7 @@ from agnmpi.cluster.setup import Setup, check_setup
 from agnmpi.core import rules
 from agnmpi.core.messages import WORK, Commit
 from agnmpi.core.worker import train
-from agnmpi.transport import allreduce as collective
+from agnmpi.transport import allreduce
 from agnmpi.transport.agreement import ConfigError
 from agnmpi.transport.staging import CHUNK, Staged
 
@@ -194,7 +194,7 @@ def test_what_is_sent_stays_alive_until_the_round_is_done(comm, monkeypatch):
     role.begin(None, 1)
     end, out = worker.end, np.empty(100_000)
     end.exchange(Commit(comm.rank, requests=WORK), None)
-    monkeypatch.setattr(collective, "full_like", nothing)
+    monkeypatch.setattr(allreduce, "full_like", nothing)
     handle = end.leave(None, out)
     while not handle.test():
         assert not events

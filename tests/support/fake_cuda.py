@@ -15,7 +15,7 @@ import pytest
 
 from agnmpi.arrays.device_kernels import KERNELS
 
-MODULE = "fake_cupy"  # where `backend.namespace` finds the device, and that it is one of CuPy's
+MODULE = "cupy_fake"  # where `backend.namespace` finds the device, and that it is one of CuPy's
 TYPES = {"float32": ("float", ctypes.c_float), "float64": ("double", ctypes.c_double)}
 
 

@@ -1,6 +1,8 @@
 """Exchanges of large vectors with known sums, each transport in turn; rank 0 goes away while bytes are on their way.
 
-mpiexec -n 4 python tests/support/large_sums.py N COMMITS AWAY [TRANSPORT …]     float32 numbers, of each worker, seconds
+mpiexec -n 4 python tests/support/large_sums.py N COMMITS AWAY [TRANSPORT …]
+
+N float32 numbers, COMMITS of each worker, AWAY seconds.
 """
 
 import sys

@@ -93,7 +93,7 @@ class Trainee:
     def testify(self):
         snapshot = self.last_reply.snapshot if self.last_reply else None
         commit = self.commit
-        sent = [Lease(commit.first, commit.steps)] if commit and not commit.flags & NOT_FINITE else []
+        sent = [Lease(commit.first_step, commit.steps)] if commit and not commit.flags & NOT_FINITE else []
         sequence = commit.sequence if commit else 0
         return Witness(0, self.index, 1, self.clock, snapshot.turn if snapshot else -1, sequence, sent, list(self.held))
 
@@ -134,12 +134,12 @@ def test_after_any_history_each_step_is_taken_once(data):
             who = data.draw(st.sampled_from(trainees))
             fate = data.draw(st.sampled_from(["answered"] * 5 + ["unheard", "bad", "dies", "silent"]))
             if fate == "silent":  # its steps go to others, and it comes back
-                center.lose(who.index)
+                center.worker_lost(who.index)
                 continue
             if who.done or (who.commit is not None and fate != "dies"):
                 continue  # its answer never comes
             if fate == "dies" and len(trainees) > 2:
-                center.lose(who.index)
+                center.worker_lost(who.index)
                 trainees.remove(who)
                 continue
             reply = center.apply(who.message(fate == "bad", data.draw(st.booleans())), c)

@@ -350,7 +350,8 @@ def test_a_record_of_an_interrupted_run_replays(tmp_path, capsys):
     served = run / record.NAME
     job = started(
         lambda: served.exists() and served.read_text().count("\n") >= 50,
-        3, sys.executable, "-m", "agnmpi", "train", f"{ROOT}/tests/support/problems.py:Blobs", "--epochs", "100000", "--period",
+        3, sys.executable, "-m", "agnmpi", "train", f"{ROOT}/tests/support/problems.py:Blobs", "--epochs", "100000",
+        "--period",
         "3", "--log-every", "0.1", "--evaluate-every", "0", "--record", "--run", run,
     )  # fmt: skip
     job.process.send_signal(signal.SIGUSR1)

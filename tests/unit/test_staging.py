@@ -6,7 +6,6 @@ import pytest
 from fake_device import Vector
 
 from agnmpi.arrays import backend
-from agnmpi.transport import staging as wire
 from agnmpi.transport.staging import Direct, Staged, cut, make_wire
 
 
@@ -75,7 +74,7 @@ def test_cut():
 def test_backend_asks_the_module_of_the_array(log):
     x = Vector([1, 2])
     assert not backend.on_host(x)
-    assert backend.namespace(x).__name__ == "paper"
+    assert backend.namespace(x).__name__ == "fake_device"
     assert list(backend.blocks(x)) == [slice(0, 2)]
     backend.synchronize(x)
     assert log == ["synchronize"]
