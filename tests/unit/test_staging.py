@@ -45,7 +45,7 @@ def test_staged_sends_pinned_memory_after_the_copy_is_done(log):
 
 
 def test_staged_copies_the_next_chunks_while_one_is_on_the_wire(log, monkeypatch):
-    monkeypatch.setattr(wire, "CHUNK", 8)
+    monkeypatch.setattr(staging, "CHUNK", 8)
     x = Vector([1, 2, 3, 4, 5])
     for sent, chunk in enumerate(Staged().outgoing(x)):
         assert log.count("wait for the copy") == sent + 1, "each chunk is waited for alone"
