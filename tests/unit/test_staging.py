@@ -6,6 +6,7 @@ import pytest
 from fake_device import Vector
 
 from agnmpi.arrays import backend
+from agnmpi.transport import staging
 from agnmpi.transport.staging import Direct, Staged, cut, make_wire
 
 
