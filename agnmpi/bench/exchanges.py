@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,22 +16,16 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, full_like
 from ..cluster.connect import connect
-from ..cluster.roles import Role
+from ..cluster.roles import CenterRole
 from ..cluster.setup import Setup
 from ..core import rules
 from ..core.backoff import wait_until
-from ..core.leases import rounds
 from ..core.messages import WORK, Commit
 from ..transport.agreement import allgather
+from ..transport.registry import Transport, resolve
 from .floors import FLOORS
 
 _BLOCKS = 20  # turns of each side
-SETUPS = {
-    "p2p": Setup("p2p"),
-    "rma": Setup("rma"),
-    "accumulate": Setup("rma", use_locking=False),
-    "allreduce": Setup("allreduce"),
-}
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -53,33 +48,34 @@ def zeros(n: int, xp: ModuleType = np) -> Array:
 class _Ours:
     """Exchanges through agnmpi, as a run makes them, without the optimizer."""
 
-    def __init__(self, comm: MPI.Comm, setup: Setup, x: Array) -> None:
-        rule = rules.synchronous() if setup.transport == "allreduce" else rules.agn()
-        self.role: Role = connect(comm, rule, x, None, setup=setup)
-        self._comm, self._setup, self._x, self._out = comm, setup, x, full_like(x, 0)
+    def __init__(self, comm: MPI.Intracomm, transport: Transport, x: Array) -> None:
+        rule = rules.synchronous() if transport.capabilities.together else rules.agn()
+        self.role = connect(comm, rule, x, setup=Setup(transport))
+        self._x, self._out = x, full_like(x, 0)
         self._sequence = 0
 
     def exchanges(self, count: int) -> list[float]:
         """Seconds of each of `count` exchanges of this worker; a center rank serves meanwhile."""
-        if self._setup.transport == "allreduce":
-            end: Any = self.role.workers[0].end
-            end.begin(None, rounds(None, 1, self._comm.rank, self._comm.size))
-            end.exchange(Commit(self._comm.rank, requests=WORK), None)
-        elif not self._setup.use_locking:
-            self.role.begin(None, 1)
-        if self.role.serves:
+        self.role.begin(None, 1)
+        if isinstance(self.role, CenterRole):
             self.role.serve()
             return []
         worker = self.role.workers[0]
+        work = worker.end.exchange(Commit(worker.index, requests=WORK), None).wait().work
         times = []
         for _ in range(count):
             self._sequence += 1
-            commit = Commit(worker.index, self._sequence, steps=1, requests=WORK, payload=self._x)
+            commit = Commit(worker.index, self._sequence, 1, work.first, requests=WORK, payload=self._x)
             start = time.perf_counter()
-            worker.end.exchange(commit, self._out).wait()
+            reply = worker.end.exchange(commit, self._out).wait()
             times.append(time.perf_counter() - start)
+            work = reply.work
         worker.end.leave(None, self._out).wait()
         return times
+
+
+def _entry(name: str) -> Transport:
+    return resolve(name)
 
 
 class Case(NamedTuple):
@@ -92,7 +88,7 @@ class Case(NamedTuple):
 
 
 def exchanges(
-    comm: MPI.Comm, transports: Sequence[str], wires: Sequence[str], sizes: Sequence[int], counts: Sequence[int],
+    comm: MPI.Intracomm, transports: Sequence[str], wires: Sequence[str], sizes: Sequence[int], counts: Sequence[int],
     turns: int, xp: ModuleType = np,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Time exchanges of float32 vectors; collective over `comm`, the rows are the same on every rank.
@@ -104,12 +100,14 @@ def exchanges(
     for workers in counts:
         for transport in transports:
             ranks = workers + 1  # a collective rule has no center: one worker more
-            part = comm.Split(0 if comm.rank < ranks else MPI.UNDEFINED, comm.rank)
+            part: MPI.Intracomm = comm.Split(  # type: ignore[assignment]
+                0 if comm.rank < ranks else MPI.UNDEFINED, comm.rank
+            )
             mine: list[dict[str, Any]] = []
             if part != MPI.COMM_NULL:
-                train = workers if SETUPS[transport].serves else ranks
+                train = _entry(transport).workers_among(ranks)
                 for n in sizes:
-                    for wire in wires if transport in ("p2p", "rma") else wires[:1]:  # the others are always staged
+                    for wire in wires if _entry(transport).capabilities.direct else wires[:1]:  # else always staged
                         mine += _compare(part, Case(transport, wire, n, train), turns, xp)
                 part.Free()
             meet(comm)
@@ -117,12 +115,13 @@ def exchanges(
     return rows
 
 
-def _compare(comm: MPI.Comm, case: Case, turns: int, xp: ModuleType) -> list[dict[str, Any]]:
-    serves = SETUPS[case.transport].serves and comm.rank == 0
+def _compare(comm: MPI.Intracomm, case: Case, turns: int, xp: ModuleType) -> list[dict[str, Any]]:
+    entry = _entry(case.transport)
+    serves = comm.rank < entry.serving_ranks
     x = zeros(case.n, np if serves else xp)
-    ours = _Ours(comm, SETUPS[case.transport]._replace(wire=case.wire), x)
+    ours = _Ours(comm, replace(entry, wire=case.wire), x)
     there = zeros(case.n)
-    with FLOORS[case.transport](comm, zeros(case.n)) as floor:
+    with FLOORS[entry.floor](comm, zeros(case.n)) as floor:
         times: dict[str, list[float]] = {"agnmpi": [], "floor": [], "memcpy": []}
         count = max(1, turns // _BLOCKS)
         for block in range(_BLOCKS + 1):

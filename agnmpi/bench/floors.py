@@ -175,4 +175,5 @@ class Collective(_Bare):
         self.c += self.out
 
 
-FLOORS: dict[str, Any] = {"p2p": TwoSided, "rma": Mailbox, "accumulate": Sums, "allreduce": Collective}
+# By what `Transport.floor` names.
+FLOORS: dict[str, Any] = {"two-sided": TwoSided, "mailbox": Mailbox, "sum": Sums, "allreduce": Collective}

@@ -14,22 +14,19 @@ from ..arrays.backend import Array, choose, full_like, namespace, synchronize
 from ..cluster.placement import place
 from ..cluster.probe import choose_wire
 from ..core import rules
-from ..core.ends import Done, Handle
+from ..core.ends import Done, Handle, WorkerEnd
 from ..core.leases import Lease
 from ..core.messages import Commit, Reply
 from ..core.worker import Worker
 from ..transport.agreement import ConfigError, allgather, raise_on_all
-from ..transport.p2p import P2PWorker
 from ..version import __version__, mpi_library
 from .exchanges import exchanges, meet, timed, zeros
 from .optimizers import device_bandwidth, optimizer_bandwidth
 from .waiting import quiet
 
 
-class _NoWire:
+class _NoWire(WorkerEnd):
     """An end that answers at once: what is left of an exchange is forming the delta and adopting the center."""
-
-    capabilities = P2PWorker.capabilities
 
     def exchange(self, _commit: Commit, _out: Array | None) -> Handle:
         return Done(Reply(0, work=Lease(0, 1)))
@@ -39,9 +36,6 @@ class _NoWire:
 
     def leave(self, _commit: Commit | None, _out: Array) -> Handle:
         return Done(Reply(0))
-
-    def close(self) -> None:
-        """Nothing to free."""
 
 
 def pack_only(sizes: Sequence[int], turns: int, xp: ModuleType = np) -> list[dict[str, Any]]:
@@ -85,7 +79,7 @@ class Options(NamedTuple):
     json: str | None
 
 
-def main(comm: MPI.Comm, given: Options) -> int:
+def main(comm: MPI.Intracomm, given: Options) -> int:
     """Measure, print tables on rank 0, and write JSON."""
     if min(given.sizes) < 1 or given.rounds < 1 or given.quiet < 0 or given.optimizer_size < 0:
         raise ConfigError("sizes and rounds must be at least 1, quiet and optimizer-size at least 0")

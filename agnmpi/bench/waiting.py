@@ -17,7 +17,7 @@ from ..transport.p2p import P2PCenter, P2PWorker
 from .exchanges import meet
 
 
-def quiet(comm: MPI.Comm, turns: int, pause: float = 0.2, n: int = 1000) -> dict[str, float]:
+def quiet(comm: MPI.Intracomm, turns: int, pause: float = 0.2, n: int = 1000) -> dict[str, float]:
     """What waiting costs: parts of a core while nothing happens, and the exchange after a pause of the workers.
 
     `center_cpu`, `worker_cpu`: CPU time over wall time of a waiting center and of a waiting worker.

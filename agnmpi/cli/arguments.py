@@ -9,9 +9,10 @@ from typing import Any
 
 from ..simulation.timing import Timing
 from ..training.config import Config
+from ..transport.registry import entries
 from ..version import __version__
 
-_TRANSPORTS = ("p2p", "rma", "accumulate", "allreduce")
+_TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # What a simulation is given in place of options of `train`.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
 _GROUPS = {
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--sizes", type=int, nargs="+", default=[1, 1_000_000], metavar="N", help="float32 numbers")
     bench.add_argument(
-        "--transports", nargs="+", default=list(_TRANSPORTS), choices=_TRANSPORTS, metavar="NAME",
+        "--transports", nargs="+", default=_TRANSPORTS, choices=_TRANSPORTS, metavar="NAME",
         help=f"of {', '.join(_TRANSPORTS)}",
     )  # fmt: skip
     bench.add_argument(

@@ -99,7 +99,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     if args.command == "simulate":
         return _simulate(args, world)
     from ..training.abort import abort
-    from ..training.job import run
+    from ..training.job import train
     from ..training.signals import Signals
     from ..transport.agreement import ConfigError, raise_on_all
 
@@ -119,7 +119,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     signals = Signals(lambda code: abort(world, code))
     signals.install()
     try:
-        run(config, world, signals, args.inject_faults)
+        train(config, world, signals, args.inject_faults)
     finally:
         signals.remove()
     return 0

@@ -1,99 +1,202 @@
 """Roles from a communicator: which ranks serve and which train, and what connects them."""
 
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, empty_like, full_like, namespace, to_host
 from ..core.center import Center
-from ..core.ends import Apply, WorkerEnd
+from ..core.ends import Apply, CenterEnd, WorkerEnd
 from ..core.messages import OK, SAVE, Commit, Reply
+from ..core.observer import Observer
 from ..core.optimizers import Optimizer
 from ..core.params import parts
 from ..core.rules import Rule
 from ..core.worker import Worker
-from ..recovery.failover import Failover
 from ..transport.local import LocalCenter
 from ..transport.sharded import ShardedWorker
 from ..transport.staging import make_wire
-from .roles import Role
-from .setup import Setup, survives
+from .roles import CenterRole, LocalRole, PeerRole, Role, ShardRole, WorkerRole
+from .setup import Setup
 
-Observe = Callable[[Commit, Array], None]
-Record = Callable[[Commit, Reply], None]
+
+class Connector(NamedTuple):
+    """What all roles of a session are made from, the same on every rank.
+
+    Args:
+        rule: of exchange.
+        optimizer: of the workers; None if the caller moves x.
+        center_optimizer: None adds.
+        setup: how they exchange.
+        observer: told what happens on this rank.
+    """
+
+    rule: Rule
+    optimizer: Optimizer | None = None
+    center_optimizer: Optimizer | None = None
+    setup: Setup = Setup()
+    observer: Observer = Observer()
+
+    def connect(self, comm: MPI.Comm, x: Array) -> Role:
+        """Give this rank its role; collective over `comm`, which must be ours (duplicated).
+
+        Args:
+            comm: rank 0 serves, or the first ranks do, where any does.
+            x: (n,) parameters of this rank, moved in place; rank 0's are the center's.
+        """
+        transport = self.setup.transport
+        if transport.capabilities.together:
+            return self._peer(comm, x)
+        if not transport.capabilities.center_ranks:
+            return self._local(x)
+        if comm.rank >= transport.centers:
+            return self._worker(comm, x)
+        return self._shard(comm, x) if transport.centers > 1 else self.center(comm, x)
+
+    def worker_end(self, comm: MPI.Comm, like: Array) -> WorkerEnd:
+        """The end of a worker of the center that is rank 0 of `comm`; `like`: a vector like what it exchanges (n,)."""
+        transport = self.setup.transport
+        assert transport.make_worker is not None
+        return transport.make_worker(comm, like, transport)
+
+    def center(self, comm: MPI.Comm, x: Array) -> CenterRole:
+        """The role of the center, rank 0 of `comm`, which begins from `x` (n,)."""
+        x = x if self.setup.transport.center_device == "gpu" else to_host(x)
+        center, end, apply = self._serving(comm, full_like(x, x), comm.size - 1)
+        return CenterRole(center, comm.size - 1, end, apply, self.observer, self._grants)
+
+    def alone(self, c: Array, worker: Worker) -> LocalRole:
+        """The role of a sole survivor: it trains on, from `c` (n,), within its own process."""
+        c = full_like(worker.x, bring(c, worker.x))
+        center = self._state(c, 1)
+        return LocalRole(center, [worker], LocalCenter(c, 1, self._apply(center)))
+
+    @property
+    def _grants(self) -> bool:
+        return self.setup.transport.capabilities.single_commits
+
+    def _state(self, like: Array, workers: int) -> Center:
+        center = Center(self.rule, like, workers, self.center_optimizer)
+        center.now = time.monotonic if self.setup.dylu else None
+        center.on_given_up = self.observer.given_up  # type: ignore[attr-defined]
+        return center
+
+    def _serving(self, comm: MPI.Comm, c: Array, workers: int) -> tuple[Center, CenterEnd, Apply]:
+        """A center that serves `c` at rank 0 of `comm`."""
+        transport = self.setup.transport
+        assert transport.make_center is not None
+        center, end = self._state(c, workers), transport.make_center(comm, c, transport)
+        center.on_block = end.move_on
+        center.idle_workers_wait = self._grants
+        center.replicates_state = transport.replicates_state
+        return center, end, self._apply(center) if self._grants else self._count(center, end)
+
+    def _apply(self, center: Center) -> Apply:
+        """What a message does, with the observer told."""
+        observer = self.observer
+
+        def apply(commit: Commit, c: Array) -> Reply | None:
+            reply = center.apply(commit, c)
+            if reply is None:
+                return None
+            if commit.payload is not None and reply.status == OK:
+                observer.committed(commit, c)
+                # If it has saved c, this worker hears of it at once, and saves what it is then.
+                reply = reply._replace(checkpoint=center.checkpoint)
+            observer.served(commit, reply)
+            return reply
+
+        return apply
+
+    def _count(self, center: Center, end: CenterEnd) -> Apply:
+        """Where the workers sum by themselves: count what they have summed."""
+        in_a_row = 0  # refused since the last good commit
+
+        def apply(commit: Commit, c: Array) -> Reply | None:
+            nonlocal in_a_row
+            if commit.requests & SAVE:
+                return center.apply(commit, c)
+            summed = end.summed
+            in_a_row = 0 if commit.commits else in_a_row + summed.refused - center.refused
+            if in_a_row >= center.patience:
+                raise RuntimeError(f"{in_a_row} commits in a row were refused: they hold NaN or infinity")
+            center.refused, center.staleness_sum, center.staleness_max = summed
+            center.clock += commit.commits
+            center.steps += commit.steps
+            self.observer.committed(commit, c)
+            return Reply(center.clock)
+
+        return apply
+
+    def _local(self, x: Array) -> LocalRole:
+        c, count = x.copy(), self.setup.transport.workers
+        center = self._state(c, count)
+        end = LocalCenter(c, count, self._apply(center))
+        copies = [x if i == 0 else x.copy() for i in range(count)]
+        workers = [Worker(own, self.rule, self.optimizer, end.worker_end(i), i) for i, own in enumerate(copies)]
+        return LocalRole(center, workers, end)
+
+    def _worker(self, comm: MPI.Comm, x: Array) -> WorkerRole:
+        transport = self.setup.transport
+        spans, index = list(parts(x.size, transport.centers)), comm.rank - transport.centers
+        ends = []
+        for i, span in enumerate(spans):
+            ends.append(self.worker_end(_group(comm, i, transport.centers), x[span]))
+        end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
+        worker = Worker(
+            x, self.rule, self.optimizer, end, index, self.setup.overlap, double_buffer=transport.replicates_state
+        )
+        count = comm.size - transport.centers
+        return WorkerRole(Center(self.rule, x[:0], count), [worker], count)  # the center's state lies elsewhere
+
+    def _shard(self, comm: MPI.Comm, x: Array) -> ShardRole:
+        centers, count = self.setup.transport.centers, comm.size - self.setup.transport.centers
+        spans = list(parts(x.size, centers))
+        whole = full_like(to_host(x), to_host(x))
+        ranks = comm.Create_group(comm.Get_group().Incl(list(range(centers))))  # type: ignore[attr-defined]
+        ranks.Bcast(whole, 0)  # rank 0's values count
+        own = whole[spans[comm.rank]]
+        like = own if self.setup.transport.center_device != "gpu" else x[spans[comm.rank]]
+        c = empty_like(like)
+        c[...] = namespace(c).asarray(own)
+        center, end, apply = self._serving(_group(comm, comm.rank, centers), c, count)
+        others = []
+        if comm.rank == 0:
+            for i, span in list(enumerate(spans))[1:]:
+                others.append(self.worker_end(_group(comm, i, centers), whole[span]))
+        return ShardRole(
+            center, count, end, apply, self.observer, self._grants,
+            centers=ranks, whole=whole, spans=spans, others=others,
+        )  # fmt: skip
+
+    def _peer(self, comm: MPI.Comm, x: Array) -> PeerRole:
+        wire = make_wire(x, "staged")  # Open MPI's nonblocking collectives take no device pointers
+        buffer = wire.incoming(x)
+        if comm.rank == 0 and buffer is not x:
+            buffer[...] = to_host(x)
+        comm.Bcast(buffer, 0)
+        wire.arrived(x, slice(0, x.size))
+        wire.settle(x)
+        center = Center(self.rule, c := full_like(x, x), comm.size, self.center_optimizer)
+        make = self.setup.transport.make_peer
+        assert make is not None
+        end = make(comm, c, self._apply(center))
+        worker = Worker(x, self.rule, self.optimizer, end, comm.rank, self.setup.overlap)
+        return PeerRole(center, worker, comm.size, end)
 
 
 def connect(
     comm: MPI.Comm,
     rule: Rule,
     x: Array,
-    optimizer: Optimizer | None,
+    optimizer: Optimizer | None = None,
     center_optimizer: Optimizer | None = None,
     setup: Setup = Setup(),  # noqa: B008
-    observe: Observe | None = None,
-    record: Record | None = None,
+    observer: Observer = Observer(),  # noqa: B008
 ) -> Role:
-    """Give this rank its part; collective over `comm`, which must be ours (duplicated).
-
-    `x`: (n,) parameters of this rank, moved in place; rank 0's are the center's. `observe(commit, c)` is called
-    after each applied commit where the center is applied (every rank with transport allreduce), `record(commit,
-    reply)` after each message that a center serves, whatever it asks.
-    """
-    if setup.transport == "allreduce":
-        return _collective(comm, rule, x, optimizer, center_optimizer, setup, observe)
-    if setup.transport == "local":
-        c = x.copy()
-        center = Center(rule, c, setup.workers, center_optimizer)
-        center.now = time.monotonic if setup.dylu else None
-        apply = _apply(center, observe, record)
-        local = LocalCenter(c, setup.workers, apply)
-        copies = [x if i == 0 else x.copy() for i in range(setup.workers)]
-        workers = [Worker(mine, rule, optimizer, local.worker_end(i), i) for i, mine in enumerate(copies)]
-        return Role(center, workers, setup.workers, end=local, apply=apply)
-    if comm.rank >= setup.centers:
-        make = partial(_successor, rule, center_optimizer, setup, observe, record)
-        return _worker(comm, rule, x, optimizer, setup, make)
-    return _center(comm, rule, x, center_optimizer, setup, observe, record)
-
-
-def _apply(center: Center, observe: Observe | None, record: Record | None = None) -> Apply:
-    def apply(commit: Commit, c: Array) -> Reply:
-        reply = center.apply(commit, c)
-        if observe is not None and commit.payload is not None and reply.status == OK:
-            observe(commit, c)
-            # If it has saved c, this worker hears of it at once, and saves what it is then.
-            reply = reply._replace(checkpoint=center.checkpoint)
-        if record is not None:
-            record(commit, reply)
-        return reply
-
-    return apply
-
-
-def _booked(center: Center, end: Any, observe: Observe | None) -> Apply:
-    """Accumulate: the commits are summed already; count them."""
-    in_a_row = 0  # refused since the last good commit
-
-    def apply(commit: Commit, c: Array) -> Reply:
-        nonlocal in_a_row
-        if commit.requests & SAVE:
-            return center.apply(commit, c)
-        refused = end.refused
-        in_a_row = 0 if commit.commits else in_a_row + refused - center.refused
-        center.refused = refused
-        if in_a_row >= center.patience:
-            raise RuntimeError(f"{in_a_row} commits in a row were refused: they hold NaN or infinity")
-        center.clock += commit.commits
-        center.steps += commit.steps
-        center.staleness_sum, center.staleness_max = end.staleness
-        if observe is not None:
-            observe(commit, c)
-        return Reply(center.clock)
-
-    return apply
+    """Give this rank its role, without fail-over; see `Connector.connect`."""
+    return Connector(rule, optimizer, center_optimizer, setup, observer).connect(comm, x)
 
 
 def _group(comm: MPI.Comm, center: int, centers: int) -> MPI.Comm:
@@ -103,134 +206,5 @@ def _group(comm: MPI.Comm, center: int, centers: int) -> MPI.Comm:
     ranks = [center, *range(centers, comm.size), *([0] if center else [])]
     group = comm.Get_group().Incl(ranks)
     made: MPI.Comm = comm.Create_group(group, center)  # type: ignore[attr-defined]
+    group.Free()
     return made
-
-
-def _worker_end(comm: MPI.Comm, like: Array, setup: Setup) -> WorkerEnd:
-    if setup.transport == "p2p":
-        from ..transport.p2p import P2PWorker
-
-        return P2PWorker(comm, make_wire(like, setup.wire))
-    if setup.use_locking:
-        from ..transport.rma import RMAWorker
-
-        return RMAWorker(comm, like, make_wire(like, setup.wire))
-    from ..transport.accumulate import AccumulateWorker
-
-    return AccumulateWorker(comm, like, make_wire(like, "staged"))  # Open MPI refuses device buffers in Accumulate
-
-
-def _worker(
-    comm: MPI.Comm,
-    rule: Rule,
-    x: Array,
-    optimizer: Optimizer | None,
-    setup: Setup,
-    make: Callable[[MPI.Comm, Array, Worker], Role],
-) -> Role:
-    spans, index = list(parts(x.size, setup.centers)), comm.rank - setup.centers
-    ends = [_worker_end(_group(comm, i, setup.centers), x[span], setup) for i, span in enumerate(spans)]
-    end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
-    worker = Worker(x, rule, optimizer, end, index, setup.overlap, double_buffer=survives(setup))
-    count = comm.size - setup.centers
-    role = Role(Center(rule, x[:0], count), [worker], count)  # only the center's counts are of use here
-    if survives(setup):
-        role.failover = Failover(comm, role, partial(_worker_end, like=x, setup=setup), make)
-    return role
-
-
-def _successor(
-    rule: Rule,
-    center_optimizer: Optimizer | None,
-    setup: Setup,
-    observe: Observe | None,
-    record: Record | None,
-    comm: MPI.Comm,
-    c: Array,
-    worker: Worker,
-) -> Role:
-    """The part of a worker that takes the place of a lost center; a sole survivor goes on within its own process."""
-    if comm.size == 1 or setup.center_device == "gpu":
-        c = bring(c, worker.x)
-    if comm.size > 1:
-        return _center(comm, rule, c, center_optimizer, setup, observe, record)
-    c = c.copy()
-    center = Center(rule, c, 1, center_optimizer)
-    apply = _apply(center, observe, record)
-    return Role(center, [worker], 1, end=LocalCenter(c, 1, apply), apply=apply)
-
-
-def _center(
-    comm: MPI.Comm,
-    rule: Rule,
-    x: Array,
-    center_optimizer: Optimizer | None,
-    setup: Setup,
-    observe: Observe | None,
-    record: Record | None,
-) -> Role:
-    centers: MPI.Comm | None = None
-    whole: Array | None = None
-    spans, count = list(parts(x.size, setup.centers)), comm.size - setup.centers
-    if setup.center_device != "gpu":
-        x = to_host(x)
-    c = full_like(x, x)
-    if setup.centers > 1:
-        whole = full_like(to_host(x), to_host(x))
-        centers = comm.Create_group(comm.Get_group().Incl(list(range(setup.centers))))  # type: ignore[attr-defined]
-        centers.Bcast(whole, 0)  # rank 0's values count
-        c = empty_like(x[spans[comm.rank]])
-        c[...] = namespace(c).asarray(whole[spans[comm.rank]])
-    center = Center(rule, c, count, center_optimizer)
-    center.now = time.monotonic if setup.dylu else None
-    mine = _group(comm, comm.rank, setup.centers)
-    end: Any
-    if setup.transport == "p2p":
-        from ..transport.p2p import P2PCenter
-
-        end = P2PCenter(mine, c, setup.slots, setup.wire)
-        center.on_block = end.move_on
-    elif setup.use_locking:
-        from ..transport.rma import RMACenter
-
-        end = RMACenter(mine, c)
-        center.on_block = end.move_on
-    else:
-        from ..transport.accumulate import AccumulateCenter
-
-        end = AccumulateCenter(mine, c)
-    center.idle_workers_wait = setup.use_locking
-    apply = _apply(center, observe, record) if setup.use_locking else _booked(center, end, observe)
-    others: list[WorkerEnd] = []
-    if comm.rank == 0 and whole is not None:
-        rest = list(enumerate(spans))[1:]
-        others = [_worker_end(_group(comm, i, setup.centers), whole[span], setup) for i, span in rest]
-    role = Role(center, [], count, True, end, apply, spans, others, centers, whole)
-    if survives(setup):
-        center.replicates_state = True
-        role.failover = Failover(comm, role)
-    return role
-
-
-def _collective(
-    comm: MPI.Comm,
-    rule: Rule,
-    x: Array,
-    optimizer: Optimizer | None,
-    center_optimizer: Optimizer | None,
-    setup: Setup,
-    observe: Observe | None,
-) -> Role:
-    from ..transport.allreduce import AllreduceEnd
-
-    wire = make_wire(x, "staged")  # Open MPI's nonblocking collectives take no device pointers
-    buffer = wire.incoming(x)
-    if comm.rank == 0 and buffer is not x:
-        buffer[...] = to_host(x)
-    comm.Bcast(buffer, 0)
-    wire.arrived(x, slice(0, x.size))
-    wire.settle(x)
-    center = Center(rule, c := full_like(x, x), comm.size, center_optimizer)
-    end = AllreduceEnd(comm, c, _apply(center, observe), wire)
-    worker = Worker(x, rule, optimizer, end, comm.rank, setup.overlap)
-    return Role(center, [worker], comm.size)

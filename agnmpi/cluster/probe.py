@@ -24,7 +24,6 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, choose, device_count, full_like, namespace, on_host, synchronize, to_host
 from ..core.backoff import wait_until
-from ..recovery.files import write_atomic
 from ..transport.agreement import ConfigError, allgather
 from ..version import mpi_library
 
@@ -98,7 +97,7 @@ def remember(answer: Answer) -> None:
     """Keep `answer` for later runs; raises OSError if it cannot be written."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(answer).encode())
+    path.write_text(json.dumps(answer))  # half a file is no answer, and is read as none
 
 
 def recall() -> Answer | None:

@@ -1,4 +1,4 @@
-"""A rank's part in the training: a center, or a block of it, to serve, or workers to drive."""
+"""What a rank does in a session: it serves the center variable or a block of it, works, or is a peer among equals."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,113 +10,177 @@ from ..core.backoff import wait_until
 from ..core.center import Center, serve
 from ..core.ends import Apply, CenterEnd, Handle, WorkerEnd
 from ..core.leases import Leases, rounds, speed_proportional
-from ..core.messages import SAVE, Commit, Reply
+from ..core.messages import SAVE, Commit
+from ..core.observer import Observer
 from ..core.worker import Worker
-from ..recovery.failover import Failover
+from ..transport.allreduce import AllreduceEnd
+from ..transport.local import LocalCenter
 from ..transport.sharded import ShardedWorker
+
+Arrays = Mapping[str, Array]
+Facts = Mapping[str, Any]
 
 
 class Role:
-    """A rank's part: a center (or a block of it) to serve, or workers to drive (several in one process alone).
+    """A rank's part in a session; the classes below are the kinds.
 
-    `center`: the center's counts where they are known; `count`: number of workers; `end`: the center's end, where
-    this rank has it; `others`: at rank 0, ends by which it reads the other centers' blocks; `centers`: communicator of
-    the center ranks; `failover`: where the workers outlive the center.
+    Args:
+        center: the center's state, where this rank applies commits; else an empty one.
+        workers: those that this rank drives (several where all live in one process).
+        count: number of workers n.
     """
 
-    failover: Failover | None = None
+    serves = False  # whether this rank serves and does not train
 
-    def __init__(
-        self,
-        center: Center,
-        workers: list[Worker],
-        count: int,
-        serves: bool = False,
-        end: CenterEnd | None = None,
-        apply: Apply | None = None,
-        spans: Sequence[slice] = (),
-        others: Sequence[WorkerEnd] = (),
-        centers: MPI.Comm | None = None,
-        whole: Array | None = None,
-    ) -> None:
-        self.center, self.workers, self.count, self.serves = center, workers, count, serves
-        self.end, self._apply = end, apply
-        self._spans, self._others, self._centers, self._whole = spans, others, centers, whole
-        self._asked: dict[int, tuple[int, Handle]] = {}  # by other center: the number asked for last
-        self._copied: list[Handle] = []  # pulls of the snapshot begun last
-        self._resumed: Mapping[str, Any] | None = None
-        self.first = centers is None or centers.rank == 0  # whether this center grants the work
+    def __init__(self, center: Center, workers: Sequence[Worker], count: int) -> None:
+        self.center, self.workers, self.count = center, list(workers), count
         self.session = 0  # sessions begun; the last with these:
         self.total: int | None = None
         self.period = 1
+        self._resumed: Facts | None = None
 
-    def resume(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable, where this rank holds it whole; else as last pulled."""
+        return self.workers[0].o
+
+    def resume(self, arrays: Arrays, facts: Facts) -> None:
         """Go on, in the next session, from a checkpoint: whole vectors and the center's facts; on every rank.
 
-        Raises ValueError if the checkpoint is of another center optimizer.
+        Raises:
+            ValueError: if the checkpoint is of another center optimizer.
         """
         self._resumed = facts
         for worker in self.workers:
             worker.sequence = max(worker.sequence, *facts["applied"], 0)  # what is applied is told from what will be
-        if self.end is not None:
-            span = self._spans[self._centers.rank] if self._centers else slice(None)
-            self.center.restore({name: x[span] for name, x in arrays.items()}, facts, self.end.c)
-            if self._whole is not None:
-                self._whole[...] = arrays["c"]
-            if hasattr(self.end, "resume"):
-                stale = self.center.staleness_sum, self.center.staleness_max
-                self.end.resume(self.center.clock, self.center.steps, stale, self.center.refused)
-        elif self.center.rule.allreduce:
-            end: Any = self.workers[0].end
-            self.center.restore(arrays, facts, end.c)
-            end.clock, end.steps = self.center.clock, self.center.steps
 
     def begin(self, total: int | None, period: int) -> None:
         """Lay out the work of a session: `total` steps over all workers (None: no end), λ = `period`; collective."""
         resumed, self._resumed = self._resumed, None
         self.session, self.total, self.period = self.session + 1, total, period
         self.center.session = self.session
-        pace = None if self.center.now is None else speed_proportional(period, self.center.now)
-        leases = Leases(total, period, pace)
+        leases = Leases(total, period, self.center.now and speed_proportional(period, self.center.now))
         if resumed:
             done = int(resumed["steps"])
             leases.restore(resumed["leases"] or {"next": done, "free": [], "committed": done})
-        if self.center.rule.allreduce:
-            (worker,) = self.workers
-            collective: Any = worker.end
-            work = rounds(total, period, worker.index, self.count, leases.next, leases.free)
-            collective.begin(total, work)
-        elif self.end is not None and self.first and not hasattr(self.end, "begin"):
-            self.center.leases = leases
-        for end in self._ends():
-            if not self.center.rule.allreduce and hasattr(end, "begin"):
-                end.begin(total, period, leases.next)  # accumulate: a lease is a counter
+        self._lay_out(total, period, leases)
         for worker in self.workers:
             worker.total, worker.session = total, self.session
-        if self.end is not None and not self.serves:
-            self.end.open()
 
-    def _ends(self) -> list[Any]:
+    def _lay_out(self, total: int | None, period: int, leases: Leases) -> None:
+        for end in self.ends():
+            end.begin(total, period, leases.next)
+
+    def ends(self) -> list[WorkerEnd | CenterEnd]:
         """All ends of this rank, in the order in which the centers come."""
-        mine: list[Any] = [] if self.end is None else [self.end]
+        ends: list[WorkerEnd | CenterEnd] = []
         for worker in self.workers:
-            end: Any = worker.end
-            mine += end.ends if isinstance(end, ShardedWorker) else [end]
-        return mine + list(self._others)
+            ends += worker.end.ends if isinstance(worker.end, ShardedWorker) else [worker.end]
+        return ends
 
-    def apply(self, commit: Commit, c: Array) -> Reply:
-        """What a message does at this center."""
-        assert self._apply is not None
-        return self._apply(commit, c)
+    def copy_center(self) -> Callable[[], Array | None]:
+        """Begin to copy the center variable; call what is returned, now and then, until it gives the copy (n,)."""
+        copy = to_host(self.c).copy()
+        return lambda: copy
 
-    def serve(self, on_turn: Callable[[], None] | None = None) -> None:
-        """Serve the workers until all have left, and share the final center among center ranks; on these only."""
-        assert self.end is not None
-        assert self._apply is not None
-        serve(self.end, self._apply, on_turn)
-        if self._whole is None or self._centers is None:
-            return
-        if self.first:
+    def close(self) -> None:
+        """Free what the ends hold; collective."""
+        for end in self.ends():
+            end.close()
+
+
+class WorkerRole(Role):
+    """A worker of one or several center ranks."""
+
+
+class CenterRole(Role):
+    """The rank that serves the center variable.
+
+    Args:
+        end: of the center.
+        apply: what a message does.
+        observer: of the session.
+        grants: whether this center grants the work; else the ends share it out, or another center does.
+    """
+
+    serves = True
+
+    def __init__(
+        self, center: Center, count: int, end: CenterEnd, apply: Apply, observer: Observer, grants: bool = True
+    ) -> None:
+        super().__init__(center, [], count)
+        self.end, self.apply, self._observer, self._grants = end, apply, observer, grants
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable."""
+        return self.end.c
+
+    def resume(self, arrays: Arrays, facts: Facts) -> None:
+        """As of any role; the vectors move the center variable and its slots."""
+        super().resume(arrays, facts)
+        center = self.center
+        center.restore(self._own(arrays), facts, self.end.c)
+        self.end.resume(center.clock, center.steps, (center.staleness_sum, center.staleness_max), center.refused)
+
+    def _own(self, arrays: Arrays) -> Arrays:
+        return arrays
+
+    def _lay_out(self, total: int | None, period: int, leases: Leases) -> None:
+        if self._grants:
+            self.center.leases = leases
+        super()._lay_out(total, period, leases)
+
+    def ends(self) -> list[WorkerEnd | CenterEnd]:
+        """The center's end."""
+        return [self.end]
+
+    def serve(self) -> None:
+        """Serve the workers until all have left."""
+        serve(self.end, self.apply, self._observer.waiting)
+
+
+class ShardRole(CenterRole):
+    """A rank that serves a block of the center variable; rank 0 also reads the other blocks, and grants the work.
+
+    Args:
+        centers: communicator of the center ranks.
+        whole: (n,) host memory for the whole center variable.
+        spans: the block of each center rank.
+        others: at rank 0, ends by which it reads the other centers' blocks.
+    """
+
+    def __init__(
+        self, center: Center, count: int, end: CenterEnd, apply: Apply, observer: Observer, grants: bool, *,
+        centers: MPI.Comm, whole: Array, spans: Sequence[slice], others: Sequence[WorkerEnd],
+    ) -> None:  # fmt: skip
+        super().__init__(center, count, end, apply, observer, grants and centers.rank == 0)
+        self.centers = centers
+        self._whole, self._spans, self._others = whole, spans, others
+        self._asked: dict[int, tuple[int, Handle]] = {}  # by other center: the checkpoint asked for last
+        self._copied: list[Handle] = []  # pulls of the copy begun last
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable, after a session."""
+        return self._whole
+
+    def resume(self, arrays: Arrays, facts: Facts) -> None:
+        """As of any role."""
+        super().resume(arrays, facts)
+        self._whole[...] = arrays["c"]
+
+    def _own(self, arrays: Arrays) -> Arrays:
+        return {name: x[self._spans[self.centers.rank]] for name, x in arrays.items()}
+
+    def ends(self) -> list[WorkerEnd | CenterEnd]:
+        """The end of this center, and those by which it reads the others."""
+        return [self.end, *self._others]
+
+    def serve(self) -> None:
+        """Serve the workers until all have left, and share the final center among the center ranks."""
+        super().serve()
+        if self.centers.rank == 0:
             # Before the farewells: what comes for one would else be taken for another.
             for handle in [*self._copied, *(handle for _, handle in self._asked.values())]:
                 handle.wait()
@@ -124,7 +188,7 @@ class Role:
             for farewell in farewells:
                 farewell.wait()
             self._whole[self._spans[0]] = to_host(self.end.c)
-        wait_until(self._centers.Ibcast(self._whole, 0).Test)
+        wait_until(self.centers.Ibcast(self._whole, 0).Test)
 
     def save_others(self, steps: int) -> None:
         """At rank 0: have the other centers save their blocks, too, for the checkpoint after `steps` steps.
@@ -137,30 +201,61 @@ class Role:
                 self._asked[i] = steps, end.exchange(Commit(self.count, requests=SAVE, checkpoint=steps), None)
 
     def copy_center(self) -> Callable[[], Array | None]:
-        """Begin to copy the center variable; call what is returned, now and then, until it gives the copy (n,)."""
-        if self._whole is None:
-            copy = to_host(self.c).copy()
-            return lambda: copy
+        """As of any role: the blocks are pulled, each is whole."""
         whole: Array = empty_like(self._whole)
-        assert self.end is not None
         whole[self._spans[0]] = to_host(self.end.c)
         self._copied = handles = [end.pull(whole[span]) for end, span in zip(self._others, self._spans[1:])]
         return lambda: whole if sum([handle.test() for handle in handles]) == len(handles) else None
 
+    def close(self) -> None:
+        """Free what the ends hold, and the communicator of the centers; collective."""
+        super().close()
+        self.centers.Free()
+
+
+class PeerRole(Role):
+    """A rank that trains and exchanges with all others at the same time; it holds a replica of the center variable."""
+
+    def __init__(self, center: Center, worker: Worker, count: int, end: AllreduceEnd) -> None:
+        super().__init__(center, [worker], count)
+        self._end = end
+
     @property
     def c(self) -> Array:
-        """(n,) the center variable, where this rank holds it whole; else as last pulled, or after the session."""
-        if self._whole is not None:
-            return self._whole
-        if self.end is not None:
-            return self.end.c
-        end: Any = self.workers[0].end
-        c: Array = getattr(end, "c", self.workers[0].o)
-        return c
+        """(n,) the replica."""
+        return self._end.c
 
-    def close(self) -> None:
-        """Free what the ends hold; collective."""
-        for end in self._ends():
-            end.close()
-        if self._centers is not None:
-            self._centers.Free()
+    def resume(self, arrays: Arrays, facts: Facts) -> None:
+        """As of any role; every rank restores its replica."""
+        super().resume(arrays, facts)
+        self.center.restore(arrays, facts, self._end.c)
+        self._end.clock, self._end.steps = self.center.clock, self.center.steps
+
+    def _lay_out(self, total: int | None, period: int, leases: Leases) -> None:
+        self._end.begin_rounds(total, rounds(total, period, self._end.comm.rank, self.count, leases.next, leases.free))
+
+
+class LocalRole(Role):
+    """Center and workers in this process."""
+
+    def __init__(self, center: Center, workers: Sequence[Worker], end: LocalCenter) -> None:
+        super().__init__(center, workers, len(workers))
+        self._end = end
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable."""
+        return self._end.c
+
+    def resume(self, arrays: Arrays, facts: Facts) -> None:
+        """As of any role."""
+        super().resume(arrays, facts)
+        self.center.restore(arrays, facts, self._end.c)
+
+    def worker_end(self, worker: int = 0) -> WorkerEnd:
+        """The end of a worker."""
+        return self._end.worker_end(worker)
+
+    def _lay_out(self, total: int | None, period: int, leases: Leases) -> None:
+        self.center.leases = leases
+        self._end.open()

@@ -55,7 +55,7 @@ class Center:
         self._released = set[int]()  # workers whose leases were taken back
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
-        self.turn = self.session = 0  # messages served; sessions begun
+        self.served = self.session = 0  # messages served; sessions begun
         self.replicates_state = False  # all that it knows travels with c: workers are to outlive this center
         self.on_save: Callable[[int], None] | None = None  # the first center asks for a checkpoint of this number
 
@@ -88,7 +88,7 @@ class Center:
             work = leases.grant(commit.worker)
             if work == NONE and self.idle_workers_wait and leases.held:
                 control = WAIT
-        self.turn += 1
+        self.served += 1
         return Reply(
             self.clock,
             status,
@@ -103,7 +103,7 @@ class Center:
     def _snapshot(self, leases: Leases) -> Snapshot:
         staleness = self.staleness_sum, self.staleness_max
         counts = self.refused, self.dropped
-        return Snapshot(self.turn, self.session, leases.next, *staleness, *counts, tuple(leases.open()))
+        return Snapshot(self.served, self.session, leases.next, *staleness, *counts, tuple(leases.open()))
 
     def _take(self, commit: Commit, c: Array) -> int:
         """Apply or refuse a delta; returns the status of the reply."""
@@ -172,7 +172,7 @@ class Center:
             "clock": self.clock,
             "steps": self.steps,
             "applied": list(self.applied),
-            "turn": self.turn,
+            "served": self.served,
             "session": self.session,
             "refused": self.refused,
             "dropped": self.dropped,
@@ -190,7 +190,7 @@ class Center:
         c[...] = bring(arrays["c"], c)
         self.clock, self.steps, self.refused = int(facts["clock"]), int(facts["steps"]), int(facts["refused"])
         self.checkpoint, self.dropped = self.steps, int(facts["dropped"])
-        self.turn = int(facts.get("turn", 0))
+        self.served = int(facts.get("served", 0))
         self.staleness_sum, self.staleness_max = map(int, facts["staleness"])
         if self.optimizer:
             for slot_name, slot in self.optimizer.slots(self.state).items():

@@ -1,7 +1,9 @@
 """The contract between a worker, a center and whatever carries their messages."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -15,20 +17,25 @@ class Elected(Exception):
 
 
 class Capabilities(NamedTuple):
-    """What an end gives; launch refuses a rule on a transport that lacks what the rule needs."""
+    """What a transport gives; setup refuses what does not fit, and the conformance suite tests what is declared."""
 
-    server: bool  # a center rank applies commit by commit; else all ranks step together
-    whole_pulls: bool = True
-    exact_clock: bool = True
-    weights: bool = True
-    center_optimizer: bool = True
-    refusal: bool = False  # of commits that are not finite
-    replay: bool = True
-    survives_loss: bool = False
+    center_ranks: bool = False  # some ranks serve the center variable, and do not train
+    together: bool = False  # all ranks train, and exchange at the same time
+    whole_pulls: bool = True  # no pull holds a part of a commit
+    exact_clock: bool = True  # the clock that comes with a pull counts the commits in it
+    single_commits: bool = True  # the center sees each commit: it weighs, refuses, optimizes, and grants the work
+    message_order: bool = False  # the order of messages at the center repeats a run
+    shards: bool = False  # several center ranks may hold a block each
+    silent_workers: bool = False  # the center can go on without a worker that is silent
+    outlives_loss: bool = False  # where MPI tells who has died, workers and center go on without them
+    device_center: bool = False  # the center variable may lie on a GPU
+    direct: bool = False  # device pointers may be handed to MPI
+    overlap: bool = True  # exchanges take time, in which a worker can compute
 
 
-# Applies a commit (or serves a request) to the center variable c, in place, and answers.
-Apply: TypeAlias = Callable[[Commit, Array], Reply]
+# Applies a commit (or serves a request) to the center variable c, in place, and answers; None: the request can be
+# answered only later, and the end asks again after each further message.
+Apply: TypeAlias = Callable[[Commit, Array], Reply | None]
 
 
 class Handle(Protocol):
@@ -41,17 +48,21 @@ class Handle(Protocol):
         """Finish the exchange; may be called again."""
 
 
-class WorkerEnd(Protocol):
+class WorkerEnd(ABC):
     """A worker's side. One exchange at a time; the payload must not change before its handle is done."""
 
-    capabilities: Capabilities
+    def begin(self, total: int | None, period: int, start: int) -> None:
+        """Begin a session of `total` steps (None: no end), the first `start` of them done; λ = `period`; collective."""
 
+    @abstractmethod
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Send `commit`; pull the center (n,) as it is afterwards into `out`, unless None."""
 
+    @abstractmethod
     def pull(self, out: Array) -> Handle:
         """Pull the center (n,) into `out`; it includes this worker's earlier commits."""
 
+    @abstractmethod
     def leave(self, commit: Commit | None, out: Array) -> Handle:
         """End this worker's part with a last commit, if any, without blocking.
 
@@ -62,26 +73,75 @@ class WorkerEnd(Protocol):
         """Free what the end holds; collective."""
 
 
-class CenterEnd(Protocol):
+class Summed(NamedTuple):
+    """Counts of a center into which the workers sum by themselves."""
+
+    refused: int = 0  # commits that their workers did not sum, since they were not finite
+    staleness_sum: int = 0
+    staleness_max: int = 0
+
+
+class CenterEnd(ABC):
     """The center's side; it owns the memory of the center variable."""
 
-    @property
-    def c(self) -> Array:
-        """(n,) the center variable; it may move in memory from turn to turn."""
+    hold: Callable[[Commit], bool] | None = None  # a commit that it names is not taken up now
+    on_loss: Callable[[int], None] | None = None  # told of each worker that has died; else the error is raised
+
+    lost: AbstractSet[int] = frozenset()  # workers that have died
+    silent: AbstractSet[int] = frozenset()  # workers that nobody waits for, until they are heard of again
 
     @property
+    def deserted(self) -> bool:
+        """Whether all workers were lost, and none has left."""
+        return False
+
+    def stop_waiting_for(self, worker: int) -> None:
+        """Wait for this silent worker no longer."""
+        raise NotImplementedError(f"{type(self).__name__} waits for all workers")
+
+    @property
+    @abstractmethod
+    def c(self) -> Array:
+        """(n,) the center variable; it may move in memory from message to message."""
+
+    @property
+    @abstractmethod
     def live(self) -> int:
         """Workers that have not left this session."""
 
     @property
+    @abstractmethod
     def progress(self) -> int:
         """A number that changes whenever a message, or a piece of one, has come or gone."""
 
-    def open(self) -> None:
-        """Begin a session: all workers are expected."""
+    @property
+    def in_hand(self) -> int:
+        """Deltas whose receive has begun, and that are not applied yet."""
+        return 0
 
+    def begin(self, total: int | None, period: int, start: int) -> None:
+        """Begin a session, as `WorkerEnd.begin`; collective."""
+
+    def resume(self, clock: int, steps: int, staleness: tuple[int, int], refused: int) -> None:
+        """Go on from the counts of a checkpoint; `staleness`: sum and maximum."""
+
+    @property
+    def summed(self) -> Summed:
+        """What the workers have summed by themselves so far."""
+        return Summed()
+
+    def open(self) -> None:
+        """Begin to serve a session: all workers are expected."""
+
+    @abstractmethod
     def serve_one(self, apply: Apply) -> bool:
         """Make progress and serve at most one message; whether one was served."""
+
+    def move_on(self, stop: int) -> None:
+        """While a commit is applied, and c is done up to `stop`: see to the other messages."""
+
+    def tell(self, control: int, checkpoint: int) -> None:
+        """What the replies to come shall say, where the center gives no reply itself."""
 
     def close(self) -> None:
         """Free what the end holds; collective."""

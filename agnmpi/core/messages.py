@@ -76,7 +76,7 @@ COMMIT_BYTES = _COMMIT.size
 class Snapshot(NamedTuple):
     """What a center knows beside c, clock and `applied`: with these it makes a worker able to take over."""
 
-    turn: int = 0  # messages served: of two books the later has more
+    served: int = 0  # messages served: of two books the later has more
     session: int = 0
     next: int = 0  # first step that was never granted
     staleness_sum: int = 0

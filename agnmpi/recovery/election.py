@@ -17,7 +17,7 @@ class Witness(NamedTuple):
     worker: int  # its index at the lost center
     session: int
     clock: int  # of its last whole pull
-    turn: int  # of the book that came with it; -1 without one
+    served: int  # of the book that came with it; -1 without one
     sequence: int  # of the commit that is not answered, 0 for none
     under_way: list[Lease]  # the steps of that commit
     held: list[Lease]  # by it, and not in that commit
@@ -32,9 +32,9 @@ class Witness(NamedTuple):
             if commit and commit.steps and not commit.flags & NOT_FINITE
             else []
         )
-        turn, sequence = (snapshot.turn if snapshot else -1), (commit.sequence if commit else 0)
+        served, sequence = (snapshot.served if snapshot else -1), (commit.sequence if commit else 0)
         held = [lease for lease in worker.leases if lease.steps]
-        return cls(rank, worker.index, worker.session, worker.clock, turn, sequence, sent, held)
+        return cls(rank, worker.index, worker.session, worker.clock, served, sequence, sent, held)
 
     @classmethod
     def read(cls, text: str) -> "Witness":
@@ -51,23 +51,33 @@ def elect(witnesses: Sequence[Witness]) -> int:
     """
     if len({witness.session for witness in witnesses}) > 1:
         raise RuntimeError("the center was lost between two loops over steps, of which some workers were in either")
-    winner = max(range(len(witnesses)), key=lambda i: witnesses[i].turn)
+    winner = max(range(len(witnesses)), key=lambda i: witnesses[i].served)
     best = witnesses[winner]
-    if best.clock < max(witness.clock for witness in witnesses) or (best.turn < 0 < best.clock):
-        raise RuntimeError("the center was lost, and its book was too long to travel: too many gaps of open steps")
+    if best.clock < max(witness.clock for witness in witnesses) or (best.served < 0 < best.clock):
+        raise RuntimeError("the center was lost, and its snapshot was too long to travel: too many gaps of open steps")
     return winner
 
 
 def take_over(
-    center: Center, facts: Mapping[str, Any], witnesses: Sequence[Witness], first: int
-) -> tuple[bool, list[int]]:
-    """Snapshot at the restored `center` what the survivors hold; `facts`: of the state that it was restored from.
+    center: Center,
+    state: Mapping[str, Any],
+    applied_by_rank: Mapping[int, int],
+    witnesses: Sequence[Witness],
+    first: int,
+) -> int | None:
+    """Book at the restored `center` what the survivors hold.
 
-    `witnesses[first:]` are its workers, in order; with `first` = 1, `witnesses[0]` is the elected rank itself, whose
-    commit under way counts as that of a further worker. Returns whether that is to be applied, and the last sequences
-    applied, that one's at the end.
+    Args:
+        center: restored, with leases that nobody holds.
+        state: of the leases that it was restored from: `next`, and the steps that were `free` or held then.
+        applied_by_rank: last sequence applied.
+        witnesses: `witnesses[first:]` are its workers, in order; with `first` = 1, `witnesses[0]` is the elected rank
+            itself, whose commit under way counts as that of a further worker.
+
+    Returns:
+        The number of that further worker, if its commit is to be applied.
     """
-    applied = [facts["applied"][witness.worker] for witness in witnesses]
+    applied = [applied_by_rank.get(witness.rank, 0) for witness in witnesses]
     workers, leases = witnesses[first:], center.leases
     assert leases is not None
     order = [(i, witness, applied[first + i]) for i, witness in enumerate(workers)]
@@ -75,12 +85,11 @@ def take_over(
         order.append((len(workers), witnesses[0], applied[0]))
     held = [(i, lease) for i, witness, _ in order for lease in witness.held if i < len(workers)]
     sent = [(i, lease) for i, witness, last in order for lease in witness.under_way if witness.sequence > last]
-    snapshot, claims = facts["leases"], [*held, *sent]
-    holds = leases.take_over(snapshot["next"], [Lease(*lease) for lease in snapshot["free"]], claims)
+    claims = [*held, *sent]
+    holds = leases.take_over(state["next"], [Lease(*lease) for lease in state["free"]], claims)
     for (i, _), hold in zip(claims, holds):
         if not hold and i < len(workers):  # it was silent, or refused unheard: these steps are another's
             center.worker_released(i)
+    center.applied = [last for _, _, last in order][: len(workers)]
     own = any(hold for (i, _), hold in zip(claims, holds) if i == len(workers))
-    sequences = [last for _, _, last in order]
-    center.applied = sequences[: len(workers)]
-    return own, sequences
+    return len(workers) if own else None

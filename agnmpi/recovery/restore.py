@@ -8,7 +8,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from ..cluster.roles import Role
+from ..cluster.roles import Role, WorkerRole
 from ..core.params import Layout
 from ..transport.agreement import allgather, raise_on_all
 from .checkpoint import newest, read_center, set_aside, unseal, worker_file
@@ -58,8 +58,7 @@ def resume(
         return None
 
     def restore() -> bool:
-        needs = role.end is not None or role.center.rule.allreduce
-        role.resume(read_center(Path(name))[0] if needs else {}, facts)
+        role.resume({} if isinstance(role, WorkerRole) else read_center(Path(name))[0], facts)
         if facts["workers"] != role.count:
             return False
         for worker in role.workers:

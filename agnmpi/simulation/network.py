@@ -8,7 +8,7 @@ from itertools import count
 from math import inf, nextafter
 
 from ..arrays.backend import Array
-from ..core.ends import Capabilities
+from ..core.ends import WorkerEnd
 from ..core.messages import LEAVE, PULL, Commit, Reply
 from ..transport.local import LocalCenter, LocalHandle
 from .timing import Timing
@@ -115,13 +115,11 @@ class VirtualHandle:
             self.then()
 
 
-class VirtualWorker:
+class VirtualWorker(WorkerEnd):
     """A worker's end with one or several stations, each of which holds a slice of the center variable.
 
     Leaving does not wait for the others, as on transport.local.
     """
-
-    capabilities = Capabilities(server=True)
 
     def __init__(self, worker: int, stations: list[Station], parts: list[slice]) -> None:
         self._worker, self._stations, self._parts = worker, stations, parts
@@ -155,6 +153,3 @@ class VirtualWorker:
         if commit is not None:
             self.exchange(commit, None)
         return self.exchange(Commit(self._worker, requests=PULL | LEAVE), out)
-
-    def close(self) -> None:
-        """Nothing to free."""

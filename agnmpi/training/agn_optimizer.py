@@ -4,13 +4,13 @@ import atexit
 import operator
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import nan
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from mpi4py import MPI
 
 from ..arrays.backend import Array, as_array, bring, namespace
-from ..cluster.connect import connect
 from ..cluster.model import require_equal_model
 from ..cluster.placement import check_world
 from ..cluster.probe import choose_wire
@@ -19,7 +19,8 @@ from ..cluster.setup import Setup, check_setup
 from ..core.optimizers import Optimizer, Range
 from ..core.params import Layout, named
 from ..core.rules import Rule, agn
-from ..transport.agreement import ConfigError, raise_on_all
+from ..transport.agreement import raise_on_all
+from ..transport.registry import Transport, resolve
 from .abort import AbortOnException
 from .hook import Hook
 from .loop import Loop
@@ -31,26 +32,31 @@ Loss: TypeAlias = Callable[[Mapping[str, Array]], tuple[float, Gradients]]
 class AGNOptimizer:
     """Train the parameters of a loop of your own with Accumulated Gradient Normalization over `comm`.
 
-    Each worker: λ local steps, then a ← (x − o)/λ, center c ← c + a, x ← c.
+    Each worker: λ local steps, then a ← (x − o)/λ, center c ← c + a, x ← c. The same script runs on every rank: on
+    rank 0 the loop `for step in opt.steps(n)` serves and yields nothing.
 
-    `optimizer`: from `agnmpi.sgd`, `adam`, …, or None if you move the parameters yourself and call `step()`;
-    `params`: arrays by name (or a sequence, or one array), copied; with `optimizer=None` your own arrays, which
-    are kept up to date at each exchange; `comm`: any communicator, it is duplicated, and its rank 0 holds the
-    center; `communication_period`: λ; `use_locking`: False sums commits straight into the center, element by element,
-    with transport "rma" and rules whose commits are added as they are;
-    `name`: of this optimizer; `rule`: another rule of exchange, or one that weighs commits, such as
-    `rules.weighted(rules.agn(), rules.outer_rate(1.0))`; `variant`: of AGN, "gradient" as TensorFlow did;
-    `center_optimizer`: None adds; `transport`: "auto", "p2p", "rma", "allreduce" or "local" (one process);
-    `overlap`: compute while an exchange is under way; `centers`: k, ranks 0 … k−1 hold a block of the center each (a
-    pull is then whole per block; a clip at the center is per block); `wire`: of vectors on a device, "staged" through
-    pinned host memory, "direct" with CUDA-aware MPI, "auto" as `agnmpi doctor` has found out; `center_device`:
-    "gpu" keeps the center where rank 0's parameters lie; `slots`: message vectors at a p2p center; `dylu`: λ is of the
-    fastest worker, the others' are in proportion to their speeds.
+    Args:
+        optimizer: from `agnmpi.sgd`, `adam`, …, or None if you move the parameters yourself and call `step()`.
+        params: arrays by name (or a sequence, or one array), copied; with `optimizer=None` your own arrays, which are
+            kept up to date at each exchange.
+        comm: any communicator; it is duplicated. Its rank 0 holds the center.
+        communication_period: λ, local steps between exchanges; default 10.
+        use_locking: TensorFlow's word; False, with transport "rma", is transport "accumulate": commits are summed
+            straight into the center, element by element. Default True.
+        name: of this optimizer, in messages.
+        rule: another rule of exchange than AGN, or one that weighs commits, such as
+            `rules.weighted(rules.agn(), rules.outer_rate(1.0))`.
+        variant: of AGN: "displacement" (default), or "gradient" as TensorFlow did.
+        center_optimizer: moves the center against each commit; None (default) adds.
+        transport: made by `agnmpi.transports`, such as `transports.p2p(message_buffers=8)`, or its name; "auto"
+            (default) is what the rule needs.
+        overlap: compute while an exchange is under way; default False.
+        dylu: λ is of the fastest worker, the others' are in proportion to their speeds; default False.
 
-    The same script runs on every rank: on rank 0 the loop `for step in opt.steps(n)` serves and yields nothing.
-
-    Raises TypeError for what is no array or optimizer, ValueError for shapes, names and numbers, or where ranks
-    differ, RuntimeError for use after the end.
+    Raises:
+        TypeError: for what is no array or optimizer.
+        ValueError: for shapes, names and numbers, or where ranks differ.
+        RuntimeError: for use after the end.
 
     Source: Hermans, Spanakis, Moeckel, ACML 2017, arXiv:1710.02368; vocabulary of TensorFlow 1.14's
     `tf.contrib.opt.AGNOptimizer`.
@@ -68,7 +74,7 @@ class AGNOptimizer:
         self,
         optimizer: Optimizer | None,
         params: Any,
-        comm: MPI.Comm,
+        comm: MPI.Intracomm,
         communication_period: int = 10,
         use_locking: bool = True,
         name: str = "AGNOptimizer",
@@ -76,152 +82,114 @@ class AGNOptimizer:
         rule: Rule | None = None,
         variant: str = "displacement",
         center_optimizer: Optimizer | None = None,
-        transport: str = "auto",
+        transport: str | Transport = "auto",
         overlap: bool = False,
-        centers: int = 1,
-        wire: str = "auto",
-        center_device: str = "cpu",
-        slots: int = 4,
         dylu: bool = False,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
         check_world(comm)
-        if fault_tolerant() and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-            # Open MPI 5.0: btl/tcp locks itself when a peer dies amid a large message.
-            warnings.warn(
-                f"{name}: MPI runs fault tolerant and with MPI_THREAD_MULTIPLE, under which Open MPI may hang when a "
-                "rank dies; set MPI4PY_RC_THREADS=0, or mpi4py.rc.threads = False before the import of MPI",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        _warn_of_threads(name)
+        self._name, self._optimizer, self.loss = name, optimizer, nan
         self._comm = comm.Dup()
         self._hook = AbortOnException(self._comm)
-
-        def prepare() -> tuple[Rule, Layout, int]:
-            for given in (optimizer, center_optimizer):
-                if given is not None and not isinstance(given, Optimizer):
-                    raise TypeError(f"optimizer must come from agnmpi (sgd, adam, …) or be None, not {given!r}")
-            if rule is not None and not isinstance(rule, Rule):
-                raise TypeError(f"rule must be made by agnmpi.rules, such as rules.downpour(), not {rule!r}")
-            if rule is not None and variant != "displacement":
-                raise ValueError(f"give either a rule or variant {variant!r}: rules.agn({variant!r}) is both")
-            try:
-                period = operator.index(communication_period)
-            except TypeError:
-                raise TypeError(f"communication_period must be an int, not {communication_period!r}") from None
-            for what, number in (("communication_period", period), ("slots", slots)):
-                if number < 1:
-                    raise ValueError(f"{what} must be at least 1, not {number}")
-            for key, array in named(params).items():
-                if optimizer is None and not getattr(array.flags, "writeable", True):
-                    raise ValueError(
-                        f"parameter {key!r} is read-only, but is to be updated: give a writable array "
-                        "(of a PyTorch tensor: tensor.detach().numpy())"
-                    )
-            return rule or agn(variant), Layout.of(params), period
-
         try:
-            self._rule, self._layout, period = raise_on_all(self._comm, prepare)
-            layout = self._layout
-            facts = {
-                "rule": f"{self._rule.name}, alpha {self._rule.alpha:g}",
-                "variant": variant,
-                "communication_period": str(communication_period),
-                "optimizer": _in_words(optimizer),
-                "center_optimizer": _in_words(center_optimizer),
-                "transport": transport,
-                "overlap": str(overlap),
-                "use_locking": str(use_locking),
-                "centers": str(centers),
-                "center_device": center_device,
-                "dylu": str(dylu),
-            }
-            require_equal_model(self._comm, layout, facts)
-            if transport == "auto":
-                transport = self._rule.transport
-            setup = Setup(
-                transport=transport,
-                overlap=overlap,
-                use_locking=use_locking,
-                centers=centers,
-                center_device=center_device,
-                slots=slots,
-                dylu=dylu,
-            )
-            check_setup(self._rule, setup, self._comm, optimizer, center_optimizer)
-        except ConfigError:
+            wishes = _Wishes(optimizer, center_optimizer, params, communication_period, rule, variant, transport)
+            self._loop = self._set_up(wishes, use_locking, overlap, dylu)
+        except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
             self._comm.Free()
             raise
-        if self._rule.accumulates and center_optimizer is None:
-            center_optimizer = optimizer  # "of the same kind", with slots of its own
-        self._name, self._optimizer = name, optimizer
-        self._x = layout.pack(params)
-        self._views = layout.views(self._x)
-        self._own = named(params) if optimizer is None else {}
-        self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
-        role = connect(
-            self._comm,
-            self._rule,
-            self._x,
-            optimizer,
-            center_optimizer,
-            setup._replace(wire=choose_wire(self._comm, self._x, wire)),
-        )
-        self._loop = Loop(role, self._comm.rank, self._x, period, name, self._copy_out)
-        self._sharded = centers > 1
         atexit.register(self._at_exit)  # before mpi4py finalizes MPI
-        self.loss = nan
+
+    def _set_up(self, wishes: "_Wishes", use_locking: bool, overlap: bool, dylu: bool) -> Loop:
+        """Agree with the other ranks, lay out the vector, and connect; refusals are raised on all ranks."""
+        comm, optimizer = self._comm, wishes.optimizer
+        checked = raise_on_all(comm, lambda: wishes.checked(use_locking))
+        rule, layout, period, transport = checked
+        facts = {
+            "rule": f"{rule.name}, alpha {rule.alpha:g}",
+            "variant": wishes.variant,
+            "communication_period": str(period),
+            "optimizer": _in_words(optimizer),
+            "center_optimizer": _in_words(wishes.center_optimizer),
+            "transport": f"{transport.name}, centers {transport.centers}, center on {transport.center_device}",
+            "overlap": str(overlap),
+            "dylu": str(dylu),
+        }
+        require_equal_model(comm, layout, facts)
+        check_setup(rule, Setup(transport, overlap, dylu), comm.size, optimizer, wishes.center_optimizer)
+        # Of variant "gradient": "of the same kind", with slots of its own.
+        center_optimizer = wishes.center_optimizer or (optimizer if rule.accumulates else None)
+        self._layout, self._x = layout, layout.pack(wishes.params)
+        self._views = layout.views(self._x)
+        self._own = named(wishes.params) if optimizer is None else {}
+        self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
+        setup = Setup(replace(transport, wire=choose_wire(comm, self._x, transport.wire)), overlap, dylu)
+        self._sharded = transport.centers > 1
+        return Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, self._copy_out)
 
     @property
     def params(self) -> dict[str, Array]:
-        """The parameters by name: views of the flat vector, or with `optimizer=None` your own arrays."""
-        self._loop.settle()
+        """The parameters by name: views of the flat vector, or with `optimizer=None` your own arrays. Never waits."""
         return dict(self._own or self._views)
 
     @property
     def center(self) -> dict[str, Array]:
         """A copy of the center variable, by name, as last pulled; after the loop the final one, on every rank.
 
-        It lies where the parameters of this rank lie.
+        It lies where the parameters of this rank lie. Never waits: after a `break`, call `finish` first.
         """
-        self._loop.settle()
-        return self._layout.views(bring(self._loop.role.c.copy(), self._x))
+        return self._layout.views(bring(self._loop.session.role.c.copy(), self._x))
+
+    @property
+    def clock(self) -> int:
+        """The center's clock, as this rank knows it: number of commits applied."""
+        return self._loop.worker.clock if self._loop.worker else self._loop.session.role.center.clock
 
     @property
     def global_step(self) -> int:
-        """The center's clock, as this rank knows it: number of commits applied."""
-        self._loop.settle()
-        return self._loop.worker.clock if self._loop.worker else self._loop.role.center.clock
+        """TensorFlow's name for `clock`."""
+        return self.clock
 
     @property
     def comm(self) -> MPI.Intracomm:
         """The communicator in use: a duplicate of yours, or what is left of it where ranks were lost (ULFM)."""
-        failover = self._loop.role.failover
-        comm: MPI.Intracomm = failover.comm if failover else self._comm  # type: ignore[assignment]
-        return comm
+        return self._loop.session.comm
+
+    @property
+    def num_workers(self) -> int:
+        """Number of workers n."""
+        return self._loop.session.role.count
 
     @property
     def num_worker(self) -> int:
-        """Number of workers n."""
-        return self._loop.role.count
+        """TensorFlow's name for `num_workers`."""
+        return self.num_workers
 
     @property
     def is_center(self) -> bool:
         """Whether this rank serves the center and does not train."""
-        return self._loop.role.serves
+        return self._loop.session.role.serves
 
     def steps(self, total: int | None = None) -> Generator[int, None, None]:
         """Yield the number of each step that this worker is to take; each of 0 … total−1 is taken by one worker.
 
-        `total`: steps over all workers, None until the workers `break`. On a center rank it serves until all
-        workers are done, and yields nothing. May be used again: parameters, slots, clock and schedules go on. At the
-        end `params` and `center` are the final center on every rank (after a `break`, when they are next read: that
-        waits for the others; a generator that you hold by a name must be closed first). The body calls `minimize`,
-        `apply_gradients` or `step` once.
+        On a center rank it serves until all workers are done, and yields nothing. May be used again: parameters, slots,
+        clock and schedules go on. At the end `params` and `center` are the final center on every rank; after a `break`
+        they are when `finish` has been called. The body calls `minimize`, `apply_gradients` or `step` once.
+
+        Args:
+            total: steps over all workers; None (default) until the workers `break`.
         """
         return self._loop.steps(total)
+
+    def finish(self) -> None:
+        """After a `break`: wait until all workers have left, and take the final center.
+
+        The next `steps`, and `close`, do this by themselves. A generator that you hold by a name must be closed first.
+        """
+        self._loop.finish()
 
     def initialize(self) -> None:
         """Start every worker from the center: rank 0's values, whatever it was given. Collective."""
@@ -336,8 +304,9 @@ class AGNOptimizer:
         self._loop.end()
         atexit.unregister(self._at_exit)
         self._hook.remove()
-        self._loop.role.close()
-        if self._loop.role.failover is None or not self._loop.role.failover.lost:  # with the dead it would not end
+        session = self._loop.session
+        session.close()
+        if not session.members.lost:  # with the dead it would not end
             self._comm.Free()
 
     def _at_exit(self) -> None:
@@ -353,7 +322,7 @@ class AGNOptimizer:
             self.close()
 
     def _slots(self) -> dict[str, Array]:
-        worker, center = self._loop.worker, self._loop.role.center
+        worker, center = self._loop.worker, self._loop.session.role.center
         if worker is None and self._sharded:  # a block of them: no views of whole variables
             return {}
         optimizer, state = (worker.optimizer, worker.state) if worker else (center.optimizer, center.state)
@@ -372,6 +341,53 @@ class AGNOptimizer:
     def _copy_out(self) -> None:
         for name, array in self._own.items():
             array[...] = bring(self._views[name], array)
+
+
+class _Wishes(NamedTuple):
+    """What a rank was given."""
+
+    optimizer: Optimizer | None
+    center_optimizer: Optimizer | None
+    params: Any
+    communication_period: int
+    rule: Rule | None
+    variant: str
+    transport: str | Transport
+
+    def checked(self, use_locking: bool) -> tuple[Rule, Layout, int, Transport]:
+        """The rule, the layout, λ and the transport. Raises TypeError or ValueError for what cannot be."""
+        for given in (self.optimizer, self.center_optimizer):
+            if given is not None and not isinstance(given, Optimizer):
+                raise TypeError(f"optimizer must come from agnmpi (sgd, adam, …) or be None, not {given!r}")
+        if self.rule is not None and not isinstance(self.rule, Rule):
+            raise TypeError(f"rule must be made by agnmpi.rules, such as rules.downpour(), not {self.rule!r}")
+        if self.rule is not None and self.variant != "displacement":
+            raise ValueError(f"give either a rule or variant {self.variant!r}: rules.agn({self.variant!r}) is both")
+        try:
+            period = operator.index(self.communication_period)
+        except TypeError:
+            raise TypeError(f"communication_period must be an int, not {self.communication_period!r}") from None
+        if period < 1:
+            raise ValueError(f"communication_period must be at least 1, not {period}")
+        for key, array in named(self.params).items():
+            if self.optimizer is None and not getattr(array.flags, "writeable", True):
+                raise ValueError(
+                    f"parameter {key!r} is read-only, but is to be updated: give a writable array "
+                    "(of a PyTorch tensor: tensor.detach().numpy())"
+                )
+        rule = self.rule or agn(self.variant)
+        return rule, Layout.of(self.params), period, resolve(self.transport, rule.allreduce, use_locking)
+
+
+def _warn_of_threads(name: str) -> None:
+    """Under MPI_THREAD_MULTIPLE Open MPI 5.0's btl/tcp locks itself when a peer dies amid a large message."""
+    if fault_tolerant() and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        warnings.warn(
+            f"{name}: MPI runs fault tolerant and with MPI_THREAD_MULTIPLE, under which Open MPI may hang when a "
+            "rank dies; set MPI4PY_RC_THREADS=0, or mpi4py.rc.threads = False before the import of MPI",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _in_words(optimizer: Optimizer | None) -> str:

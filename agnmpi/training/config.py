@@ -10,9 +10,8 @@ from typing import Any
 from ..core.optimizers import CENTER_OPTIMIZERS, OPTIMIZERS, Optimizer
 from ..core.rules import RULES, Rule, Weight, outer_rate, staleness_cap, staleness_power, weighted
 from ..core.schedules import SCHEDULES, Schedule, constant, cosine, step_decay, warmup
+from ..transport.registry import Transport, names, resolve
 from .options import at_least, check_type, option
-
-TRANSPORTS = ("auto", "p2p", "rma", "allreduce", "local")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Config:
         "rule",
         "how messages travel; auto: collective or p2p, as the rule needs; rma: one-sided windows; local: all workers "
         "in one process",
-        choices=TRANSPORTS,
+        choices=names(),
     )
     use_locking: bool = option(
         True, "rule", "whole commits; --no-use-locking sums them into the center without a server (rma)", bool
@@ -174,9 +173,7 @@ class Config:
             raise ValueError("center_rate and center_options need a center_optimizer other than 'add'")
         if center != "add":
             center_rate = center_rate or (1.0 if center == "delayed_nesterov" else rate)
-        transport = self.transport
-        if transport == "auto":
-            transport = self.make_rule(rate).transport
+        transport = self.make_transport(rate).name
         if self.record and (self.centers > 1 or not self.use_locking):
             raise ValueError("record is of one center that serves: with several each has an order of its own")
         if self.drop_stalled and (transport != "p2p" or self.centers > 1):
@@ -198,6 +195,12 @@ class Config:
         )
         whole.make_rule(rate), whole.make_optimizer(1000), whole.make_center_optimizer(1000)
         return whole
+
+    def make_transport(self, rate: float | None = None) -> Transport:
+        """How commits travel, with its numbers."""
+        options: dict[str, int | str] = {"centers": self.centers, "wire": self.wire, "workers": self.workers}
+        options |= {"message_buffers": self.slots, "center_device": self.center_device}
+        return resolve(self.transport, self.make_rule(rate).allreduce, self.use_locking, **options)
 
     def make_rule(self, rate: float | None = None) -> Rule:
         """The rule, with its numbers."""

@@ -72,10 +72,9 @@ class Injection:
             g[0] = nan
 
 
-class _FaultyEnd:
+class _FaultyEnd(WorkerEnd):
     def __init__(self, end: WorkerEnd, faults: list[Fault]) -> None:
         self._end, self._faults, self._exchanges, self._total = end, faults, 0, -1
-        self.capabilities = end.capabilities
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         if commit.payload is None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,201 +14,154 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array, bring, choose, current, device_count
-from ..cluster.connect import connect
+from ..arrays.backend import Array, bring, choose, current
 from ..cluster.model import require_equal_model
-from ..cluster.placement import blas_threads, check_world, limit_blas, place, unused_devices
+from ..cluster.placement import blas_threads, check_world, limit_blas, place
 from ..cluster.probe import choose_wire
+from ..cluster.processes import end_sibling, process
 from ..cluster.setup import Setup, check_setup
 from ..core.backoff import wait_until
 from ..core.batches import Plan
 from ..core.leases import Lease
-from ..core.messages import LEAVE, STOP, Commit, Reply
+from ..core.messages import Commit, Reply
+from ..core.observer import Observer
 from ..core.params import Layout
-from ..core.worker import Worker, train
-from ..recovery.checkpoint import newest, prune
-from ..recovery.files import write_atomic
-from ..recovery.membership import Membership
+from ..core.worker import Worker
+from ..core.worker import train as train_worker
+from ..recovery.center_state import Saved
+from ..recovery.checkpoint import newest
 from ..recovery.restore import resume
-from ..recovery.saver import CenterSaver, save_worker
-from ..reporting.advice import advice
-from ..reporting.record import Recorder
+from ..recovery.saver import save_worker
 from ..transport.agreement import ConfigError, allgather, raise_on_all
-from ..version import __version__, mpi_library
 from .config import Config
 from .drive import drive
+from .duties import Duties
 from .exits import DEGRADED, Degraded, Interrupted
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor
-from .outputs import finish_run, repeatable, run_directory, write_result
+from .outputs import finish_run, introduction, run_directory, write_result
 from .problem import Problem, gradient_of, load_problem
+from .session import Session
 from .signals import Signals
 
 
-def run(config: Config, world: MPI.Comm, signals: Signals | None = None, inject: bool = False) -> dict[str, Any] | None:
-    """Train as `config` says; collective over `world`. Returns the result on rank 0, None elsewhere.
+def train(
+    config: Config, world: MPI.Intracomm, signals: Signals | None = None, inject: bool = False
+) -> dict[str, Any] | None:
+    """Train as `config` says; collective over `world`.
 
-    Raises ConfigError, on every rank, for what is refused before training, and Interrupted, on every rank, if one of
-    `signals` has asked the run to stop, or Degraded if it ended with fewer ranks. `inject`: tests give faults in
-    the environment variable AGNMPI_FAULTS.
+    Args:
+        config: the run.
+        world: ranks that take part; it is duplicated.
+        signals: those that ask the run to stop; default: none do.
+        inject: tests give faults in the environment variable AGNMPI_FAULTS; default False.
+
+    Returns:
+        The result on rank 0, as in result.json; None elsewhere.
+
+    Raises:
+        ConfigError: on every rank, for what is refused before training.
+        Interrupted: on every rank, if one of `signals` has asked the run to stop.
+        Degraded: on every rank that is left, if the run ended with fewer.
     """
     return Job(config, world, signals or Signals(lambda _code: None), inject).run()
 
 
-class Job:
-    """A run of `agnmpi train` on this rank."""
+class Job(Observer):
+    """A run of `agnmpi train` on this rank: a configuration, a session, and what is written of it."""
 
-    def __init__(self, config: Config, world: MPI.Comm, signals: Signals, inject: bool = False) -> None:
+    def __init__(self, config: Config, world: MPI.Intracomm, signals: Signals, inject: bool = False) -> None:
         check_world(world)
-        self.comm, self.signals = world.Dup(), signals
-        self.config = config = raise_on_all(self.comm, config.complete)
+        self.world, self.signals, self.rank = world.Dup(), signals, world.rank
+        self.config = config = raise_on_all(self.world, config.complete)
         self.rule = config.make_rule()
-        self.setup = Setup(
-            transport=config.transport,
-            overlap=config.overlap,
-            use_locking=config.use_locking,
-            centers=config.centers,
-            center_device=config.center_device,
-            slots=config.slots,
-            workers=config.workers,
-            dylu=config.dylu,
-        )
-        check_setup(self.rule, self.setup, self.comm, config.make_optimizer(1), config.make_center_optimizer(1))
-        self.rank = self.comm.rank
-        trains = not self.setup.serves or self.rank >= self.setup.centers
-        here = place(self.comm, trains)
+        transport = raise_on_all(self.world, config.make_transport)
+        self.setup = Setup(transport, config.overlap, config.dylu)
+        self.serving_ranks = transport.serving_ranks
+        check_setup(
+            self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1)
+        )  # fmt: skip
+        self.trains = self.rank >= self.serving_ranks
+        here = place(self.world, self.trains)
         limit_blas(here.threads)
-
-        def prepare() -> tuple[Problem, Layout, Array, Plan]:
-            xp = choose(config.device if trains else config.center_device, here.worker_index)
-            problem = load_problem(config.problem, xp, config.options)
-            initial = problem.init(np.random.default_rng(config.seed))
-            layout = Layout.of(initial)
-            plan = Plan(problem.samples, config.batch, config.epochs, config.steps, config.seed)
-            return problem, layout, layout.pack(initial), plan
-
-        self.problem, self.layout, self.x, self.plan = raise_on_all(self.comm, prepare)
+        self.problem, self.layout, self.x, self.plan = raise_on_all(self.world, partial(self._load, here.worker_index))
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
         # Where the run's directory lies is rank 0's affair.
-        told = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run", "resume")}
-        require_equal_model(self.comm, self.layout, {"samples": str(self.problem.samples), **told})
-        self.monitor: Monitor | None = None
-        self.recorder: Recorder | None = None
-        self.saver: CenterSaver | None = None
-        self.directory = Path()
-        self.said = list[str]()  # lines for the monitor, once it is there
-        self.interrupted = False
-        self.complete = False  # before it was resumed
-        self.result: dict[str, Any] | None = None
-        self._began = 0.0  # time at which the training began, less what earlier turns took
+        options = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run", "resume")}
+        require_equal_model(self.world, self.layout, {"samples": str(self.problem.samples), **options})
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
-        self.injection = Injection(raise_on_all(self.comm, lambda: read_faults(faults)), self.rank)
-        first = self.setup.centers if self.setup.serves else 0
-        limit, drop = config.stall_limit, config.drop_stalled
-        self.membership = Membership(self.comm, here.host, first, limit, drop, self._say, self._note)
+        self.injection = Injection(raise_on_all(self.world, lambda: read_faults(faults)), self.rank)
+        self._ranks = [json.loads(text) for text in allgather(self.world, json.dumps([here.host, process()]))]
+        self.session: Session
+        self.duties: Duties | None = None  # at a rank that serves, or rank 0
+        self.directory = Path()
+        self.complete = self.interrupted = False  # complete: before it was resumed
+        self.result: dict[str, Any] | None = None
+        self._announcements = list[str]()  # for the display, once it is there
+        self._began = 0.0  # time at which the training began, less what earlier runs of it took
+
+    def _load(self, worker_index: int) -> tuple[Problem, Layout, Array, Plan]:
+        config = self.config
+        xp = choose(config.device if self.trains else config.center_device, worker_index)
+        problem = load_problem(config.problem, xp, config.options)
+        initial = problem.init(np.random.default_rng(config.seed))
+        layout = Layout.of(initial)
+        plan = Plan(problem.samples, config.batch, config.epochs, config.steps, config.seed)
+        return problem, layout, layout.pack(initial), plan
 
     def run(self) -> dict[str, Any] | None:
-        """Wire, resume, train, and write the result."""
-        config, comm = self.config, self.comm
-        chosen = choose_wire(comm, self.x, config.wire)
-        self.role = role = connect(
-            comm,
-            self.rule,
-            self.x,
-            config.make_optimizer(self.plan.steps),
-            config.make_center_optimizer(self.plan.steps, self.setup.count(comm.size)),
-            self.setup._replace(wire=chosen),
-            observe=self._observe,
-            record=self._served,
-        )
-        self.membership.role = role
+        """Connect, resume, train, and write the result."""
+        self._connect()
+        while True:
+            for workers in self.session.rounds():
+                for worker in workers:
+                    worker.end = self.injection.wrap(worker.end)
+                drive([self._steps(worker) for worker in workers])
+            if self._concluded():
+                return self._end()
+
+    def _connect(self) -> None:
+        """Set up the session, and begin it, or go on from a checkpoint."""
+        config, plan = self.config, self.plan
+        wire = choose_wire(self.world, self.x, self.setup.transport.wire)
+        self.session = session = Session(
+            self.world, self.rule, self.x, config.make_optimizer(plan.steps),
+            config.make_center_optimizer(plan.steps, self.setup.transport.workers_among(self.world.size)),
+            self.setup._replace(transport=replace(self.setup.transport, wire=wire)),
+            self, self._newest, config.drop_stalled,
+        )  # fmt: skip
         try:
-            resumed = self._take_up()
+            resumed = self._resume()
         except ConfigError:  # on all ranks; MPICH 5.0 complains at length of windows that are not freed
-            role.close()
+            session.close()
             raise
-        threads = allgather(comm, str(blas_threads())) if config.record else []
+        threads = [int(text) for text in allgather(self.world, str(blas_threads()))] if config.record else []
         self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
         if self.rank == 0:
-            monitor = self._open([int(t) for t in threads[-role.count :]])
+            self.duties = Duties(self, threads[-session.role.count :])
             if resumed is not None:
-                monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
-        if config.keep and (self.rank == 0 or role.serves):
-            self._keep()
-        if role.failover is not None:
-            role.failover.on_center = self._new_center
-            role.failover.checkpoint = self._newest
-        while True:
-            self._train()
-            while not self._go_on():
-                if self._concluded():
-                    return self._end()
+                self.duties.monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
+        elif session.role.serves:
+            self.duties = Duties(self, first=False)
 
-    def _take_up(self) -> Mapping[str, Any] | None:
+    def _resume(self) -> Mapping[str, Any] | None:
         """Begin, or go on from a checkpoint, whose facts are returned; and find out where the run is written."""
-        config, comm, role, resumed = self.config, self.comm, self.role, None
+        config, role, resumed = self.config, self.session.role, None
         if config.resume is not None:
             directory = partial(run_directory, config) if self.rank == 0 else None
             required = config.resume != "auto"
             resumed = resume(
-                comm, role, self.layout, self.plan.steps, self._data(), directory, required, self.said.append
-            )
+                self.world, role, self.layout, self.plan.steps, self.data, directory, required,
+                self._announcements.append,
+            )  # fmt: skip
             self.complete = resumed is not None and role.center.steps >= self.plan.steps
-        role.begin(self.plan.steps, config.period)
-        made = raise_on_all(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
-        self.directory = Path(allgather(comm, made)[0])
+        self.session.begin(self.plan.steps, config.period)
+        made = raise_on_all(self.world, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
+        self.directory = Path(allgather(self.world, made)[0])
         return resumed
 
-    def _train(self) -> None:
-        """Serve or train until all have left; a worker may do one after the other."""
-        for worker in self.role.workers:
-            worker.end = self.injection.wrap(worker.end)
-        drive([self._steps(worker) for worker in self.role.workers])
-        if self.role.serves:
-            end: Any = self.role.end
-            if self.role.failover is not None:
-                end.on_loss = self.membership.lose
-            self.role.serve(self._turn if self.monitor is not None else None)
-
-    def _go_on(self) -> bool:
-        """When all have left: whether there is a new center, and its workers are to begin once more."""
-        if self.config.drop_stalled and self.saver is not None:
-            self.saver.save(self._own_center())  # Open MPI 5.0 may crash if a rank dies while others are left behind
-        elected, failover = self.membership.regroup(), self.role.failover
-        if self._all_lost() and failover is not None and failover.worker is not None:
-            self._say(f"WARNING: all workers are lost; rank {self.rank}, which was one, trains on alone")
-            failover.alone()
-            return True
-        return elected
-
-    def _all_lost(self) -> bool:
-        """Whether this is a center whose work is not done, and all its workers are lost."""
-        return self.role.serves and self.membership.comm.size == 1 and self.role.center.steps < self.plan.steps
-
-    def _new_center(self) -> None:
-        """Another center has been elected; if it is this rank, it takes over the files and the display, too."""
-        membership, failover = self.membership, self.role.failover
-        assert failover is not None
-        gone = membership.follow()
-        if membership.comm.rank:
-            return
-        self.role = role = membership.role
-        center, leases = role.center, role.center.leases
-        assert leases is not None
-        monitor = self._watch()
-        samples = self.plan.count(Lease(0, leases.next)) - sum(self.plan.count(lease) for lease in leases.open())
-        monitor.resume(samples, time.monotonic() - self._began)
-        self._say(
-            f"WARNING: {' and '.join(map(membership.name, gone))} {'is' if len(gone) == 1 else 'are'} lost, the center "
-            f"among them; {membership.name(self.rank)} is the center now, from {failover.source}, and goes on at step "
-            f"{center.steps}, clock {center.clock}, " + (f"workers: {role.count}" if role.serves else "alone")
-        )
-        monitor.note("failover", lost=membership.lost, center=self.rank, begun_from=failover.source)
-        if self.config.keep:
-            self._keep()
-
-    def _newest(self) -> tuple[Mapping[str, Array], Mapping[str, Any]] | None:
-        found = newest(self.directory, self._say)
+    def _newest(self) -> Saved | None:
+        found = newest(self.directory, self.say)
         return found and found[1:]
 
     def _steps(self, worker: Worker) -> Iterator[int]:
@@ -221,222 +174,201 @@ class Job:
             self.injection.spoil(g)
             return loss, g
 
-        loop = train(worker, compute)
+        loop = train_worker(worker, compute)
         saved = worker.checkpoint
         for step in loop:
             if worker.checkpoint != saved and not worker.done:
                 saved = worker.checkpoint
-                save_worker(self.directory, worker, saved, self._say)
-            if self.signals.asked and (not self.setup.serves or self.membership.comm.size == 1):
+                save_worker(self.directory, worker, saved, self.say)
+            if self.signals.asked and (not self.serving_ranks or self.session.comm.size == 1):
                 loop.close()
                 worker.settle()
                 return
             yield step
 
-    def _turn(self) -> None:
-        """What rank 0 does beside serving, between two messages."""
-        assert self.monitor is not None
-        role, center = self.role, self.role.center
-        self.monitor.tick()
-        if self.signals.asked and center.control != STOP:
-            center.control = STOP
-            self._say(f"{self.signals.asked}: the workers commit what they have done; then a checkpoint, and the end")
-        self.membership.tick()
-        if self.saver is not None:
-            self.saver.take_in()
-            if self.saver.begun:
-                role.save_others(self.saver.begun)
-        if not self.setup.use_locking:
-            end: Any = role.end
-            end.tell(center.control, center.checkpoint)
+    # What is told by the session.
 
-    def _own_center(self) -> Array:
-        """What this rank holds of the center variable."""
-        return self.role.c if self.role.end is None else self.role.end.c
-
-    def _save_block(self, steps: int) -> None:
-        assert self.saver is not None
-        if not self.saver.busy:  # else this checkpoint stays without our block, and is not whole
-            self.saver.save(self._own_center(), steps)
-
-    def _observe(self, commit: Commit, c: Array) -> None:
-        if self.monitor is None:
+    def committed(self, commit: Commit, c: Array) -> None:
+        """Count, show, evaluate and save."""
+        if self.duties is None:
             return
-        self.monitor.commit(commit, c)
-        if self.saver is not None:
-            self.saver.tick(c)
-        if self.role.serves:
+        self.duties.committed(commit, c)
+        if self.session.role.serves and self.duties.first:
             self.injection.step()
 
-    def _served(self, commit: Commit, reply: Reply) -> None:
-        self.membership.heard(commit.worker, bool(commit.requests & LEAVE))
-        if self.recorder is not None:
-            self.recorder(commit, reply)
+    def served(self, commit: Commit, reply: Reply) -> None:
+        """Record, and know that a worker lives."""
+        if self.duties is not None:
+            self.duties.served(commit, reply)
 
-    def _say(self, line: str) -> None:
-        if self.monitor is not None:
-            self.monitor.say(line)
-        else:
-            print(f"agnmpi: rank {self.rank}: {line}", file=sys.stderr, flush=True)
+    def waiting(self) -> None:
+        """See to display, signals, silent workers and checkpoints."""
+        if self.duties is not None:
+            self.duties.tick(self.signals.asked)
 
-    def _note(self, event: str, **facts: Any) -> None:
-        if self.monitor is not None:
-            self.monitor.note(event, **facts)
+    def left(self) -> None:
+        """Save before ranks are left behind."""
+        if self.config.drop_stalled and self.duties is not None:
+            self.duties.save()  # Open MPI 5.0 may crash if a rank dies while others are left behind
 
-    def _data(self) -> dict[str, int]:
+    def lost(self, rank: int, held: Sequence[Lease]) -> None:
+        """Say which worker has died."""
+        role, lost = self.session.role, self.session.members.lost
+        others = sum(worker not in lost for worker in self.session.members.workers())
+        self.say(
+            f"WARNING: {self.name(rank)} is lost, at step {role.center.steps}; what it had not committed goes to the "
+            f"{others} others"
+        )
+        self.note("lost", rank=rank, host=self._ranks[rank][0], uncommitted=held)
+
+    def given_up(self, lease: Lease) -> None:
+        """Say which steps nobody takes any more."""
+        last = lease.first + lease.steps - 1
+        self.say(
+            f"WARNING: the commits of steps {lease.first} to {last} were refused again and again, and these steps are "
+            "given up: look at their samples"
+        )
+        self.note("given up", first=lease.first, steps=lease.steps)
+
+    def missing(self, ranks: Sequence[int]) -> None:
+        """Say which ranks are lost, though their work was done."""
+        if self.session.role.serves:
+            for rank in ranks:
+                self.say(f"WARNING: {self.name(rank)} is lost, after its work was done")
+
+    def alone(self) -> None:
+        """Say that nobody else is left."""
+        self.say(f"WARNING: all workers are lost; rank {self.rank}, which was one, trains on alone")
+
+    def new_center(self, source: str, gone: Sequence[int]) -> None:
+        """Another center has been elected; if it is this rank, it takes over the files and the display, too."""
+        session = self.session
+        if session.comm.rank:
+            return
+        role, center, leases = session.role, session.role.center, session.role.center.leases
+        assert leases is not None
+        self.duties = Duties(self)
+        samples = self.plan.count(Lease(0, leases.next)) - sum(self.plan.count(lease) for lease in leases.open())
+        self.duties.monitor.resume(samples, time.monotonic() - self._began)
+        self.say(
+            f"WARNING: {' and '.join(map(self.name, gone))} {'is' if len(gone) == 1 else 'are'} lost, the center "
+            f"among them; {self.name(self.rank)} is the center now, from {source}, and goes on at step "
+            f"{center.steps}, clock {center.clock}, " + (f"workers: {role.count}" if role.serves else "alone")
+        )
+        self.note("failover", lost=sorted(session.members.lost), center=self.rank, begun_from=source)
+
+    # What is written.
+
+    @property
+    def data(self) -> dict[str, int]:
         """What says which samples each step has."""
         return {"samples": self.problem.samples, "batch": self.config.batch, "seed": self.config.seed}
 
-    def _facts(self) -> dict[str, Any]:
-        """What a checkpoint says beside the center's own facts."""
-        return {
-            "agnmpi": __version__,
-            "centers": self.setup.centers if self.setup.serves else 1,
-            "workers": self.role.count,
-            "layout": self.layout._asdict(),
-            "data": self._data(),
-            "config": asdict(self.config),
-            "ranks": self.role.failover.served[1:] if self.role.failover else [],
-            **(self.monitor.progress if self.monitor is not None else {}),
-        }
-
-    def _open(self, threads: list[int]) -> Monitor:
-        """Rank 0: the files and the display of the run."""
-        config, role = self.config, self.role
-        write_atomic(self.directory / "config.toml", repeatable(config).to_toml().encode())
-        if config.record:
-            said = {"agnmpi": __version__, "workers": role.count, "blas_threads": threads}
-            said["idle_workers_wait"] = role.center.idle_workers_wait
-            self.recorder = Recorder(self.directory, said)
-        lines = _introduction(config, self.layout, self.plan, role.count, self.comm.size) + self.said
-        return self._watch(lines)
-
-    def _watch(self, lines: Sequence[str] = ()) -> Monitor:
-        """At the center that grants the work: begin to show and write what goes on."""
-        self.directory.mkdir(parents=True, exist_ok=True)  # a new center may be on another host
-        monitor = Monitor(self.config, self.plan, self.role, self.directory, self._evaluate)
-        for line in lines:
-            monitor.say(line)
-        self.membership.watch()
-        monitor.start()
-        self.monitor = monitor
-        return monitor
-
-    def _evaluate(self, c: Array) -> Mapping[str, float]:
+    def evaluate(self, c: Array) -> Mapping[str, float]:
         """Evaluate `c` (n,) where the problem of this rank computes, wherever c lies; in any thread."""
         with current(self.x):
             return self.problem.evaluate(self.layout.views(bring(c, self.x)))
 
-    def _keep(self) -> None:
-        """At a center: keep checkpoints."""
-        config, role, first = self.config, self.role, self.monitor is not None
-        self.saver = CenterSaver(
-            self.directory,
-            role.center,
-            self._facts,
-            self._say,
-            config.checkpoint_seconds if first else 0.0,
-            config.checkpoint_commits if first else 0,
-            config.keep,
-            self.membership.comm.rank if role.serves else 0,
-        )
-        role.center.on_save = self._save_block
+    def name(self, rank: int) -> str:
+        """The rank, and where it runs."""
+        return f"rank {rank} on {self._ranks[rank][0]}"
 
-    def _last_checkpoint(self) -> None:
-        """Save what all have reached, if any has a place for it; and find out whether the run was asked to stop."""
-        role, center = self.role, self.role.center
-        if self.recorder is not None:
-            self.recorder.close()
-            self.recorder = None
-        said = [
-            json.loads(text) for text in allgather(self.membership.comm, json.dumps([center.steps, self.signals.asked]))
-        ]
-        steps = said[0][0]
-        # Where all train, any rank may have been the one that broke off.
-        heard = [name for _, name in (said[:1] if self.setup.serves else said) if name is not None]
-        asked = heard[0] if heard else None
-        self.interrupted = asked is not None and steps < self.plan.steps
-        if self.config.keep:
-            for worker in role.workers:
-                save_worker(self.directory, worker, steps, self._say)
-        if self.saver is not None:
-            self.saver.save(self._own_center(), steps)
-            self.saver.finish()
-            self.saver = None
-        wait_until(self.membership.comm.Ibarrier().Test)
-        if self.config.keep and self.monitor is not None:  # once more: now the other centers have written theirs
-            prune(self.directory, self.config.keep, self.setup.centers if self.setup.serves else 1)
+    def introduction(self) -> list[str]:
+        """What is said first."""
+        lines = introduction(self.config, self.layout, self.plan, self.session.role.count, self.world.size)
+        return lines + self._announcements
+
+    def say(self, line: str) -> None:
+        """Print a line: on the display where this rank has it."""
+        if self.duties is not None and self.duties.first:
+            self.duties.monitor.say(line)
+        else:
+            print(f"agnmpi: rank {self.rank}: {line}", file=sys.stderr, flush=True)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Write an event, where this rank writes them."""
+        if self.duties is not None and self.duties.first:
+            self.duties.monitor.note(event, **facts)
 
     def _concluded(self) -> bool:
         """Save and write what has been reached; whether all have come through this, the same on every rank."""
-        comm, failover = self.membership.comm, self.role.failover
-        if failover is None:
+        session = self.session
+        if session.failover is None:
             self._conclude()
             return True
         error, done = None, 1
         try:
             self._conclude()
         except MPI.Exception as raised:
-            comm.Revoke()
+            session.comm.Revoke()
             error, done = raised, 0
         with suppress(MPI.Exception):  # a rank has died: all hear of it here
-            if comm.Agree(done):
+            if session.comm.Agree(done):
                 return True
-        if error is not None and not comm.Get_failed().size:
+        if error is not None and not session.comm.Get_failed().size:
             raise error  # of another kind
         return False
 
     def _conclude(self) -> None:
+        session = self.session
         self._last_checkpoint()
-        if self.monitor is not None and not self.interrupted and not self._all_lost():
-            self._result()
-        if self.role.failover is not None or self.membership.lost:
-            wait_until(
-                self.membership.comm.Ibarrier().Test
-            )  # if rank 0 dies before all is written, another one writes it
+        if self.duties is not None and self.duties.first and not self.interrupted and not self._all_lost():
+            self._write_result(self.duties.monitor)
+        if session.failover is not None or session.members.lost:
+            wait_until(session.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another one writes it
+
+    def _last_checkpoint(self) -> None:
+        """Save what all have reached, if any has a place for it; and find out whether the run was asked to stop."""
+        comm, role = self.session.comm, self.session.role
+        if self.duties is not None:
+            self.duties.end_record()
+        told = [json.loads(text) for text in allgather(comm, json.dumps([role.center.steps, self.signals.asked]))]
+        steps = told[0][0]
+        # Where all train, any rank may have been the one that broke off.
+        asked = [name for _, name in (told[:1] if self.serving_ranks else told) if name is not None]
+        self.interrupted = bool(asked) and steps < self.plan.steps
+        if self.config.keep:
+            for worker in role.workers:
+                save_worker(self.directory, worker, steps, self.say)
+        if self.duties is not None:
+            self.duties.save_last(steps)
+        wait_until(comm.Ibarrier().Test)
+        if self.duties is not None:
+            self.duties.prune()  # once more: now the other centers have written theirs
+
+    def _write_result(self, monitor: Monitor) -> None:
+        lost = sorted(self.session.members.lost)
+        if self.result is None:
+            self.result = finish_run(
+                self.directory, self.config, self.layout, self.session.role, monitor, lost, self.complete
+            )
+            return
+        self.result["lost"] = lost  # a rank has died since
+        write_result(self.directory, self.result)
+
+    def _all_lost(self) -> bool:
+        """Whether this is a center whose work is not done, and all its workers are lost."""
+        return self.session.deserted and self.session.role.center.steps < self.plan.steps
 
     def _end(self) -> dict[str, Any] | None:
         """Free what is held. Returns the result on rank 0."""
-        role, membership = self.role, self.membership
-        membership.end_hung()
-        abort = bool(membership.hung) and role.failover is None
+        session, members = self.session, self.session.members
+        if session.failover is not None:  # else MPI_Abort does it, and the exit code is ours
+            for rank in members.hung:
+                end_sibling(*self._ranks[rank][1])
+        abort = bool(members.hung) and session.failover is None
         if self._all_lost():
-            self._say(f"all workers are lost, ranks {membership.lost}; resume with --resume {self.directory}")
+            self.say(f"all workers are lost, ranks {members.lost}; resume with --resume {self.directory}")
             raise Degraded(1, abort)
+        session.close()
         if self.interrupted:
-            if not membership.lost:
-                role.close()
-            if self.monitor is not None:
-                self.monitor.stop("interrupted", signal=self.signals.asked or "another rank's")
-                resume = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
-                self.monitor.say(f"interrupted at step {role.center.steps} of {self.plan.steps}; {resume}")
+            if self.duties is not None and self.duties.first:
+                monitor, center = self.duties.monitor, session.role.center
+                monitor.stop("interrupted", signal=self.signals.asked or "another rank's")
+                how = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
+                monitor.say(f"interrupted at step {center.steps} of {self.plan.steps}; {how}")
             raise Interrupted(abort)
-        if membership.lost:  # who has lost a rank cannot finalize MPI
+        if members.lost:  # who has lost a rank cannot finalize MPI
             raise Degraded(DEGRADED, abort)
-        role.close()
-        membership.comm.Free()
+        session.comm.Free()
         return self.result
-
-    def _result(self) -> None:
-        role, monitor = self.role, self.monitor
-        assert monitor is not None
-        if self.result is None:
-            self.result = finish_run(
-                self.directory, self.config, self.layout, role, monitor, self.membership.lost, self.complete
-            )
-            return
-        self.result["lost"] = self.membership.lost  # a rank has died since
-        write_result(self.directory, self.result)
-
-
-def _introduction(config: Config, layout: Layout, plan: Plan, workers: int, size: int) -> list[str]:
-    ranks = f"{size} rank{'s' if size > 1 else ''}"
-    return [
-        f"agnmpi {__version__}: {config.problem}, {layout.size:,} parameters ({layout.dtype}), "
-        f"{plan.samples:,} samples, {plan.steps:,} steps of {plan.batch}",
-        f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "
-        f"{config.optimizer} {config.rate:g}, center {config.center_optimizer}, transport {config.transport}, "
-        f"{mpi_library()}",
-        *advice(config.make_rule(), workers, config.period),
-        *(unused_devices(device_count()) if config.device == "auto" else ()),
-    ]

@@ -5,34 +5,49 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from typing import Any
+
+from mpi4py import MPI
 
 from ..arrays.backend import Array, bring
-from ..cluster.roles import Role
-from ..core.optimizers import Range
+from ..cluster.setup import Setup
+from ..core.leases import Lease
+from ..core.observer import Observer
+from ..core.optimizers import Optimizer, Range
+from ..core.rules import Rule
 from ..core.worker import Worker
+from .session import Session
 
 
-class Loop:
+class Loop(Observer):
     """The sessions of a code with a loop of its own, on one rank.
 
-    `role`: the part of this rank, whose `rank` is of the communicator that all began with; `x`: (n,) its
-    parameters; `period`: λ; `name`: of the optimizer, for what is said; `moved()` is called when x has become a center
-    that was pulled, or the final one.
+    Args:
+        comm: ours (duplicated); its ranks take part.
+        rule: of exchange.
+        x: (n,) the parameters of this rank.
+        optimizer: of the workers; None if the caller moves x.
+        center_optimizer: None adds.
+        setup: how they exchange.
+        period: λ.
+        name: of the optimizer, for what is said.
+        moved: called when x has become a center that was pulled, or the final one.
     """
 
-    def __init__(self, role: Role, rank: int, x: Array, period: int, name: str, moved: Callable[[], None]) -> None:
-        self.role = role
-        self.worker = None if role.serves else role.workers[0]
+    def __init__(
+        self, comm: MPI.Intracomm, rule: Rule, x: Array, optimizer: Optimizer | None,
+        center_optimizer: Optimizer | None, setup: Setup, period: int, name: str, moved: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.session = Session(comm, rule, x, optimizer, center_optimizer, setup, self)
         self.closed = self._running = self._stepped = False
-        self._rank, self._x, self._period, self._name, self._moved = rank, x, period, name, moved
+        self._x, self._period, self._name, self._moved = x, period, name, moved
         self._generators: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
         self._pulls = 0  # of the worker, when `moved` was last called
-        if role.failover is not None:
-            role.failover.on_center = self._new_center
-            if self.worker is None:
-                end: Any = role.end
-                end.on_loss = self._lose
+
+    @property
+    def worker(self) -> Worker | None:
+        """The worker of this rank; None where it serves."""
+        role = self.session.role
+        return None if role.serves else role.workers[0]
 
     def steps(self, total: int | None) -> Generator[int, None, None]:
         """Yield the steps of a session, as `AGNOptimizer.steps` says."""
@@ -42,34 +57,28 @@ class Loop:
 
     def check(self) -> Worker:
         """Return the worker, if it is to take a step now; raises RuntimeError where it is not."""
-        if self.worker is None:
+        worker = self.worker
+        if worker is None:
             raise RuntimeError(
-                f"rank {self._rank} holds the center and takes no steps: call this inside "
+                f"rank {self.session.rank} holds the center and takes no steps: call this inside "
                 f"`for step in {self._name}.steps(n)`, which serves here"
             )
         if not self._running:
             raise RuntimeError(f"{self._name}: steps are taken inside `for step in opt.steps(n)`, which is not running")
         if self._stepped:
             raise RuntimeError(f"{self._name}: one step in each turn of the loop over steps(), not two")
-        return self.worker
+        return worker
 
     def step(self, g: Array | None, loss: float, ranges: Sequence[Range] | None = None) -> None:
         """Let the worker take the step that it is at; see `Worker.step`."""
         self.check().step(g, loss, ranges)
         self._stepped = True
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """After a break: wait for the others, and take the final center."""
         worker = self.worker
-        if worker is None or self._running:
-            return
-        leaving = worker.leaving
-        worker.settle()
-        if worker.elected:
-            self._serve()
-        elif leaving:
-            self._regroup()
-        self.refresh()
+        if worker is not None and not self._running and (worker.leaving or worker.elected):
+            self._finish(worker)
 
     def refresh(self) -> None:
         """Call `moved` if a center was pulled since."""
@@ -81,8 +90,19 @@ class Loop:
         """Leave a loop that was broken off but is still held by a name, or a hook that was not ended; for good."""
         for generator in list(self._generators):
             generator.close()
-        self.settle()
+        self.finish()
         self.closed = True
+
+    def _finish(self, worker: Worker) -> None:
+        self.session.finish(worker)
+        self._take_final_center()
+
+    def _take_final_center(self) -> None:
+        """Where this rank serves, x is not moved by itself."""
+        if self.session.role.serves:
+            self._x[...] = bring(self.session.role.c, self._x)
+            self._moved()
+        self.refresh()
 
     def _steps(self, total: int | None) -> Generator[int, None, None]:
         if self.closed:
@@ -92,36 +112,35 @@ class Loop:
         total = None if total is None else operator.index(total)
         if total is not None and total < 0:
             raise ValueError(f"the number of steps must not be negative, but is {total}")
-        self.settle()
-        center = self.role.center
-        before = center.steps
-        self.role.begin(total, self._period)
-        if self.worker is None:
-            self._serve()
-            if total is not None and center.steps - before < total and self._rank == 0:
-                short = f"{center.steps - before} of {total} steps were taken: the workers left before the end"
-                warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
-            return
-        worker = self.worker
-        worker.dropped = 0
-        while True:
-            yield from self._train(worker)
-            if not worker.elected:
-                break
-            if self._serve():
-                return
-            self.worker = worker  # it has lost all its workers, and trains on alone
-        self._regroup()
-        self.refresh()
-        if center.rule.allreduce and total is not None and center.steps - before < total:
+        self.finish()
+        before = self.session.role.center.steps
+        self.session.begin(total, self._period)
+        dropped = 0
+        for workers in self.session.rounds():
+            for worker in workers:
+                worker.dropped = 0
+                yield from self._train(worker)
+                dropped += worker.dropped
+        if self.session.deserted:
+            raise RuntimeError(f"{self._name}: all workers are lost")
+        self._take_final_center()
+        self._report(total, self.session.role.center.steps - before, dropped)
+
+    def _report(self, total: int | None, taken: int, dropped: int) -> None:
+        """Say, at the end of a loop, which of its steps were not taken."""
+        role, rank = self.session.role, self.session.rank
+        short = total is not None and taken < total
+        if role.serves and rank == 0 and short:
+            text = f"{taken} of {total} steps were taken: the workers left before the end"
+            warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=3)
+        if self.session.rule.allreduce and short:
             raise RuntimeError(
-                f"{self._name}: another rank left the loop after {center.steps - before} of {total} steps, by break or "
-                f"by an exception, and rule {center.rule.name} needs all ranks; use steps() to end early"
+                f"{self._name}: another rank left the loop after {taken} of {total} steps, by break or "
+                f"by an exception, and rule {self.session.rule.name} needs all ranks; use steps() to end early"
             )
-        if worker.dropped:
-            short = f"{worker.dropped} steps of rank {self._rank} were dropped: another rank broke off meanwhile"
-            warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
-            worker.dropped = 0
+        if dropped:
+            text = f"{dropped} steps of rank {rank} were dropped: another rank broke off meanwhile"
+            warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=3)
 
     def _train(self, worker: Worker) -> Generator[int, None, None]:
         """The part of a worker in a loop."""
@@ -139,59 +158,22 @@ class Loop:
                             "apply_gradients() or step() once"
                         )
         except GeneratorExit:  # break
-            if worker.elected:
-                self._serve()
+            if self.session.role.serves:  # it was elected as it left: the others wait
+                self._finish(worker)
             raise
         finally:
             self._running = self._stepped = False
 
-    def _serve(self) -> bool:
-        """At a center, or at a worker that was elected in place of a lost one: serve until all have left.
+    def lost(self, rank: int, _held: Sequence[Lease]) -> None:
+        """Warn."""
+        self._warn_of_loss(f"rank {rank} is lost; what it had not committed goes to the others")
 
-        False if all its workers were lost, and it was one itself: it can go on alone.
-        """
-        self.worker = None
-        self.role.serve()
-        end: Any = self.role.end
-        deserted = self.role.failover is not None and end.deserted
-        self._regroup()
-        if deserted and self.role.failover is not None and self.role.failover.worker is not None:
-            self.role.failover.alone()
-            return False
-        if deserted:
-            raise RuntimeError(f"{self._name}: all workers are lost")
-        self._x[...] = bring(self.role.c, self._x)
-        self._moved()
-        return True
-
-    def _regroup(self) -> None:
-        """After a loop: find out who is left, if ranks may be lost."""
-        failover = self.role.failover
-        while failover is not None and failover.regroup():  # the center was lost at the very end
-            if self.worker is not None and not self.role.serves:
-                self.worker.leave()
-                self.worker.settle()
-            if self.role.serves:
-                self.worker = None
-                self.role.serve()
-
-    def _new_center(self) -> None:
-        failover = self.role.failover
-        assert failover is not None
-        what = f"ranks {failover.lost} are lost, the center among them"
-        if failover.comm.rank == 0:
-            taken: Any = failover.role
-            self.role = taken
-            if taken.serves:
-                taken.end.on_loss = self._lose
-            what += f"; this rank {'serves' if taken.serves else 'trains'} on, from {failover.source}"
+    def new_center(self, source: str, _gone: Sequence[int]) -> None:
+        """Warn; on every rank."""
+        what = f"ranks {sorted(self.session.members.lost)} are lost, the center among them"
+        if self.session.comm.rank == 0:
+            what += f"; this rank {'serves' if self.session.role.serves else 'trains'} on, from {source}"
         self._warn_of_loss(what)
-
-    def _lose(self, worker: int) -> None:
-        self.role.center.worker_lost(worker)
-        failover = self.role.failover
-        assert failover is not None
-        self._warn_of_loss(f"rank {failover.served[worker + 1]} is lost; what it had not committed goes to the others")
 
     def _warn_of_loss(self, what: str) -> None:
         text = (

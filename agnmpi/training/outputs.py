@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..arrays.backend import Array
+from ..arrays.backend import Array, device_count
+from ..cluster.placement import unused_devices
 from ..cluster.roles import Role
+from ..core.batches import Plan
 from ..core.params import Layout
 from ..recovery.files import save, write_atomic
+from ..reporting.advice import advice
 from ..version import __version__, mpi_library
 from .config import Config
 from .exits import DEGRADED
@@ -107,3 +110,17 @@ def finish_run(
         monitor.say(f"{result['dropped']} commits were too old and were dropped; their steps were done again")
     monitor.say(f"written to {directory}/")
     return result
+
+
+def introduction(config: Config, layout: Layout, plan: Plan, workers: int, size: int) -> list[str]:
+    """What is said of a run before it begins."""
+    ranks = f"{size} rank{'s' if size > 1 else ''}"
+    return [
+        f"agnmpi {__version__}: {config.problem}, {layout.size:,} parameters ({layout.dtype}), "
+        f"{plan.samples:,} samples, {plan.steps:,} steps of {plan.batch}",
+        f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "
+        f"{config.optimizer} {config.rate:g}, center {config.center_optimizer}, transport {config.transport}, "
+        f"{mpi_library()}",
+        *advice(config.make_rule(), workers, config.period),
+        *(unused_devices(device_count()) if config.device == "auto" else ()),
+    ]

@@ -10,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array
-from ..core.ends import Apply, Capabilities, Done, Handle, Polled
+from ..core.ends import Apply, CenterEnd, Done, Handle, Polled, Summed, WorkerEnd
 from ..core.leases import NONE, Lease
 from ..core.messages import DUPLICATE, NOT_FINITE, OK, REFUSED, SAVE, STOP, WORK, Commit, Reply
 from .agreement import require_equal_total
@@ -34,17 +34,13 @@ from .windows import (
 )
 
 
-class AccumulateWorker:
+class AccumulateWorker(WorkerEnd):
     """A worker's end of the accumulate way (TensorFlow's `use_locking=False`), for rules whose commits are added as
     they are: an exchange is `Accumulate(SUM)` into c, and `Get`.
 
     What it gives up: sums are atomic element by element, so a pull may hold a part of a commit under way;
     commits are neither ordered nor weighed nor refused. Rank 0 need not be in MPI on a machine with shared memory.
     """
-
-    capabilities = Capabilities(
-        server=True, whole_pulls=False, exact_clock=False, weights=False, center_optimizer=False
-    )
 
     def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None) -> None:
         self.worker, self.wire = comm.rank - 1, wire or Direct()
@@ -124,8 +120,10 @@ class AccumulateWorker:
         self.windows.free()
 
 
-class AccumulateCenter:
+class AccumulateCenter(CenterEnd):
     """The center's end of the accumulate way: holds the memory and reads the counters; memory: c alone."""
+
+    progress = 0
 
     def __init__(self, comm: MPI.Comm, c: Array) -> None:
         self._windows = windows = Windows(comm, c, 0)
@@ -134,7 +132,6 @@ class AccumulateCenter:
         self._left = self._sessions = self._saved = 0
         self._seen = [0, 0]  # clock and steps of which `apply` has been told
         self._loss = 0.0
-        self.progress = 0
 
     @property
     def c(self) -> Array:
@@ -147,14 +144,9 @@ class AccumulateCenter:
         return self._sessions * self._windows.workers - self._left
 
     @property
-    def refused(self) -> int:
-        """Commits that their workers did not sum, since they were not finite."""
-        return self._windows.read(REFUSALS)
-
-    @property
-    def staleness(self) -> tuple[int, int]:
-        """Sum and maximum of the staleness of all commits."""
-        return self._windows.read(STALENESS), self._windows.read(STALEST)
+    def summed(self) -> Summed:
+        """Refused commits, sum and maximum of the staleness of all."""
+        return Summed(*(self._windows.read(word) for word in (REFUSALS, STALENESS, STALEST)))
 
     def begin(self, total: int | None, _period: int, start: int = 0) -> None:
         """Begin a session, `start` steps into its work; collective."""

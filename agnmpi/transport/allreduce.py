@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like, full_like, to_host
 from ..core.backoff import wait_until
-from ..core.ends import Apply, Capabilities, Done, Handle
+from ..core.ends import Apply, Done, Handle, WorkerEnd
 from ..core.leases import NONE, Lease
 from ..core.messages import CONTINUE, NOT_FINITE, OK, STOP, WORK, Commit, Reply
 from ..version import mpi_library
@@ -27,13 +27,11 @@ _PIECE = 1 << 18
 assert CHUNK % _PIECE == 0
 
 
-class AllreduceEnd:
+class AllreduceEnd(WorkerEnd):
     """A rank's end.
 
     `c`: (n,) its replica of the center, moved in place; `apply`: the center step.
     """
-
-    capabilities = Capabilities(server=False)
 
     def __init__(self, comm: MPI.Comm, c: Array, apply: Apply, wire: Wire | None = None) -> None:
         self.comm, self.c, self.apply = comm, c, apply
@@ -44,7 +42,7 @@ class AllreduceEnd:
         self.stopped = False  # a rank has left before the last round
         self._due = 0  # rounds that this rank has a lease for and has not started
 
-    def begin(self, total: int | None, rounds: Iterator[Lease]) -> None:
+    def begin_rounds(self, total: int | None, rounds: Iterator[Lease]) -> None:
         """Begin a session of `total` steps; raises ValueError, on all ranks, if they do not say the same."""
         require_equal_total(self.comm, total)
         self.rounds, self.stopped, self._due = rounds, False, 0
@@ -67,9 +65,6 @@ class AllreduceEnd:
         if self.stopped or not self._due:
             return Farewell(self, out, check=not self.stopped)
         return Round(self, commit or Commit(self.comm.rank), out, leaving=True)
-
-    def close(self) -> None:
-        """Nothing to free."""
 
     def grant(self, requests: int) -> Lease:
         """The next lease of this rank, if asked for."""
@@ -162,6 +157,7 @@ class Round:
                 payload=end.sum,
             )
             reply = end.apply(summed, end.c)
+            assert reply is not None  # a round is never put off
             end.clock, end.steps, end.checkpoint, status = reply.clock, reply.steps, reply.checkpoint, reply.status
         if self._out is not None:
             self._out[...] = end.c

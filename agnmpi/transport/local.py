@@ -3,21 +3,28 @@
 from collections import deque
 
 from ..arrays.backend import Array
-from ..core.ends import Apply, Capabilities, Handle, InTurn
+from ..core.ends import Apply, CenterEnd, Handle, InTurn, WorkerEnd
 from ..core.messages import LEAVE, PULL, Commit, Reply
 
 
-class LocalCenter:
+class LocalCenter(CenterEnd):
     """The center's end: a queue of messages, served in order of arrival.
 
     `c`: (n,) center variable, moved in place; `apply`: what a worker's `wait` serves with.
     """
 
+    live = progress = 0  # workers that have not left; nothing here takes time
+
     def __init__(self, c: Array, workers: int, apply: Apply) -> None:
-        self.c, self.live, self.progress = c, workers, 0
+        self._c, self.live = c, workers
         self.apply = apply
         self._workers = workers
         self._queue: deque[LocalHandle] = deque()
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable."""
+        return self._c
 
     def worker_end(self, worker: int) -> "LocalWorker":
         """The end of worker number `worker`."""
@@ -43,9 +50,6 @@ class LocalCenter:
             handle.out[...] = self.c
         return True
 
-    def close(self) -> None:
-        """Nothing to free."""
-
 
 class LocalHandle:
     """A queued message; waiting for it makes the center serve up to it."""
@@ -66,10 +70,8 @@ class LocalHandle:
         return self.reply
 
 
-class LocalWorker:
+class LocalWorker(WorkerEnd):
     """A worker's end. Leaving does not wait for the others: they run in this very thread."""
-
-    capabilities = Capabilities(server=True)
 
     def __init__(self, center: LocalCenter, worker: int) -> None:
         self._center, self._worker = center, worker
@@ -88,6 +90,3 @@ class LocalWorker:
         """Queue the last commit and the farewell."""
         last = [] if commit is None else [self.exchange(commit, None)]
         return InTurn(*last, self.exchange(Commit(self._worker, requests=PULL | LEAVE), out))
-
-    def close(self) -> None:
-        """Nothing to free."""

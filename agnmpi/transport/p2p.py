@@ -19,7 +19,7 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like
 from ..core.backoff import wait_until
-from ..core.ends import Apply, Capabilities, Handle, InTurn
+from ..core.ends import Apply, CenterEnd, Handle, InTurn, WorkerEnd
 from ..core.messages import COMMIT_BYTES, LEAVE, MISFIT, PULL, Commit, Reply, reply_bytes
 from .chunks import ALL, PIECE, Stream, Ticks
 from .staging import Direct, Wire, cut, make_wire
@@ -75,10 +75,8 @@ class _Exchange:
         return self._done
 
 
-class P2PWorker:
+class P2PWorker(WorkerEnd):
     """A worker's end: every rank but 0 of `comm`."""
-
-    capabilities = Capabilities(server=True)
 
     def __init__(self, comm: MPI.Comm, wire: Wire | None = None) -> None:
         self._comm, self._worker, self.wire = comm, comm.rank - 1, wire or Direct()
@@ -95,9 +93,6 @@ class P2PWorker:
         """Say farewell, right behind the last commit; the reply comes when all have left."""
         last = [] if commit is None else [self.exchange(commit, None)]
         return InTurn(*last, self.exchange(Commit(self._worker, requests=LEAVE), out))
-
-    def close(self) -> None:
-        """Nothing to free."""
 
 
 def gone(error: MPI.Exception) -> bool:
@@ -136,7 +131,7 @@ class _Answer(NamedTuple):
         return self.request.Test() and (self.stream is None or self.stream.test())
 
 
-class P2PCenter:
+class P2PCenter(CenterEnd):
     """The center's end: rank 0 of `comm`.
 
     `c`: (n,) center variable, kept; `slots`: vectors beside it for deltas coming in and replies going out; `wire`:
@@ -160,10 +155,10 @@ class P2PCenter:
         self._applied: Commit | None = None  # while it is, if it requests c
         self._out: Stream | None = None  # c on its way to the worker of that one, block by block
         self._left: list[Commit] = []
-        self.lost = set[int]()  # workers that have died, with `on_loss` alone; else the error is raised
+        self.lost: set[int] = set()  # workers that have died, with `on_loss` alone; else the error is raised
         self.on_loss: Callable[[int], None] | None = None  # told of each, after its messages are forgotten
         self._dying: list[int] = []  # lost, but not reported yet
-        self.silent = set[int]()  # workers that nobody waits for, until they are heard of again
+        self.silent: set[int] = set()  # workers that nobody waits for, until they are heard of again
         self._farewell: Reply | None = None
         self._buried: list[object] = []  # requests of the dead, and what MPI may still touch for them
         self._ticks = Ticks()
@@ -412,6 +407,3 @@ class P2PCenter:
             buffer.readers -= 1
             if not buffer.readers and buffer is not self._center:
                 self._free.append(buffer)
-
-    def close(self) -> None:
-        """Nothing to free: no receive is posted once all workers have left."""

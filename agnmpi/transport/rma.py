@@ -11,7 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array
-from ..core.ends import Apply, Capabilities, Handle, Polled
+from ..core.ends import Apply, CenterEnd, Handle, Polled, WorkerEnd
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
 from .staging import Direct, Wire
 from .windows import APPLIED, CENTER, CLOCK, COMMIT_WORDS, LEFT, READERS, REPLY_WORDS, STEPS, WAITING, WRITING, Windows
@@ -19,14 +19,12 @@ from .windows import APPLIED, CENTER, CLOCK, COMMIT_WORDS, LEFT, READERS, REPLY_
 _PIECE = 1 << 20  # bytes of c that are read at once behind the apply
 
 
-class RMAWorker:
+class RMAWorker(WorkerEnd):
     """A worker's end of the mailbox: every rank but 0 of `comm`. `like`: a vector like x (n,).
 
     Starting an exchange, and the pull at its end, block for as long as their bytes are on the way. Who waits, instead
     of testing, may stay with an apply until that ends, and is let in before the next.
     """
-
-    capabilities = Capabilities(server=True)
 
     def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None) -> None:
         self.worker, self.wire = comm.rank - 1, wire or Direct()
@@ -127,11 +125,13 @@ class RMAWorker:
         self.windows.free()
 
 
-class RMACenter:
+class RMACenter(CenterEnd):
     """The center's end of the mailbox: rank 0 of `comm`; memory: c and a slot for each worker.
 
     `c`: (n,) center variable in host memory, copied into the window. Slots are served round robin.
     """
+
+    progress = 0  # changes while anything is under way
 
     def __init__(self, comm: MPI.Comm, c: Array) -> None:
         self._comm, self._workers = comm, comm.size - 1
@@ -147,7 +147,6 @@ class RMACenter:
         self._applied: Commit | None = None  # while it is, if its worker may read behind
         self._left: list[int] = []
         self._sessions = self._gone = 0  # farewells of all sessions that are over for their workers, too
-        self.progress = 0  # changes while anything is under way
 
     @property
     def c(self) -> Array:

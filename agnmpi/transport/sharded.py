@@ -29,12 +29,11 @@ class _Together:
         return self._replies[0]
 
 
-class ShardedWorker:
+class ShardedWorker(WorkerEnd):
     """A worker's end. `ends`: one for each center; `spans`: the block of each, together the whole vector."""
 
     def __init__(self, ends: Sequence[WorkerEnd], spans: Sequence[slice]) -> None:
         self.ends, self.spans = ends, spans
-        self.capabilities = ends[0].capabilities
         self._clocks = [0] * len(ends)  # of each shard at the last pull
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:

@@ -10,7 +10,7 @@ from agnmpi.cluster.setup import Setup, check_setup
 from agnmpi.core import rules
 from agnmpi.core.messages import WORK, Commit
 from agnmpi.core.worker import train
-from agnmpi.transport import allreduce
+from agnmpi.transport import allreduce, registry
 from agnmpi.transport.agreement import ConfigError
 from agnmpi.transport.staging import CHUNK, Staged
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.mpi(min_size=2)
 
 def join(comm, rule, optimizer, n=3, center_optimizer=None, overlap=False, dtype="f8"):
     x = np.full(n, float(comm.rank), dtype)  # rank 0's counts
-    return connect(comm, rule, x, optimizer, center_optimizer, Setup("allreduce", overlap=overlap))
+    return connect(comm, rule, x, optimizer, center_optimizer, Setup(registry.allreduce(), overlap))
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -149,10 +149,10 @@ def test_replicas_that_differ_are_noticed(comm):
 
 
 def test_a_rule_with_a_server_is_refused(comm):
-    with pytest.raises(ConfigError, match="use 'p2p'"):
-        check_setup(rules.agn(), Setup("allreduce"), comm, sgd(1.0), None)
-    with pytest.raises(ConfigError, match="use 'allreduce'"):
-        check_setup(rules.synchronous(), Setup("p2p"), comm, sgd(1.0), None)
+    with pytest.raises(ConfigError, match="use p2p or rma or accumulate"):
+        check_setup(rules.agn(), Setup(registry.allreduce()), comm.size, sgd(1.0), None)
+    with pytest.raises(ConfigError, match="use allreduce"):
+        check_setup(rules.synchronous(), Setup(registry.p2p()), comm.size, sgd(1.0), None)
 
 
 def test_ranks_with_and_without_a_device_sum_together(comm):

@@ -13,12 +13,13 @@ from agnmpi.core.center import Center
 from agnmpi.core.ends import Done
 from agnmpi.core.leases import Leases
 from agnmpi.core.messages import OK, REFUSED, WORK, Commit, Reply
+from agnmpi.transport.registry import p2p
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
 
 def slots(count):
-    return Setup("p2p", slots=count)
+    return p2p(message_buffers=count)
 
 
 def test_no_worker_starves(comm):
@@ -253,7 +254,7 @@ def test_a_run_of_misfits_ends_with_the_reason(comm):
 def test_copies_for_evaluations_come_before_the_farewell(comm):
     """What another center still sends for one would be taken for the final center."""
     n, order = 100, []
-    role = connect(comm, rules.agn(), np.zeros(n), None, setup=Setup("p2p", centers=2))
+    role = connect(comm, rules.agn(), np.zeros(n), None, setup=Setup(p2p(centers=2)))
     role.begin(4, 1)
     if role.serves:
         if comm.rank == 0:

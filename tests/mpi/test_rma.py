@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from agnmpi.cluster.setup import Setup, check_setup
 from agnmpi.core import rules
 from agnmpi.core.messages import Commit
 from agnmpi.transport.agreement import ConfigError
+from agnmpi.transport.registry import accumulate, allreduce, p2p, resolve, rma
 from agnmpi.transport.windows import READERS, WAITING, WRITING
 
 pytestmark = pytest.mark.mpi(min_size=2)
-MAILBOX, SUMS = Setup("rma"), Setup("rma", use_locking=False)
+MAILBOX, SUMS = rma(), accumulate()
 
 
 def one_host(comm):
@@ -141,7 +143,7 @@ def test_serverless_commits_land_while_rank_0_is_away(comm):
     if not one_host(comm):
         pytest.skip("across hosts the windows need rank 0 in MPI now and then")
     n = 1000
-    role = connect(comm, rules.agn(), np.zeros(n), None, setup=SUMS)
+    role = connect(comm, rules.agn(), np.zeros(n), None, setup=Setup(SUMS))
     role.begin(None, 1)
     if role.serves:
         before = time.monotonic()
@@ -176,7 +178,7 @@ def test_memory_at_the_center(comm):
     """The mailbox holds c and a slot for each worker, the accumulate way c alone."""
     n = 5000
     for setup, slots in ((MAILBOX, comm.size - 1), (SUMS, 0)):
-        role = connect(comm, rules.agn(), np.zeros(n), None, setup=setup)
+        role = connect(comm, rules.agn(), np.zeros(n), None, setup=Setup(setup))
         windows = role.end._windows if role.serves else role.workers[0].end.windows
         assert windows.slots.tomemory().nbytes == (slots * windows.stride if comm.rank == 0 else 0)
         assert windows.stride < 8 * n + 4096
@@ -186,29 +188,42 @@ def test_memory_at_the_center(comm):
 def test_windows_beyond_shared_memory_are_refused(comm, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(2**20, 2**19, 2**19))
     with pytest.raises(ConfigError, match=r"MiB of shared memory.*transport p2p"):
-        connect(comm, rules.agn(), np.zeros(10**6), None, setup=MAILBOX)
+        connect(comm, rules.agn(), np.zeros(10**6), None, setup=Setup(MAILBOX))
 
 
 def test_vectors_that_differ_are_refused(comm):
     with pytest.raises(ConfigError, match="size of the vector differs between ranks"):
-        connect(comm, rules.agn(), np.zeros(10 + (comm.rank > 0)), None, setup=MAILBOX)
+        connect(comm, rules.agn(), np.zeros(10 + (comm.rank > 0)), None, setup=Setup(MAILBOX))
 
 
 @pytest.mark.parametrize(
-    ("rule", "setup", "center_optimizer", "text"),
+    ("rule", "transport", "center_optimizer", "text"),
     [
         (rules.dynsgd(), SUMS, None, "weighs commits"),
         (rules.agn("gradient"), SUMS, sgd(1.0), "no center optimizer"),
         (rules.agn(), SUMS, sgd(1.0), "no center optimizer"),
-        (rules.agn(), Setup("p2p", use_locking=False), None, "needs transport 'rma'"),
-        (rules.synchronous(), MAILBOX, None, "use 'allreduce'"),
-        (rules.agn(), Setup("p2p", centers=99), None, "99 centers and at least one worker"),
-        (rules.agn(), Setup("rma", center_device="gpu"), None, "windows lie in host memory"),
+        (rules.synchronous(), MAILBOX, None, "use allreduce"),
+        (rules.synchronous(), replace(allreduce(), centers=2), None, "centers = 2 needs transport p2p"),
+        (rules.agn(), p2p(centers=99), None, "99 centers and at least one worker"),
     ],
 )
-def test_what_a_transport_lacks_is_refused(comm, rule, setup, center_optimizer, text):
+def test_what_a_transport_lacks_is_refused(comm, rule, transport, center_optimizer, text):
     with pytest.raises(ConfigError, match=text):
-        check_setup(rule, setup, comm, sgd(1.0), center_optimizer)
+        check_setup(rule, Setup(transport), comm.size, sgd(1.0), center_optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("p2p", {"use_locking": False}, "needs transport 'rma'"),
+        ("rma", {"center_device": "gpu"}, "center on a GPU needs transport p2p"),
+        ("p2p", {"message_buffers": 0}, "at least 1, not 0"),
+        ("pigeon", {}, "unknown transport 'pigeon'"),
+    ],
+)
+def test_what_no_transport_can_be_is_refused(comm, name, options, text):
+    with pytest.raises(ValueError, match=text):
+        resolve(name, **options)
 
 
 @pytest.mark.parametrize("how", [{}, {"use_locking": False}], ids=["rma", "accumulate"])

@@ -11,7 +11,8 @@ import numpy as np
 from agnmpi.core import rules
 from agnmpi.core.center import Center
 from agnmpi.core.messages import DUPLICATE, OK, Commit
-from agnmpi.transport.local import LocalCenter, LocalWorker
+from agnmpi.transport.local import LocalCenter
+from agnmpi.transport.registry import local
 
 COMMITS = 12
 # One element, fewer than a piece, and more than all pieces in flight (3 M float64 are 24 MB).
@@ -30,7 +31,7 @@ class Outcome(NamedTuple):
 class LocalWorld:
     """Workers and center in this process: each worker's part runs from beginning to end, one after the other."""
 
-    capabilities = LocalWorker.capabilities
+    capabilities = local().capabilities
 
     def __init__(self, workers):
         self.workers = workers
@@ -40,12 +41,12 @@ class LocalWorld:
 
     def play(self, n, work, sessions=1, **_):
         center, log = Center(rules.agn(), np.zeros(n), self.workers), []
-        local = LocalCenter(np.zeros(n), self.workers, logged(center, log))
+        there = LocalCenter(np.zeros(n), self.workers, logged(center, log))
         results = []
         for _ in range(sessions):
-            local.open()
-            results += [work(local.worker_end(i), i) for i in range(self.workers)]
-        return Outcome(local.c, center, log, results)
+            there.open()
+            results += [work(there.worker_end(i), i) for i in range(self.workers)]
+        return Outcome(there.c, center, log, results)
 
 
 def logged(center, log):

@@ -58,7 +58,7 @@ class OnFakeDevice:
     """A worker's end whose vectors lie on the fake device, staged; the caller's own stay on the host."""
 
     def __init__(self, end):
-        self.end, self.capabilities = end, end.capabilities
+        self.end = end
         for inner in getattr(end, "ends", [end]):
             inner.wire = Staged()
 

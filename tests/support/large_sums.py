@@ -15,11 +15,12 @@ mpi4py.rc.threads = False
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-from agnmpi.bench.exchanges import SETUPS  # noqa: E402
 from agnmpi.cluster.connect import connect  # noqa: E402
+from agnmpi.cluster.setup import Setup  # noqa: E402
 from agnmpi.core import rules  # noqa: E402
 from agnmpi.core.messages import Commit  # noqa: E402
 from agnmpi.training.abort import say_and_abort  # noqa: E402
+from agnmpi.transport.registry import resolve  # noqa: E402
 
 
 def go_away(end, seconds):
@@ -38,7 +39,7 @@ def go_away(end, seconds):
 def main(comm, n, commits, away, transports):
     for name in transports:
         start = time.perf_counter()
-        role = connect(comm, rules.agn(), np.zeros(n, np.float32), None, setup=SETUPS[name])
+        role = connect(comm, rules.agn(), np.zeros(n, np.float32), None, setup=Setup(resolve(name)))
         if name == "accumulate":
             role.begin(None, 1)
         if role.serves:

@@ -5,32 +5,40 @@ from conformance import Outcome
 from fake_device import OnFakeDevice
 
 from agnmpi.cluster.connect import connect
-from agnmpi.cluster.setup import capabilities
+from agnmpi.cluster.setup import Setup
 from agnmpi.core import rules
+from agnmpi.core.observer import Observer
 from agnmpi.core.params import parts
+
+
+class Log(Observer):
+    """The commits in the order in which they were applied."""
+
+    def __init__(self):
+        self.commits = []
+
+    def committed(self, commit, c):
+        self.commits.append(commit._replace(payload=None))
 
 
 class MPIWorld:
     """The first ranks serve, the others work. `on_fake_device`: the workers' vectors lie on a device of fake_device."""
 
-    def __init__(self, comm, setup, on_fake_device=False):
-        self.comm, self.setup, self.on_fake_device = comm, setup, on_fake_device
-        self.workers = comm.size - setup.centers
-        self.capabilities = capabilities(setup)
+    def __init__(self, comm, transport, on_fake_device=False):
+        self.comm, self.transport, self.on_fake_device = comm, transport, on_fake_device
+        self.workers = transport.workers_among(comm.size)
+        self.capabilities = transport.capabilities
 
     def blocks(self, n):
-        return list(parts(n, self.setup.centers))
+        return list(parts(n, self.transport.centers))
 
     def play(self, n, work, sessions=1, on_end=None, total=None):
-        log, results = [], []
-        role = connect(
-            self.comm, rules.agn(), np.zeros(n), None, setup=self.setup,
-            observe=lambda commit, _c: log.append(commit._replace(payload=None)),
-        )  # fmt: skip
+        log, results = Log(), []
+        role = connect(self.comm, rules.agn(), np.zeros(n), setup=Setup(self.transport), observer=log)
         if role.serves and on_end:
             on_end(role.end, role.center)
         for _ in range(sessions):
-            if total is not None or not self.setup.use_locking:
+            if total is not None or not self.capabilities.single_commits:
                 role.begin(total, 1)
             if role.serves:
                 role.serve()
@@ -40,7 +48,7 @@ class MPIWorld:
                 results.append(work(end, worker.index))
         outcome = Outcome(results=results)
         if self.comm.rank == 0:
-            outcome = Outcome(role.c.copy(), role.center, log)
+            outcome = Outcome(role.c.copy(), role.center, log.commits)
         role.close()
         self.comm.Barrier()
         return outcome

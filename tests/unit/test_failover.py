@@ -32,17 +32,17 @@ from agnmpi.recovery.election import Witness, elect, take_over
 TOTAL = 40
 
 
-def witness(worker=0, session=1, clock=0, turn=0, sequence=0, under_way=(), held=()):
-    return Witness(worker + 1, worker, session, clock, turn, sequence, list(under_way), list(held))
+def witness(worker=0, session=1, clock=0, served=0, sequence=0, under_way=(), held=()):
+    return Witness(worker + 1, worker, session, clock, served, sequence, list(under_way), list(held))
 
 
 def test_the_last_pull_is_elected():
-    assert elect([witness(turn=3), witness(turn=7), witness(turn=7)]) == 1
-    assert elect([witness(turn=-1), witness(turn=-1)]) == 0
+    assert elect([witness(served=3), witness(served=7), witness(served=7)]) == 1
+    assert elect([witness(served=-1), witness(served=-1)]) == 0
     with pytest.raises(RuntimeError, match="between two loops"):
         elect([witness(session=1), witness(session=2)])
-    for told in ([witness(clock=5, turn=-1), witness(clock=4, turn=9)], [witness(clock=7, turn=-1)]):
-        with pytest.raises(RuntimeError, match="book was too long"):
+    for told in ([witness(clock=5, served=-1), witness(clock=4, served=9)], [witness(clock=7, served=-1)]):
+        with pytest.raises(RuntimeError, match="snapshot was too long"):
             elect(told)
 
 
@@ -64,6 +64,7 @@ class Trainee:
     """A worker as the center sees it: what it holds, what it has sent, what it was told."""
 
     def __init__(self, index):
+        self.rank = index
         self.index, self.sequence, self.last_reply, self.clock = index, 0, None, 0
         self.c, self.held, self.commit = 0.0, [], None
         self.done = False
@@ -95,7 +96,9 @@ class Trainee:
         commit = self.commit
         sent = [Lease(commit.first_step, commit.steps)] if commit and not commit.flags & NOT_FINITE else []
         sequence = commit.sequence if commit else 0
-        return Witness(0, self.index, 1, self.clock, snapshot.turn if snapshot else -1, sequence, sent, list(self.held))
+        return Witness(
+            self.rank, self.index, 1, self.clock, snapshot.served if snapshot else -1, sequence, sent, list(self.held)
+        )
 
 
 def made(c, workers):
@@ -108,14 +111,14 @@ def made(c, workers):
 def test_steps_that_two_claim_are_the_holders():
     """A commit was dropped, unheard, and its steps granted to another: sent again, it counts as answered."""
     center = made(np.zeros(1), 2)
-    facts = {"applied": [4, 7, 1], "leases": {"next": 9, "free": [Lease(3, 6)]}}
+    leases = {"next": 9, "free": [Lease(3, 6)]}
     told = [
-        witness(worker=2, turn=9),
+        witness(worker=2, served=9),
         witness(worker=0, sequence=5, under_way=[Lease(3, 3)]),
         witness(worker=1, sequence=8, under_way=[Lease(9, 3)], held=[Lease(3, 3)]),
     ]
-    own, sequences = take_over(center, facts, told, 1)
-    assert (own, sequences, center.applied) == (False, [4, 7, 1], [4, 7])
+    assert take_over(center, leases, {1: 4, 2: 7, 3: 1}, told, 1) is None
+    assert center.applied == [4, 7]
     late = Commit(0, 5, 3, 3, center.clock, payload=np.ones(1))
     assert center.apply(late, np.zeros(1)).status == DROPPED
     assert [center.leases.held_by(worker) for worker in (0, 1)] == [[], [Lease(3, 3), Lease(9, 3)]]
@@ -151,17 +154,16 @@ def test_after_any_history_each_step_is_taken_once(data):
         elected = trainees[winner]
         snapshot = elected.last_reply.snapshot if elected.last_reply else Snapshot(session=1)
         steps = elected.last_reply.steps if elected.last_reply else 0
-        facts = {
-            "applied": elected.last_reply.applied if elected.last_reply else [0] * 9,
-            "leases": {"next": snapshot.next, "free": snapshot.open},
-        }
+        told = elected.last_reply.applied if elected.last_reply else [0] * 9
+        applied = {trainee.rank: told[trainee.index] for trainee in trainees}
+        leases = {"next": snapshot.next, "free": snapshot.open}
         c, order = np.array([elected.c]), [winner, *(i for i in range(len(trainees)) if i != winner)]
         center = made(c, len(trainees) - 1)
-        center.clock, center.steps, center.turn = elected.clock, steps, snapshot.turn
-        own, sequences = take_over(center, facts, [witnesses[i] for i in order], 1)
-        if own:
-            center.applied = [*sequences[:-1], elected.commit.sequence - 1]
-            center.apply(elected.commit._replace(worker=len(sequences) - 1, requests=0), c)
+        center.clock, center.steps, center.served = elected.clock, steps, snapshot.served
+        further = take_over(center, leases, applied, [witnesses[i] for i in order], 1)
+        if further is not None:
+            center.applied.append(elected.commit.sequence - 1)
+            center.apply(elected.commit._replace(worker=further, requests=0), c)
             center.applied.pop()
         others = [trainees[i] for i in order[1:]]
         for trainee in others:

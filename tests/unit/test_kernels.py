@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from types import SimpleNamespace
 
 import fake_cuda
@@ -19,12 +18,12 @@ from agnmpi.arrays import backend
 from agnmpi.arrays import device_kernels as kernels
 from agnmpi.arrays.device_kernels import KERNELS
 from agnmpi.bench import optimizers as bench_optimizers
-from agnmpi.cluster.connect import _successor
-from agnmpi.cluster.roles import Role
-from agnmpi.cluster.setup import Setup
+from agnmpi.cluster.connect import Connector
+from agnmpi.cluster.roles import WorkerRole
 from agnmpi.core import rules
 from agnmpi.core.center import Center
 from agnmpi.core.leases import Lease
+from agnmpi.core.membership import Membership
 from agnmpi.core.messages import OK, WORK, Commit, Reply, Snapshot
 from agnmpi.core.optimizers import OPTIMIZERS, global_norm
 from agnmpi.core.params import Layout
@@ -32,6 +31,7 @@ from agnmpi.core.worker import Worker
 from agnmpi.recovery.election import Witness
 from agnmpi.recovery.failover import Failover
 from agnmpi.training.job import Job
+from agnmpi.transport.local import LocalCenter
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 SIZE = 1000
@@ -316,7 +316,7 @@ def test_a_center_is_evaluated_where_the_problem_computes(xp):
 
     job = SimpleNamespace(x=x, layout=layout, problem=SimpleNamespace(evaluate=evaluate))
     for c in (np.ones(3, "f4"), xp.array(np.ones(3, "f4"))):
-        assert Job._evaluate(job, c) == {"sum": 3.0}
+        assert Job.evaluate(job, c) == {"sum": 3.0}
     assert seen == [fake_cuda.Vector] * 2
 
 
@@ -403,7 +403,7 @@ def test_torch_steps_move_the_same_vector_to_the_same_place():
 def facts_of(center, clock=3):
     return {
         "clock": clock, "steps": 9, "refused": 0, "dropped": 0, "staleness": [1, 1], "center_optimizer": "momentum",
-        "center_optimizer_step": 4, "turn": 5,
+        "center_optimizer_step": 4, "served": 5,
     }  # fmt: skip
 
 
@@ -421,17 +421,22 @@ def test_a_center_on_the_host_goes_on_from_a_pull_on_a_device_and_back(xp):
 
 def test_a_sole_survivor_goes_on_on_its_device(xp):
     worker = Worker(xp.array(np.ones(6, "f4")), rules.agn(), OPTIMIZERS["sgd"](0.5), None, 2, double_buffer=True)
-    role = Role(Center(rules.agn(), worker.x[:0], 3), [worker], 3)
+    worker.end, roles = LocalCenter(worker.x, 3, None).worker_end(2), []
+    role = WorkerRole(Center(rules.agn(), worker.x[:0], 3), [worker], 3)
     role.begin(20, 3)
-    successor = partial(_successor, rules.agn(), None, Setup(), None, None)
-    failover = Failover(MPI.COMM_SELF, role, lambda _comm: None, successor)
+    members = Membership(4)
+    failover = Failover(
+        MPI.COMM_SELF, role, members, Connector(rules.agn()), worker.x, lambda: None, roles.append
+    )  # fmt: skip
     worker.o[...] = 4
     snapshot = Snapshot(5, 1, 12, open=(Lease(6, 3), Lease(9, 3)))
     worker.last_reply, worker.clock, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), snapshot=snapshot), 2, 2
-    worker._commit = failover.sending = Commit(2, 2, 3, 9, 2, requests=WORK, payload=xp.array(np.full(6, 1, "f4")))
-    failover._take_roles([Witness.of(worker, 3)])
-    assert isinstance(failover.role.end.c, fake_cuda.Vector)
+    commit = Commit(2, 2, 3, 9, 2, requests=WORK, payload=xp.array(np.full(6, 1, "f4")))
+    worker._commit = worker.end.sending = commit
+    failover.take_role([Witness.of(worker, 3)], members.workers())
+    (alone,) = roles
+    assert isinstance(alone.c, fake_cuda.Vector)
     out = xp.array(np.zeros(6, "f4"))
-    reply = worker.end.exchange(failover.sending, out).wait()
+    reply = worker.end.exchange(commit, out).wait()
     assert (reply.status, reply.clock, reply.work) == (OK, 3, Lease(6, 3))
     assert out.memory.tolist() == [5.0] * 6

@@ -1,0 +1,124 @@
+"""A worker's end that begins an exchange anew, with another center, where the one of now is lost (ULFM)."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from mpi4py import MPI
+
+from ..arrays.backend import Array, empty_like
+from ..core.ends import Elected, Handle, WorkerEnd
+from ..core.messages import Commit, Reply
+from ..core.worker import Worker
+from ..transport.p2p import gone
+
+Begin: TypeAlias = Callable[[WorkerEnd, Array | None], Handle]
+
+
+class ResendingEnd(WorkerEnd):
+    """What a worker speaks with, whichever center serves; its handles may raise Elected.
+
+    Args:
+        end: with the center of now.
+        worker: whose index goes into each commit; it changes from center to center.
+        center_lost: finds another center; True if this rank is to serve now.
+    """
+
+    def __init__(self, end: WorkerEnd, worker: Worker, center_lost: Callable[[], bool]) -> None:
+        self.end, self.center_lost = end, center_lost
+        self.sending: Commit | None = None  # what the exchange under way brings
+        self._worker = worker
+        self._buried: list[object] = []  # exchanges with the dead: MPI may still touch their memory
+
+    def replace(self, end: WorkerEnd) -> None:
+        """Speak with another center from now on."""
+        self.end = end
+
+    def bury(self, handle: object) -> None:
+        """Keep what belongs to an exchange with a dead center."""
+        self._buried.append(handle)
+
+    def begin(self, total: int | None, period: int, start: int) -> None:
+        """As of the end within."""
+        self.end.begin(total, period, start)
+
+    def exchange(self, commit: Commit, out: Array | None) -> Handle:
+        """As of the end within."""
+        return _Resent(self, lambda end, into: end.exchange(self._own(commit), into), out, commit)
+
+    def pull(self, out: Array) -> Handle:
+        """As of the end within."""
+        return _Resent(self, lambda end, into: end.pull(out if into is None else into), out)
+
+    def leave(self, commit: Commit | None, out: Array) -> Handle:
+        """As of the end within."""
+
+        def begin(end: WorkerEnd, into: Array | None) -> Handle:
+            return end.leave(None if commit is None else self._own(commit), out if into is None else into)
+
+        return _Resent(self, begin, out, commit)
+
+    def close(self) -> None:
+        """As of the end within."""
+        self.end.close()
+
+    def _own(self, commit: Commit) -> Commit:
+        """The commit, of the index that this worker has at the center of now."""
+        return commit._replace(worker=self._worker.index)
+
+
+class _Resent(Handle):
+    """An exchange that is begun anew where the center is lost."""
+
+    def __init__(self, end: ResendingEnd, begin: Begin, out: Array | None, commit: Commit | None = None) -> None:
+        self._end, self._begin, self._out, self._into = end, begin, out, out
+        self._handle: Handle | None = None
+        self._reply: Reply | None = None
+        end.sending = commit
+        self._start()
+
+    def test(self) -> bool:
+        """Make progress; whether the exchange is done. May raise Elected."""
+        return self._attempt(lambda handle: handle.test())
+
+    def wait(self) -> Reply:
+        """Finish the exchange. May raise Elected."""
+        while not self._attempt(lambda handle: bool(handle.wait())):
+            pass
+        assert self._reply is not None
+        return self._reply
+
+    def _start(self) -> None:
+        while self._handle is None:
+            try:
+                self._handle = self._begin(self._end.end, self._into)
+            except MPI.Exception as error:
+                self._lost(error)
+
+    def _lost(self, error: MPI.Exception) -> None:
+        if not gone(error):
+            raise error
+        self._end.bury((self._handle, self._into))
+        self._handle = None
+        before = self._end.end
+        if self._end.center_lost():
+            raise Elected
+        if self._end.end is before:  # the center lives: what was lost is a peer that nothing can be sent to
+            raise error
+        if self._out is not None:
+            self._into = empty_like(self._out)  # what the dead has sent may still arrive in the other, for a moment
+
+    def _attempt(self, finished: Callable[[Handle], bool]) -> bool:
+        """Whether the exchange is done, once `finished` has been asked."""
+        if self._reply is None:
+            assert self._handle is not None
+            try:
+                if not finished(self._handle):
+                    return False
+            except MPI.Exception as error:
+                self._lost(error)
+                self._start()
+                return False
+            self._reply, self._end.sending = self._handle.wait(), None
+            if self._out is not None and self._into is not self._out:
+                self._out[...] = self._into
+        return True

@@ -1,0 +1,154 @@
+"""How a rank takes part in training: set up, begin, train or serve, go on without lost ranks, end.
+
+Under `AGNOptimizer` and under `agnmpi train` alike.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mpi4py import MPI
+
+from ..arrays.backend import Array
+from ..cluster.connect import Connector
+from ..cluster.roles import CenterRole, Role
+from ..cluster.setup import Setup, outlives_loss
+from ..core.membership import Membership
+from ..core.observer import Observer
+from ..core.optimizers import Optimizer
+from ..core.rules import Rule
+from ..core.worker import Worker
+from ..recovery.center_state import Saved
+from ..recovery.failover import Failover
+from ..recovery.silent_workers import leave_behind
+
+
+class Session:
+    """The sessions of one rank; collective over `comm`, which must be ours (duplicated).
+
+    Args:
+        comm: ranks that take part.
+        rule: of exchange.
+        x: (n,) parameters of this rank, moved in place; rank 0's are the center's.
+        optimizer: of the workers; None if the caller moves x.
+        center_optimizer: None adds.
+        setup: how they exchange.
+        observer: told what happens on this rank.
+        saved: gives the newest checkpoint that this rank can read, None if there is none.
+        drop_silent: at the end, go on without workers that do not answer.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        rule: Rule,
+        x: Array,
+        optimizer: Optimizer | None,
+        center_optimizer: Optimizer | None,
+        setup: Setup,
+        observer: Observer,
+        saved: Callable[[], Saved | None] = lambda: None,
+        drop_silent: bool = False,
+    ) -> None:
+        setup = setup.outliving()
+        self.rule, self.members = rule, Membership(comm.size, setup.transport.serving_ranks)
+        self.rank = comm.rank  # of all that began
+        self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
+        connector = Connector(rule, optimizer, center_optimizer, setup, observer)
+        self.role = connector.connect(comm, x)
+        self.failover: Failover | None = None
+        if outlives_loss(setup.transport):
+            self.failover = Failover(comm, self.role, self.members, connector, x, saved, self._take_role)
+            self._watch_workers()
+
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """The communicator in use: what is left of it where ranks were lost."""
+        if self.failover is None:
+            return self._comm
+        return self.failover.comm
+
+    def resume(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+        """Go on, in the next session, from a checkpoint; see `Role.resume`."""
+        self.role.resume(arrays, facts)
+
+    def begin(self, total: int | None, period: int) -> None:
+        """Lay out the work: `total` steps over all workers (None: no end), λ = `period`; collective."""
+        self.role.begin(total, period)
+
+    def rounds(self) -> Iterator[Sequence[Worker]]:
+        """Yield the workers that this rank is to drive to the end of their work; serve in between.
+
+        Once, but for fail-over: with another center the workers begin again, and a worker that was elected has served
+        until all have left.
+        """
+        while True:
+            if not self.role.serves:
+                yield self.role.workers
+            if self.role.serves:
+                self.serve()
+            if not self.go_on():
+                return
+
+    def serve(self) -> None:
+        """At a rank that serves: until all workers have left."""
+        assert isinstance(self.role, CenterRole)
+        self.role.serve()
+
+    def finish(self, worker: Worker) -> None:
+        """After `worker` has left early: wait for the others, or serve them, if it was elected."""
+        worker.settle()
+        while True:
+            if self.role.serves:
+                self.serve()
+            if not self.go_on():
+                return
+            for other in [] if self.role.serves else self.role.workers:
+                other.leave()
+                other.settle()
+
+    def go_on(self) -> bool:
+        """When all have left: find out who is there; collective. Whether workers are to begin again.
+
+        They are with another center, elected because the last was lost at the very end, and on a rank that was a
+        worker, has been elected, and has lost all of its workers.
+        """
+        self._observer.left()
+        if self._drop_silent:
+            living: MPI.Intracomm = leave_behind(self.comm, self.role, self.members, self.failover is not None)
+            if self.failover is not None:
+                self.failover.comm = living
+            else:
+                self._comm = living
+        if self.failover is None:
+            return False
+        elected = self.failover.regroup()
+        if not elected and self.deserted and self.failover.worker is not None:
+            self.role = self.failover.alone()
+            self._observer.alone()
+            return True
+        return elected
+
+    @property
+    def deserted(self) -> bool:
+        """Whether this rank serves, its work is not done, and all its workers are lost."""
+        return isinstance(self.role, CenterRole) and self.role.end.deserted
+
+    def close(self) -> None:
+        """Free what is held; collective, and not for who has lost a rank: with the dead it would not end."""
+        if not self.members.lost:
+            self.role.close()
+
+    def _take_role(self, role: Role) -> None:
+        self.role = role
+        self._watch_workers()
+
+    def _watch_workers(self) -> None:
+        """At the center: hear of workers that die."""
+        if isinstance(self.role, CenterRole):
+            self.role.end.on_loss = self._worker_lost
+
+    def _worker_lost(self, worker: int) -> None:
+        center = self.role.center
+        held = center.leases.held_by(worker) if center.leases else []
+        center.worker_lost(worker)
+        self._observer.lost(self.members.worker_lost(worker), held)

@@ -1,0 +1,280 @@
+"""What a transport is: one entry each, with its name, its capabilities and the makers of its ends.
+
+Nothing else compares transport names: rules, setup, configuration, bench and tests ask for capabilities. In Python a
+transport is an object, made by the function of its name, `agnmpi.transports.p2p(message_buffers=8)`; the command line
+and TensorFlow's `use_locking` name it by a string.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..arrays.backend import Array
+from ..core.ends import Apply, Capabilities, CenterEnd, WorkerEnd
+from .staging import make_wire
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from .allreduce import AllreduceEnd
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How commits travel, with its options.
+
+    Args:
+        name: by which the command line and logs know it.
+        about: in a few words.
+        capabilities: what it gives.
+        make_worker: `(comm, like, transport)`: the end of a worker; `like`: a vector like what it exchanges (n,).
+        make_center: `(comm, c, transport)`: the end of the center, rank 0 of `comm`.
+        make_peer: `(comm, c, apply)`: the end of a rank, where all exchange together.
+        floor: which bare MPI calls move the same bytes, for `agnmpi bench`.
+        centers: ranks 0 … k−1 hold a block of the center variable each.
+        message_buffers: vectors at the center for messages on their way.
+        wire: of vectors on a device: "staged" through pinned host memory, "direct" with CUDA-aware MPI, or "auto".
+        center_device: "gpu" keeps the center where rank 0's parameters lie, else "cpu".
+        workers: where all of them live in one process.
+        replicates_state: what the center knows travels with c, so that a worker can take over.
+    """
+
+    name: str
+    about: str
+    capabilities: Capabilities
+    make_worker: "Callable[[MPI.Comm, Array, Transport], WorkerEnd] | None" = None
+    make_center: "Callable[[MPI.Comm, Array, Transport], CenterEnd] | None" = None
+    make_peer: "Callable[[MPI.Comm, Array, Apply], AllreduceEnd] | None" = None
+    floor: str = ""
+    centers: int = 1
+    message_buffers: int = 4
+    wire: str = "auto"
+    center_device: str = "cpu"
+    workers: int = 1
+    replicates_state: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("centers", "message_buffers", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}")
+        if self.center_device == "gpu" and not self.capabilities.device_center:
+            raise ValueError(f"a center on a GPU needs transport {words('device_center')}, not {self.name}")
+
+    @property
+    def serving_ranks(self) -> int:
+        """Ranks that serve and do not train."""
+        return self.centers if self.capabilities.center_ranks else 0
+
+    def workers_among(self, size: int) -> int:
+        """Number of workers n in a world of `size` ranks."""
+        if self.capabilities.center_ranks or self.capabilities.together:
+            return size - self.serving_ranks
+        return self.workers
+
+
+def _p2p_worker(comm: "MPI.Comm", like: Array, transport: Transport) -> WorkerEnd:
+    from .p2p import P2PWorker
+
+    return P2PWorker(comm, make_wire(like, transport.wire))
+
+
+def _p2p_center(comm: "MPI.Comm", c: Array, transport: Transport) -> CenterEnd:
+    from .p2p import P2PCenter
+
+    return P2PCenter(comm, c, transport.message_buffers, transport.wire)
+
+
+def _rma_worker(comm: "MPI.Comm", like: Array, transport: Transport) -> WorkerEnd:
+    from .rma import RMAWorker
+
+    return RMAWorker(comm, like, make_wire(like, transport.wire))
+
+
+def _rma_center(comm: "MPI.Comm", c: Array, _transport: Transport) -> CenterEnd:
+    from .rma import RMACenter
+
+    return RMACenter(comm, c)
+
+
+def _accumulate_worker(comm: "MPI.Comm", like: Array, _transport: Transport) -> WorkerEnd:
+    from .accumulate import AccumulateWorker
+
+    return AccumulateWorker(comm, like, make_wire(like, "staged"))  # Open MPI refuses device buffers in Accumulate
+
+
+def _accumulate_center(comm: "MPI.Comm", c: Array, _transport: Transport) -> CenterEnd:
+    from .accumulate import AccumulateCenter
+
+    return AccumulateCenter(comm, c)
+
+
+def _allreduce_peer(comm: "MPI.Comm", c: Array, apply: Apply) -> "AllreduceEnd":
+    from .allreduce import AllreduceEnd
+
+    # Open MPI's nonblocking collectives take no device pointers.
+    return AllreduceEnd(comm, c, apply, make_wire(c, "staged"))
+
+
+_ENTRIES: dict[str, Transport] = {}
+_ALIASES = {"serverless": "accumulate", "collective": "allreduce"}  # names of earlier versions
+
+
+def register(transport: Transport) -> None:
+    """Make a transport known to setup, the command line, bench and the conformance suite."""
+    _ENTRIES[transport.name] = transport
+
+
+register(
+    Transport(
+        "p2p",
+        "Isend and Irecv; the center applies one whole commit after the other",
+        Capabilities(
+            center_ranks=True, message_order=True, shards=True, silent_workers=True, outlives_loss=True,
+            device_center=True, direct=True,
+        ),
+        make_worker=_p2p_worker,
+        make_center=_p2p_center,
+        floor="two-sided",
+    )
+)  # fmt: skip
+register(
+    Transport(
+        "rma",
+        "one-sided windows: a worker puts its commit into a mailbox at the center",
+        Capabilities(center_ranks=True, shards=True, direct=True),
+        make_worker=_rma_worker,
+        make_center=_rma_center,
+        floor="mailbox",
+    )
+)
+register(
+    Transport(
+        "accumulate",
+        "one-sided windows: workers sum into the center variable themselves",
+        Capabilities(center_ranks=True, whole_pulls=False, exact_clock=False, single_commits=False, shards=True),
+        make_worker=_accumulate_worker,
+        make_center=_accumulate_center,
+        floor="sum",
+    )
+)
+register(
+    Transport(
+        "allreduce",
+        "all ranks train, and exchange together",
+        Capabilities(together=True),
+        make_peer=_allreduce_peer,
+        floor="allreduce",
+    )
+)
+register(Transport("local", "all workers in one process", Capabilities(overlap=False)))
+
+
+def entries() -> Iterator[Transport]:
+    """All transports, with their defaults."""
+    return iter(_ENTRIES.values())
+
+
+def names() -> list[str]:
+    """What the command line offers."""
+    return ["auto", *_ENTRIES]
+
+
+def words(capability: str) -> str:
+    """The transports that give `capability`, for a message.
+
+    >>> words("together")
+    'allreduce'
+    """
+    return " or ".join(entry.name for entry in _ENTRIES.values() if getattr(entry.capabilities, capability))
+
+
+def resolve(
+    transport: str | Transport, together: bool = False, use_locking: bool = True, **options: int | str
+) -> Transport:
+    """The transport that is meant.
+
+    Args:
+        transport: an object, a name, or "auto": what the rule needs.
+        together: whether the rule exchanges on all ranks at the same time.
+        use_locking: TensorFlow's word; False turns "rma" into "accumulate".
+        options: fields of `Transport` for a name; an object has its own.
+
+    Raises:
+        ValueError: for an unknown name, options beside an object, or what the transport cannot.
+    """
+    if isinstance(transport, Transport):
+        if not use_locking and transport.capabilities.single_commits:
+            raise ValueError(f"use_locking=False is transport 'accumulate', not {transport.name!r}")
+        return transport
+    name = _ALIASES.get(transport, transport)
+    if name == "auto":
+        name = "allreduce" if together else "p2p"
+    if not use_locking:
+        if name not in ("rma", "accumulate"):
+            raise ValueError(f"use_locking=False needs transport 'rma'; transport {name!r} applies whole commits")
+        name = "accumulate"
+    if name not in _ENTRIES:
+        raise ValueError(f"unknown transport {transport!r}: give {', '.join(_ENTRIES)} or auto")
+    return replace(_ENTRIES[name], **options)  # type: ignore[arg-type]
+
+
+def p2p(centers: int = 1, message_buffers: int = 4, wire: str = "auto", center_device: str = "cpu") -> Transport:
+    """Two-sided messages: the center applies one whole commit after the other; the default, the best across hosts.
+
+    Args:
+        centers: k, ranks 0 … k−1 hold a block of the center variable each; a pull is then whole per block.
+        message_buffers: vectors at the center for deltas coming in and replies going out.
+        wire: of vectors on a GPU: "staged", "direct" with CUDA-aware MPI, or "auto".
+        center_device: "cpu", or "gpu" to keep the center where rank 0's parameters lie.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+    return resolve(
+        "p2p", centers=centers, message_buffers=message_buffers, wire=wire, center_device=center_device
+    )  # fmt: skip
+
+
+def rma(centers: int = 1, wire: str = "auto") -> Transport:
+    """One-sided windows: each worker puts its delta into a mailbox of its own; best on one machine.
+
+    Args:
+        centers: k, ranks 0 … k−1 hold a block of the center variable each.
+        wire: of vectors on a GPU: "staged", "direct" with CUDA-aware MPI, or "auto".
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+    return resolve("rma", centers=centers, wire=wire)
+
+
+def accumulate(centers: int = 1) -> Transport:
+    """One-sided sums: workers add to the center variable themselves (TensorFlow's `use_locking=False`).
+
+    Nobody serves. Commits are neither whole, ordered, weighed nor refused by the center, and a pull may hold a part of
+    a commit: for rules whose commits are added as they are.
+
+    Args:
+        centers: k, ranks 0 … k−1 hold a block of the center variable each.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+    return resolve("accumulate", centers=centers)
+
+
+def allreduce() -> Transport:
+    """Every rank trains, and all exchange together: for the rules synchronous and diloco."""
+    return resolve("allreduce")
+
+
+def local(workers: int = 1) -> Transport:
+    """All workers in this process, without MPI: for tests and comparison.
+
+    Args:
+        workers: n.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+    return resolve("local", workers=workers)
