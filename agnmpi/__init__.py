@@ -1,22 +1,37 @@
 """Asynchronous training over MPI with Accumulated Gradient Normalization (arXiv:1710.02368).
 
-`import agnmpi` needs only numpy; AGNOptimizer and what else speaks MPI is imported when first asked for.
+In a loop of your own: `AGNOptimizer`, with an optimizer (`sgd` … `adamw`, or your own `Optimizer`), a rule of exchange
+(`rules`), a rate schedule (`schedules`) and a transport (`transports`). As a whole run, as the command line does it:
+`train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`.
+
+`import agnmpi` needs only numpy. What speaks MPI is imported, and MPI initialised, when it is first asked for.
 """
 
+import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from .core import rules
-from .core.optimizers import Optimizer, adagrad, adam, adamw, delayed_nesterov, momentum, nesterov, rmsprop, sgd
+from .core import rules, schedules
+from .core.optimizers import Optimizer, adagrad, adam, adamw, momentum, nesterov, rmsprop, sgd
 from .core.rules import Rule
-from .core.schedules import constant, cosine, step_decay, warmup
-from .training.problem import Problem
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .simulation.simulate import simulate  # type: ignore[attr-defined]
     from .training.agn_optimizer import AGNOptimizer
+    from .training.config import Config
+    from .training.exits import Degraded, Interrupted
+    from .training.job import train  # type: ignore[attr-defined]
+    from .training.problem import Problem
+    from .transport import registry as transports  # type: ignore[attr-defined]
+    from .transport.agreement import ConfigError
 
 __all__ = [
     "AGNOptimizer",
+    "Config",
+    "ConfigError",
+    "Degraded",
+    "Interrupted",
     "Optimizer",
     "Problem",
     "Rule",
@@ -24,22 +39,42 @@ __all__ = [
     "adagrad",
     "adam",
     "adamw",
-    "constant",
-    "cosine",
-    "delayed_nesterov",
     "momentum",
     "nesterov",
     "rmsprop",
     "rules",
+    "schedules",
     "sgd",
-    "step_decay",
-    "warmup",
+    "simulate",
+    "train",
+    "transports",
 ]
+
+# Public names that are imported when first used: module, and the name in it (None: the module itself).
+_LAZY: dict[str, tuple[str, str | None]] = {
+    "AGNOptimizer": (".training.agn_optimizer", "AGNOptimizer"),
+    "Config": (".training.config", "Config"),
+    "ConfigError": (".transport.agreement", "ConfigError"),
+    "Degraded": (".training.exits", "Degraded"),
+    "Interrupted": (".training.exits", "Interrupted"),
+    "Problem": (".training.problem", "Problem"),
+    "simulate": (".simulation.simulate", "simulate"),
+    "train": (".training.job", "train"),
+    "transports": (".transport.registry", None),
+}
+# So that `from agnmpi.schedules import cosine` works, too.
+sys.modules |= {f"{__name__}.rules": rules, f"{__name__}.schedules": schedules}
 
 
 def __getattr__(name: str) -> Any:
-    if name != "AGNOptimizer":
-        raise AttributeError(f"module 'agnmpi' has no attribute {name!r}")
-    from .training.agn_optimizer import AGNOptimizer
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    found = importlib.import_module(module, __name__)
+    value = found if attribute is None else getattr(found, attribute)
+    globals()[name] = value
+    return value
 
-    return AGNOptimizer
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

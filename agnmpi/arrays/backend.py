@@ -1,9 +1,9 @@
 """Arrays on the host or on a device: namespace, cache-sized blocks, stream readiness, copies."""
 
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from math import isfinite
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -29,28 +29,54 @@ def namespace(x: Array) -> ModuleType:
 def as_array(value: Any) -> Array:
     """Return `value` as an array that shares its memory: itself, or by DLPack (PyTorch, JAX).
 
-    Raises TypeError for what is no array, ValueError for one on another device than the current one.
+    A tensor on a device is ready for the current stream of CuPy, whatever stream its owner has used: DLPack makes the
+    owner order it.
+
+    Raises TypeError for what is no array, or has a dtype that NumPy lacks; ValueError for one on another device than
+    the current one.
     """
     if isinstance(value, np.generic):
         return np.asarray(value)
     if hasattr(value, "detach"):  # PyTorch's tensors with a history refuse to be anything else
         value = value.detach()
-    if isinstance(value, np.ndarray) or hasattr(value, "__cuda_array_interface__"):
-        if isinstance(value, np.ndarray) or type(value).__module__.startswith("cupy"):
-            return value  # type: ignore[no-any-return]
+    if isinstance(value, np.ndarray) or type(value).__module__.startswith("cupy"):
+        return value  # type: ignore[no-any-return]
+    if hasattr(value, "__dlpack_device__"):
+        return _by_dlpack(value)
+    if hasattr(value, "__cuda_array_interface__"):
         import cupy
 
         made: Any = cupy.asarray(value)
         there = value.__cuda_array_interface__["data"][0]
         if made.size and made.data.ptr != there:  # CuPy has copied: what is done to one is not seen in the other
-            raise ValueError(
-                f"the array lies on another device than this rank's, {cupy.cuda.Device().id}: move it there "
-                "(PyTorch: tensor.cuda(k)), or choose its device before (cupy.cuda.Device(k).use())"
-            )
+            raise ValueError(_ELSEWHERE.format(cupy.cuda.Device().id))
         return made  # type: ignore[no-any-return]
-    if not hasattr(value, "__dlpack__"):
-        raise TypeError(f"{type(value).__name__} is no array: it has neither NumPy's, CUDA's nor DLPack's interface")
-    return np.from_dlpack(value)
+    raise TypeError(f"{type(value).__name__} is no array: it has neither NumPy's, CUDA's nor DLPack's interface")
+
+
+_CUDA, _ROCM, _CUDA_MANAGED = 2, 10, 13  # DLPack's numbers for kinds of memory
+_ELSEWHERE = (
+    "the array lies on another device than this rank's, {}: move it there (PyTorch: tensor.cuda(k)), or choose its "
+    "device before (cupy.cuda.Device(k).use())"
+)
+
+
+def _by_dlpack(value: Any) -> Array:
+    kind, index = value.__dlpack_device__()
+    try:
+        if kind not in (_CUDA, _ROCM, _CUDA_MANAGED):
+            return np.from_dlpack(value)
+        import cupy
+
+        current = cupy.cuda.Device().id
+        if kind != _CUDA_MANAGED and index != current:  # managed memory lies on all of them
+            raise ValueError(_ELSEWHERE.format(current))
+        return cupy.from_dlpack(value)  # type: ignore[no-any-return]
+    except (BufferError, RuntimeError, TypeError) as error:  # each library has its own
+        raise TypeError(
+            f"an array of {getattr(value, 'dtype', 'unknown dtype')} cannot be shared ({error}): "
+            "convert it to float32 first (PyTorch: tensor.float())"
+        ) from error
 
 
 def blocks(x: Array, start: int = 0, stop: int | None = None, size: int | None = None) -> Iterator[slice]:
@@ -62,6 +88,20 @@ def blocks(x: Array, start: int = 0, stop: int | None = None, size: int | None =
     size = size or BLOCK
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))
+
+
+def joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """`ranges`, with those that follow on each other made one: fewer launches.
+
+    >>> joined([(0, 3), (3, 5), (7, 9)])
+    [(0, 5), (7, 9)]
+    """
+    made: list[tuple[int, int]] = []
+    for lo, hi in ranges:
+        if made and made[-1][1] == lo:
+            lo = made.pop()[0]
+        made.append((lo, hi))
+    return made
 
 
 def empty(size: int, dtype: Any, like: Array) -> Array:
@@ -108,18 +148,6 @@ def scratch(x: Array, count: int) -> list[Array]:
     return [empty(size, x.dtype, x) for _ in range(count)]
 
 
-def all_finite(x: Array) -> bool:
-    """Whether `x` (n,) holds neither NaN nor infinity; one pass, from block to block on the host."""
-    for part in blocks(x):
-        block = x[part]
-        # A dot product is several times faster than isfinite; where it overflows, look closely.
-        with np.errstate(over="ignore", invalid="ignore"):
-            squares = float(block @ block)
-        if not isfinite(squares) and not bool(namespace(x).isfinite(block).all()):
-            return False
-    return True
-
-
 def synchronize(x: Array) -> None:
     """Wait until the work queued on the device for `x` is done; nothing to do on the host."""
     if not on_host(x):
@@ -144,22 +172,40 @@ def current(x: Array) -> AbstractContextManager[Any]:
 
 
 def device_count() -> int:
-    """Count the CUDA devices that CuPy can use here; 0 without CuPy or without a driver."""
+    """Count the CUDA devices that CuPy can use here; 0 without CuPy or without a driver.
+
+    Warns of a CuPy that cannot be used: half installed, or a directory of that name where Python looks first.
+    """
     try:
         import cupy
-    except ImportError:
+
+        runtime = cupy.cuda.runtime
+        no_driver = runtime.CUDARuntimeError
+    except ModuleNotFoundError:
+        return 0
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f"CuPy cannot be used, so there is no device: {error}{_where('cupy')}", RuntimeWarning, 2)
         return 0
     try:
-        return int(cupy.cuda.runtime.getDeviceCount())
-    except cupy.cuda.runtime.CUDARuntimeError:  # no driver, or an old one: CuPy 13's is_available() raises, too
+        return int(runtime.getDeviceCount())
+    except no_driver:  # or an old one: CuPy 13's is_available() raises, too
         return 0
+
+
+def _where(name: str) -> str:
+    path = getattr(sys.modules.get(name), "__path__", None)
+    return f" (it was found in {', '.join(path)})" if path else ""
 
 
 def choose(device: str, local_index: int) -> ModuleType:
-    """Choose the array module for a rank, and its device.
+    """Choose the array module for a rank, and its device: the `local_index`-th of this node, round and round.
 
     `device`: "cpu", "gpu" or "auto"; `local_index`: index among the workers of this node. Must run before
     the first CUDA call of the process. Raises ValueError if "gpu" was asked for and there is none.
+
+    MPI has been initialised by then. One that binds itself to a device in MPI_Init (MVAPICH2-GDR, Cray MPICH) would
+    take device 0 on every rank: show each rank its own device alone, by the launcher (`srun --gpus-per-task=1`) or by a
+    line such as `CUDA_VISIBLE_DEVICES=$MV2_COMM_WORLD_LOCAL_RANK` before the program; then there is one to choose from.
     """
     count = device_count() if device in ("gpu", "auto") else 0
     if count:

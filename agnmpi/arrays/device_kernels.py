@@ -32,7 +32,7 @@ def _step(slots: str, scalars: str, code: str) -> Body:
 
 
 KERNELS = {
-    # Optimizers: as the functions of these names in `optimizers`, with the same scalars in the same order.
+    # Optimizers: as the functions of these names in `core.optimizers`, with the same scalars in the same order.
     "sgd": _step("", "T eta", "x = y - eta * d;"),
     "momentum": _step("T m", "T eta, T beta", "const T u = beta * m + d; m = u; x = y - eta * u;"),
     "nesterov": _step("T m", "T eta, T beta", "const T u = beta * m + d; m = u; x = y - eta * (beta * u + d);"),
@@ -48,12 +48,6 @@ KERNELS = {
         "const T p = beta1 * m + fresh1 * d, q = beta2 * v + fresh2 * d * d; "
         "m = p; v = q; x = y - eta * (p / (sqrt(q) + epsilon));",
     ),
-    # When the momentum moves: push ηβ, beta β, add 1, hold 0; otherwise 0, 1, 0, 1.
-    "delayed_nesterov": _step(
-        "T m, T b",
-        "T eta, T push, T beta, T add, T hold",
-        "const T u = b + d, p = beta * m + add * u; m = p; b = hold * u; x = y - (eta * d + push * p);",
-    ),
     # Rules.
     "delta": Body("T x, T o, T k", "T delta", "delta = (x - o) / k;"),
     "elastic": Body("T x, T c, T alpha", "T delta", "delta = alpha * (x - c);"),
@@ -61,11 +55,21 @@ KERNELS = {
     "add": Body("T delta, T weight", "T c", "c = c + weight * delta;"),
 }
 
+# Reductions: of `lanes` threads each goes over every lanes-th element of x, and writes what it has found. CuPy's own
+# ReductionKernel would do, but without nvcc on the machine (pip's wheels need none) it reduces a vector to one number
+# by a single block of threads, on one of a hundred multiprocessors.
+_LANES = 1 << 16
+_LOOP = "for (ptrdiff_t j = i; j < x.size(); j += _ind.size())"
+REDUCTIONS = {
+    "squares": Body("raw T x", "float64 y", f"double s = 0; {_LOOP} {{ const double v = x[j]; s += v * v; }} y = s;"),
+    "finite": Body("raw T x", "bool y", f"bool s = true; {_LOOP} s = s & bool(isfinite(x[j])); y = s;"),
+}
+
 
 @cache
 def kernel(xp: ModuleType, name: str) -> Any:
     """The kernel `name` as an ElementwiseKernel of `xp`; made once, compiled at the first launch for each dtype."""
-    return xp.ElementwiseKernel(*KERNELS[name], f"agnmpi_{name}")
+    return xp.ElementwiseKernel(*(KERNELS | REDUCTIONS)[name], f"agnmpi_{name}")
 
 
 def launch(name: str, first: Array, *rest: Array | float) -> None:
@@ -74,3 +78,14 @@ def launch(name: str, first: Array, *rest: Array | float) -> None:
     The arguments stand in the order of its Body: inputs, then those that are moved in place.
     """
     kernel(namespace(first), name)(first, *rest)
+
+
+def partial_results(name: str, x: Array) -> Any:
+    """What the threads of the reduction `name` have found in a device vector `x` (n,): one launch, nothing to wait for.
+
+    Returns a device vector as long as there are threads, of float64 ("squares") or bool ("finite").
+    """
+    xp = namespace(x)
+    found = xp.empty(max(1, min(x.size, _LANES)), REDUCTIONS[name].inouts.split()[0])
+    kernel(xp, name)(x, found)
+    return found

@@ -1,4 +1,4 @@
-"""The arithmetic of the optimizers on one block of a vector on the host; `kernels` has the same for devices."""
+"""The arithmetic of the optimizers on one block of a vector on the host; `device_kernels` has the same for devices."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -85,28 +85,6 @@ def _adam(
     x -= s
 
 
-def _delayed_nesterov(
-    x: Array,
-    g: Array,
-    slots: Sequence[Array],
-    s: Array,
-    _r: Array,
-    eta: Array,
-    push: Array,
-    beta: Array,
-    add: Array,
-    _hold: Array,
-) -> None:
-    m, b = slots
-    b += g
-    x -= np.multiply(g, eta, out=s)
-    if add:
-        m *= beta
-        m += b
-        b[...] = 0
-        x -= np.multiply(m, push, out=s)
-
-
 HOST: dict[str, HostKernel] = {
     "sgd": _sgd,
     "momentum": _momentum,
@@ -114,5 +92,4 @@ HOST: dict[str, HostKernel] = {
     "adagrad": _adagrad,
     "rmsprop": _rmsprop,
     "adam": _adam,
-    "delayed_nesterov": _delayed_nesterov,
 }

@@ -44,7 +44,7 @@ def _stepper(optimizer: optimizers.Optimizer, x: Array, g: Array) -> Callable[[]
 
     def step() -> None:
         nonlocal state
-        state = optimizer.update(x, g, state)
+        state = optimizer.update(g, state, x)
 
     return step
 

@@ -2,40 +2,94 @@
 
 An update works in place and in cache-sized blocks on the host: x, its gradient and its slots pass through
 the cache once, and no temporary is longer than a block. On a device it is one launch of the kernel of the same name
-in `kernels`, with weight decay and scaling in it.
+in `device_kernels`, with weight decay and scaling in it.
+
+Letters, here and below: x parameters, g gradient, η rate, w weight decay, each of x's shape (n,) or a number.
 """
 
 from collections.abc import Callable, Sequence
 from math import sqrt
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from ..arrays.backend import Array, blocks, full_like, on_host, scratch
+from ..arrays.backend import Array, blocks, full_like, joined, on_host, scratch
 from ..arrays.device_kernels import launch
-from ..arrays.host_kernels import HOST
+from ..arrays.host_kernels import HOST, HostKernel
+from ..arrays.reductions import global_norm
 from .schedules import Schedule, constant, positive
 
 Range: TypeAlias = tuple[int, int]
+State: TypeAlias = Any  # a NamedTuple: `step`, the number of updates so far, and then the slots, vectors (n,)
+OnBlock: TypeAlias = Callable[[int], None]
+
+
+class Update(Protocol):
+    """What moves x: see `Optimizer`."""
+
+    def __call__(
+        self,
+        g: Array,
+        state: State,
+        x: Array,
+        *,
+        step: int | None = None,
+        scale: float = 1.0,
+        ranges: Sequence[Range] | None = None,
+        on_block: OnBlock | None = None,
+    ) -> State:
+        """Move `x` (n,) in place against scale·g and return the new state."""
 
 
 class Optimizer(NamedTuple):
-    """A pair of functions; the state is a NamedTuple whose first field is the step count, the rest slots.
+    """A pair of functions over one flat vector; make your own for a worker or for the center.
 
-    `init(x) -> state`. `update(x, g, state, *, step=None, scale=1.0, ranges=None, on_block=None) -> state`: moves x
-    (n,) in place against scale·g (n,); `step` is the position of the rate schedule (default: the own count),
-    `ranges` the pieces of x that move (default: all of it), `on_block` is called after each block, with its end: up to
-    there x moves no more, and may be read.
+    Args:
+        name: One word, kept in checkpoints: a state is read back by an optimizer of the same name only.
+        init: `init(x) -> state` for the vector x (n,), which it does not change. The state is a NamedTuple; its first
+            field is `step`, the int 0, its other fields are the slots: vectors (n,) where x lies (`zeros_like(x)`).
+            Checkpoints, fail-over and `get_slot` see slots by these names.
+        update: `update(g, state, x, *, step, scale, ranges, on_block) -> state`: one step against the gradient
+            scale·g. It moves x and the slots in place, leaves g (n,) as it is, and returns the state with `step` one
+            higher.
+            `step`: int, the position of a rate schedule (None, the default: the own count); `scale`: float
+            (default 1.0), −weight at the center, where g is a delta; `ranges`: the pieces (start, stop) of x that
+            have a gradient, in order (None: all of x), the rest and its slots keep still; `on_block`: None, or to be
+            called as `on_block(stop)` whenever x[:stop] will move no more in this step, lastly with the end of the
+            last range: workers are answered from there on.
+        numbers: Its numbers in words, such as "rate 0.1, beta 0.9": ranks whose numbers differ are refused.
+
+    Source: the order of arguments is that of optax (`GradientTransformation`), which returns updates instead.
+
+    >>> class Count(NamedTuple):
+    ...     step: int
+    >>> def update(g, state, x, *, step=None, scale=1.0, ranges=None, on_block=None):
+    ...     for start, stop in [(0, x.size)] if ranges is None else ranges:
+    ...         x[start:stop] -= 0.5 * np.sign(scale * g[start:stop])
+    ...         if on_block:
+    ...             on_block(stop)
+    ...     return Count(state.step + 1)
+    >>> signs = Optimizer("signs", lambda x: Count(0), update, "rate 0.5")
+    >>> x = np.zeros(3)
+    >>> signs.update(np.array([3.0, -2.0, 0.0]), signs.init(x), x)
+    Count(step=1)
+    >>> x
+    array([-0.5,  0.5,  0. ])
     """
 
     name: str
-    init: Callable[[Array], Any]
-    update: Callable[..., Any]
-    numbers: str = ""  # in words, to compare between ranks
+    init: Callable[[Array], State]
+    update: Update
+    numbers: str = ""
 
-    def slots(self, state: Any) -> dict[str, Array]:
-        """The slot vectors of `state`, each (n,), by name."""
-        return dict(list(state._asdict().items())[1:])
+    def slots(self, state: State) -> dict[str, Array]:
+        """Name the slot vectors of `state`, each (n,). Raises TypeError for what is no state as described above."""
+        names = getattr(state, "_fields", ())
+        if names[:1] != ("step",):
+            raise TypeError(
+                f"the state of optimizer {self.name} must be a NamedTuple whose first field is step, not {state!r}"
+            )
+        return {name: getattr(state, name) for name in names[1:]}
 
 
 def _fraction(**values: float) -> None:
@@ -44,95 +98,110 @@ def _fraction(**values: float) -> None:
             raise ValueError(f"{name} must lie in [0, 1), not {value!r}")
 
 
-def _joined(ranges: Sequence[Range]) -> list[Range]:
-    """`ranges`, with those that follow on each other made one: fewer launches.
+class _Method(NamedTuple):
+    """What tells one of our optimizers from another, and the numbers that all have."""
 
-    >>> _joined([(0, 3), (3, 5), (7, 9)])
-    [(0, 5), (7, 9)]
-    """
-    joined: list[Range] = []
-    for lo, hi in ranges:
-        if joined and joined[-1][1] == lo:
-            lo = joined.pop()[0]
-        joined.append((lo, hi))
-    return joined
+    name: str
+    kernel: str  # in HOST and in KERNELS
+    state: type[Any]
+    scalars: Callable[[float, int, np.dtype[Any]], Sequence[float]]  # of η, step count from 1, dtype: for the kernel
+    schedule: Schedule
+    weight_decay: float
+    clip: float
+    decoupled: bool  # weight decay moves x, and is not seen by the slots
 
-
-def global_norm(g: Array, ranges: Sequence[Range]) -> float:
-    """‖g‖₂ over the ranges: on the host summed in float64 from block to block, on a device in g's dtype."""
-    if on_host(g):
-        return sqrt(sum(float(g[part] @ g[part]) for lo, hi in ranges for part in blocks(g, lo, hi)))
-    squares = [g[lo:hi] @ g[lo:hi] for lo, hi in _joined(ranges)]
-    return sqrt(float(sum(squares[1:], squares[0]))) if squares else 0.0  # the one wait for the device
-
-
-def _make(
-    name: str,
-    state_type: type[Any],
-    kernel: str,
-    scalars: Callable[[float, int, np.dtype[Any]], Sequence[float]],  # of rate, step count from 1, dtype
-    rate: float | Schedule,
-    weight_decay: float,
-    clip: float,
-    decoupled: bool = False,
-    numbers: str = "",
-) -> Optimizer:
-    schedule = rate if callable(rate) else constant(rate)
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative, but is {weight_decay!r}")
-    if not clip >= 0:
-        raise ValueError(f"clip must not be negative, but is {clip!r} (0 means no clipping)")
-    slot_names = state_type._fields[1:]
-    host = HOST[kernel]
-
-    def init(x: Array) -> Any:
-        return state_type(0, *(full_like(x, 0) for _ in slot_names))
+    def init(self, x: Array) -> State:
+        return self.state(0, *(full_like(x, 0) for _ in self.state._fields[1:]))
 
     def update(
-        x: Array,
+        self,
         g: Array,
-        state: Any,
+        state: State,
+        x: Array,
         *,
         step: int | None = None,
         scale: float = 1.0,
         ranges: Sequence[Range] | None = None,
-        on_block: Callable[[int], None] | None = None,
-    ) -> Any:
+        on_block: OnBlock | None = None,
+    ) -> State:
         count = state.step + 1
-        eta = schedule(state.step if step is None else step)
+        eta = self.schedule(state.step if step is None else step)
         ranges = [(0, x.size)] if ranges is None else ranges
-        if clip:
+        if self.clip:
             norm = abs(scale) * global_norm(g, ranges)
-            if norm > clip:
-                scale *= clip / norm
-        slots, now = state[1:], scalars(eta, count, x.dtype)
-        if not on_host(x):
-            keep = 1 - eta * weight_decay if decoupled else 1.0
-            decay = 0.0 if decoupled else weight_decay
-            for lo, hi in _joined(ranges):
-                launch(kernel, g[lo:hi], scale, decay, keep, *now, x[lo:hi], *(slot[lo:hi] for slot in slots))
-                if on_block:
-                    on_block(hi)
-            return state._replace(step=count)
-        constants = [np.array(number, x.dtype) for number in now]
+            if norm > self.clip:
+                scale *= self.clip / norm
+        move = self._on_host if on_host(x) else self._on_device
+        move(g, state[1:], x, eta, self.scalars(eta, count, x.dtype), scale, ranges, on_block)
+        return state._replace(step=count)
+
+    def _on_device(
+        self,
+        g: Array,
+        slots: Sequence[Array],
+        x: Array,
+        eta: float,
+        scalars: Sequence[float],
+        scale: float,
+        ranges: Sequence[Range],
+        on_block: OnBlock | None,
+    ) -> None:
+        keep = 1 - eta * self.weight_decay if self.decoupled else 1.0
+        decay = 0.0 if self.decoupled else self.weight_decay
+        for lo, hi in joined(ranges):
+            launch(self.kernel, g[lo:hi], scale, decay, keep, *scalars, x[lo:hi], *(slot[lo:hi] for slot in slots))
+            if on_block:
+                on_block(hi)
+
+    def _on_host(
+        self,
+        g: Array,
+        slots: Sequence[Array],
+        x: Array,
+        eta: float,
+        scalars: Sequence[float],
+        scale: float,
+        ranges: Sequence[Range],
+        on_block: OnBlock | None,
+    ) -> None:
+        host: HostKernel = HOST[self.kernel]
+        constants = [np.array(number, x.dtype) for number in scalars]
         s, r, scaled = scratch(x, 3)
         for lo, hi in ranges:
             for part in blocks(x, lo, hi):
                 xb, gb, size = x[part], g[part], part.stop - part.start
                 if scale != 1.0:
                     gb = np.multiply(gb, scale, out=scaled[:size])
-                if weight_decay and not decoupled:
-                    wx = np.multiply(xb, weight_decay, out=s[:size])
+                if self.weight_decay and not self.decoupled:
+                    wx = np.multiply(xb, self.weight_decay, out=s[:size])
                     gb = np.add(gb, wx, out=scaled[:size])
-                elif weight_decay:
-                    xb *= 1 - eta * weight_decay
+                elif self.weight_decay:
+                    xb *= 1 - eta * self.weight_decay
                 host(xb, gb, [slot[part] for slot in slots], s[:size], r[:size], *constants)
                 if on_block:
                     on_block(part.stop)
-        return state._replace(step=count)
 
-    said = "schedule" if callable(rate) else f"{rate:g}"
-    return Optimizer(name, init, update, f"rate {said}, weight_decay {weight_decay:g}, clip {clip:g}{numbers}")
+
+def _make(
+    name: str,
+    kernel: str,
+    state: type[Any],
+    scalars: Callable[[float, int, np.dtype[Any]], Sequence[float]],
+    rate: float | Schedule,
+    weight_decay: float,
+    clip: float,
+    decoupled: bool = False,
+    **numbers: float,
+) -> Optimizer:
+    schedule = rate if callable(rate) else constant(rate)
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must not be negative, but is {weight_decay!r}")
+    if not clip >= 0:
+        raise ValueError(f"clip must not be negative, but is {clip!r} (0 means no clipping)")
+    method = _Method(name, kernel, state, scalars, schedule, weight_decay, clip, decoupled)
+    told = ["rate schedule" if callable(rate) else f"rate {rate:g}"]
+    told += [f"{key} {value:g}" for key, value in {"weight_decay": weight_decay, "clip": clip, **numbers}.items()]
+    return Optimizer(name, method.init, method.update, ", ".join(told))
 
 
 class SgdState(NamedTuple):
@@ -142,19 +211,29 @@ class SgdState(NamedTuple):
 
 
 def sgd(rate: float | Schedule, weight_decay: float = 0.0, clip: float = 0.0) -> Optimizer:
-    """Stochastic gradient descent: x ← x − ηg.
+    """Stochastic gradient descent: x ← x − η(g + wx).
 
-    `rate`: η, a number or a schedule; `weight_decay`: w, adds wx to g; `clip`: largest norm of g, 0 for none.
-    Raises ValueError for a rate that is not positive or a negative w or clip.
+    Args:
+        rate: η, in units of x per unit of g: a positive number, or a schedule, a function of the step's number
+            (`agnmpi.schedules`), counted over all workers together.
+        weight_decay: w, per step and unit of rate, at least 0 (default 0: none); adds wx to g, after clipping.
+        clip: Largest ‖g‖₂ over all of x, in units of g; a longer g is scaled down to it (default 0: none is).
+
+    Returns:
+        An Optimizer without slots.
+
+    Raises:
+        ValueError: For a rate that is not positive and finite, or a negative weight_decay or clip.
+
+    Source: Robbins and Monro 1951; clipping as Pascanu, Mikolov, Bengio 2013, arXiv:1211.5063.
 
     >>> x = np.array([1.0, 2.0])
     >>> opt = sgd(0.5)
-    >>> state = opt.update(x, np.array([1.0, 1.0]), opt.init(x))
+    >>> state = opt.update(np.array([1.0, 1.0]), opt.init(x), x)
     >>> x
     array([0.5, 1.5])
     """
-
-    return _make("sgd", SgdState, "sgd", lambda eta, _t, _dtype: (eta,), rate, weight_decay, clip)
+    return _make("sgd", "sgd", SgdState, lambda eta, _t, _dtype: (eta,), rate, weight_decay, clip)
 
 
 class MomentumState(NamedTuple):
@@ -165,17 +244,55 @@ class MomentumState(NamedTuple):
 
 
 def momentum(rate: float | Schedule, beta: float = 0.9, weight_decay: float = 0.0, clip: float = 0.0) -> Optimizer:
-    """Heavy ball: m ← βm + g, x ← x − ηm (Polyak 1964; the rate outside m, as PyTorch and TensorFlow).
+    """Heavy ball: m ← βm + g, x ← x − ηm.
 
-    Raises ValueError unless 0 ≤ β < 1.
+    Args:
+        rate: η, a positive number or a schedule; see `sgd`. After many steps along one g the step is ηg/(1 − β).
+        beta: β, what is kept of m in each step, in [0, 1) (default 0.9).
+        weight_decay: w, at least 0 (default 0); adds wx to g, and so to m.
+        clip: Largest ‖g‖₂, of g before it enters m (default 0: no clipping).
+
+    Returns:
+        An Optimizer with the slot `momentum`, m (n,), which starts at 0.
+
+    Raises:
+        ValueError: Unless 0 ≤ β < 1, and as `sgd`.
+
+    Source: Polyak 1964; the rate outside of m, as in PyTorch and TensorFlow, so that a change of η acts at once.
+
+    >>> x, opt = np.zeros(1), momentum(1.0, beta=0.5)
+    >>> state = opt.init(x)
+    >>> for _ in range(2):
+    ...     state = opt.update(np.ones(1), state, x)
+    >>> x, state.momentum
+    (array([-2.5]), array([1.5]))
     """
     return _momentum_like("momentum", rate, beta, weight_decay, clip)
 
 
 def nesterov(rate: float | Schedule, beta: float = 0.9, weight_decay: float = 0.0, clip: float = 0.0) -> Optimizer:
-    """Nesterov momentum: m ← βm + g, x ← x − η(g + βm) (Sutskever et al. 2013, the form without lookahead).
+    """Nesterov momentum: m ← βm + g, x ← x − η(g + βm).
 
-    Raises ValueError unless 0 ≤ β < 1.
+    Args:
+        rate: η, a positive number or a schedule; see `sgd`.
+        beta: β, what is kept of m in each step, in [0, 1) (default 0.9).
+        weight_decay: w, at least 0 (default 0); adds wx to g, and so to m.
+        clip: Largest ‖g‖₂, of g before it enters m (default 0: no clipping).
+
+    Returns:
+        An Optimizer with the slot `momentum`, m (n,), which starts at 0.
+
+    Raises:
+        ValueError: Unless 0 ≤ β < 1, and as `sgd`.
+
+    Source: Sutskever, Martens, Dahl, Hinton 2013, in the form without a look ahead, as PyTorch's SGD(nesterov=True).
+
+    >>> x, opt = np.zeros(1), nesterov(1.0, beta=0.5)
+    >>> state = opt.init(x)
+    >>> for _ in range(2):
+    ...     state = opt.update(np.ones(1), state, x)
+    >>> x, state.momentum
+    (array([-3.25]), array([1.5]))
     """
     return _momentum_like("nesterov", rate, beta, weight_decay, clip)
 
@@ -186,7 +303,7 @@ def _momentum_like(name: str, rate: float | Schedule, beta: float, weight_decay:
     def scalars(eta: float, _t: int, _dtype: np.dtype[Any]) -> Sequence[float]:
         return eta, beta
 
-    return _make(name, MomentumState, name, scalars, rate, weight_decay, clip, numbers=f", beta {beta:g}")
+    return _make(name, name, MomentumState, scalars, rate, weight_decay, clip, beta=beta)
 
 
 class AdagradState(NamedTuple):
@@ -197,14 +314,33 @@ class AdagradState(NamedTuple):
 
 
 def adagrad(rate: float | Schedule, epsilon: float = 1e-10, weight_decay: float = 0.0, clip: float = 0.0) -> Optimizer:
-    """Adagrad: v ← v + g², x ← x − ηg/(√v + ε) (Duchi, Hazan, Singer 2011; diagonal, v from 0)."""
+    """Adagrad: v ← v + g², x ← x − ηg/(√v + ε), element by element.
+
+    Args:
+        rate: η, in units of x: the length of the first step of each element; a positive number or a schedule.
+        epsilon: ε, in units of g, positive (default 1e-10); outside of the root.
+        weight_decay: w, at least 0 (default 0); adds wx to g.
+        clip: Largest ‖g‖₂ (default 0: no clipping).
+
+    Returns:
+        An Optimizer with the slot `accumulator`, v (n,), which starts at 0.
+
+    Raises:
+        ValueError: For an ε that is not positive, and as `sgd`.
+
+    Source: Duchi, Hazan, Singer 2011, the diagonal form; v from 0, as PyTorch (TensorFlow's starts at 0.1).
+
+    >>> x, opt = np.zeros(2), adagrad(0.5)
+    >>> state = opt.update(np.array([4.0, -0.1]), opt.init(x), x)
+    >>> x.round(6)
+    array([-0.5,  0.5])
+    """
     positive("epsilon", epsilon)
 
     def scalars(eta: float, _t: int, _dtype: np.dtype[Any]) -> Sequence[float]:
         return eta, epsilon
 
-    numbers = f", epsilon {epsilon:g}"
-    return _make("adagrad", AdagradState, "adagrad", scalars, rate, weight_decay, clip, numbers=numbers)
+    return _make("adagrad", "adagrad", AdagradState, scalars, rate, weight_decay, clip, epsilon=epsilon)
 
 
 class RmspropState(NamedTuple):
@@ -221,9 +357,27 @@ def rmsprop(
     weight_decay: float = 0.0,
     clip: float = 0.0,
 ) -> Optimizer:
-    """RMSprop: v ← ρv + (1−ρ)g², x ← x − ηg/(√v + ε) (Tieleman, Hinton 2012; no momentum, not centered).
+    """RMSprop: v ← ρv + (1 − ρ)g², x ← x − ηg/(√v + ε), element by element.
 
-    Raises ValueError unless 0 ≤ ρ < 1.
+    Args:
+        rate: η, in units of x; a positive number or a schedule. The first step is η/√(1 − ρ) long.
+        decay: ρ, what is kept of v in each step, in [0, 1) (default 0.9).
+        epsilon: ε, in units of g, positive (default 1e-8); outside of the root (optax has it inside).
+        weight_decay: w, at least 0 (default 0); adds wx to g.
+        clip: Largest ‖g‖₂ (default 0: no clipping).
+
+    Returns:
+        An Optimizer with the slot `mean_square`, v (n,), which starts at 0.
+
+    Raises:
+        ValueError: Unless 0 ≤ ρ < 1, for an ε that is not positive, and as `sgd`.
+
+    Source: Tieleman and Hinton 2012 (lecture 6.5); without momentum, not centered.
+
+    >>> x, opt = np.zeros(2), rmsprop(0.5, decay=0.75)
+    >>> state = opt.update(np.array([4.0, -0.1]), opt.init(x), x)
+    >>> x.round(6)
+    array([-1.,  1.])
     """
     _fraction(decay=decay)
     positive("epsilon", epsilon)
@@ -231,8 +385,7 @@ def rmsprop(
     def scalars(eta: float, _t: int, _dtype: np.dtype[Any]) -> Sequence[float]:
         return eta, decay, 1 - decay, epsilon
 
-    numbers = f", decay {decay:g}, epsilon {epsilon:g}"
-    return _make("rmsprop", RmspropState, "rmsprop", scalars, rate, weight_decay, clip, numbers=numbers)
+    return _make("rmsprop", "rmsprop", RmspropState, scalars, rate, weight_decay, clip, decay=decay, epsilon=epsilon)
 
 
 class AdamState(NamedTuple):
@@ -262,8 +415,8 @@ def _adam_like(
         root = sqrt(1 - held2**t)
         return held1, 1 - held1, held2, 1 - held2, epsilon * root, eta * root / (1 - held1**t)
 
-    numbers = f", beta1 {beta1:g}, beta2 {beta2:g}, epsilon {epsilon:g}"
-    return _make(name, AdamState, "adam", scalars, rate, weight_decay, clip, decoupled, numbers)
+    numbers = {"beta1": beta1, "beta2": beta2, "epsilon": epsilon}
+    return _make(name, "adam", AdamState, scalars, rate, weight_decay, clip, decoupled, **numbers)
 
 
 def _held(beta: float, dtype: np.dtype[Any]) -> float:
@@ -280,9 +433,30 @@ def adam(
     weight_decay: float = 0.0,
     clip: float = 0.0,
 ) -> Optimizer:
-    """Adam: m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², x ← x − η m̂/(√v̂ + ε) (Kingma, Ba 2015, arXiv:1412.6980).
+    """Adam: m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², x ← x − η m̂/(√v̂ + ε), element by element.
 
-    m̂ and v̂ are corrected for bias; weight decay adds wx to g. Raises ValueError unless 0 ≤ β₁, β₂ < 1.
+    m̂ = m/(1 − β₁ᵗ) and v̂ = v/(1 − β₂ᵗ) at the t-th step of this optimizer, t from 1.
+
+    Args:
+        rate: η, in units of x: the length of the first step of each element; a positive number or a schedule.
+        beta1: β₁, what is kept of m in each step, in [0, 1) (default 0.9).
+        beta2: β₂, what is kept of v in each step, in [0, 1) (default 0.999).
+        epsilon: ε, in units of g, positive (default 1e-8); outside of the root.
+        weight_decay: w, at least 0 (default 0); adds wx to g, and so to m and v.
+        clip: Largest ‖g‖₂ (default 0: no clipping).
+
+    Returns:
+        An Optimizer with the slots `m` and `v`, each (n,), which start at 0.
+
+    Raises:
+        ValueError: Unless 0 ≤ β₁, β₂ < 1, for an ε that is not positive, and as `sgd`.
+
+    Source: Kingma and Ba 2015, arXiv:1412.6980, algorithm 1.
+
+    >>> x, opt = np.zeros(2), adam(0.5)
+    >>> state = opt.update(np.array([4.0, -0.1]), opt.init(x), x)
+    >>> x.round(6)
+    array([-0.5,  0.5])
     """
     return _adam_like("adam", rate, beta1, beta2, epsilon, weight_decay, clip, decoupled=False)
 
@@ -295,41 +469,32 @@ def adamw(
     weight_decay: float = 0.01,
     clip: float = 0.0,
 ) -> Optimizer:
-    """Adam with decoupled weight decay: x ← (1 − ηw)x before Adam's step (Loshchilov, Hutter, arXiv:1711.05101)."""
+    """Adam with decoupled weight decay: x ← (1 − ηw)x, then Adam's step without w.
+
+    Args:
+        rate: η, in units of x: the length of the first step of each element; a positive number or a schedule.
+        beta1: β₁, what is kept of m in each step, in [0, 1) (default 0.9).
+        beta2: β₂, what is kept of v in each step, in [0, 1) (default 0.999).
+        epsilon: ε, in units of g, positive (default 1e-8); outside of the root.
+        weight_decay: w, per step and unit of rate, at least 0 (default 0.01); m and v do not see it.
+        clip: Largest ‖g‖₂ (default 0: no clipping).
+
+    Returns:
+        An Optimizer with the slots `m` and `v`, each (n,), which start at 0.
+
+    Raises:
+        ValueError: As `adam`.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101, with ηw for the decay, as PyTorch.
+
+    >>> x, opt = np.array([10.0]), adamw(0.5, weight_decay=0.1)
+    >>> state = opt.update(np.array([4.0]), opt.init(x), x)
+    >>> x.round(6)
+    array([9.])
+    """
     return _adam_like("adamw", rate, beta1, beta2, epsilon, weight_decay, clip, decoupled=True)
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     f.__name__: f for f in (sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw)
 }
-
-
-class DelayedNesterovState(NamedTuple):
-    """State of `delayed_nesterov`."""
-
-    step: int
-    momentum: Array
-    buffer: Array
-
-
-def delayed_nesterov(rate: float | Schedule = 1.0, every: int = 1, beta: float = 0.5) -> Optimizer:
-    """Delayed Nesterov, for the center: the momentum moves every N commits only, by all that came since.
-
-    B ← B + g, x ← x − ηg; at every N-th g also m ← βm + B, x ← x − ηβm, B ← 0. `rate`: η; `every`: N, usually n;
-    `beta`: β. With ε = ηN and m/N for m it is the published form, whose rate is ε; η = 1 and β = 0 add, as AGN does.
-
-    Raises ValueError unless 0 ≤ β < 1 and N ≥ 1. Source: Liu et al. 2024, arXiv:2401.09135, algorithm 3, with c = 0.
-    """
-    _fraction(beta=beta)
-    if every < 1:
-        raise ValueError(f"every is a number of commits, at least 1, not {every!r}")
-
-    def scalars(eta: float, t: int, _dtype: np.dtype[Any]) -> Sequence[float]:
-        return (eta, 0.0, 1.0, 0.0, 1.0) if t % every else (eta, eta * beta, beta, 1.0, 0.0)
-
-    name = "delayed_nesterov"
-    return _make(name, DelayedNesterovState, name, scalars, rate, 0.0, 0.0, numbers=f", every {every}, beta {beta:g}")
-
-
-# At the center also:
-CENTER_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {**OPTIMIZERS, "delayed_nesterov": delayed_nesterov}

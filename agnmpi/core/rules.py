@@ -1,7 +1,8 @@
 """The rules of exchange: what a worker commits, when it pulls, how it adopts, how the center weighs.
 
 Letters: x parameters of the worker; o the center as last pulled; a sum of the raw gradients since then;
-k local steps since then; c center; s staleness; α elastic rate. A rule is pure: it knows neither loop nor MPI.
+k local steps since then; c center; s staleness; n workers; λ period; η rate; α elastic rate. A rule is pure: it knows
+neither loop nor MPI.
 """
 
 from collections.abc import Callable
@@ -37,89 +38,147 @@ def _adopt_elastic(x: Array, _sent: Array, delta: Array, _c: Array) -> None:
 
 
 class CommitInfo(NamedTuple):
-    """What the center sees of a commit when it weighs it."""
+    """What a weight may look at: a commit as the center sees it, just before it is applied.
 
-    staleness: int  # s
-    commits: int = 1  # deltas summed in the payload
-    steps: int = 1  # k, local steps in it
-    workers: int = 1  # n
+    Args:
+        staleness: s, commits that the center has applied since this worker pulled, at least 0.
+        commits: Deltas summed in it: 1, or all n of a round with Allreduce (default 1).
+        steps: k, local steps in it: λ, or fewer in the last period (default 1).
+        workers: n (default 1).
+    """
+
+    staleness: int
+    commits: int = 1
+    steps: int = 1
+    workers: int = 1
 
 
 Weight: TypeAlias = Callable[[CommitInfo], float]
 
 
-def _whole(_seen: CommitInfo) -> float:
+def _full(_commit: CommitInfo) -> float:
     return 1.0
 
 
 class Rule(NamedTuple):
-    """Four small things: delta, pull order, adopt, weight; and what the rule needs.
+    """A rule of exchange: four small functions, and what it needs. Make your own, or take those of this module.
 
-    `delta(x, o, a, k, out)` writes the commit; `adopt(x, sent, delta, c)` moves x after the pull;
-    `weight(seen)` is the weight at the center; a commit of weight 0 is dropped, and its worker told.
+    The vectors are those of one worker, each (n,) of one dtype, on the host or on its device.
+
+    Args:
+        name: One word, for people and for checkpoints.
+        delta: `delta(x, o, a, k, out)` writes the commit into `out`: x parameters, o the center as last pulled,
+            a the sum of the raw gradients since then (x itself unless `accumulates`), k local steps since then, an int.
+        pulls: "after" (default): commit, then pull and adopt; "before": pull, then form the delta against that pull.
+        adopt: `adopt(x, sent, delta, c)` moves x after the pull: sent is x when the delta was formed (x itself
+            without overlap), c what was pulled. Default: x ← c + (x − sent).
+        weight: `weight(commit) -> float` of a `CommitInfo`: the center adds weight·delta, or gives −weight·delta to
+            its optimizer as gradient. A commit of weight 0 is dropped, its worker told, its steps are free again.
+            Default: 1.
+        accumulates: Whether `delta` needs a, a vector of its own at each worker (default False).
+        allreduce: Whether all ranks commit together and each keeps the center (default False).
+        alpha: α of the elastic rules, 0 for all others; ranks must agree on it.
+
+    >>> def half_way(x, o, a, k, out):
+    ...     np.subtract(x, o, out=out)
+    ...     out *= 0.5
+    >>> Rule("half", half_way).weight(CommitInfo(staleness=7))
+    1.0
     """
 
     name: str
     delta: Callable[[Array, Array, Array, int, Array], None]
     pulls: Literal["after", "before"] = "after"
     adopt: Callable[[Array, Array, Array, Array], None] = _adopt_center
-    weight: Weight = _whole
-    accumulates: bool = False  # needs a, an accumulator of its own
-    allreduce: bool = False  # all ranks together, by Allreduce
-    alpha: float = 0.0  # of the elastic rules
+    weight: Weight = _full
+    accumulates: bool = False
+    allreduce: bool = False
+    alpha: float = 0.0
 
     @property
     def weighs(self) -> bool:
-        """Whether the center needs to weigh commits."""
-        return self.weight is not _whole
-
-    @property
-    def transport(self) -> str:
-        """The transport that "auto" stands for."""
-        return "allreduce" if self.allreduce else "p2p"
+        """Whether the center has to weigh commits."""
+        return self.weight is not _full
 
 
 def _displacement(x: Array, o: Array, _a: Array, _k: int, out: Array) -> None:
     np.subtract(x, o, out=out)
 
 
+def _mean_displacement(x: Array, o: Array, _a: Array, k: int, out: Array) -> None:
+    if not on_host(x):
+        launch("delta", x, o, k, out)
+        return
+    for part in blocks(x):
+        block = np.subtract(x[part], o[part], out=out[part])
+        block /= k
+
+
+def _mean_gradient(_x: Array, _o: Array, a: Array, k: int, out: Array) -> None:
+    np.divide(a, -k, out=out)
+
+
 def agn(variant: str = "displacement") -> Rule:
     """Accumulated Gradient Normalization: commit (x − o)/k, c ← c + commit, then x ← c.
 
-    With constant-rate SGD x − o = Σ −η∇L, so this is the paper's a/λ (Hermans, Spanakis, Moeckel 2017,
-    arXiv:1710.02368, algorithm 1); with any other local optimizer the accumulator is the displacement, as in
-    the authors' code. `variant="gradient"` commits −a/k with a = Σ∇L, a pseudo-gradient that an optimizer at
-    the center takes (TensorFlow 1.14, `tf.contrib.opt.AGNOptimizer`). k < λ in the last period.
+    With constant-rate SGD x − o = Σ −η∇L, so this is the paper's a/λ; with any other local optimizer the accumulator is
+    the displacement, as in the authors' code. k = λ, or fewer steps in the last period. What a round of n commits does
+    to c is n/λ mean displacements: keep n/λ at 2 or below, or use `outer_rate`.
 
-    Raises ValueError for another variant.
+    Args:
+        variant: "displacement" (default), or "gradient": commit −a/k with a = Σ∇L, a pseudo-gradient that an optimizer
+            at the center takes, of the same kind as the local one unless another is given.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: For another variant.
+
+    Source: Hermans, Spanakis, Moeckel 2017, arXiv:1710.02368, algorithm 1; the gradient variant is what TensorFlow
+    1.14's `tf.contrib.opt.AGNOptimizer` did.
+
+    >>> x, o, delta = np.array([4.0]), np.array([1.0]), np.empty(1)
+    >>> agn().delta(x, o, x, 10, delta)
+    >>> delta
+    array([0.3])
     """
-
-    def displacement(x: Array, o: Array, _a: Array, k: int, out: Array) -> None:
-        if not on_host(x):
-            launch("delta", x, o, k, out)
-            return
-        for part in blocks(x):
-            d = np.subtract(x[part], o[part], out=out[part])
-            d /= k
-
-    def gradient(_x: Array, _o: Array, a: Array, k: int, out: Array) -> None:
-        np.divide(a, -k, out=out)
-
     if variant == "displacement":
-        return Rule("agn", displacement)
+        return Rule("agn", _mean_displacement)
     if variant == "gradient":
-        return Rule("agn", gradient, accumulates=True)
+        return Rule("agn", _mean_gradient, accumulates=True)
     raise ValueError(f"variant must be 'displacement' or 'gradient', not {variant!r}")
 
 
 def downpour() -> Rule:
-    """DOWNPOUR: commit x − o, c ← c + commit, then x ← c (Dean et al., NIPS 2012; displacement form)."""
+    """DOWNPOUR: commit x − o, c ← c + commit, then x ← c.
+
+    The displacements of all workers are summed: stable while rate · λ · n is small. AGN with λ = 1 is the same.
+
+    Returns:
+        The rule.
+
+    Source: Dean et al. 2012 ("Large Scale Distributed Deep Networks"), in the form that commits displacements.
+    """
     return Rule("downpour", _displacement)
 
 
+def _by_staleness(commit: CommitInfo) -> float:
+    return 1 / (commit.staleness + 1)
+
+
 def dynsgd() -> Rule:
-    """DynSGD: DOWNPOUR whose commits the center weighs by 1/(s + 1) (Jiang et al., SIGMOD 2017)."""
-    return Rule("dynsgd", _displacement, weight=lambda seen: 1 / (seen.staleness + 1))
+    """DynSGD: commit x − o, c ← c + commit/(s + 1), then x ← c.
+
+    Returns:
+        The rule.
+
+    Source: Jiang, Cui, Zhang, Yu 2017 ("Heterogeneity-aware Distributed Parameter Servers"), the weight by staleness.
+
+    >>> dynsgd().weight(CommitInfo(staleness=3))
+    0.25
+    """
+    return Rule("dynsgd", _displacement, weight=_by_staleness)
 
 
 def _elastic(name: str, alpha: float) -> Rule:
@@ -131,36 +190,83 @@ def _elastic(name: str, alpha: float) -> Rule:
             launch("elastic", x, o, alpha, out)
             return
         for part in blocks(x):
-            d = np.subtract(x[part], o[part], out=out[part])
-            d *= alpha
+            block = np.subtract(x[part], o[part], out=out[part])
+            block *= alpha
 
     return Rule(name, delta, pulls="before", adopt=_adopt_elastic, alpha=alpha)
 
 
 def aeasgd(alpha: float) -> Rule:
-    """Asynchronous elastic averaging: pull c, d = α(x − c), x ← x − d, c ← c + d (Zhang, Choromanska, LeCun 2015).
+    """Asynchronous elastic averaging: pull c, d = α(x − c), x ← x − d, c ← c + d.
 
-    `alpha`: α = ηρ in (0, 1] (arXiv:1412.6651, algorithm 1). Raises ValueError outside.
+    Workers keep parameters of their own; x + c is the same before and after an exchange.
+
+    Args:
+        alpha: α = ηρ, the part of the way to each other that x and c go in an exchange; in (0, 1].
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: For an α outside of (0, 1].
+
+    Source: Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, algorithm 1; the local optimizer is SGD there.
+
+    >>> rule, x, c, delta = aeasgd(0.25), np.array([4.0]), np.array([0.0]), np.empty(1)
+    >>> rule.delta(x, c, x, 10, delta)
+    >>> rule.adopt(x, x, delta, c)
+    >>> x, delta
+    (array([3.]), array([1.]))
     """
     return _elastic("aeasgd", alpha)
 
 
 def eamsgd(alpha: float) -> Rule:
-    """AEASGD whose workers use Nesterov momentum (Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, algorithm 2)."""
+    """AEASGD for workers with Nesterov momentum: the exchange is `aeasgd`'s, the name asks for that local optimizer.
+
+    Args:
+        alpha: α = ηρ in (0, 1], as of `aeasgd`.
+
+    Returns:
+        The rule; give it `nesterov` as optimizer (the command line does).
+
+    Raises:
+        ValueError: For an α outside of (0, 1].
+
+    Source: Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, algorithm 2. There v ← δv − η∇L(x + δv), x ← x + v; our
+    `nesterov` is the same trajectory seen from x + δv, so between two exchanges the two agree.
+    """
     return _elastic("eamsgd", alpha)
 
 
-def _mean(seen: CommitInfo) -> float:
-    return 1 / seen.commits
+def _mean(commit: CommitInfo) -> float:
+    return 1 / commit.commits
 
 
 def synchronous() -> Rule:
-    """Synchronous: c ← c + mean of x − o over all ranks, then x ← c; λ = 1 is data-parallel SGD, else local SGD."""
+    """Synchronous: c ← c + the mean of x − o over all ranks, then x ← c.
+
+    λ = 1 is data-parallel SGD, a longer period is local SGD. All ranks work, none serves.
+
+    Returns:
+        The rule.
+
+    Source: Stich 2019, arXiv:1805.09767 (local SGD).
+
+    >>> synchronous().weight(CommitInfo(staleness=0, commits=4))
+    0.25
+    """
     return Rule("synchronous", _displacement, weight=_mean, allreduce=True)
 
 
 def diloco() -> Rule:
-    """DiLoCo-like: the mean displacement is the gradient of a Nesterov center (Douillard et al., arXiv:2311.08105)."""
+    """DiLoCo-like: minus the mean of x − o over all ranks is the gradient of an optimizer at the center, then x ← c.
+
+    Returns:
+        The rule; give it `adamw` as optimizer and `nesterov(0.7, 0.9)` as center optimizer (the command line does).
+
+    Source: Douillard et al. 2023, arXiv:2311.08105; there λ is some 500.
+    """
     return Rule("diloco", _displacement, weight=_mean, allreduce=True)
 
 
@@ -170,26 +276,49 @@ RULES: dict[str, Callable[..., Rule]] = {
 
 
 def outer_rate(r: float) -> Weight:
-    """Weight s = rk/n of AGN's commits (x − o)/k: c ← c + (r/n)(x − o).
+    """Weight rk/n of AGN's commits (x − o)/k: c ← c + (r/n)(x − o).
 
-    `r`: effective outer rate of a round of n commits, whatever n and λ are: r = 1 averages the displacements, r = n/λ
-    is AGN itself, r = n DOWNPOUR. k is the commit's own number of steps, so that λ may differ between workers and the
-    last period counts for what it is. Raises ValueError unless r is positive. Source: ours; as the outer rate of
-    local SGD (Reddi et al. 2021, arXiv:2003.00295).
+    k is the commit's own number of steps, so that λ may differ between workers, and the last period counts for what
+    it is.
+
+    Args:
+        r: Effective outer rate of a round of n commits, whatever n and λ are; positive. r = 1 averages the
+            displacements, r = n/λ is AGN itself, r = n DOWNPOUR.
+
+    Returns:
+        The weight, for `weighted`.
+
+    Raises:
+        ValueError: For an r that is not positive and finite.
+
+    Source: ours; as the outer rate of local SGD (Reddi et al. 2021, arXiv:2003.00295).
 
     >>> outer_rate(2.0)(CommitInfo(staleness=3, steps=10, workers=40))
     0.5
     """
     if not (r > 0 and isfinite(r)):
         raise ValueError(f"the outer rate r must be a positive number, not {r!r}")
-    return lambda seen: r * seen.steps / seen.workers
+
+    def weight(commit: CommitInfo) -> float:
+        return r * commit.steps / commit.workers
+
+    return weight
 
 
 def staleness_power(a: float) -> Weight:
-    """Weight min(1, ((1 + E[s])/(1 + s))^a), E[s] = n − 1: commits of ordinary staleness stay whole; a = 0 is AGN.
+    """Weight min(1, ((1 + E[s])/(1 + s))^a), E[s] = n − 1: commits of ordinary staleness stay whole.
 
-    Raises ValueError for a negative a. Source: (1 + s)^−a of Xie, Koyejo, Gupta 2019 (arXiv:1903.03934), relative to
-    the mean staleness of n equal workers, which is ours.
+    Args:
+        a: The power, at least 0; 0 is AGN, 1 halves a commit of twice the ordinary staleness.
+
+    Returns:
+        The weight, for `weighted`.
+
+    Raises:
+        ValueError: For an a that is negative or not finite.
+
+    Source: (1 + s)^−a of Xie, Koyejo, Gupta 2019, arXiv:1903.03934; relative to the mean staleness of n equal workers,
+    which is ours.
 
     >>> weight = staleness_power(0.5)
     >>> weight(CommitInfo(staleness=2, workers=4)), weight(CommitInfo(staleness=15, workers=4))
@@ -197,31 +326,67 @@ def staleness_power(a: float) -> Weight:
     """
     if not (a >= 0 and isfinite(a)):
         raise ValueError(f"the power a of the staleness weight must not be negative, but is {a!r}")
-    return lambda seen: min(1.0, (seen.workers / (1 + seen.staleness)) ** a)
+
+    def weight(commit: CommitInfo) -> float:
+        return min(1.0, (commit.workers / (1 + commit.staleness)) ** a)
+
+    return weight
 
 
 def staleness_cap(cap: int) -> Weight:
     """Weight 1 up to staleness `cap`, 0 above: what is too old is dropped, and its worker pulls afresh.
 
-    Its steps are free again. Raises ValueError for a negative cap. Source: bounded staleness, here at the center (Ho
-    et al., NIPS 2013, let the workers wait instead).
+    The steps of what is dropped are free again.
+
+    Args:
+        cap: Largest staleness that counts, in commits, at least 0; equal workers have n − 1.
+
+    Returns:
+        The weight, for `weighted`.
+
+    Raises:
+        ValueError: For a negative cap.
+
+    Source: bounded staleness, here at the center (Ho et al. 2013 let the workers wait instead).
+
+    >>> [staleness_cap(4)(CommitInfo(staleness)) for staleness in (0, 4, 5)]
+    [1.0, 1.0, 0.0]
     """
     if cap < 0:
         raise ValueError(f"the cap on the staleness must not be negative, but is {cap!r}")
-    return lambda seen: float(seen.staleness <= cap)
+
+    def weight(commit: CommitInfo) -> float:
+        return float(commit.staleness <= cap)
+
+    return weight
 
 
 def weighted(rule: Rule, *weights: Weight) -> Rule:
-    """`rule`, its weight multiplied by `weights`; the rule itself without any.
+    """`rule` with its weight multiplied by `weights`.
 
-    Raises ValueError for elastic rules, which take from x what they add to c, and for collective ones.
+    Args:
+        rule: agn, downpour or dynsgd, or one of your own that pulls after it commits.
+        *weights: Functions of a `CommitInfo`, such as `outer_rate(1.0)`.
+
+    Returns:
+        A rule of the same name; `rule` itself without any weights.
+
+    Raises:
+        ValueError: For an elastic rule, which takes from x what it adds to c, and for one that goes by Allreduce.
+
+    >>> weighted(agn(), outer_rate(1.0), staleness_cap(8)).weight(CommitInfo(9, steps=10, workers=4))
+    0.0
     """
     if not weights:
         return rule
     if rule.pulls == "before" or rule.allreduce:
         raise ValueError(f"rule {rule.name} takes no further weights; they are of agn, downpour and dynsgd")
     factors = (rule.weight, *weights)
-    return rule._replace(weight=lambda seen: prod(weight(seen) for weight in factors))
+
+    def weight(commit: CommitInfo) -> float:
+        return prod(factor(commit) for factor in factors)
+
+    return rule._replace(weight=weight)
 
 
 def center_step(
@@ -240,7 +405,7 @@ def center_step(
     the new state of the optimizer.
     """
     if optimizer is not None:
-        return optimizer.update(c, delta, state, scale=-weight, step=steps, on_block=on_block)
+        return optimizer.update(delta, state, c, scale=-weight, step=steps, on_block=on_block)
     if not on_host(c):
         launch("add", delta, weight, c)
         if on_block:

@@ -1,29 +1,54 @@
-"""Rate schedules: η by the number of the step."""
+"""Rate schedules: η by the number of the step, which counts the steps of all workers together, from 0.
+
+A schedule is a function `schedule(step) -> rate`; write your own, or put these together. Every rank must give the same.
+"""
 
 from collections.abc import Callable
-from math import cos, pi
+from math import cos, isfinite, pi
 from typing import TypeAlias
-
-import numpy as np
 
 Schedule: TypeAlias = Callable[[int], float]
 SCHEDULES = ("constant", "step", "cosine")
 
 
 def positive(name: str, value: float) -> None:
-    """Raise ValueError for what is no positive number."""
-    if not (value > 0 and np.isfinite(value)):
+    """Raise ValueError for what is no positive, finite number."""
+    if not (value > 0 and isfinite(value)):
         raise ValueError(f"{name} must be a positive number, not {value!r}")
 
 
 def constant(rate: float) -> Schedule:
-    """Rate η at every step."""
+    """The rate η at every step; what a number in place of a schedule means.
+
+    Args:
+        rate: η, positive.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: For a rate that is not positive and finite.
+
+    >>> constant(0.5)(1000)
+    0.5
+    """
     positive("rate", rate)
     return lambda _step: rate
 
 
 def step_decay(rate: float, every: int, factor: float = 0.1) -> Schedule:
-    """η·factor^⌊step/every⌋.
+    """η·factor^⌊step/every⌋: the rate falls by a factor after each `every` steps.
+
+    Args:
+        rate: η, the rate at first; positive.
+        every: Steps between two falls, counted over all workers; positive.
+        factor: What is left of the rate at each fall; positive (default 0.1).
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: For a number that is not positive and finite.
 
     >>> [step_decay(1.0, every=2, factor=0.5)(t) for t in range(5)]
     [1.0, 1.0, 0.5, 0.5, 0.25]
@@ -34,7 +59,20 @@ def step_decay(rate: float, every: int, factor: float = 0.1) -> Schedule:
 
 
 def cosine(rate: float, steps: int, final: float = 0.0) -> Schedule:
-    """From η to `final` over `steps` steps along half a cosine, `final` afterwards (arXiv:1608.03983, one cycle).
+    """final + (η − final)(1 + cos(π·step/steps))/2, and `final` from step `steps` on.
+
+    Args:
+        rate: η, the rate at step 0; positive.
+        steps: Length of the half wave in steps, counted over all workers: usually of the whole run; positive.
+        final: The rate at its end and afterwards (default 0).
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: For a rate or a number of steps that is not positive and finite.
+
+    Source: Loshchilov and Hutter 2017, arXiv:1608.03983, one cycle without restarts.
 
     >>> [round(cosine(1.0, steps=2)(t), 3) for t in range(4)]
     [1.0, 0.5, 0.0, 0.0]
@@ -45,7 +83,19 @@ def cosine(rate: float, steps: int, final: float = 0.0) -> Schedule:
 
 
 def warmup(schedule: Schedule, steps: int) -> Schedule:
-    """`schedule`, its first `steps` steps scaled linearly up from 1/steps.
+    """`schedule` times min(1, (step + 1)/steps): its first steps rise linearly.
+
+    Args:
+        schedule: What to begin gently; it goes on counting from step 0.
+        steps: Length of the rise in steps, counted over all workers; positive.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: For a number of steps that is not positive.
+
+    Source: Goyal et al. 2017, arXiv:1706.02677, the gradual warmup.
 
     >>> [warmup(constant(1.0), steps=4)(t) for t in range(5)]
     [0.25, 0.5, 0.75, 1.0, 1.0]

@@ -10,7 +10,8 @@ from contextlib import closing
 from math import nan
 from typing import Any, TypeAlias, TypeVar
 
-from ..arrays.backend import Array, all_finite, empty_like, namespace
+from ..arrays.backend import Array, empty_like, namespace
+from ..arrays.reductions import all_finite
 from .ends import Elected, Handle, Pause, WorkerEnd
 from .leases import Lease
 from .messages import DROPPED, IDLE, NOT_FINITE, REFUSED, STOP, WAIT, WORK, Commit, Reply
@@ -101,7 +102,7 @@ class Worker:
             if g is None:
                 raise ValueError("local_step needs a gradient")
             at = self.before + self.step_number
-            self.state = self.optimizer.update(self.x, g, self.state, step=at, ranges=ranges)
+            self.state = self.optimizer.update(g, self.state, self.x, step=at, ranges=ranges)
             if self.rule.accumulates:
                 for lo, hi in ranges or [(0, g.size)]:
                     a = self.a[lo:hi]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.optimizers import CENTER_OPTIMIZERS, OPTIMIZERS, Optimizer
+from ..core.optimizers import OPTIMIZERS, Optimizer
 from ..core.rules import RULES, Rule, Weight, outer_rate, staleness_cap, staleness_power, weighted
 from ..core.schedules import SCHEDULES, Schedule, constant, cosine, step_decay, warmup
 from ..transport.registry import Transport, names, resolve
@@ -74,7 +74,7 @@ class Config:
         None,
         "optimizer",
         "at the center [default: add, or what the rule is known with]",
-        choices=["add", *CENTER_OPTIMIZERS],
+        choices=["add", *OPTIMIZERS],
     )
     center_rate: float | None = option(None, "optimizer", "its learning rate", float)
     center_options: dict[str, Any] = option({}, "optimizer", "its further numbers, such as beta")
@@ -172,7 +172,7 @@ class Config:
         if center == "add" and (center_rate is not None or center_options):
             raise ValueError("center_rate and center_options need a center_optimizer other than 'add'")
         if center != "add":
-            center_rate = center_rate or (1.0 if center == "delayed_nesterov" else rate)
+            center_rate = center_rate or rate
         transport = self.make_transport(rate).name
         if self.record and (self.centers > 1 or not self.use_locking):
             raise ValueError("record is of one center that serves: with several each has an order of its own")
@@ -237,19 +237,15 @@ class Config:
         assert self.optimizer is not None
         return self._make(self.optimizer, self.make_schedule(steps), self.optimizer_options)
 
-    def make_center_optimizer(self, steps: int, workers: int = 1) -> Optimizer | None:
-        """The center's optimizer, None to add; with variant "gradient" its rate follows the schedule.
-
-        `workers`: n, between as many commits the momentum of delayed_nesterov keeps still, unless `every` is given.
-        """
+    def make_center_optimizer(self, steps: int) -> Optimizer | None:
+        """The center's optimizer, None to add; with variant "gradient" its rate follows the schedule."""
         if self.center_optimizer in (None, "add"):
             return None
         assert self.center_rate is not None
         if self.variant == "gradient":
             schedule = replace(self, rate=self.center_rate).make_schedule(steps)
             return self._make(self.center_optimizer, schedule, self.center_options)
-        known = {"every": workers} if self.center_optimizer == "delayed_nesterov" else {}
-        return self._build(self.center_optimizer, constant(self.center_rate), known | self.center_options)
+        return self._build(self.center_optimizer, constant(self.center_rate), self.center_options)
 
     def _make(self, name: str, rate: Schedule, options: Mapping[str, Any]) -> Optimizer:
         decay = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
@@ -258,7 +254,7 @@ class Config:
     @staticmethod
     def _build(name: str, rate: Schedule, options: Mapping[str, Any]) -> Optimizer:
         try:
-            return CENTER_OPTIMIZERS[name](rate, **options)
+            return OPTIMIZERS[name](rate, **options)
         except TypeError as error:
             raise ValueError(f"optimizer {name}: {error}") from error
 

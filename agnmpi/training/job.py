@@ -126,7 +126,7 @@ class Job(Observer):
         wire = choose_wire(self.world, self.x, self.setup.transport.wire)
         self.session = session = Session(
             self.world, self.rule, self.x, config.make_optimizer(plan.steps),
-            config.make_center_optimizer(plan.steps, self.setup.transport.workers_among(self.world.size)),
+            config.make_center_optimizer(plan.steps),
             self.setup._replace(transport=replace(self.setup.transport, wire=wire)),
             self, self._newest, config.drop_stalled,
         )  # fmt: skip

@@ -1,6 +1,6 @@
-"""A CUDA device made of fake: CuPy's names over host memory, every launch and copy written down.
+"""A fake CUDA device: CuPy's names over host memory, every launch and copy written down.
 
-Its ElementwiseKernels are the bodies of `agnmpi.kernels`, compiled by g++ into plain C loops.
+Its ElementwiseKernels are the bodies of `agnmpi.arrays.device_kernels`, compiled by g++ into plain C loops.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from agnmpi.arrays.device_kernels import KERNELS
+from agnmpi.arrays.device_kernels import KERNELS, REDUCTIONS
 
 MODULE = "cupy_fake"  # where `backend.namespace` finds the device, and that it is one of CuPy's
 TYPES = {"float32": ("float", ctypes.c_float), "float64": ("double", ctypes.c_double)}
@@ -47,6 +47,25 @@ def source(qualifiers, loop):
                 f'extern "C" {qualifiers} void {name}_{dtype}({", ".join(arguments)}) {{\n'
                 f"typedef {ctype} T;\n{loop} {{ {' '.join(lines)}\n{body.code} }} }}\n"
             )
+    return "".join(text) + _reductions(qualifiers, loop)
+
+
+def _reductions(qualifiers, loop):
+    """C for the reductions: x is raw, that is whole, and `size` counts the numbers that are written."""
+    both = "__host__ __device__" if qualifiers else ""
+    text = [f"struct Indexer {{ long count; {both} long size() const {{ return count; }} }};\n"]
+    for dtype, (ctype, _) in TYPES.items():
+        text.append(
+            f"struct Raw_{dtype} {{ const {ctype}* raw; long count; {both} long size() const {{ return count; }}\n"
+            f"{both} {ctype} operator[](long j) const {{ return raw[j]; }} }};\n"
+        )
+        for name, body in REDUCTIONS.items():
+            kind = {"float64 y": "double", "bool y": "bool"}[body.inouts]
+            text.append(
+                f'extern "C" {qualifiers} void {name}_{dtype}(long size, const {ctype}* raw, long count, {kind}* to) {{\n'
+                f"const Raw_{dtype} x{{raw, count}}; const Indexer _ind{{size}};\n"
+                f"{loop} {{ const long i = index; {kind}& y = to[index];\n{body.code} }} }}\n"
+            )
     return "".join(text)
 
 
@@ -56,7 +75,7 @@ def compile_host(folder):
     if compiler is None:
         pytest.skip("no C++ compiler here (g++)")
     loop = "for (long index = 0; index < size; ++index)"
-    (folder / "kernels.cpp").write_text("#include <cmath>\nusing std::sqrt;\n" + source("", loop))
+    (folder / "kernels.cpp").write_text("#include <cmath>\n#include <cstddef>\nusing std::isfinite;\nusing std::sqrt;\n" + source("", loop))
     command = [compiler, "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "kernels.cpp", "-o", "kernels.so"]
     subprocess.run(command, cwd=folder, check=True, timeout=120)
     return ctypes.CDLL(str(folder / "kernels.so"))
@@ -86,6 +105,18 @@ class Vector(np.lib.mixins.NDArrayOperatorsMixin):
     def __float__(self):
         self.log.append("synchronize")
         return float(self.memory)
+
+    def __bool__(self):
+        self.log.append("synchronize")
+        return bool(self.memory)
+
+    def all(self):
+        self.log.append("all")
+        return Vector(self.memory.all(), self.log)
+
+    def sum(self):
+        self.log.append("sum")
+        return Vector(self.memory.sum(), self.log)
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None):
         assert method == "__call__"
@@ -122,11 +153,14 @@ def device(library):
     class ElementwiseKernel:
         def __init__(self, inputs, inouts, code, name):
             self.name = name.removeprefix("agnmpi_")
-            assert (inputs, inouts, code) == KERNELS[self.name]
+            assert (inputs, inouts, code) == (KERNELS | REDUCTIONS)[self.name]
             log.append(f"make {self.name}")
 
         def __call__(self, *arguments):
             log.append(self.name)
+            if self.name in REDUCTIONS:
+                self.reduce(*arguments)
+                return
             arrays = [a for a in arguments if isinstance(a, Vector)]
             (dtype,) = {a.dtype.name for a in arrays}
             (size,) = {a.size for a in arrays}
@@ -139,6 +173,12 @@ def device(library):
                 assert isinstance(a, Vector) == is_vector, (self.name, p, a)
                 passed.append(ctypes.c_void_p(a.memory.ctypes.data) if is_vector else TYPES[dtype][1](a))
             getattr(library, f"{self.name}_{dtype}")(ctypes.c_long(size), *passed)
+
+        def reduce(self, x, found):
+            assert found.dtype == REDUCTIONS[self.name].inouts.split()[0]
+            at, to = (ctypes.c_void_p(vector.memory.ctypes.data) for vector in (x, found))
+            reduction = getattr(library, f"{self.name}_{x.dtype.name}")
+            reduction(ctypes.c_long(found.size), at, ctypes.c_long(x.size), to)
 
     class Memory:  # one cudaMalloc
         def __init__(self, size):
@@ -168,6 +208,7 @@ def device(library):
 
     fake.ElementwiseKernel, fake.ndarray, fake.concatenate = ElementwiseKernel, ndarray, concatenate
     fake.array, fake.asarray, fake.copyto = array, array, copyto
+    fake.empty = lambda size, dtype=float: Vector(np.empty(size, dtype), log)
     fake.asnumpy = lambda x: x.memory.copy()
     fake.zeros_like = lambda x: Vector(np.zeros_like(x.memory), log)
     fake.full_like = lambda x, value: Vector(np.full_like(x.memory, value), log)

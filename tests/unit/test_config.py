@@ -50,7 +50,7 @@ def test_schedule_of_the_optimizer():
     moved = []
     for step in (0, 2, 5, 10):
         x[:] = 0
-        optimizer.update(x, -np.ones(1), optimizer.init(x), step=step)
+        optimizer.update(-np.ones(1), optimizer.init(x), x, step=step)
         moved.append(x[0])
     assert moved == pytest.approx([0.5, 0.9045085, 0.5, 0.0])
 

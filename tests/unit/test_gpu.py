@@ -13,7 +13,8 @@ from agnmpi.arrays import backend
 from agnmpi.arrays import device_kernels as kernels
 from agnmpi.bench import optimizers as bench_optimizers
 from agnmpi.core import rules
-from agnmpi.core.optimizers import OPTIMIZERS, global_norm
+from agnmpi.arrays.reductions import all_finite, global_norm
+from agnmpi.core.optimizers import OPTIMIZERS
 from agnmpi.core.params import Layout
 
 pytestmark = pytest.mark.gpu
@@ -54,8 +55,8 @@ def test_optimizers_agree_with_the_host(cupy, name, numbers, dtype):
     for t in range(5):
         g = rng.normal(size=SIZE).astype(dtype)
         given = {"scale": (1.0, -0.5)[t % 2], "ranges": [None, [(0, 10), (10, 500), (777, SIZE)]][t % 2]}
-        state = optimizer.update(here, g, state, **given)
-        state_there = optimizer.update(there, cupy.asarray(g), state_there, **given)
+        state = optimizer.update(g, state, here, **given)
+        state_there = optimizer.update(cupy.asarray(g), state_there, there, **given)
     require_equal(there, here, dtype)
     for slot_there, slot in zip(state_there[1:], state[1:]):
         require_equal(slot_there, slot, dtype)
@@ -119,6 +120,41 @@ def test_the_norm_of_a_device_vector(cupy):
     g = np.random.default_rng(3).normal(size=SIZE)
     for ranges in ([(0, SIZE)], [(0, 10), (10, 20), (99, SIZE)]):
         assert global_norm(cupy.asarray(g), ranges) == pytest.approx(global_norm(g, ranges), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [1, 1000, SIZE, 1 << 22])
+def test_all_finite_on_a_device(cupy, size, dtype):
+    x = cupy.random.default_rng(0).random(size, dtype=dtype)
+    assert all_finite(x)
+    for at in (0, size // 2, size - 1):
+        broken = x.copy()
+        broken[at] = float("nan")
+        assert not all_finite(broken)
+    assert global_norm(cupy.full(size, 2e38, dtype), [(0, size)]) == pytest.approx(2e38 * size**0.5, rel=1e-6)
+
+
+def test_reductions_need_no_vector_of_their_own(cupy):
+    x = cupy.ones(1 << 24, "f4")
+    all_finite(x), global_norm(x, [(0, x.size)])
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    all_finite(x), global_norm(x, [(0, x.size)])
+    assert pool.total_bytes() - before < x.nbytes / 16
+
+
+def test_tensors_of_another_stream_are_awaited(cupy):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        a = torch.ones(1 << 24, device="cuda")
+        for _ in range(200):
+            a = a + 1
+        x = backend.as_array(a)
+        assert x.data.ptr == a.data_ptr()
+        assert float(x.min()) == 201
 
 
 @pytest.mark.parametrize("count", [3, 40])  # CuPy copies few arrays one by one, many small ones in one launch

@@ -1,5 +1,6 @@
 """The fused kernels, proved without a GPU: on a fake device, and by the device compiler where there is one."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -13,10 +14,10 @@ from golden import ONE_WORKER, close
 from in_process import world
 from mpi4py import MPI
 
-from agnmpi import delayed_nesterov, sgd
+from agnmpi import sgd
 from agnmpi.arrays import backend
 from agnmpi.arrays import device_kernels as kernels
-from agnmpi.arrays.device_kernels import KERNELS
+from agnmpi.arrays.device_kernels import KERNELS, REDUCTIONS
 from agnmpi.bench import optimizers as bench_optimizers
 from agnmpi.cluster.connect import Connector
 from agnmpi.cluster.roles import WorkerRole
@@ -25,7 +26,8 @@ from agnmpi.core.center import Center
 from agnmpi.core.leases import Lease
 from agnmpi.core.membership import Membership
 from agnmpi.core.messages import OK, WORK, Commit, Reply, Snapshot
-from agnmpi.core.optimizers import OPTIMIZERS, global_norm
+from agnmpi.arrays.reductions import all_finite, global_norm
+from agnmpi.core.optimizers import OPTIMIZERS
 from agnmpi.core.params import Layout
 from agnmpi.core.worker import Worker
 from agnmpi.recovery.election import Witness
@@ -81,9 +83,9 @@ def test_an_optimizer_is_one_launch_with_the_numbers_of_the_host(xp, name, numbe
         g = rng.normal(size=SIZE).astype(dtype)
         g_there, scale = xp.array(g), (1.0, -0.5)[t % 2]
         launches(xp)
-        state = optimizer.update(here, g, state, scale=scale)
-        state_there = optimizer.update(there, g_there, state_there, scale=scale)
-        norm = ["matmul", "synchronize"] if "clip" in numbers else []
+        state = optimizer.update(g, state, here, scale=scale)
+        state_there = optimizer.update(g_there, state_there, there, scale=scale)
+        norm = ["squares", "sum", "synchronize"] if "clip" in numbers else []
         assert launches(xp) == [*norm, kernel_of(name)]
         np.testing.assert_array_equal(g_there.memory, g)
     assert state_there.step == 5
@@ -98,9 +100,9 @@ def test_one_launch_for_each_range_and_the_rest_keeps_still(xp, name):
     start, g = rng.normal(size=10), rng.normal(size=10)
     here, there, optimizer = start.copy(), xp.array(start), OPTIMIZERS[name](0.1, weight_decay=0.1, clip=0.1)
     ranges, turns = [(0, 1), (1, 3), (7, 10)], []
-    optimizer.update(here, g, optimizer.init(here), ranges=ranges)
+    optimizer.update(g, optimizer.init(here), here, ranges=ranges)
     optimizer.update(
-        there, xp.array(g), optimizer.init(there), ranges=ranges, on_block=lambda _stop: turns.append(xp.log[-1])
+        xp.array(g), optimizer.init(there), there, ranges=ranges, on_block=lambda _stop: turns.append(xp.log[-1])
     )
     done = launches(xp)
     assert done.count(kernel_of(name)) == 2, "ranges that touch are one"
@@ -128,24 +130,6 @@ def test_center_step_is_one_launch(xp, name, weight, dtype):
     assert launches(xp) == [kernel_of(name) if name else "add"] * 3
     assert turns == [1] * 3
     require_equal(there, here, dtype)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_delayed_nesterov_is_one_launch(xp, dtype):
-    rng = np.random.default_rng(5)
-    here = rng.normal(size=SIZE).astype(dtype)
-    there, optimizer = xp.array(here), delayed_nesterov(0.7, every=2, beta=0.6)
-    state, state_there = optimizer.init(here), optimizer.init(there)
-    for _ in range(5):
-        delta = rng.normal(size=SIZE).astype(dtype)
-        delta_there = xp.array(delta)
-        launches(xp)
-        state = rules.center_step(here, delta, 0.5, optimizer, state)
-        state_there = rules.center_step(there, delta_there, 0.5, optimizer, state_there)
-        assert launches(xp) == ["delayed_nesterov"]
-    require_equal(there, here, dtype)
-    for slot_there, slot in zip(state_there[1:], state[1:]):
-        require_equal(slot_there, slot, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -212,8 +196,8 @@ def test_a_kernel_is_made_once(xp):
     x, optimizer = xp.array(np.zeros(3)), sgd(0.1)
     state = optimizer.init(x)
     for _ in range(3):
-        state = optimizer.update(x, xp.array(np.ones(3)), state)
-    sgd(0.2).update(x, xp.array(np.ones(3)), state)
+        state = optimizer.update(xp.array(np.ones(3)), state, x)
+    sgd(0.2).update(xp.array(np.ones(3)), state, x)
     assert xp.log.count("make sgd") == 1
 
 
@@ -262,31 +246,85 @@ def test_memory_that_the_pool_holds_is_given_back_for_vectors(xp, monkeypatch):
     assert freed == [1]
 
 
-def test_tensors_keep_their_memory_or_are_refused(monkeypatch):
-    """As PyTorch's: what has a history refuses to be looked at, and CuPy copies from another device."""
+class Tensor:
+    """As PyTorch's on a GPU: what has a history refuses to be looked at, and work on it may be under way on a stream."""
 
-    class Tensor:
-        def __init__(self, device, history):
-            self.device, self.history = device, history
+    dtype = "torch.float32"
 
-        def detach(self):
-            return Tensor(self.device, history=False)
+    def __init__(self, device=0, history=True):
+        self.device, self.history, self.ready_for = device, history, []
 
-        @property
-        def __cuda_array_interface__(self):
-            if self.history:
-                raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad")
-            return {"data": (1000 + self.device, False)}
+    def detach(self):
+        detached = Tensor(self.device, history=False)
+        detached.ready_for = self.ready_for
+        return detached
 
-    def asarray(tensor):
-        assert not tensor.history
-        return SimpleNamespace(size=1, data=SimpleNamespace(ptr=1000))
+    def __dlpack_device__(self):
+        return 2, self.device
 
-    cupy = SimpleNamespace(asarray=asarray, cuda=SimpleNamespace(Device=lambda: SimpleNamespace(id=0)))
+    def __dlpack__(self, stream):
+        if self.history:
+            raise BufferError("Can't export tensors that require gradient")
+        self.ready_for.append(stream)
+        return "memory of the tensor"
+
+    @property
+    def __cuda_array_interface__(self):
+        raise AssertionError("its version 2 says nothing of streams")
+
+
+def test_tensors_keep_their_memory_and_are_ready_for_our_stream_or_are_refused(monkeypatch):
+    cupy = SimpleNamespace(
+        from_dlpack=lambda tensor: tensor.__dlpack__(stream=77),
+        cuda=SimpleNamespace(Device=lambda: SimpleNamespace(id=0)),
+    )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    assert backend.as_array(Tensor(0, history=True)).data.ptr == 1000
+    tensor = Tensor()
+    assert backend.as_array(tensor) == "memory of the tensor"
+    assert tensor.ready_for == [77]
+    elsewhere = Tensor(device=1)
     with pytest.raises(ValueError, match="another device than this rank's, 0"):
-        backend.as_array(Tensor(1, history=True))
+        backend.as_array(elsewhere)
+    assert elsewhere.ready_for == []
+
+
+def test_arrays_with_cudas_interface_alone_are_shared_or_refused(monkeypatch):
+    """As Numba's. CuPy copies from another device."""
+
+    class Foreign:
+        def __init__(self, at):
+            self.__cuda_array_interface__ = {"data": (at, False)}
+
+    cupy = SimpleNamespace(
+        asarray=lambda _value: SimpleNamespace(size=1, data=SimpleNamespace(ptr=1000)),
+        cuda=SimpleNamespace(Device=lambda: SimpleNamespace(id=0)),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    assert backend.as_array(Foreign(1000)).data.ptr == 1000
+    with pytest.raises(ValueError, match="another device than this rank's, 0"):
+        backend.as_array(Foreign(2000))
+
+
+@pytest.fixture
+def no_cupy():
+    """Forgets what `import cupy` has found, before and after."""
+    found = sys.modules.pop("cupy", None)
+    yield
+    sys.modules.pop("cupy", None)
+    if found:
+        sys.modules["cupy"] = found
+
+
+def test_a_broken_cupy_is_no_device_and_is_named(no_cupy, monkeypatch, tmp_path):
+    """A directory of that name, where Python looks, is a package to `import`."""
+    (tmp_path / "cupy").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    if importlib.util.find_spec("cupy").origin:
+        pytest.skip("CuPy is installed, and comes before a directory without __init__.py")
+    with pytest.warns(RuntimeWarning, match=rf"no attribute 'cuda'.*found in {tmp_path}/cupy"):
+        assert backend.device_count() == 0
+    with pytest.warns(RuntimeWarning, match="CuPy cannot be used"):
+        assert backend.choose("auto", 0) is np
 
 
 def test_without_a_driver_there_is_no_device(monkeypatch):
@@ -323,10 +361,42 @@ def test_a_center_is_evaluated_where_the_problem_computes(xp):
 def test_the_norm_waits_once(xp):
     g = xp.array([3.0, 0.0, 4.0, 0.0, 12.0])
     assert global_norm(g, [(0, 5)]) == 13
-    assert launches(xp) == ["matmul", "synchronize"]
+    assert launches(xp) == ["squares", "sum", "synchronize"]
     assert global_norm(g, [(0, 1), (1, 3), (4, 5)]) == 13
-    assert launches(xp) == ["matmul", "matmul", "add", "synchronize"]
+    assert launches(xp) == ["squares", "sum", "squares", "sum", "add", "synchronize"]
     assert global_norm(g, []) == 0
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [1, 7, 1000, 200_001])  # the last: more elements than threads
+def test_a_reduction_sees_each_element_once(xp, size, dtype):
+    here = np.random.default_rng(6).normal(size=size).astype(dtype)
+    there = xp.array(here)
+    exact = np.sqrt((here.astype(float) ** 2).sum())
+    for x in (here, there):
+        assert global_norm(x, [(0, size)]) == pytest.approx(exact, rel=1e-12)
+        assert all_finite(x) is True
+    for at in {0, size // 2, size - 1}:
+        for bad in (np.nan, np.inf, -np.inf):
+            broken = here.copy()
+            broken[at] = bad
+            launches(xp)
+            assert all_finite(xp.array(broken)) is False
+            assert launches(xp) == ["finite", "all", "synchronize"]
+            assert all_finite(broken) is False
+
+
+def test_large_float32_numbers_have_a_norm_and_are_finite(xp):
+    here = np.full(1000, 2e38, "f4")
+    for x in (here, xp.array(here)):
+        assert all_finite(x)
+        assert global_norm(x, [(0, 1000)]) == pytest.approx(2e38 * np.sqrt(1000), rel=1e-6)
+        optimizer = sgd(1.0, clip=1.0)
+        moved = x.copy()
+        optimizer.update(x, optimizer.init(moved), moved)
+        change = fake_cuda.plain(moved).astype(float) - here
+        assert np.isfinite(change).all()
+    assert not all_finite(np.full(5, -np.inf, "f4"))
 
 
 def test_bodies_write_no_input_and_compute_in_the_dtype_of_the_vectors():
@@ -338,12 +408,12 @@ def test_bodies_write_no_input_and_compute_in_the_dtype_of_the_vectors():
 
 def test_cupy_takes_every_signature():
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-    for name, body in KERNELS.items():
+    for name, body in (KERNELS | REDUCTIONS).items():
         made = kernels.kernel(cupy, name)
         assert made is kernels.kernel(cupy, name)
         assert made.name == f"agnmpi_{name}"
         assert made.nin == len(fake_cuda.names(body.inputs))
-        assert made.nout == len(fake_cuda.names(body.inouts))
+        assert made.nout == len(body.inouts.split(", "))
 
 
 def test_device_code_reads_and_writes_each_vector_once_and_in_its_own_precision(tmp_path):
@@ -359,7 +429,8 @@ def test_device_code_reads_and_writes_each_vector_once_and_in_its_own_precision(
     assert made.returncode == 0, made.stderr
     entries = re.split(r"\.visible \.entry ", (tmp_path / "kernels.ptx").read_text())[1:]
     codes = {entry[: entry.index("(")]: entry for entry in entries}
-    assert set(codes) == {f"{name}_{dtype}" for name in KERNELS for dtype in fake_cuda.TYPES}
+    assert set(codes) == {f"{name}_{dtype}" for name in KERNELS | REDUCTIONS for dtype in fake_cuda.TYPES}
+    assert "fma.rn.f64" in codes["squares_float32"], "squares of float32 are summed in double"
     written_only = {"delta", "elastic"}
     for name, body in KERNELS.items():
         for dtype, kind in (("float32", "f32"), ("float64", "f64")):
@@ -395,7 +466,7 @@ def test_torch_steps_move_the_same_vector_to_the_same_place():
         state = optimizer.init(here)
         for _ in range(3):
             step()
-            state = optimizer.update(here, g, state)
+            state = optimizer.update(g, state, here)
         np.testing.assert_allclose(there, here, rtol=1e-5)
         assert (there != x).all()
 

@@ -54,7 +54,7 @@ def test_one_worker_and_period_one_is_the_local_optimizer(name, optimizer):
     state = optimizer.init(alone)
     _, local, (worker,) = world(make_rule(name), optimizer, alone)
     for _ in range(30):
-        state = optimizer.update(alone, gradient(alone), state)
+        state = optimizer.update(gradient(alone), state, alone)
         worker.step(gradient(worker.x))
         np.testing.assert_allclose(worker.x, alone, rtol=1e-12)
         np.testing.assert_allclose(local.c, alone, rtol=1e-12)
