@@ -38,7 +38,7 @@ def delayed_nesterov(rate=1.0, every=1, beta=0.5):
     def init(x):
         return DelayedNesterovState(0, x * 0, x * 0)
 
-    def update(g, state, x, *, step=None, scale=1.0, ranges=None, on_block=None):
+    def update(g, state, x, *, step=None, scale=1.0, ranges=None, on_block=None):  # noqa: ARG001
         _, momentum, buffer = state
         count = state.step + 1
         for start, stop in [(0, x.size)] if ranges is None else ranges:
@@ -77,7 +77,10 @@ def main():
 
             def loss(p, batch=batch):
                 error = p["a"] * x[batch] + p["b"] - y[batch]
-                return (error**2).mean() / 2, {"a": (error * x[batch]).mean(keepdims=True), "b": error.mean(keepdims=True)}
+                return (error**2).mean() / 2, {
+                    "a": (error * x[batch]).mean(keepdims=True),
+                    "b": error.mean(keepdims=True),
+                }
 
             opt.minimize(loss)
         if comm.rank == 0:

@@ -46,11 +46,11 @@ def as_array(value: Any) -> Array:
     if hasattr(value, "__cuda_array_interface__"):
         import cupy
 
-        made: Any = cupy.asarray(value)
-        there = value.__cuda_array_interface__["data"][0]
-        if made.size and made.data.ptr != there:  # CuPy has copied: what is done to one is not seen in the other
+        array: Any = cupy.asarray(value)
+        address = value.__cuda_array_interface__["data"][0]
+        if array.size and array.data.ptr != address:  # CuPy has copied: what is done to one is not seen in the other
             raise ValueError(_ELSEWHERE.format(cupy.cuda.Device().id))
-        return made  # type: ignore[no-any-return]
+        return array  # type: ignore[no-any-return]
     raise TypeError(f"{type(value).__name__} is no array: it has neither NumPy's, CUDA's nor DLPack's interface")
 
 
@@ -96,12 +96,12 @@ def joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     >>> joined([(0, 3), (3, 5), (7, 9)])
     [(0, 5), (7, 9)]
     """
-    made: list[tuple[int, int]] = []
+    merged: list[tuple[int, int]] = []
     for lo, hi in ranges:
-        if made and made[-1][1] == lo:
-            lo = made.pop()[0]
-        made.append((lo, hi))
-    return made
+        if merged and merged[-1][1] == lo:
+            lo = merged.pop()[0]
+        merged.append((lo, hi))
+    return merged
 
 
 def empty(size: int, dtype: Any, like: Array) -> Array:
@@ -161,14 +161,14 @@ def to_host(x: Array) -> Array:
 
 def bring(x: Array, like: Array) -> Array:
     """`x` where `like` lies; x itself if it lies there."""
-    there: Array = to_host(x) if on_host(like) else namespace(like).asarray(x)
-    return there
+    brought: Array = to_host(x) if on_host(like) else namespace(like).asarray(x)
+    return brought
 
 
 def current(x: Array) -> AbstractContextManager[Any]:
     """Make the device of `x` the current one of this thread (CUDA keeps one for each); nothing on the host."""
-    there: Any = x
-    return nullcontext() if on_host(x) else there.device
+    array: Any = x  # NumPy's is not known to have a device before 2.0
+    return nullcontext() if on_host(x) else array.device
 
 
 def device_count() -> int:

@@ -1,4 +1,4 @@
-"""Sums over a whole vector: its norm, and whether all of it is finite. One pass over memory, no temporary of its length."""
+"""Reductions of a whole vector: its norm, and whether all of it is finite. One pass, no temporary of its length."""
 
 from collections.abc import Sequence
 from math import isfinite, sqrt

@@ -116,13 +116,13 @@ def torch_steps(x: Array, g: Array) -> dict[str, tuple[Callable[[], Any], int]]:
         return {}
     if not (isinstance(x, np.ndarray) or torch.cuda.is_available()):
         return {}
-    made: dict[str, Callable[[Any], Any]] = {
+    makers: dict[str, Callable[[Any], Any]] = {
         "sgd": lambda p: torch.optim.SGD([p], lr=1e-3, fused=True),
         "momentum": lambda p: torch.optim.SGD([p], lr=1e-3, momentum=0.9, fused=True),
         "adam": lambda p: torch.optim.Adam([p], lr=1e-3, fused=True),
     }
     steps = {}
-    for kind, make in made.items():
+    for kind, make in makers.items():
         p = torch.nn.Parameter(torch.from_dlpack(x))
         p.grad = torch.from_dlpack(g)
         steps[f"torch {kind}"] = make(p).step, _TRIED[kind][1]

@@ -70,12 +70,12 @@ def run(command: Sequence[str] | None = None, timeout: float = 60.0) -> Answer:
     except OSError as error:
         return Answer(False, f"the trial could not be run: {error}")
     try:
-        said, complaint = trial.communicate(timeout=timeout)
+        output, complaint = trial.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(trial.pid, signal.SIGKILL)  # the ranks, too
         trial.communicate()
         return Answer(False, f"the trial hung for {timeout:g} s")
-    for line in said.splitlines():
+    for line in output.splitlines():
         if line.startswith("agnmpi.probe "):
             direct, why = json.loads(line.partition(" ")[2])
             return Answer(bool(direct) and trial.returncode == 0, why)
@@ -115,11 +115,11 @@ def resolve(wire: str, environment: Mapping[str, str] = os.environ) -> Answer:
         return Answer(wire == "direct", "as asked for")
     if wire != "auto":
         raise ValueError(f"wire must be auto, staged or direct, not {wire!r}")
-    said = environment.get("AGNMPI_CUDA_AWARE", "")
-    if said not in ("", "0", "1"):
-        raise ValueError(f"AGNMPI_CUDA_AWARE must be 0 or 1, not {said!r}")
-    if said:
-        return Answer(said == "1", f"AGNMPI_CUDA_AWARE={said}")
+    forced = environment.get("AGNMPI_CUDA_AWARE", "")
+    if forced not in ("", "0", "1"):
+        raise ValueError(f"AGNMPI_CUDA_AWARE must be 0 or 1, not {forced!r}")
+    if forced:
+        return Answer(forced == "1", f"AGNMPI_CUDA_AWARE={forced}")
     return recall() or Answer(False, "not tried on this host yet; type: python -m agnmpi doctor")
 
 
@@ -130,15 +130,14 @@ def choose_wire(comm: MPI.Comm, x: Array, wire: str) -> str:
     first. Raises ConfigError on all ranks if it arrives wrong.
     """
     try:
-        mine = resolve(wire)
-        said = [not on_host(x), *mine, ""]
+        wish = [not on_host(x), *resolve(wire), ""]
     except ValueError as error:
-        said = [False, False, "", str(error)]
-    everyone = [json.loads(text) for text in allgather(comm, json.dumps(said))]
-    refused = [text for *_, text in everyone if text]
+        wish = [False, False, "", str(error)]
+    wishes = [json.loads(text) for text in allgather(comm, json.dumps(wish))]
+    refused = [text for *_, text in wishes if text]
     if refused:
         raise ConfigError(refused[0])
-    on_device = [(direct, why) for device, direct, why, _ in everyone if device]
+    on_device = [(direct, why) for device, direct, why, _ in wishes if device]
     if not on_device:
         return "staged"
     direct, why = min(on_device)
@@ -164,15 +163,15 @@ def try_out(comm: MPI.Comm, xp: ModuleType) -> str:
     synchronize(x)
     wrong = ""
     win = MPI.Win.Allocate(4 * _SIZE if comm.rank == 0 else 0, 1, MPI.INFO_NULL, comm)  # type: ignore[arg-type]
-    for there in (np.empty(_SIZE, np.float32), y):
+    for target in (np.empty(_SIZE, np.float32), y):
         for source in range(1, comm.size):
             if comm.rank == 0:
-                comm.Recv(there, source, 1)
-                if not np.array_equal(to_host(there), np.arange(_SIZE) % 1021 + source):
+                comm.Recv(target, source, 1)
+                if not np.array_equal(to_host(target), np.arange(_SIZE) % 1021 + source):
                     wrong = wrong or f"Recv from rank {source}"
-                there += 0.5
-                synchronize(there)
-                comm.Send(there, source, 2)
+                target += 0.5
+                synchronize(target)
+                comm.Send(target, source, 2)
             elif comm.rank == source:
                 comm.Send(x, 0, 1)
                 comm.Recv(y, 0, 2)

@@ -14,7 +14,8 @@ Params = Mapping[str, Any]
 def named(params: Any) -> dict[str, Array]:
     """Return `params` as a dict: a mapping as it is, a sequence or one array under the names "0", "1", …
 
-    Raises TypeError for what is no array, ValueError if there is nothing.
+    Raises TypeError for what is no array, or of a dtype that NumPy lacks (bfloat16); ValueError if there is nothing, or
+    for an array on another device than this rank's.
 
     >>> list(named([np.zeros(2), np.zeros(3)]))
     ['0', '1']
@@ -33,8 +34,8 @@ def named(params: Any) -> dict[str, Array]:
             raise TypeError(f"parameter names are strings, not {name!r}")
         try:
             arrays[name] = as_array(value)
-        except TypeError as error:
-            raise TypeError(f"parameter {name!r}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"parameter {name!r}: {error}") from None
     return arrays
 
 
@@ -65,12 +66,16 @@ class Layout(NamedTuple):
         """Read the layout of `params`; raises ValueError unless all have one floating dtype."""
         items = named(params)
         dtypes = {name: value.dtype for name, value in items.items()}
+        for name, dtype in dtypes.items():
+            if dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+                raise ValueError(
+                    f"parameters must be float32 or float64, but {name!r} is {dtype}; convert it with astype "
+                    "(PyTorch: tensor.float())"
+                )
         if len(set(dtypes.values())) > 1:
             listed = ", ".join(f"{name}: {dtype}" for name, dtype in dtypes.items())
             raise ValueError(f"parameters must share one dtype, but {listed}; convert them with astype")
         dtype = next(iter(dtypes.values()))
-        if dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
-            raise ValueError(f"parameters must be float32 or float64, not {dtype}; convert them with astype")
         shapes = tuple(value.shape for value in items.values())
         offsets = (0, *np.cumsum([prod(shape) for shape in shapes]).tolist())
         if not offsets[-1]:

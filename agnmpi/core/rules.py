@@ -384,7 +384,7 @@ def weighted(rule: Rule, *weights: Weight) -> Rule:
     factors = (rule.weight, *weights)
 
     def weight(commit: CommitInfo) -> float:
-        return prod(factor(commit) for factor in factors)
+        return float(prod(factor(commit) for factor in factors))
 
     return rule._replace(weight=weight)
 

@@ -4,10 +4,11 @@ import warnings
 
 import numpy as np
 import pytest
+from delayed_nesterov import delayed_nesterov
 from golden import ONE_WORKER, TWO_WORKERS, close
 from mpi4py import MPI
 
-from agnmpi import AGNOptimizer, adam, delayed_nesterov, sgd
+from agnmpi import AGNOptimizer, adam, sgd
 from agnmpi.core import rules
 from agnmpi.transport.registry import resolve
 
@@ -200,7 +201,7 @@ def test_centers_that_weigh(comm, how):
             assert (center.steps, center.leases.committed) == (total, total)
             assert center.staleness_max <= comm.size - 2
             assert opt.get_slot_names() == ["momentum", "buffer"]
-        assert np.abs(opt.center["0"] - target).max() < 1.5  # 3 at the start
+        assert np.abs(opt.center["0"] - target).max() < 0.5  # 3 at the start
 
 
 def test_a_gradient_may_be_none(comm):
@@ -209,11 +210,13 @@ def test_a_gradient_may_be_none(comm):
         for _ in opt.steps(3 * opt.num_worker):
             pairs = opt.compute_gradients(lambda p: (0.0, {"w": -np.ones(3), "still": None}))
             assert pairs[1][0] is None
-            assert pairs[0][1] is opt.params["w"] or (pairs[0][1] == opt.params["w"]).all()
+            assert np.shares_memory(pairs[0][1], opt.params["w"])
             opt.apply_gradients(pairs)
             assert (opt.get_slot("still", "v") == 0).all()
             assert (opt.get_slot("w", "v") > 0).all()
-            opt.get_slot("w", "m")[...] *= 1  # a view
+            slot = opt.get_slot("w", "m")
+            slot[...] = 0.25  # a view: the next step goes on from it
+            assert (opt.get_slot("w", "m") == 0.25).all()
         assert (opt.center["still"] == 1).all()
         assert (opt.center["w"] > 0).all()
         if not opt.is_center:

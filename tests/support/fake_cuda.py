@@ -62,7 +62,8 @@ def _reductions(qualifiers, loop):
         for name, body in REDUCTIONS.items():
             kind = {"float64 y": "double", "bool y": "bool"}[body.inouts]
             text.append(
-                f'extern "C" {qualifiers} void {name}_{dtype}(long size, const {ctype}* raw, long count, {kind}* to) {{\n'
+                f'extern "C" {qualifiers} void {name}_{dtype}'
+                f"(long size, const {ctype}* raw, long count, {kind}* to) {{\n"
                 f"const Raw_{dtype} x{{raw, count}}; const Indexer _ind{{size}};\n"
                 f"{loop} {{ const long i = index; {kind}& y = to[index];\n{body.code} }} }}\n"
             )
@@ -75,7 +76,9 @@ def compile_host(folder):
     if compiler is None:
         pytest.skip("no C++ compiler here (g++)")
     loop = "for (long index = 0; index < size; ++index)"
-    (folder / "kernels.cpp").write_text("#include <cmath>\n#include <cstddef>\nusing std::isfinite;\nusing std::sqrt;\n" + source("", loop))
+    (folder / "kernels.cpp").write_text(
+        "#include <cmath>\n#include <cstddef>\nusing std::isfinite;\nusing std::sqrt;\n" + source("", loop)
+    )
     command = [compiler, "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "kernels.cpp", "-o", "kernels.so"]
     subprocess.run(command, cwd=folder, check=True, timeout=120)
     return ctypes.CDLL(str(folder / "kernels.so"))

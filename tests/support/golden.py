@@ -1,4 +1,4 @@
-"""The numbers that every implementation must reproduce (TensorFlow's own test, and DESIGN 3.3)."""
+"""Numbers that every implementation must reproduce: of TensorFlow's own test, and such as tell variants apart."""
 
 import numpy as np
 

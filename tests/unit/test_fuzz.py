@@ -1,6 +1,9 @@
 """Ten thousand broken messages, checkpoints and configurations: a clear error or a right load, and no code is run."""
 
 import random
+import re
+import tomllib
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -58,7 +61,8 @@ def test_messages():
         except ValueError as error:
             refused.append(str(error))
     assert len(refused) > 1000
-    assert all(refused)
+    unclear = [text for text in refused if not re.search(r"header|worker 1 ", text)]
+    assert not unclear
     assert taken > 100
 
 
@@ -79,7 +83,7 @@ def test_checkpoints(tmp_path):
         for name, x in arrays.items():
             np.testing.assert_array_equal(found[name], x)
     assert len(refused) > 2000
-    assert all(refused)
+    assert all(str(path) in text for text in refused)
 
 
 def test_configurations(tmp_path):
@@ -89,12 +93,17 @@ def test_configurations(tmp_path):
         path.write_bytes(mutate(rng, content))
         try:
             config = load(str(path))
-            assert isinstance(config, Config)
+            for name, value in tomllib.loads(path.read_text()).items():
+                assert getattr(config, name) == value
             good += 1
         except ValueError as error:  # UnicodeDecodeError is one
             refused.append(str(error))
     assert len(refused) > 500
-    assert all(refused)
+    options = "|".join(f.name for f in fields(Config))
+    unclear = [
+        text for text in refused if not re.search(rf"is no TOML|can't decode byte|{options}|unknown option", text)
+    ]
+    assert not unclear
     assert good > 20
 
 

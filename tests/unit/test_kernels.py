@@ -18,6 +18,7 @@ from agnmpi import sgd
 from agnmpi.arrays import backend
 from agnmpi.arrays import device_kernels as kernels
 from agnmpi.arrays.device_kernels import KERNELS, REDUCTIONS
+from agnmpi.arrays.reductions import all_finite, global_norm
 from agnmpi.bench import optimizers as bench_optimizers
 from agnmpi.cluster.connect import Connector
 from agnmpi.cluster.roles import WorkerRole
@@ -26,7 +27,6 @@ from agnmpi.core.center import Center
 from agnmpi.core.leases import Lease
 from agnmpi.core.membership import Membership
 from agnmpi.core.messages import OK, WORK, Commit, Reply, Snapshot
-from agnmpi.arrays.reductions import all_finite, global_norm
 from agnmpi.core.optimizers import OPTIMIZERS
 from agnmpi.core.params import Layout
 from agnmpi.core.worker import Worker
@@ -247,7 +247,7 @@ def test_memory_that_the_pool_holds_is_given_back_for_vectors(xp, monkeypatch):
 
 
 class Tensor:
-    """As PyTorch's on a GPU: what has a history refuses to be looked at, and work on it may be under way on a stream."""
+    """As PyTorch's on a GPU: with a history it refuses to be looked at; work on it may be under way on a stream."""
 
     dtype = "torch.float32"
 

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from agnmpi.schedules import constant, cosine, step_decay, warmup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agnmpi import adagrad, adam, adamw, constant, cosine, momentum, nesterov, rmsprop, sgd, step_decay, warmup
+from agnmpi import Optimizer, adagrad, adam, adamw, momentum, nesterov, rmsprop, sgd
 from agnmpi.arrays import backend
-from agnmpi.arrays.reductions import all_finite, global_norm
+from agnmpi.arrays.reductions import global_norm
 from agnmpi.core.optimizers import OPTIMIZERS
 
 STEPS = 5
@@ -122,6 +123,19 @@ def test_scale_and_clip():
     x[:] = 0
     clipped.update(g / 10, clipped.init(x), x)  # shorter than the limit: untouched
     np.testing.assert_allclose(x, -g / 10)
+
+
+def test_a_norm_that_float32_cannot_hold_clips_all_the_same():
+    x, g = np.zeros(4, "f4"), np.full(4, 3e30, "f4")
+    optimizer = sgd(1.0, clip=2.0)
+    optimizer.update(g, optimizer.init(x), x)
+    np.testing.assert_allclose(x, -1.0, rtol=1e-6)
+
+
+def test_a_state_that_is_no_named_tuple_with_a_step_is_named():
+    own = Optimizer("mine", lambda x: {"step": 0}, sgd(0.1).update)
+    with pytest.raises(TypeError, match="state of optimizer mine must be a NamedTuple whose first field is step"):
+        own.slots(own.init(np.zeros(2)))
 
 
 def test_no_full_size_temporaries():

@@ -5,6 +5,19 @@ from hypothesis import strategies as st
 
 from agnmpi.core.params import Layout, named, parts
 
+
+class Bfloat16:
+    """As PyTorch's tensors on the CPU: NumPy has no such dtype."""
+
+    dtype = "torch.bfloat16"
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+    def __dlpack__(self, **_how):
+        raise BufferError("bfloat16 is not supported for dlpack export")
+
+
 shapes = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=6)
 
 
@@ -50,7 +63,9 @@ def test_one_array_and_sequences():
         ({}, ValueError, "no parameters"),
         ({"w": 3.0}, TypeError, "'w'.*no array"),
         ({1: np.zeros(2)}, TypeError, "strings"),
-        ({"w": np.zeros(2, int)}, ValueError, "float32 or float64"),
+        ({"w": np.zeros(2), "n": np.zeros(2, int)}, ValueError, "float32 or float64, but 'n' is int64; convert it"),
+        ({"w": np.zeros(2, "f2")}, ValueError, r"'w' is float16; convert it with astype \(PyTorch: tensor.float\(\)\)"),
+        ({"w": Bfloat16()}, TypeError, r"parameter 'w': .*torch.bfloat16 cannot be shared .*convert it to float32"),
         ({"w": np.zeros(2), "b": np.zeros(2, "f4")}, ValueError, "share one dtype"),
     ],
 )

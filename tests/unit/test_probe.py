@@ -1,7 +1,5 @@
 """A trial that is killed, hangs or cannot run means staged, with one clear line; nothing of it can harm the run."""
 
-import time
-
 import fake_device
 import numpy as np
 import pytest
@@ -35,17 +33,15 @@ def test_what_goes_wrong_means_staged(command, why):
 
 
 def test_a_trial_that_hangs_is_ended():
-    begin = time.monotonic()
     answer = probe.run(["sh", "-c", "sleep 100 & wait"], timeout=0.5)
     assert answer == Answer(False, "the trial hung for 0.5 s")
-    assert time.monotonic() - begin < 50
 
 
 def test_an_answer_is_kept_for_this_host_and_mpi():
     assert probe.recall() is None
     assert probe.resolve("auto") == Answer(False, "not tried on this host yet; type: python -m agnmpi doctor")
-    probe.remember(Answer(True, "tried on paper"))
-    assert probe.resolve("auto") == Answer(True, "tried on paper")
+    probe.remember(Answer(True, "tried on a fake"))
+    assert probe.resolve("auto") == Answer(True, "tried on a fake")
     assert probe.resolve("auto", {"AGNMPI_CUDA_AWARE": "0"}) == Answer(False, "AGNMPI_CUDA_AWARE=0")
     assert probe.resolve("staged") == Answer(False, "as asked for")
     probe.cache_file().write_text("[broken")
@@ -71,7 +67,7 @@ def test_the_real_trial_runs_and_answers():
     assert "no CUDA device" in answer.why or "tried on" in answer.why
 
 
-def test_a_device_of_paper_is_staged_with_one_line(capfd):
+def test_a_fake_device_is_staged_with_one_line(capfd):
     assert probe.choose_wire(MPI.COMM_SELF, fake_device.Vector([1, 2]), "auto") == "staged"
     assert capfd.readouterr().err == (
         "agnmpi: wire staged: not tried on this host yet; type: python -m agnmpi doctor\n"

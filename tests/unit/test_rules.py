@@ -1,4 +1,4 @@
-"""One proof for every rule (DESIGN 3.2), over the local transport."""
+"""One proof for every rule, over the local transport."""
 
 import numpy as np
 import pytest
@@ -74,16 +74,38 @@ def test_gradient_variant_equals_displacement_for_plain_sgd():
     np.testing.assert_allclose(*centers, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["aeasgd", "eamsgd"])
-def test_elastic_follows_its_closed_form_on_a_quadratic(name):
-    """f = x²/2, period 1: x ← x − ηx (SGD); then d = α(x − c), x −= d, c += d: a linear map of (x, c)."""
-    eta = 0.1
-    _, local, (worker,) = world(make_rule(name), sgd(eta), [4.0])
-    exchange = np.array([[1 - ALPHA, ALPHA], [ALPHA, 1 - ALPHA]])
-    step = exchange @ np.diag([1 - eta, 1.0])
+ETA, BETA = 0.1, 0.8
+# One local step on f = x²/2, as a linear map of (x, m, c).
+LOCAL_STEPS = {
+    "aeasgd": (sgd(ETA), [[1 - ETA, 0, 0], [0, 1, 0], [0, 0, 1]]),
+    # m ← βm + x, x ← x − η(x + βm)
+    "eamsgd": (nesterov(ETA, BETA), [[1 - ETA - ETA * BETA, -ETA * BETA**2, 0], [1, BETA, 0], [0, 0, 1]]),
+}
+
+
+@pytest.mark.parametrize("period", [1, 3])
+@pytest.mark.parametrize("name", LOCAL_STEPS)
+def test_elastic_follows_its_closed_form_on_a_quadratic(name, period):
+    """After each period d = α(x − c), x −= d, c += d; the momentum is kept."""
+    optimizer, local_step = LOCAL_STEPS[name]
+    _, local, (worker,) = world(make_rule(name), optimizer, [4.0], period=period)
+    exchange = np.array([[1 - ALPHA, 0, ALPHA], [0, 1, 0], [ALPHA, 0, 1 - ALPHA]])
+    expected = np.array([4.0, 0.0, 4.0])
     for t in range(1, 40):
         worker.step(worker.x.copy())
-        expected = np.linalg.matrix_power(step, t) @ [4.0, 4.0]
+        expected = local_step @ expected
+        if t % period == 0:
+            expected = exchange @ expected
+        np.testing.assert_allclose([worker.x[0], local.c[0]], expected[[0, 2]], rtol=1e-10)
+
+
+def test_nesterov_follows_its_closed_form_on_a_quadratic():
+    """f = x²/2: (x, m) ↦ A(x, m), so that x after t steps is (Aᵗ(x₀, 0))₁; with one worker AGN changes nothing."""
+    _, local, (worker,) = world(rules.agn(), nesterov(ETA, BETA), [2.0])
+    a = np.array(LOCAL_STEPS["eamsgd"][1])[:2, :2]
+    for t in range(1, 40):
+        worker.step(worker.x.copy())
+        expected = (np.linalg.matrix_power(a, t) @ [2.0, 0.0])[0]
         np.testing.assert_allclose([worker.x[0], local.c[0]], expected, rtol=1e-10)
 
 
@@ -136,8 +158,8 @@ def test_every_rule_converges(name, workers):
 def test_weights_at_the_center():
     assert [rules.dynsgd().weight(CommitInfo(s)) for s in (0, 1, 3)] == [1, 0.5, 0.25]
     assert rules.synchronous().weight(CommitInfo(0, 4)) == rules.diloco().weight(CommitInfo(0, 4)) == 0.25
-    seen = CommitInfo(7, workers=3)
-    assert rules.agn().weight(seen) == rules.downpour().weight(seen) == rules.aeasgd(0.1).weight(seen) == 1
+    commit = CommitInfo(7, workers=3)
+    assert rules.agn().weight(commit) == rules.downpour().weight(commit) == rules.aeasgd(0.1).weight(commit) == 1
 
 
 def test_dynsgd_weighs_by_the_staleness_that_the_center_sees():
