@@ -328,7 +328,7 @@ def staleness_power(a: float) -> Weight:
         raise ValueError(f"the power a of the staleness weight must not be negative, but is {a!r}")
 
     def weight(commit: CommitInfo) -> float:
-        return min(1.0, (commit.workers / (1 + commit.staleness)) ** a)
+        return min(1.0, float((commit.workers / (1 + commit.staleness)) ** a))
 
     return weight
 
@@ -384,7 +384,7 @@ def weighted(rule: Rule, *weights: Weight) -> Rule:
     factors = (rule.weight, *weights)
 
     def weight(commit: CommitInfo) -> float:
-        return float(prod(factor(commit) for factor in factors))
+        return prod(factor(commit) for factor in factors)
 
     return rule._replace(weight=weight)
 

@@ -207,6 +207,7 @@ def test_centers_that_weigh(comm, how):
 def test_a_gradient_may_be_none(comm):
     """Its variable, and the slots that go with it, keep still."""
     with AGNOptimizer(adam(0.1), {"w": np.zeros(3), "still": np.ones(2)}, comm, 1) as opt:
+        first = True
         for _ in opt.steps(3 * opt.num_worker):
             pairs = opt.compute_gradients(lambda p: (0.0, {"w": -np.ones(3), "still": None}))
             assert pairs[1][0] is None
@@ -215,8 +216,8 @@ def test_a_gradient_may_be_none(comm):
             assert (opt.get_slot("still", "v") == 0).all()
             assert (opt.get_slot("w", "v") > 0).all()
             slot = opt.get_slot("w", "m")
-            slot[...] = 0.25  # a view: the next step goes on from it
-            assert (opt.get_slot("w", "m") == 0.25).all()
+            close(slot, -0.1 if first else 0.9 * -0.5 - 0.1)
+            slot[...], first = -0.5, False  # a view: the next step goes on from it
         assert (opt.center["still"] == 1).all()
         assert (opt.center["w"] > 0).all()
         if not opt.is_center:
