@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from .training.agn_optimizer import AGNOptimizer
     from .training.config import Config
     from .training.exits import Degraded, Interrupted
-    from .training.job import train  # type: ignore[attr-defined]
+    from .training.job import train
     from .training.problem import Problem
-    from .transport import registry as transports  # type: ignore[attr-defined]
+    from .transport import registry as transports
     from .transport.agreement import ConfigError
 
 __all__ = [

@@ -10,7 +10,7 @@ import pytest
 
 import agnmpi
 
-NOT_YET = {"simulate", "train", "transports"}
+NOT_YET = {"simulate"}
 HOME = {"train": "agnmpi.training.job", "simulate": "agnmpi.simulation.simulate"}
 
 
