@@ -9,7 +9,7 @@ from ..arrays.backend import Array, empty_like, to_host
 from ..core.backoff import wait_until
 from ..core.center import Center, serve
 from ..core.ends import Apply, CenterEnd, Handle, WorkerEnd
-from ..core.leases import Leases, rounds, speed_proportional
+from ..core.leases import Leases, SpeedProportional, rounds
 from ..core.messages import SAVE, Commit, Reply
 from ..core.worker import Worker
 from ..recovery.failover import Failover
@@ -76,7 +76,7 @@ class Role:
         resumed, self._resumed = self._resumed, None
         self.session, self.total, self.period = self.session + 1, total, period
         self.center.session = self.session
-        pace = None if self.center.now is None else speed_proportional(period, self.center.now)
+        pace = None if self.center.now is None else SpeedProportional(period, self.center.now)
         leases = Leases(total, period, pace)
         if resumed:
             done = int(resumed["steps"])

@@ -13,7 +13,7 @@ from ..cluster.roles import Role
 from ..core.batches import Plan
 from ..core.center import Center
 from ..core.ends import Handle, WorkerEnd
-from ..core.leases import Leases, speed_proportional
+from ..core.leases import Leases, SpeedProportional
 from ..core.messages import Commit, Reply
 from ..core.params import Layout, parts
 from ..core.worker import Worker, session
@@ -171,7 +171,7 @@ def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
     stage, n = Stage(config), config.workers
     agenda = Agenda(timing.tie())
     if config.dylu:
-        stage.leases.pace = speed_proportional(config.period, lambda: agenda.now)
+        stage.leases.pace = SpeedProportional(config.period, lambda: agenda.now)
     stations = [Station(agenda, local, timing) for local in stage.locals]
     sessions = stage.sessions(lambda i: VirtualWorker(i, stations, stage.parts))
     seconds, noise = (timing.step_time * timing.factors(n)).tolist(), timing.noise()

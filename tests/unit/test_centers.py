@@ -12,7 +12,7 @@ from launcher import agnmpi
 from agnmpi import adam, delayed_nesterov, sgd
 from agnmpi.arrays.backend import BLOCK
 from agnmpi.core import rules
-from agnmpi.core.leases import Lease, Leases, speed_proportional
+from agnmpi.core.leases import Lease, Leases, SpeedProportional
 from agnmpi.core.messages import DROPPED, OK
 from agnmpi.core.optimizers import CENTER_OPTIMIZERS
 from agnmpi.core.rules import CommitInfo
@@ -201,7 +201,7 @@ def test_delayed_nesterov_on_a_quadratic():
 
 def test_speed_proportional_periods():
     now = 0.0
-    pace = speed_proportional(10, lambda: now)
+    pace = SpeedProportional(10, lambda: now)
     assert [pace(w, 0) for w in range(3)] == [10, 10, 10]
     now = 1.0
     assert pace(0, 10) == 10
