@@ -60,8 +60,10 @@ def connect(
 
 
 def _apply(center: Center, observe: Observe | None, record: Record | None = None) -> Apply:
-    def apply(commit: Commit, c: Array) -> Reply:
+    def apply(commit: Commit, c: Array) -> Reply | None:
         reply = center.apply(commit, c)
+        if reply is None:
+            return None
         if observe is not None and commit.payload is not None and reply.status == OK:
             observe(commit, c)
             # If it has saved c, this worker hears of it at once, and saves what it is then.

@@ -80,7 +80,7 @@ class Role:
         leases = Leases(total, period, pace)
         if resumed:
             done = int(resumed["steps"])
-            leases.restore(resumed["leases"] or {"next": done, "free": [], "committed": done})
+            leases.restore(resumed["leases"] or {"next": done, "free": []})
         if self.center.rule.allreduce:
             (worker,) = self.workers
             collective: Any = worker.end
@@ -104,7 +104,7 @@ class Role:
             mine += end.ends if isinstance(end, ShardedWorker) else [end]
         return mine + list(self._others)
 
-    def apply(self, commit: Commit, c: Array) -> Reply:
+    def apply(self, commit: Commit, c: Array) -> Reply | None:
         """What a message does at this center."""
         assert self._apply is not None
         return self._apply(commit, c)

@@ -17,7 +17,7 @@ class Witness(NamedTuple):
     worker: int  # its index at the lost center
     session: int
     clock: int  # of its last whole pull
-    turn: int  # of the book that came with it; -1 without one
+    served: int  # of the snapshot that came with it; -1 without one
     sequence: int  # of the commit that is not answered, 0 for none
     under_way: list[Lease]  # the steps of that commit
     held: list[Lease]  # by it, and not in that commit
@@ -32,9 +32,9 @@ class Witness(NamedTuple):
             if commit and commit.steps and not commit.flags & NOT_FINITE
             else []
         )
-        turn, sequence = (snapshot.turn if snapshot else -1), (commit.sequence if commit else 0)
+        served, sequence = (snapshot.served if snapshot else -1), (commit.sequence if commit else 0)
         held = [lease for lease in worker.leases if lease.steps]
-        return cls(rank, worker.index, worker.session, worker.clock, turn, sequence, sent, held)
+        return cls(rank, worker.index, worker.session, worker.clock, served, sequence, sent, held)
 
     @classmethod
     def read(cls, text: str) -> "Witness":
@@ -51,9 +51,9 @@ def elect(witnesses: Sequence[Witness]) -> int:
     """
     if len({witness.session for witness in witnesses}) > 1:
         raise RuntimeError("the center was lost between two loops over steps, of which some workers were in either")
-    winner = max(range(len(witnesses)), key=lambda i: witnesses[i].turn)
+    winner = max(range(len(witnesses)), key=lambda i: witnesses[i].served)
     best = witnesses[winner]
-    if best.clock < max(witness.clock for witness in witnesses) or (best.turn < 0 < best.clock):
+    if best.clock < max(witness.clock for witness in witnesses) or (best.served < 0 < best.clock):
         raise RuntimeError("the center was lost, and its book was too long to travel: too many gaps of open steps")
     return winner
 
@@ -76,7 +76,8 @@ def take_over(
     held = [(i, lease) for i, witness, _ in order for lease in witness.held if i < len(workers)]
     sent = [(i, lease) for i, witness, last in order for lease in witness.under_way if witness.sequence > last]
     snapshot, claims = facts["leases"], [*held, *sent]
-    holds = leases.take_over(snapshot["next"], [Lease(*lease) for lease in snapshot["free"]], claims)
+    free, given_up = [Lease(*lease) for lease in snapshot["free"]], int(snapshot.get("given_up", 0))
+    holds = leases.take_over(snapshot["next"], free, claims, given_up)
     for (i, _), hold in zip(claims, holds):
         if not hold and i < len(workers):  # it was silent, or refused unheard: these steps are another's
             center.worker_released(i)

@@ -18,7 +18,7 @@ from ..core.center import Center
 from ..core.ends import Capabilities, Elected, Handle, WorkerEnd
 from ..core.leases import Leases
 from ..core.messages import Commit, Reply, Snapshot
-from ..core.worker import Worker
+from ..core.worker import Phase, Worker
 from ..transport.agreement import allgather
 from ..transport.local import LocalCenter
 from ..transport.p2p import P2PWorker, gone
@@ -46,7 +46,7 @@ class Role(Protocol):
     def begin(self, total: int | None, period: int) -> None:
         """Lay out the work."""
 
-    def apply(self, commit: Commit, c: Array) -> Reply:
+    def apply(self, commit: Commit, c: Array) -> Reply | None:
         """Apply a commit."""
 
 
@@ -127,7 +127,7 @@ class Failover:
         role.center.workers, role.center.applied, role.center.on_block = 1, [worker.sequence], None
         local = LocalCenter(c, 1, role.apply)
         role.workers, role.count, role.serves, role.end = [worker], 1, False, local
-        worker.index, worker.elected, self.end = 0, False, local.worker_end(0)
+        worker.index, worker.phase, self.end = 0, Phase.LEFT, local.worker_end(0)
 
     def bury(self, handle: object) -> None:
         """Keep what belongs to an exchange with a dead center."""
@@ -161,7 +161,7 @@ class Failover:
         c, facts = _remembered(worker, len(before.center.applied))
         saved = self.checkpoint()
         source = f"its last pull, clock {facts['clock']}"
-        if saved is not None and saved[1].get("turn", 0) > facts["turn"]:
+        if saved is not None and saved[1].get("served", 0) > facts["served"]:
             # By rank: since it was written another center may have numbered the workers anew.
             by_rank = dict(zip(saved[1].get("ranks", ()), saved[1]["applied"]))
             applied = {witness.worker: by_rank.get(witness.rank, 0) for witness in witnesses}
@@ -203,19 +203,20 @@ class Failover:
 def _remembered(worker: Worker, workers: int) -> tuple[Array, dict[str, Any]]:
     """The center as `worker` has pulled it last, and the facts of a checkpoint of it."""
     last_reply = worker.last_reply or Reply(0)
-    snapshot = last_reply.snapshot or Snapshot(turn=-1)
+    snapshot = last_reply.snapshot or Snapshot(served=-1)
     return (worker.o if worker.last_reply else worker.x), {
         "clock": last_reply.clock,
         "steps": last_reply.steps,
         "applied": [*last_reply.applied, *[0] * (workers - len(last_reply.applied))],
-        "turn": snapshot.turn,
+        "served": snapshot.served,
         "session": snapshot.session,
         "refused": snapshot.refused,
         "dropped": snapshot.dropped,
+        "given_up": snapshot.given_up,
         "staleness": [snapshot.staleness_sum, snapshot.staleness_max],
         "center_optimizer_step": 0,
         "checkpoint": last_reply.checkpoint,
-        "leases": {"next": snapshot.next, "free": snapshot.open},
+        "leases": {"next": snapshot.next, "free": snapshot.open, "given_up": snapshot.given_up},
     }
 
 

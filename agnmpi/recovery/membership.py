@@ -67,6 +67,8 @@ class Membership:
         if not self._stall_limit or not self._look():
             return
         now = time.monotonic()
+        for worker in self.role.center.waiting & set(self._heard):  # it is the center that is silent
+            self._heard[worker] = now
         for worker, last in self._heard.items():
             rank, silent = self._rank_of(worker), now - last
             if rank in self.lost:

@@ -122,6 +122,7 @@ class Job:
             record=self._served,
         )
         self.membership.role = role
+        role.center.on_given_up = self._given_up
         try:
             resumed = self._take_up()
         except ConfigError:  # on all ranks; MPICH 5.0 complains at length of windows that are not freed
@@ -153,7 +154,7 @@ class Job:
             resumed = resume(
                 comm, role, self.layout, self.plan.steps, self._data(), directory, required, self.said.append
             )
-            self.complete = resumed is not None and role.center.steps >= self.plan.steps
+            self.complete = resumed is not None and role.center.settled >= self.plan.steps
         role.begin(self.plan.steps, config.period)
         made = raise_on_all(comm, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
         self.directory = Path(allgather(comm, made)[0])
@@ -183,7 +184,7 @@ class Job:
 
     def _all_lost(self) -> bool:
         """Whether this is a center whose work is not done, and all its workers are lost."""
-        return self.role.serves and self.membership.comm.size == 1 and self.role.center.steps < self.plan.steps
+        return self.role.serves and self.membership.comm.size == 1 and self.role.center.settled < self.plan.steps
 
     def _new_center(self) -> None:
         """Another center has been elected; if it is this rank, it takes over the files and the display, too."""
@@ -195,6 +196,7 @@ class Job:
         self.role = role = membership.role
         center, leases = role.center, role.center.leases
         assert leases is not None
+        center.on_given_up = self._given_up
         monitor = self._watch()
         samples = self.plan.count(Lease(0, leases.next)) - sum(self.plan.count(lease) for lease in leases.open())
         monitor.resume(samples, time.monotonic() - self._began)
@@ -273,6 +275,13 @@ class Job:
         if self.recorder is not None:
             self.recorder(commit, reply)
 
+    def _given_up(self, lease: Lease) -> None:
+        self._say(
+            f"WARNING: steps {lease.first} to {lease.first + lease.steps - 1} gave NaN or infinity again and again, and "
+            "are given up; look at their samples"
+        )
+        self._note("given_up", first=lease.first, steps=lease.steps)
+
     def _say(self, line: str) -> None:
         if self.monitor is not None:
             self.monitor.say(line)
@@ -348,14 +357,13 @@ class Job:
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None
-        said = [
-            json.loads(text) for text in allgather(self.membership.comm, json.dumps([center.steps, self.signals.asked]))
-        ]
-        steps = said[0][0]
+        mine = [center.steps, center.settled, self.signals.asked]
+        said = [json.loads(text) for text in allgather(self.membership.comm, json.dumps(mine))]
+        steps, settled, _ = said[0]
         # Where all train, any rank may have been the one that broke off.
-        heard = [name for _, name in (said[:1] if self.setup.serves else said) if name is not None]
+        heard = [name for _, _, name in (said[:1] if self.setup.serves else said) if name is not None]
         asked = heard[0] if heard else None
-        self.interrupted = asked is not None and steps < self.plan.steps
+        self.interrupted = asked is not None and settled < self.plan.steps
         if self.config.keep:
             for worker in role.workers:
                 save_worker(self.directory, worker, steps, self._say)

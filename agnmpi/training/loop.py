@@ -9,6 +9,7 @@ from typing import Any
 
 from ..arrays.backend import Array, bring
 from ..cluster.roles import Role
+from ..core.leases import Lease
 from ..core.optimizers import Range
 from ..core.worker import Worker
 
@@ -28,6 +29,7 @@ class Loop:
         self._rank, self._x, self._period, self._name, self._moved = rank, x, period, name, moved
         self._generators: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
         self._pulls = 0  # of the worker, when `moved` was last called
+        role.center.on_given_up = self._given_up
         if role.failover is not None:
             role.failover.on_center = self._new_center
             if self.worker is None:
@@ -94,12 +96,12 @@ class Loop:
             raise ValueError(f"the number of steps must not be negative, but is {total}")
         self.settle()
         center = self.role.center
-        before = center.steps
+        before = center.settled
         self.role.begin(total, self._period)
         if self.worker is None:
             self._serve()
-            if total is not None and center.steps - before < total and self._rank == 0:
-                short = f"{center.steps - before} of {total} steps were taken: the workers left before the end"
+            if total is not None and center.settled - before < total and self._rank == 0:
+                short = f"{center.settled - before} of {total} steps were taken: the workers left before the end"
                 warnings.warn(f"{self._name}: {short}", RuntimeWarning, stacklevel=2)
             return
         worker = self.worker
@@ -113,9 +115,9 @@ class Loop:
             self.worker = worker  # it has lost all its workers, and trains on alone
         self._regroup()
         self.refresh()
-        if center.rule.allreduce and total is not None and center.steps - before < total:
+        if center.rule.allreduce and total is not None and center.settled - before < total:
             raise RuntimeError(
-                f"{self._name}: another rank left the loop after {center.steps - before} of {total} steps, by break or "
+                f"{self._name}: another rank left the loop after {center.settled - before} of {total} steps, by break or "
                 f"by an exception, and rule {center.rule.name} needs all ranks; use steps() to end early"
             )
         if worker.dropped:
@@ -182,6 +184,7 @@ class Loop:
         if failover.comm.rank == 0:
             taken: Any = failover.role
             self.role = taken
+            taken.center.on_given_up = self._given_up
             if taken.serves:
                 taken.end.on_loss = self._lose
             what += f"; this rank {'serves' if taken.serves else 'trains'} on, from {failover.source}"
@@ -192,6 +195,13 @@ class Loop:
         failover = self.role.failover
         assert failover is not None
         self._warn_of_loss(f"rank {failover.served[worker + 1]} is lost; what it had not committed goes to the others")
+
+    def _given_up(self, lease: Lease) -> None:
+        text = (
+            f"{self._name}: steps {lease.first} to {lease.first + lease.steps - 1} gave NaN or infinity again and again, "
+            "and are given up"
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _warn_of_loss(self, what: str) -> None:
         text = (

@@ -32,27 +32,27 @@ from agnmpi.recovery.election import Witness, elect, take_over
 TOTAL = 40
 
 
-def witness(worker=0, session=1, clock=0, turn=0, sequence=0, under_way=(), held=()):
-    return Witness(worker + 1, worker, session, clock, turn, sequence, list(under_way), list(held))
+def witness(worker=0, session=1, clock=0, served=0, sequence=0, under_way=(), held=()):
+    return Witness(worker + 1, worker, session, clock, served, sequence, list(under_way), list(held))
 
 
 def test_the_last_pull_is_elected():
-    assert elect([witness(turn=3), witness(turn=7), witness(turn=7)]) == 1
-    assert elect([witness(turn=-1), witness(turn=-1)]) == 0
+    assert elect([witness(served=3), witness(served=7), witness(served=7)]) == 1
+    assert elect([witness(served=-1), witness(served=-1)]) == 0
     with pytest.raises(RuntimeError, match="between two loops"):
         elect([witness(session=1), witness(session=2)])
-    for told in ([witness(clock=5, turn=-1), witness(clock=4, turn=9)], [witness(clock=7, turn=-1)]):
+    for told in ([witness(clock=5, served=-1), witness(clock=4, served=9)], [witness(clock=7, served=-1)]):
         with pytest.raises(RuntimeError, match="book was too long"):
             elect(told)
 
 
 def test_a_book_travels_whole_or_not_at_all():
-    snapshot = Snapshot(9, 1, 100, 3, 2, 1, 0, (Lease(4, 2), Lease(90, 10)))
+    snapshot = Snapshot(9, 1, 100, 3, 2, 1, 0, 4, (Lease(4, 2), Lease(90, 10)))
     reply = Reply(5, applied=(1, 2, 3), snapshot=snapshot)
     assert Reply.decode(reply.encode()) == reply
     assert Reply.decode(reply.encode() + bytes(64)) == reply, "in a longer buffer, too"
     full = reply._replace(snapshot=snapshot._replace(open=tuple(Lease(2 * i, 1) for i in range(max_open_leases(3)))))
-    assert len(full.encode()) == reply_bytes(3)
+    assert len(full.encode()) == reply_bytes(3, True)
     assert Reply.decode(full.encode()) == full
     longer = reply._replace(
         snapshot=snapshot._replace(open=tuple(Lease(2 * i, 1) for i in range(max_open_leases(3) + 1)))
@@ -82,6 +82,8 @@ class Trainee:
         return self.commit
 
     def take(self, reply, c):
+        if reply is None:
+            return  # it waits
         if reply.snapshot is not None:
             self.last_reply, self.clock, self.c = reply, reply.clock, float(c[0])
         self.commit = None
@@ -95,7 +97,7 @@ class Trainee:
         commit = self.commit
         sent = [Lease(commit.first_step, commit.steps)] if commit and not commit.flags & NOT_FINITE else []
         sequence = commit.sequence if commit else 0
-        return Witness(0, self.index, 1, self.clock, snapshot.turn if snapshot else -1, sequence, sent, list(self.held))
+        return Witness(0, self.index, 1, self.clock, snapshot.served if snapshot else -1, sequence, sent, list(self.held))
 
 
 def made(c, workers):
@@ -110,7 +112,7 @@ def test_steps_that_two_claim_are_the_holders():
     center = made(np.zeros(1), 2)
     facts = {"applied": [4, 7, 1], "leases": {"next": 9, "free": [Lease(3, 6)]}}
     told = [
-        witness(worker=2, turn=9),
+        witness(worker=2, served=9),
         witness(worker=0, sequence=5, under_way=[Lease(3, 3)]),
         witness(worker=1, sequence=8, under_way=[Lease(9, 3)], held=[Lease(3, 3)]),
     ]
@@ -157,7 +159,7 @@ def test_after_any_history_each_step_is_taken_once(data):
         }
         c, order = np.array([elected.c]), [winner, *(i for i in range(len(trainees)) if i != winner)]
         center = made(c, len(trainees) - 1)
-        center.clock, center.steps, center.turn = elected.clock, steps, snapshot.turn
+        center.clock, center.steps, center.served = elected.clock, steps, snapshot.served
         own, sequences = take_over(center, facts, [witnesses[i] for i in order], 1)
         if own:
             center.applied = [*sequences[:-1], elected.commit.sequence - 1]

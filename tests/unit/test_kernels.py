@@ -403,7 +403,7 @@ def test_torch_steps_move_the_same_vector_to_the_same_place():
 def facts_of(center, clock=3):
     return {
         "clock": clock, "steps": 9, "refused": 0, "dropped": 0, "staleness": [1, 1], "center_optimizer": "momentum",
-        "center_optimizer_step": 4, "turn": 5,
+        "center_optimizer_step": 4, "served": 5,
     }  # fmt: skip
 
 
@@ -427,7 +427,7 @@ def test_a_sole_survivor_goes_on_on_its_device(xp):
     failover = Failover(MPI.COMM_SELF, role, lambda _comm: None, successor)
     worker.o[...] = 4
     snapshot = Snapshot(5, 1, 12, open=(Lease(6, 3), Lease(9, 3)))
-    worker.last_reply, worker.clock, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), snapshot=snapshot), 2, 2
+    worker.last_reply, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), snapshot=snapshot), 2
     worker._commit = failover.sending = Commit(2, 2, 3, 9, 2, requests=WORK, payload=xp.array(np.full(6, 1, "f4")))
     failover._take_roles([Witness.of(worker, 3)])
     assert isinstance(failover.role.end.c, fake_cuda.Vector)
