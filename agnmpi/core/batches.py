@@ -23,8 +23,8 @@ _HALF = np.uint64(32)
 class Permutation:
     """A keyed bijection of 0 … size−1.
 
-    A Feistel network on the digits of i = l + a·r, l < a, r < b, a·b just above `size`: each round adds to one digit, modulo
-    a or b, a hash of the other. What comes out beyond `size` goes through once more until it does not (cycle walking).
+    A Feistel network on the digits of i = l + a·r, l < a, r < b, a·b just above `size`: each round adds to one digit,
+    modulo a or b, a hash of the other. What comes out beyond `size` goes through once more (cycle walking).
 
     Args:
         size: number of elements, at least 1.

@@ -193,7 +193,7 @@ class Center:
         if self.rule.allreduce:  # all ranks refuse alike, and go on to the next round; each has steps of its own
             self.steps += commit.steps
             self._refused_in_a_row.add(self.refused)
-        else:  # a period that fails again and again is one
+        elif commit.steps:  # a period that fails again and again is one; without steps it is another that has failed
             self._refused_in_a_row.add(commit.first_step)
         if leases and leases.refuse(commit.worker, done):
             self.given_up += done.steps
@@ -208,7 +208,8 @@ class Center:
             + (
                 f"it is no commit to this model: {commit.nbytes} bytes, the center has {nbytes}"
                 if commit.flags & MISFIT
-                else "they hold NaN or infinity; lower the rate, clip the gradients, or look at the samples of these steps"
+                else "they hold NaN or infinity; lower the rate, clip the gradients, or look at the samples of "
+                "these steps"
             )
         )
 

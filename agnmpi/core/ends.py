@@ -27,8 +27,8 @@ class Capabilities(NamedTuple):
     survives_loss: bool = False
 
 
-# Applies a commit (or serves a request) to the center variable c, in place, and answers; None: not yet, the worker waits
-# for work that others hold, and its end asks again with the same message when another was served or a worker was lost.
+# Applies a commit (or serves a request) to the center variable c, in place, and answers. None: not yet, the worker
+# waits for work that others hold; its end asks again with the same message when another was served or a worker lost.
 Apply: TypeAlias = Callable[[Commit, Array], Reply | None]
 
 

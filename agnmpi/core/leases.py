@@ -219,7 +219,8 @@ class Leases:
     def refuse(self, worker: int, done: Lease) -> bool:
         """Take back the lease whose steps `done` were refused; whether they are given up.
 
-        They are if another worker has failed at them, too, or this one for the third time.
+        They are if another worker has failed at them, too, or this one for the third time. `done` without steps: the
+        lease was lost by no fault of its own.
         """
         lease = self._end_lease(worker, done)
         if lease is None:

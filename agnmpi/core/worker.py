@@ -201,7 +201,10 @@ class Worker:
 
     def _form_commit(self, requests: int) -> Commit:
         lease, steps, loss = self.leases.popleft(), self.done, self._loss
-        flags = self._form_delta(steps) if self.rule.pulls == "after" else 0
+        if self.rule.pulls == "after":
+            flags = self._form_delta(steps)
+        else:  # the delta is formed when the pull is there; with overlap x has moved on by then
+            flags = NOT_FINITE if self.overlap and not all_finite(self.x) else 0
         if self.rule.accumulates:
             self.a[...] = 0
         self.sequence += 1
@@ -237,8 +240,10 @@ class Worker:
         reply = handle.wait()
         self._keep_pull(reply)
         if self.rule.pulls == "before":
-            flags = self._form_delta(self._commit.steps)
-            self._commit = self._commit._replace(clock=self.clock, flags=flags)
+            commit, flags = self._commit, self._form_delta(self._commit.steps)
+            if self.overlap and flags and not commit.flags:  # the steps since have spoiled x: these were good
+                commit = commit._replace(steps=0)
+            self._commit = commit._replace(clock=self.clock, flags=flags)
             handle = self.end.exchange(self._commit, None)
             yield handle
             reply = handle.wait()

@@ -277,8 +277,8 @@ class Job:
 
     def _given_up(self, lease: Lease) -> None:
         self._say(
-            f"WARNING: steps {lease.first} to {lease.first + lease.steps - 1} gave NaN or infinity again and again, and "
-            "are given up; look at their samples"
+            f"WARNING: steps {lease.first} to {lease.first + lease.steps - 1} gave NaN or infinity again and again, "
+            "and are given up; look at their samples"
         )
         self._note("given_up", first=lease.first, steps=lease.steps)
 

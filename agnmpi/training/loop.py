@@ -117,8 +117,8 @@ class Loop:
         self.refresh()
         if center.rule.allreduce and total is not None and center.settled - before < total:
             raise RuntimeError(
-                f"{self._name}: another rank left the loop after {center.settled - before} of {total} steps, by break or "
-                f"by an exception, and rule {center.rule.name} needs all ranks; use steps() to end early"
+                f"{self._name}: another rank left the loop after {center.settled - before} of {total} steps, by break "
+                f"or by an exception, and rule {center.rule.name} needs all ranks; use steps() to end early"
             )
         if worker.dropped:
             short = f"{worker.dropped} steps of rank {self._rank} were dropped: another rank broke off meanwhile"
@@ -198,8 +198,8 @@ class Loop:
 
     def _given_up(self, lease: Lease) -> None:
         text = (
-            f"{self._name}: steps {lease.first} to {lease.first + lease.steps - 1} gave NaN or infinity again and again, "
-            "and are given up"
+            f"{self._name}: steps {lease.first} to {lease.first + lease.steps - 1} gave NaN or infinity again and "
+            "again, and are given up"
         )
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 

@@ -84,7 +84,7 @@ class LocalHandle:
         """Serve until this message has been served; raises RuntimeError where that is up to other workers."""
         while self.reply is None:
             if not self._center.serve_one(self._center.apply):
-                raise RuntimeError("a worker waits for others that run in its own thread: go on when the handle is done")
+                raise RuntimeError("this worker waits for others in its own thread: go on when the handle is done")
         return self.reply
 
 
