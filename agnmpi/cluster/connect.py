@@ -79,7 +79,7 @@ def _booked(center: Center, end: Any, observe: Observe | None) -> Apply:
     """Accumulate: the commits are summed already; count them."""
     in_a_row = 0  # refused since the last good commit
 
-    def apply(commit: Commit, c: Array) -> Reply:
+    def apply(commit: Commit, c: Array) -> Reply | None:
         nonlocal in_a_row
         if commit.requests & SAVE:
             return center.apply(commit, c)

@@ -162,6 +162,7 @@ class Round:
                 payload=end.sum,
             )
             reply = end.apply(summed, end.c)
+            assert reply is not None
             end.clock, end.steps, end.checkpoint, status = reply.clock, reply.steps, reply.checkpoint, reply.status
         if self._out is not None:
             self._out[...] = end.c
