@@ -206,6 +206,8 @@ def test_speed_proportional_periods():
     assert pace(1, 10) == 5
     now = 100.0
     assert pace(2, 10) == 1
+    pace.forget(0)  # it is lost: the next fastest has λ
+    assert pace(1, 0) == 10
     book = Leases(total=20, period=10, pace=lambda worker, steps: 10 if worker == 0 else 4)
     assert [book.grant(0), book.grant(1)] == [Lease(0, 10), Lease(10, 4)]
     book.commit(0, Lease(0, 3))
