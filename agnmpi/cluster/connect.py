@@ -79,7 +79,7 @@ class Connector(NamedTuple):
     def _state(self, like: Array, workers: int) -> Center:
         center = Center(self.rule, like, workers, self.center_optimizer)
         center.now = time.monotonic if self.setup.dylu else None
-        center.on_given_up = self.observer.given_up  # type: ignore[attr-defined]
+        center.on_given_up = self.observer.given_up
         return center
 
     def _serving(self, comm: MPI.Comm, c: Array, workers: int) -> tuple[Center, CenterEnd, Apply]:

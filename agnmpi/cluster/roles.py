@@ -9,7 +9,7 @@ from ..arrays.backend import Array, empty_like, to_host
 from ..core.backoff import wait_until
 from ..core.center import Center, serve
 from ..core.ends import Apply, CenterEnd, Handle, WorkerEnd
-from ..core.leases import Leases, rounds, speed_proportional
+from ..core.leases import Leases, SpeedProportional, rounds
 from ..core.messages import SAVE, Commit
 from ..core.observer import Observer
 from ..core.worker import Worker
@@ -59,10 +59,10 @@ class Role:
         resumed, self._resumed = self._resumed, None
         self.session, self.total, self.period = self.session + 1, total, period
         self.center.session = self.session
-        leases = Leases(total, period, self.center.now and speed_proportional(period, self.center.now))
+        leases = Leases(total, period, SpeedProportional(period, self.center.now) if self.center.now else None)
         if resumed:
             done = int(resumed["steps"])
-            leases.restore(resumed["leases"] or {"next": done, "free": [], "committed": done})
+            leases.restore(resumed["leases"] or {"next": done, "free": []})
         self._lay_out(total, period, leases)
         for worker in self.workers:
             worker.total, worker.session = total, self.session

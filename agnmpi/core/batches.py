@@ -1,19 +1,84 @@
 """Which samples a step takes.
 
 Steps are numbered over the whole run and all workers. Step t of an epoch takes the t-th batch of that epoch's
-seeded permutation; so whoever is granted step t knows its samples, and each sample of an epoch is used once.
+seeded permutation; so whoever is granted step t knows its samples, and each sample of an epoch is used once. The
+permutation is computed where it is asked for: its memory does not grow with the number of samples.
 """
+
+from math import isqrt
+from typing import TypeAlias
 
 import numpy as np
 
 from .leases import Lease
 
+Integers: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
+_Words: TypeAlias = np.ndarray[tuple[int], np.dtype[np.uint64]]
+_ROUNDS = 8  # even: the digits end where they began
+# The multipliers of the finalizer of splitmix64 (Steele, Lea, Flood, OOPSLA 2014).
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_HALF = np.uint64(32)
+
+
+class Permutation:
+    """A keyed bijection of 0 … size−1.
+
+    A Feistel network on the digits of i = l + a·r, l < a, r < b, a·b just above `size`: each round adds to one digit,
+    modulo a or b, a hash of the other. What comes out beyond `size` goes through once more (cycle walking).
+
+    Args:
+        size: number of elements, at least 1.
+        key: non-negative integers; each other key gives another permutation.
+
+    Source: Black, Rogaway, CT-RSA 2002 (generalised Feistel ciphers on arbitrary domains).
+
+    >>> sorted(Permutation(5, (1, 2))(range(5)).tolist())
+    [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, size: int, key: tuple[int, ...]) -> None:
+        root = isqrt(size - 1) + 1
+        self.size = size
+        self._digits = np.uint64(root), np.uint64(-(-size // root))
+        self._keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
+
+    def __call__(self, positions: range) -> Integers:
+        """What stands at `positions`, shape (len(positions),)."""
+        there = self._encrypt(np.arange(positions.start, positions.stop, positions.step, dtype=np.uint64))
+        while (beyond := there >= self.size).any():
+            there[beyond] = self._encrypt(there[beyond])
+        return there.astype(np.int64)
+
+    def _encrypt(self, numbers: _Words) -> _Words:
+        a, b = self._digits
+        right, left = np.divmod(numbers, a)
+        for key in self._keys:
+            left, right = right, (left + _hash(right, key)) % a
+            a, b = b, a
+        return left + right * a
+
+
+def _hash(numbers: _Words, key: np.uint64) -> _Words:
+    """32 well-mixed bits of each number."""
+    mixed = (numbers ^ key) * _FIRST
+    mixed ^= mixed >> _HALF
+    mixed *= _SECOND
+    mixed >>= _HALF
+    return mixed
+
 
 class Plan:
     """The batches of a run.
 
-    `samples`: training samples; `batch`: samples in a step (the last of an epoch may be smaller);
-    `epochs`: passes over the samples, may be fractional; `steps` overrides it; `seed` orders the samples.
+    Args:
+        samples: training samples.
+        batch: samples in a step (the last of an epoch may be smaller).
+        epochs: passes over the samples, may be fractional.
+        steps: of the run, over all workers; overrides `epochs`.
+        seed: orders the samples.
+
+    Raises:
+        ValueError: no samples, an empty batch, or no steps.
 
     >>> plan = Plan(samples=5, batch=2, epochs=1, seed=0)
     >>> plan.steps, sorted(i for t in range(3) for i in plan.indices(t).tolist())
@@ -30,15 +95,14 @@ class Plan:
         self.steps = round(epochs * self.steps_per_epoch) if steps is None else steps
         if self.steps < 1:
             raise ValueError(f"the run has no steps: epochs {epochs}, steps {steps}")
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._epoch, self._order = 0, Permutation(samples, (seed, 0))
 
-    def indices(self, step: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def indices(self, step: int) -> Integers:
         """Indices of the samples of `step`, shape (batch,), shorter at an epoch's end."""
         epoch, t = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
-            self._epoch = epoch
-        return self._order[t * self.batch : (t + 1) * self.batch]
+            self._epoch, self._order = epoch, Permutation(self.samples, (self.seed, epoch))
+        return self._order(range(t * self.batch, min((t + 1) * self.batch, self.samples)))
 
     def count(self, lease: Lease) -> int:
         """Number of samples in the steps of `lease`."""

@@ -33,8 +33,22 @@ from .rules import CommitInfo, Rule, center_step
 class Center:
     """All that the center knows beside the center variable itself, which its end holds.
 
-    `like`: the center variable (n,); `workers`: n; `optimizer`: the center optimizer, None to add; `patience`: refused
-    commits in a row after which the run ends.
+    Args:
+        rule: how commits are weighed.
+        like: the center variable (n,), or a vector like it.
+        workers: their number n.
+        optimizer: the center optimizer, None to add.
+        patience: periods in a row whose commits were refused, after which the run ends.
+
+    >>> import numpy as np
+    >>> from agnmpi.core import rules
+    >>> c = np.zeros(2)
+    >>> center = Center(rules.agn(), c, workers=1)
+    >>> center.leases = Leases(total=8, period=4)
+    >>> center.apply(Commit(0, requests=WORK, total=8), c).work
+    Lease(first=0, steps=4)
+    >>> center.apply(Commit(0, 1, steps=4, requests=WORK, payload=np.ones(2)), c).clock, c
+    (1, array([1., 1.]))
     """
 
     def __init__(
@@ -47,15 +61,19 @@ class Center:
         self.on_block: Callable[[int], None] | None = None  # called after each block of a step, with its end
         self.leases: Leases | None = None  # None: the work is shared out elsewhere
         self.now: Callable[[], float] | None = None  # what measures the workers' speeds, where λ_k goes by them
-        self.idle_workers_wait = False  # a worker that asks in vain shall ask again while others hold work
+        self.idle_workers_wait = False  # who asks in vain is answered when others have given back, or committed, all
+        self.waiting = set[int]()  # workers that are not answered yet
         self.staleness_sum = self.staleness_max = 0
         self.steps = 0  # local steps in all applied commits
-        self.refused = self._in_a_row = 0  # commits
+        self.given_up = 0  # steps that nobody is to take again
+        self.on_given_up: Callable[[Lease], None] | None = None  # told of each such piece of work
+        self.refused = 0  # commits
         self.dropped = 0  # commits that weighed nothing
+        self._refused_in_a_row = set[int]()  # periods, by first step, since the last commit that was not refused
         self._released = set[int]()  # workers whose leases were taken back
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
-        self.served = self.session = 0  # messages served; sessions begun
+        self.served = self.session = 0  # messages; sessions begun
         self.replicates_state = False  # all that it knows travels with c: workers are to outlive this center
         self.on_save: Callable[[int], None] | None = None  # the first center asks for a checkpoint of this number
 
@@ -64,31 +82,47 @@ class Center:
         """Mean staleness of the applied commits."""
         return self.staleness_sum / self.clock if self.clock else 0.0
 
-    def apply(self, commit: Commit, c: Array) -> Reply:
+    @property
+    def settled(self) -> int:
+        """Steps committed or given up: a run is over when all its steps are."""
+        return self.steps + self.given_up
+
+    def apply(self, commit: Commit, c: Array) -> Reply | None:
         """Apply `commit` to `c` in place, once, and answer what it asks for.
 
         A commit that is not finite, or not to this model, is refused, and one that weighs nothing dropped: nothing of
-        it is applied, and its steps are free again. Raises RuntimeError when `patience` is at its end.
+        it is applied, and its steps are free again, or given up where it has failed before (see Leases).
+
+        Args:
+            commit: a message; its payload is not changed.
+            c: (n,) the center variable.
+
+        Returns:
+            The reply; None where a worker waits for work that others hold: its end asks again with the same message
+            when another was served or a worker was lost.
+
+        Raises:
+            RuntimeError: `patience` is at its end, or all steps were given up.
+            ValueError: the ranks differ in the number of steps, or the commit is none that this worker may send.
         """
         status, leases = OK, self.leases
-        brings = commit.payload is not None or commit.flags & MISFIT
-        if leases and not brings and commit.requests & WORK and commit.total != leases.total_said:
-            raise ValueError(
-                f"worker {commit.worker} asks for {_said(commit.total)}, the center for "
-                f"{_said(leases.total_said)}: all ranks must give the same number of steps"
-            )
+        self.waiting.discard(commit.worker)
+        brings = commit.payload is not None or bool(commit.flags & MISFIT)
         if brings:
-            status = self._take(commit, c)
+            status = self._receive(commit, c)
+        elif leases and commit.requests & WORK and commit.total != leases.total_word:
+            raise ValueError(
+                f"worker {commit.worker} asks for {_number(commit.total)}, the center for "
+                f"{_number(leases.total_word)}: all ranks must give the same number of steps"
+            )
         if commit.requests & SAVE and self.on_save:
             self.on_save(commit.checkpoint)
-        if leases and commit.requests & (LEAVE | IDLE):
-            leases.release(commit.worker)
-        control, work = self.control, NONE
-        if leases and commit.requests & WORK and control != STOP:
-            work = leases.grant(commit.worker)
-            if work == NONE and self.idle_workers_wait and leases.held:
-                control = WAIT
+        control, work = self._grant(commit)
+        if control == WAIT and commit.requests & IDLE and not brings:
+            self.waiting.add(commit.worker)
+            return None
         self.served += 1
+        replicates = self.replicates_state and commit.requests & PULL
         return Reply(
             self.clock,
             status,
@@ -96,17 +130,40 @@ class Center:
             work=work,
             steps=self.steps,
             checkpoint=self.checkpoint,
-            applied=tuple(self.applied),
-            snapshot=self._snapshot(leases) if leases and self.replicates_state and commit.requests & PULL else None,
+            applied=tuple(self.applied) if replicates else (),
+            snapshot=self._snapshot(leases) if replicates and leases else None,
         )
 
-    def _snapshot(self, leases: Leases) -> Snapshot:
-        staleness = self.staleness_sum, self.staleness_max
-        counts = self.refused, self.dropped
-        return Snapshot(self.served, self.session, leases.next, *staleness, *counts, tuple(leases.open()))
+    def _grant(self, commit: Commit) -> tuple[int, Lease]:
+        """What the reply tells its worker to do, and the lease that it gives, if the commit asks for one."""
+        leases = self.leases
+        if leases and commit.requests & LEAVE:
+            leases.forget(commit.worker)
+        elif leases and commit.requests & IDLE:
+            leases.release(commit.worker)
+        if not leases or not commit.requests & WORK or self.control == STOP:
+            return self.control, NONE
+        # Who may wait leaves to the others what it has failed at, as long as there are others at work.
+        patient = self.idle_workers_wait and (leases.held or not commit.requests & IDLE)
+        work = leases.grant(commit.worker, patient)
+        waits = work == NONE and self.idle_workers_wait and (leases.held or leases.free)
+        return WAIT if waits else self.control, work
 
-    def _take(self, commit: Commit, c: Array) -> int:
-        """Apply or refuse a delta; returns the status of the reply."""
+    def _snapshot(self, leases: Leases) -> Snapshot:
+        return Snapshot(
+            self.served,
+            self.session,
+            leases.next,
+            self.staleness_sum,
+            self.staleness_max,
+            self.refused,
+            self.dropped,
+            leases.given_up,
+            tuple(leases.open()),
+        )
+
+    def _receive(self, commit: Commit, c: Array) -> int:
+        """Apply, refuse or drop a delta; returns the status of the reply."""
         if not self.rule.allreduce and commit.sequence <= self.applied[commit.worker]:
             return DUPLICATE
         done = Lease(commit.first_step, commit.steps)
@@ -114,30 +171,14 @@ class Center:
             self.dropped += 1  # it was silent for so long that its steps went to others
             return DROPPED
         if commit.flags & (NOT_FINITE | MISFIT):
-            self.refused += 1
-            self._in_a_row += 1
-            if self._in_a_row >= self.patience:
-                raise RuntimeError(
-                    f"{self._in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
-                    f"{commit.first_step}): "
-                    + (
-                        f"it is no commit to this model: {commit.nbytes} bytes, the center has {c.nbytes}"
-                        if commit.flags & MISFIT
-                        else "they hold NaN or infinity; lower the rate, clip the gradients, or look at the samples of "
-                        "these steps"
-                    )
-                )
-            if self.leases:
-                self.leases.refuse(commit.worker, done)
-            if self.rule.allreduce:  # all ranks refuse alike, and go on to the next round
-                self.steps += commit.steps
+            self._refuse(commit, done, c.nbytes)
             return REFUSED
-        self._in_a_row = 0
+        self._refused_in_a_row.clear()
         weight = self.weight(commit)
         if not weight:
             self.dropped += 1
             if self.leases:
-                self.leases.refuse(commit.worker, done)
+                self.leases.give_back(commit.worker, done)
             return DROPPED
         if self.leases:
             self.leases.commit(commit.worker, done)  # first: what nobody has granted does not move c
@@ -146,11 +187,38 @@ class Center:
             self.applied[commit.worker] = commit.sequence
         return OK
 
+    def _refuse(self, commit: Commit, done: Lease, nbytes: int) -> None:
+        leases = self.leases
+        self.refused += 1
+        if self.rule.allreduce:  # all ranks refuse alike, and go on to the next round; each has steps of its own
+            self.steps += commit.steps
+            self._refused_in_a_row.add(self.refused)
+        elif commit.steps:  # a period that fails again and again is one; without steps it is another that has failed
+            self._refused_in_a_row.add(commit.first_step)
+        if leases and leases.refuse(commit.worker, done):
+            self.given_up += done.steps
+            if self.on_given_up:
+                self.on_given_up(done)
+        in_a_row = len(self._refused_in_a_row)
+        if in_a_row < self.patience and not (leases and leases.total and leases.given_up == leases.total):
+            return
+        raise RuntimeError(
+            f"{in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
+            f"{commit.first_step}): "
+            + (
+                f"it is no commit to this model: {commit.nbytes} bytes, the center has {nbytes}"
+                if commit.flags & MISFIT
+                else "they hold NaN or infinity; lower the rate, clip the gradients, or look at the samples of "
+                "these steps"
+            )
+        )
+
     def worker_lost(self, worker: int) -> None:
         """A worker is gone, for good or for a while: what it has not committed is free for the others."""
         self.worker_released(worker)
+        self.waiting.discard(worker)
         if self.leases:
-            self.leases.release(worker)
+            self.leases.forget(worker)
 
     def worker_released(self, worker: int) -> None:
         """This worker may commit steps that are others' by now: these commits are dropped."""
@@ -165,13 +233,14 @@ class Center:
             slot[...] = bring(self.optimizer.slots(old)[name], slot)
 
     def save(self, c: Array) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Copy what a checkpoint double_buffer: `c` (n,) and the slots, and the facts about them."""
+        """Copy what a checkpoint keeps: `c` (n,) and the slots, and the facts about them."""
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
         arrays = {"c": c.copy()} | {f"slot/{name}": slot.copy() for name, slot in slots.items()}
         return arrays, {
             "clock": self.clock,
             "steps": self.steps,
             "applied": list(self.applied),
+            "given_up": self.given_up,
             "served": self.served,
             "session": self.session,
             "refused": self.refused,
@@ -189,8 +258,8 @@ class Center:
             raise ValueError(f"the checkpoint's center optimizer is {facts['center_optimizer']}, not {name}")
         c[...] = bring(arrays["c"], c)
         self.clock, self.steps, self.refused = int(facts["clock"]), int(facts["steps"]), int(facts["refused"])
-        self.checkpoint, self.dropped = self.steps, int(facts["dropped"])
-        self.served = int(facts.get("served", 0))
+        self.checkpoint, self.dropped = self.steps, int(facts.get("dropped", 0))
+        self.given_up, self.served = int(facts.get("given_up", 0)), int(facts.get("served", 0))
         self.staleness_sum, self.staleness_max = map(int, facts["staleness"])
         if self.optimizer:
             for slot_name, slot in self.optimizer.slots(self.state).items():
@@ -217,7 +286,7 @@ class Center:
         self.staleness_max = max(self.staleness_max, staleness)
 
 
-def _said(total: int) -> str:
+def _number(total: int) -> str:
     return "steps without end" if total < 0 else f"{total} steps"
 
 

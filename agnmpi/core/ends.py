@@ -1,6 +1,5 @@
 """The contract between a worker, a center and whatever carries their messages."""
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
@@ -33,8 +32,8 @@ class Capabilities(NamedTuple):
     overlap: bool = True  # exchanges take time, in which a worker can compute
 
 
-# Applies a commit (or serves a request) to the center variable c, in place, and answers; None: the request can be
-# answered only later, and the end asks again after each further message.
+# Applies a commit (or serves a request) to the center variable c, in place, and answers. None: not yet, the worker
+# waits for work that others hold; its end asks again with the same message when another was served or a worker lost.
 Apply: TypeAlias = Callable[[Commit, Array], Reply | None]
 
 
@@ -183,22 +182,6 @@ class Polled:
         wait_until(partial(self._try, True))
         assert self._reply is not None
         return self._reply
-
-
-class Pause:
-    """A handle that is done when some seconds are over."""
-
-    def __init__(self, seconds: float) -> None:
-        self._until = time.monotonic() + seconds
-
-    def test(self) -> bool:
-        """Whether the time is over."""
-        return time.monotonic() >= self._until
-
-    def wait(self) -> Reply:
-        """Sleep until then."""
-        time.sleep(max(0.0, self._until - time.monotonic()))
-        return Reply(0)
 
 
 class Done:

@@ -1,5 +1,6 @@
 """Which steps a worker takes: leases, granted by the center, or in equal rounds where all exchange together."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,77 +17,104 @@ NONE = Lease(-1, 0)  # no work is left
 Pace: TypeAlias = Callable[[int, int], int]
 
 
-def speed_proportional(period: int, now: Callable[[], float]) -> Pace:
+class SpeedProportional:
     """DyLU: λ_k = max(1, round(λ v_k / max v)), v_k the steps per second of worker k, exchanges included.
 
-    `period`: λ, of the fastest worker; `now() -> seconds`: the clock to measure with. Steps and seconds of the past
-    count half as much with each commit. Equal speeds give λ to all. Source: dynamic local updates of Liu et al. 2024
-    (arXiv:2401.09135), rounded to the nearest, and measured while it runs.
+    Steps and seconds of the past count half as much with each commit. Equal speeds give λ to all.
+
+    Args:
+        period: λ of the fastest worker, in steps.
+        now: the clock to measure with, in seconds.
+
+    Source: dynamic local updates of Liu et al. 2024 (arXiv:2401.09135), rounded to the nearest, and measured while it
+    runs.
 
     >>> clock = iter([0, 0, 10, 20])
-    >>> pace = speed_proportional(10, lambda: next(clock))
+    >>> pace = SpeedProportional(10, lambda: next(clock))
     >>> [pace(worker, steps) for worker, steps in ((0, 0), (1, 0), (0, 10), (1, 10))]
     [10, 10, 10, 5]
     """
-    seen: dict[int, tuple[float, float, float]] = {}  # time of the last commit, steps, seconds, by worker
-    speeds: dict[int, float] = {}
 
-    def pace(worker: int, steps: int) -> int:
-        time = now()
-        last, done, seconds = seen.get(worker, (time, 0.0, 0.0))
+    def __init__(self, period: int, now: Callable[[], float]) -> None:
+        self.period, self._now = period, now
+        self._measured: dict[int, tuple[float, float, float]] = {}  # last commit at, steps, seconds, by worker
+        self._speeds: dict[int, float] = {}
+
+    def __call__(self, worker: int, steps: int) -> int:
+        """λ_k of `worker`, which has done `steps` since it was asked last."""
+        time = self._now()
+        last, done, seconds = self._measured.get(worker, (time, 0.0, 0.0))
         if steps:
             last, done, seconds = time, done / 2 + steps, seconds / 2 + time - last
-        seen[worker] = last, done, seconds
+        self._measured[worker] = last, done, seconds
         if seconds > 0:
-            speeds[worker] = done / seconds
-        own = speeds.get(worker)
-        return period if own is None else max(1, round(period * own / max(speeds.values())))
+            self._speeds[worker] = done / seconds
+        own = self._speeds.get(worker)
+        return self.period if own is None else max(1, round(self.period * own / max(self._speeds.values())))
 
-    return pace
+    def forget(self, worker: int) -> None:
+        """`worker` is gone: the others are no longer measured by its speed."""
+        self._measured.pop(worker, None)
+        self._speeds.pop(worker, None)
 
 
 class Leases:
-    """The center's book of work: which steps are free, leased, or committed.
+    """The center's book of work: which steps are free, leased, committed, or given up.
 
-    `total`: steps over all workers, None for no end; `period`: λ, the steps of a lease; `pace`: gives each worker
-    a λ_k of its own.
+    Steps whose commits were refused are granted again, if possible to another worker; when two workers have failed at
+    them, or one three times, they are given up.
+
+    Args:
+        total: steps over all workers, None for no end.
+        period: λ, the steps of a lease.
+        pace: gives each worker a λ_k of its own; None: all have λ.
 
     >>> book = Leases(total=5, period=2)
     >>> [book.grant(worker) for worker in (0, 1, 0, 1)]
     [Lease(first=0, steps=2), Lease(first=2, steps=2), Lease(first=4, steps=1), Lease(first=-1, steps=0)]
+    >>> book.refuse(0, Lease(0, 2)), book.grant(1), book.refuse(1, Lease(0, 2)), book.given_up
+    (False, Lease(first=0, steps=2), True, 2)
     """
 
     def __init__(self, total: int | None, period: int, pace: Pace | None = None) -> None:
         self.total, self.period, self.pace = total, period, pace
-        self.total_said = -1 if total is None else total  # as it travels
-        self.committed = 0
+        self.total_word = -1 if total is None else total  # as it travels
+        self.given_up = 0  # steps that are neither committed nor granted again
         self._next = 0
-        self._free: list[Lease] = []  # given back
+        self._free = deque[Lease]()  # given back: the next is granted from the right; what was refused comes last
         self._held: dict[int, list[Lease]] = {}
         self._done: dict[int, int] = {}  # steps of a worker since its last grant
+        self._refusals: dict[Lease, list[int]] = {}  # steps whose commits were refused, and of which workers
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint double_buffer: what is committed; whatever is leased is free again for who resumes."""
-        free = [*self._free, *(lease for held in self._held.values() for lease in held)]
-        return {"next": self._next, "free": [list(lease) for lease in sorted(free)], "committed": self.committed}
+        """What a checkpoint keeps: what is committed and given up; whatever is leased is free for who resumes."""
+        free = [list(lease) for lease in sorted(self._open())]
+        return {"next": self._next, "free": free, "committed": self.committed, "given_up": self.given_up}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; leases longer than λ are cut."""
-        self._next, self.committed = int(state["next"]), int(state["committed"])
+        self._next, self.given_up = int(state["next"]), int(state.get("given_up", 0))
         for first, steps in reversed(state["free"]):
             for at in reversed(range(first, first + steps, self.period)):
                 self._free.append(Lease(at, min(self.period, first + steps - at)))
 
-    def open(self) -> list[Lease]:
-        """Steps before `next` that are not committed, free or held, in order and in as few pieces as can be."""
-        return _merged([*self._free, *(lease for held in self._held.values() for lease in held)])
-
-    def take_over(self, next_step: int, open_steps: Sequence[Lease], claims: Sequence[tuple[int, Lease]]) -> list[bool]:
+    def take_over(
+        self,
+        next_step: int,
+        open_steps: Sequence[Lease],
+        claims: Sequence[tuple[int, Lease]],
+        given_up: int = 0,
+    ) -> list[bool]:
         """Go on from the book of a lost center, and from what the workers hold by their own word.
 
-        `next_step`, `open_steps`: as that center has told them last; `claims`: (worker, lease); a lease granted
-        later lies beyond. Returns which claims hold: one does not whose steps are committed, or claimed before. What
-        nobody claims is free.
+        What nobody claims is free. Refusals are counted anew.
+
+        Args:
+            next_step, open_steps, given_up: as that center has told them last.
+            claims: (worker, lease); a lease granted later lies beyond `next_step`.
+
+        Returns:
+            Which claims hold: one does not whose steps are committed, given up, or claimed before.
 
         >>> book = Leases(total=None, period=2)
         >>> book.take_over(4, [Lease(0, 4)], [(0, Lease(2, 2)), (1, Lease(6, 2)), (2, Lease(6, 2))])
@@ -94,22 +122,16 @@ class Leases:
         >>> [book.grant(0) for _ in range(3)]
         [Lease(first=0, steps=2), Lease(first=4, steps=2), Lease(first=8, steps=2)]
         """
-        end = max([next_step, *(lease.first + lease.steps for _, lease in claims)])
-        left = _merged([*open_steps, Lease(next_step, end - next_step)])
+        end = max([next_step, *(_end(lease) for _, lease in claims)])
+        unclaimed = _merged([*open_steps, Lease(next_step, end - next_step)])
         hold = []
         for worker, lease in claims:
-            last = lease.first + lease.steps
-            around = next((i for i in left if i.first <= lease.first and last <= i.first + i.steps), None)
+            around = next((i for i in unclaimed if i.first <= lease.first and _end(lease) <= _end(i)), None)
             hold.append(around is not None)
             if around is not None:
-                before = Lease(around.first, lease.first - around.first)
-                after = Lease(last, around.first + around.steps - last)
-                left = [i for i in left if i != around] + [i for i in (before, after) if i.steps]
+                unclaimed = [piece for i in unclaimed for piece in (_without(i, lease) if i == around else [i])]
                 self._held.setdefault(worker, []).append(lease)
-        free = sorted(left)
-        held = sum(lease.steps for leases in self._held.values() for lease in leases)
-        committed = end - held - sum(lease.steps for lease in free)
-        self.restore({"next": end, "free": free, "committed": committed})
+        self.restore({"next": end, "free": sorted(unclaimed), "given_up": given_up})
         return hold
 
     @property
@@ -122,6 +144,16 @@ class Leases:
         """Leases that were given back."""
         return list(self._free)
 
+    @property
+    def committed(self) -> int:
+        """Number of steps that were committed."""
+        return self._next - self.given_up - sum(lease.steps for lease in self._open())
+
+    @property
+    def held(self) -> bool:
+        """Whether any worker holds a lease: what it does not commit will be free again."""
+        return bool(self._held)
+
     def held_by(self, worker: int) -> list[Lease]:
         """Leases of `worker`."""
         return list(self._held.get(worker, []))
@@ -130,65 +162,140 @@ class Leases:
         """Whether `worker` holds a lease that begins with the steps `done`."""
         return any(lease.first == done.first and lease.steps >= done.steps for lease in self._held.get(worker, []))
 
-    @property
-    def held(self) -> bool:
-        """Whether any worker holds a lease: what it does not commit will be free again."""
-        return bool(self._held)
+    def open(self) -> list[Lease]:
+        """Steps before `next` that are free or held, in order and in as few pieces as can be."""
+        return _merged(self._open())
 
-    def grant(self, worker: int) -> Lease:
-        """Lease the next free steps to `worker`."""
+    def _open(self) -> list[Lease]:
+        return [*self._free, *(lease for held in self._held.values() for lease in held)]
+
+    def grant(self, worker: int, patient: bool = False) -> Lease:
+        """Lease the next free steps to `worker`, NONE if there are none.
+
+        Steps at which this worker has failed before come last; `patient`: leave them to others.
+        """
         period = self.pace(worker, self._done.pop(worker, 0)) if self.pace else self.period
-        if self._free:
-            lease = self._free.pop()
-            self._give_back(Lease(lease.first + period, lease.steps - period))
-            lease = Lease(lease.first, min(period, lease.steps))
-        else:
-            left = period if self.total is None else max(0, self.total - self._next)
-            lease = Lease(self._next, min(period, left))
+        lease = self._take_free(worker, failed=False)
+        if lease is None:
+            left = period if self.total is None else self.total - self._next
+            lease = Lease(self._next, max(0, min(period, left)))
             self._next += lease.steps
+        if not lease.steps and not patient:
+            lease = self._take_free(worker, failed=True) or NONE
         if not lease.steps:
             return NONE
+        self._give_back(Lease(lease.first + period, lease.steps - period))
+        lease = Lease(lease.first, min(period, lease.steps))
         self._held.setdefault(worker, []).append(lease)
         return lease
 
-    def commit(self, worker: int, done: Lease) -> None:
-        """Snapshot `done`, the first steps of a lease of `worker`; what is left of that lease becomes free."""
-        held = self._held.get(worker, [])
-        lease = next((lease for lease in held if lease.first == done.first), None)
-        if lease is None or done.steps > lease.steps:
-            raise ValueError(f"worker {worker} commits steps {done}, but holds {held}")
-        held.remove(lease)
-        if not held:
-            del self._held[worker]
-        self.committed += done.steps
-        self._done[worker] = self._done.get(worker, 0) + done.steps
-        self._give_back(Lease(done.first + done.steps, lease.steps - done.steps))
+    def _take_free(self, worker: int, failed: bool) -> Lease | None:
+        """A free lease at which `worker` has, or has not, failed before."""
+        for i in reversed(range(len(self._free))):
+            if (worker in self._failed_at(self._free[i])) == failed:
+                lease = self._free[i]
+                del self._free[i]
+                return lease
+        return None
 
-    def refuse(self, worker: int, done: Lease) -> None:
-        """Take back the lease whose steps `done` were refused."""
-        held = self._held.get(worker, [])
-        for lease in [lease for lease in held if lease.first == done.first]:
-            held.remove(lease)
-            self._done[worker] = self._done.get(worker, 0) + done.steps
+    def commit(self, worker: int, done: Lease) -> None:
+        """Book `done`, the first steps of a lease of `worker`; what is left of that lease becomes free.
+
+        Raises ValueError if the worker holds no such lease.
+        """
+        if not self.holds(worker, done):
+            raise ValueError(f"worker {worker} commits steps {done}, but holds {self.held_by(worker)}")
+        lease = self._end_lease(worker, done)
+        assert lease is not None
+        self._forget_refusals(done)
+        self._give_back(Lease(_end(done), lease.steps - done.steps))
+
+    def give_back(self, worker: int, done: Lease) -> None:
+        """Take back the lease whose steps `done` weighed nothing."""
+        lease = self._end_lease(worker, done)
+        if lease is not None:
             self._give_back(lease)
-        if not held:
-            self._held.pop(worker, None)
+
+    def refuse(self, worker: int, done: Lease) -> bool:
+        """Take back the lease whose steps `done` were refused; whether they are given up.
+
+        They are if another worker has failed at them, too, or this one for the third time. `done` without steps: the
+        lease was lost by no fault of its own.
+        """
+        lease = self._end_lease(worker, done)
+        if lease is None:
+            return False
+        done = Lease(done.first, min(done.steps, lease.steps))
+        failed = [*self._failed_at(done), worker]
+        self._forget_refusals(done)
+        if done.steps and (len(failed) >= 3 or len(set(failed)) > 1):
+            self.given_up += done.steps
+            self._give_back(Lease(_end(done), lease.steps - done.steps))
+            return True
+        if done.steps:
+            self._refusals[done] = failed
+        self._free.appendleft(lease)
+        return False
 
     def release(self, worker: int) -> None:
         """Take back all that `worker` holds."""
         for lease in self._held.pop(worker, []):
             self._give_back(lease)
 
+    def forget(self, worker: int) -> None:
+        """`worker` is gone: take back what it holds, and forget how fast it was."""
+        self.release(worker)
+        self._done.pop(worker, None)
+        if isinstance(self.pace, SpeedProportional):
+            self.pace.forget(worker)
+
+    def _end_lease(self, worker: int, done: Lease) -> Lease | None:
+        """The lease of `worker` that begins with the steps `done`, which it holds no longer; None if there is none."""
+        held = self._held.get(worker, [])
+        lease = next((lease for lease in held if lease.first == done.first), None)
+        if lease is not None:
+            held.remove(lease)
+            self._done[worker] = self._done.get(worker, 0) + done.steps
+            if not held:
+                del self._held[worker]
+        return lease
+
     def _give_back(self, lease: Lease) -> None:
         if lease.steps > 0:
             self._free.append(lease)
+
+    def _failed_at(self, steps: Lease) -> list[int]:
+        """The workers whose commits of any of `steps` were refused, as often as that was."""
+        return [
+            worker
+            for refused, workers in self._refusals.items()
+            if refused.first < _end(steps) and steps.first < _end(refused)
+            for worker in workers
+        ]
+
+    def _forget_refusals(self, steps: Lease) -> None:
+        if self._refusals:
+            kept = ((piece, workers) for old, workers in self._refusals.items() for piece in _without(old, steps))
+            self._refusals = dict(kept)
+
+
+def _end(lease: Lease) -> int:
+    return lease.first + lease.steps
+
+
+def _without(lease: Lease, steps: Lease) -> list[Lease]:
+    """What is left of `lease` without `steps`, in order."""
+    before = Lease(lease.first, min(_end(lease), steps.first) - lease.first)
+    last = max(lease.first, _end(steps))
+    after = Lease(last, _end(lease) - last)
+    return [piece for piece in (before, after) if piece.steps > 0]
 
 
 def _merged(leases: Sequence[Lease]) -> list[Lease]:
     """The same steps in order, adjacent leases as one."""
     merged: list[Lease] = []
     for lease in sorted(leases):
-        if merged and merged[-1].first + merged[-1].steps == lease.first:
+        if merged and _end(merged[-1]) == lease.first:
             merged[-1] = Lease(merged[-1].first, merged[-1].steps + lease.steps)
         elif lease.steps:
             merged.append(lease)

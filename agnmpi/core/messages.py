@@ -10,7 +10,7 @@ from .leases import NONE, Lease
 
 # Plain ints, not IntFlags: each `&` of an IntFlag takes 1 µs in Python 3.11, and a message of one number some 50 µs.
 # Commit.requests: what a message asks for, besides applying its payload.
-# IDLE: this worker holds no steps, whatever the center thinks.
+# IDLE: this worker holds no steps, whatever the center thinks; it waits for work, if others hold some.
 PULL, WORK, LEAVE, SAVE, IDLE = 1, 2, 4, 8, 16
 # Commit.flags: what is known of the payload.
 # NOT_FINITE: its worker has looked, so that the center need not read it once more.
@@ -20,30 +20,50 @@ NOT_FINITE, MISFIT = 1, 2
 # refused: not finite, or no commit to this model; dropped: of no weight, such as too old
 OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3
 # Reply.control; STOP: give back the work in hand, commit what is done, leave. WAIT: no work is free now, but others
-# hold some that may become free: ask again.
+# hold some that may become free: who asks with IDLE is answered then.
 CONTINUE, STOP, WAIT = 0, 1, 2
 _COMMIT = struct.Struct("<12qd")
 _REPLY = struct.Struct("<9q")
-_SNAPSHOT = struct.Struct("<7q")
+_SNAPSHOT = struct.Struct("<8q")
 _LARGEST = 1 << 42  # bytes of a vector
 
 
 class Commit(NamedTuple):
-    """A message from a worker; without payload a mere request (pull, work, leave)."""
+    """A message from a worker; without payload a mere request (pull, work, leave).
+
+    Args:
+        worker: index of the sender, 0 … n−1.
+        sequence: number of this commit among its worker's, from 1.
+        steps: local steps in the payload.
+        first_step: number of the first of them, over the whole run.
+        clock: of the center when this worker last pulled.
+        commits: deltas summed in the payload.
+        requests: PULL, WORK, LEAVE, SAVE, IDLE.
+        flags: NOT_FINITE, MISFIT.
+        encoding: of the payload; 0: the vector as it is.
+        nbytes: of the payload.
+        total: with WORK and no payload, the steps of the session that this rank knows of; -1 without end.
+        checkpoint: with SAVE, the number of the checkpoint that is to be written.
+        loss: mean training loss over the steps.
+        payload: the delta (n,); it travels on its own, behind the header.
+
+    >>> Commit.decode(Commit(1, sequence=5, steps=3, loss=0.5).encode()).steps
+    3
+    """
 
     worker: int
-    sequence: int = 0  # of this worker's commits, from 1
-    steps: int = 0  # local steps in the payload
-    first_step: int = 0  # number of the first of them
-    clock: int = 0  # of the center when this worker last pulled
-    commits: int = 1  # deltas summed in the payload
+    sequence: int = 0
+    steps: int = 0
+    first_step: int = 0
+    clock: int = 0
+    commits: int = 1
     requests: int = 0
     flags: int = 0
-    encoding: int = 0  # 0: the vector as it is
+    encoding: int = 0
     nbytes: int = 0
-    total: int = -1  # with WORK and no payload: steps of the session that this rank knows of, -1 without end
-    checkpoint: int = 0  # with SAVE: number of the checkpoint that is to be written
-    loss: float = nan  # mean training loss over the steps
+    total: int = -1
+    checkpoint: int = 0
+    loss: float = nan
     payload: Array | None = None
 
     def encode(self) -> bytes:
@@ -74,34 +94,59 @@ COMMIT_BYTES = _COMMIT.size
 
 
 class Snapshot(NamedTuple):
-    """What a center knows beside c, clock and `applied`: with these it makes a worker able to take over."""
+    """What a center knows beside c, clock and `applied`: with these it makes a worker able to take over.
 
-    served: int = 0  # messages served: of two books the later has more
+    Args:
+        served: messages; of two snapshots the later has more.
+        session: number of the session.
+        next: first step that was never granted.
+        staleness_sum, staleness_max: of the applied commits.
+        refused, dropped: commits.
+        given_up: steps of this session that nobody is to take again.
+        open: steps before `next` that are neither committed nor given up.
+    """
+
+    served: int = 0
     session: int = 0
-    next: int = 0  # first step that was never granted
+    next: int = 0
     staleness_sum: int = 0
     staleness_max: int = 0
     refused: int = 0
     dropped: int = 0
-    open: tuple[Lease, ...] = ()  # steps before `next` that are not committed
+    given_up: int = 0
+    open: tuple[Lease, ...] = ()
 
 
 def max_open_leases(workers: int) -> int:
-    """Number of intervals that a book has room for; with more it does not travel, and nobody can go on from there."""
+    """Most intervals of a snapshot that travels; with more it stays, and nobody can go on from there."""
     return 4 * workers + 64
 
 
 class Reply(NamedTuple):
-    """The center's answer: the clock of the center that travels with it, and what to do next."""
+    """The center's answer: the clock of the center that travels with it, and what to do next.
+
+    Args:
+        clock: commits applied so far.
+        status: of the commit: OK, DUPLICATE, REFUSED, DROPPED.
+        control: CONTINUE, STOP, WAIT.
+        work: the lease granted, NONE without.
+        steps: local steps in all commits so far.
+        checkpoint: steps at the newest checkpoint; workers save their state for it.
+        applied: last sequence applied, by worker; with c, and only where workers are to outlive their center.
+        snapshot: likewise.
+
+    >>> Reply.decode(Reply(3, work=Lease(4, 2)).encode())[:4]
+    (3, 0, 0, Lease(first=4, steps=2))
+    """
 
     clock: int
     status: int = OK
     control: int = CONTINUE
     work: Lease = NONE
-    steps: int = 0  # local steps in all commits so far
-    checkpoint: int = 0  # steps at the newest checkpoint: workers save their state for it
-    applied: tuple[int, ...] = ()  # last sequence applied, by worker
-    snapshot: Snapshot | None = None  # with c, where workers are to outlive their center
+    steps: int = 0
+    checkpoint: int = 0
+    applied: tuple[int, ...] = ()
+    snapshot: Snapshot | None = None
 
     def encode(self) -> bytes:
         """The header, as it travels."""
@@ -111,11 +156,9 @@ class Reply(NamedTuple):
         intervals = -1 if snapshot is None else len(snapshot.open)
         fixed = (self.clock, self.status, self.control, *self.work, self.steps, self.checkpoint)
         header = _REPLY.pack(*fixed, len(self.applied), intervals) + _words(self.applied)
-        return (
-            header
-            if snapshot is None
-            else header + _SNAPSHOT.pack(*snapshot[:-1]) + _words(n for at in snapshot.open for n in at)
-        )
+        if snapshot is None:
+            return header
+        return header + _SNAPSHOT.pack(*snapshot[:-1]) + _words(n for lease in snapshot.open for n in lease)
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Reply":
@@ -131,10 +174,9 @@ class Reply(NamedTuple):
         if intervals < 0:
             return reply
         at = _REPLY.size + 8 * workers
-        said = struct.unpack_from(f"<{2 * intervals}q", header, at + _SNAPSHOT.size)
-        intervals_said = tuple(Lease(*pair) for pair in zip(said[::2], said[1::2]))
+        numbers = struct.unpack_from(f"<{2 * intervals}q", header, at + _SNAPSHOT.size)
         snapshot = Snapshot(*_SNAPSHOT.unpack_from(header, at))
-        return reply._replace(snapshot=snapshot._replace(open=intervals_said))
+        return reply._replace(snapshot=snapshot._replace(open=tuple(map(Lease, numbers[::2], numbers[1::2]))))
 
 
 def _words(numbers: Iterable[int]) -> bytes:
@@ -142,6 +184,8 @@ def _words(numbers: Iterable[int]) -> bytes:
     return struct.pack(f"<{len(numbers)}q", *numbers)
 
 
-def reply_bytes(workers: int) -> int:
-    """Most bytes of an encoded Reply."""
+def reply_bytes(workers: int, replicates_state: bool) -> int:
+    """Most bytes of an encoded Reply; `replicates_state`: workers are to outlive their center."""
+    if not replicates_state:
+        return _REPLY.size
     return _REPLY.size + 8 * workers + _SNAPSHOT.size + 16 * max_open_leases(workers)

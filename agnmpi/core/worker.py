@@ -7,14 +7,15 @@ a clock of its own (`simulate`) takes it up again when the handle is done.
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from enum import Enum, auto
 from math import nan
 from typing import Any, TypeAlias, TypeVar
 
 from ..arrays.backend import Array, empty_like, namespace
 from ..arrays.reductions import all_finite
-from .ends import Elected, Handle, Pause, WorkerEnd
+from .ends import Elected, Handle, WorkerEnd
 from .leases import Lease
-from .messages import DROPPED, IDLE, NOT_FINITE, REFUSED, STOP, WAIT, WORK, Commit, Reply
+from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, WAIT, WORK, Commit, Reply
 from .optimizers import Optimizer, Range
 from .rules import Rule
 
@@ -33,12 +34,62 @@ def _wait(waits: Waits[T]) -> T:
         handle.wait()
 
 
+class Phase(Enum):
+    """Where a worker is in its life."""
+
+    NEW = auto()  # has not begun
+    RESUMED = auto()  # likewise, with the state of a checkpoint
+    TRAINING = auto()  # has begun from the center
+    LEAVING = auto()  # has said farewell; the others go on
+    LEFT = auto()  # has the final center; may begin another session
+    ELECTED = auto()  # this rank serves now
+
+
+class _Buffers:
+    """The vectors (n,) of the exchanges, beside x and o.
+
+    `sent` is x when the delta was formed, x itself where nothing moves it meanwhile; MPI writes into `pulled`, which is
+    o itself where o need not stay whole.
+    """
+
+    def __init__(self, x: Array, o: Array, keeps_sent: bool, keeps_o: bool) -> None:
+        self.delta = empty_like(x)
+        self.sent = empty_like(x) if keeps_sent else x
+        self.pulled = empty_like(x) if keeps_o else o
+
+
 class Worker:
     """Parameters, what they were at the last pull, and the work in hand.
 
-    `x`: (n,) parameters, moved in place; `optimizer`: None if the caller moves x; `index`: 0 … n−1;
-    `overlap`: compute the next period while the exchange of the last is under way; `double_buffer`: keep `o` whole
-    while the next pull comes in: if the center is lost, another may go on from there.
+    Args:
+        x: (n,) parameters, moved in place.
+        rule: of the exchange.
+        optimizer: the local optimizer, None if the caller moves x.
+        end: by which the center is reached.
+        index: 0 … n−1.
+        overlap: compute the next period while the exchange of the last is under way.
+        double_buffer: keep `o` whole while the next pull comes in: if the center is lost, another may go on from there.
+
+    Raises:
+        ValueError: the rule needs gradients, and there is no optimizer.
+
+    >>> import numpy as np
+    >>> from agnmpi.core import rules
+    >>> from agnmpi.core.center import Center
+    >>> from agnmpi.core.leases import Leases
+    >>> from agnmpi.core.optimizers import sgd
+    >>> from agnmpi.transport.local import LocalCenter
+    >>> c = np.zeros(1)
+    >>> center = Center(rules.agn(), c, workers=1)
+    >>> center.leases = Leases(total=None, period=2)
+    >>> end = LocalCenter(c, 1, center.apply).worker_end(0)
+    >>> worker = Worker(np.ones(1), rules.agn(), sgd(0.5), end, 0)
+    >>> for step in worker.steps():
+    ...     worker.step(np.full(1, -1.0))
+    ...     if step == 3:
+    ...         break
+    >>> c
+    array([1.])
     """
 
     def __init__(
@@ -53,35 +104,42 @@ class Worker:
     ) -> None:
         if optimizer is None and rule.accumulates:
             raise ValueError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
-        empty = empty_like
         self.x, self.rule, self.optimizer, self.end, self.index = x, rule, optimizer, end, index
-        self.overlap = overlap
+        self.overlap, self.phase = overlap, Phase.NEW
         self.state: Any = optimizer.init(x) if optimizer else None
         self.parted = x  # what x was when this worker left, before it took the final center
-        self.o = empty(x)  # the center as last pulled
+        self.o = empty_like(x)  # the center as last pulled
         self.a = namespace(x).zeros_like(x) if rule.accumulates else x
-        self.clock = 0  # of o
+        self._buffers = _Buffers(x, self.o, overlap, overlap or double_buffer)
         self.last_reply: Reply | None = None  # with o
-        self.elected = False  # this rank serves now, and trains no more
+        self.pulls = 0  # times that o was pulled
         self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
         self.before = 0  # steps of all workers in earlier sessions: schedules go on
         self.sequence = 0  # commits sent
-        self.refused = 0  # commits that the center did not take
         self.checkpoint = 0  # steps at the newest checkpoint: this worker's state belongs to it
-        self.resumed = False  # the next session begins with the x of a checkpoint, where the rule keeps x
-        self._waiting = False  # for work that others hold
-        self.dropped = 0  # steps that no round took, because another rank broke off
-        self.pulls = 0  # times x was adopted from a pull
-        self.done = 0  # steps since the last exchange was started
         self.leases: deque[Lease] = deque()  # the first is under way
-        self._delta = empty(x)
-        self._sent = empty(x) if overlap else x
-        self._pulled = empty(x) if overlap or double_buffer else self.o  # MPI writes here: o stays whole meanwhile
-        self._loss = 0.0
-        self._handle: Handle | None = None
+        self.done = 0  # steps of it since the last exchange was started
+        self._loss = 0.0  # of these, summed
+        self.dropped = 0  # steps that no round took, because another rank broke off
+        self._work_may_come = False  # others hold some
         self._commit: Commit | None = None
-        self._farewell: Handle | None = None
+        self._handle: Handle | None = None  # of the exchange under way, or of the farewell
+
+    @property
+    def clock(self) -> int:
+        """The center's when it was last pulled."""
+        return self.last_reply.clock if self.last_reply else 0
+
+    @property
+    def elected(self) -> bool:
+        """Whether this rank serves now, and trains no more."""
+        return self.phase is Phase.ELECTED
+
+    @property
+    def leaving(self) -> bool:
+        """Whether `settle` has to wait."""
+        return self.phase is Phase.LEAVING
 
     @property
     def under_way(self) -> Commit | None:
@@ -94,9 +152,15 @@ class Worker:
         return self.leases[0].first + self.done
 
     def local_step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
-        """Move x by one step of the local optimizer on g (n,), and accumulate g if the rule requests it.
+        """Move x by one step of the local optimizer on g, and accumulate g if the rule asks for it.
 
-        `g` is None when the caller has moved x; `ranges`: the pieces of x that have a gradient, all if None.
+        Args:
+            g: (n,) gradient, None when the caller has moved x.
+            loss: training loss of the step.
+            ranges: the pieces of x that have a gradient, all if None.
+
+        Raises:
+            ValueError: there is an optimizer, but no gradient.
         """
         if self.optimizer is not None:
             if g is None:
@@ -110,21 +174,38 @@ class Worker:
         self.done += 1
         self._loss += loss
 
+    def step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
+        """The loop's body: a `local_step`, and the exchange when the period is full."""
+        self.local_step(g, loss, ranges)
+        try:
+            _wait(self._after_step())
+        except Elected:
+            self._retire()
+
+    def _after_step(self) -> Waits[None]:
+        if self.done == self.leases[0].steps:
+            yield from self._exchange()
+        elif self._handle is not None and self._handle.test():
+            yield from self._finish_exchange()
+
+    # --- an exchange ---
+
     def start_exchange(self) -> None:
         """Form the delta of the steps done, and start the exchange."""
         self._commit = self._form_commit(WORK)
         if self.rule.pulls == "before":
-            self._handle = self.end.pull(self._pulled)
+            self._handle = self.end.pull(self._buffers.pulled)
             return
         if self.overlap:
-            self._sent[...] = self.x
-        self._handle = self.end.exchange(self._commit, self._pulled)
+            self._buffers.sent[...] = self.x
+        self._handle = self.end.exchange(self._commit, self._buffers.pulled)
 
     def _form_commit(self, requests: int) -> Commit:
-        lease, steps, loss, flags = self.leases.popleft(), self.done, self._loss, 0
+        lease, steps, loss = self.leases.popleft(), self.done, self._loss
         if self.rule.pulls == "after":
-            self.rule.delta(self.x, self.o, self.a, max(steps, 1), self._delta)
-            flags = self._look()
+            flags = self._form_delta(steps)
+        else:  # the delta is formed when the pull is there; with overlap x has moved on by then
+            flags = NOT_FINITE if self.overlap and not all_finite(self.x) else 0
         if self.rule.accumulates:
             self.a[...] = 0
         self.sequence += 1
@@ -138,15 +219,19 @@ class Worker:
             requests=requests,
             flags=flags,
             loss=loss / steps if steps else nan,
-            payload=self._delta,
+            payload=self._buffers.delta,
         )
 
-    def _look(self) -> int:
-        return 0 if all_finite(self._delta) else NOT_FINITE
+    def _form_delta(self, steps: int) -> int:
+        """Write the delta of `steps` steps; returns the flags about it."""
+        delta = self._buffers.delta
+        self.rule.delta(self.x, self.o, self.a, max(steps, 1), delta)
+        return 0 if all_finite(delta) else NOT_FINITE
 
     def finish_exchange(self) -> None:
-        """Wait for the exchange under way, and adopt what it brought."""
-        _wait(self._finish_exchange())
+        """Wait for the exchange under way, if any, and adopt what it brings."""
+        if self._handle is not None:
+            _wait(self._finish_exchange())
 
     def _finish_exchange(self) -> Waits[None]:
         assert self._handle is not None
@@ -154,30 +239,30 @@ class Worker:
         handle, self._handle = self._handle, None
         yield handle
         reply = handle.wait()
-        self._have_pulled(reply)
+        self._keep_pull(reply)
         if self.rule.pulls == "before":
-            self.rule.delta(self.x, self.o, self.a, max(self._commit.steps, 1), self._delta)
-            self._commit = self._commit._replace(clock=self.clock, flags=self._look())
+            commit, flags = self._commit, self._form_delta(self._commit.steps)
+            if self.overlap and flags and not commit.flags:  # the steps since have spoiled x: these were good
+                commit = commit._replace(steps=0)
+            self._commit = commit._replace(clock=self.clock, flags=flags)
             handle = self.end.exchange(self._commit, None)
             yield handle
             reply = handle.wait()
         if reply.status == REFUSED:
             self._start_afresh()
-        else:
-            self.refused += reply.status == DROPPED  # what the reply has brought is adopted all the same
-            self.rule.adopt(self.x, self._sent, self._delta, self.o)
+        else:  # where the commit was dropped, what the reply has brought is adopted all the same
+            self.rule.adopt(self.x, self._buffers.sent, self._buffers.delta, self.o)
         self._commit = None
-        self._take(reply)
+        self._follow(reply)
 
-    def _have_pulled(self, reply: Reply) -> None:
-        """A pull is there, whole."""
-        self.o, self._pulled = self._pulled, self.o
-        self.clock, self.last_reply = reply.clock, reply
+    def _keep_pull(self, reply: Reply) -> None:
+        """A pull is there, whole: it is o from now on."""
+        self.o, self._buffers.pulled = self._buffers.pulled, self.o
+        self.last_reply = reply
         self.pulls += 1
 
     def _start_afresh(self) -> None:
         """The last commit was refused: neither x nor the slots can be trusted, nor what was computed since."""
-        self.refused += 1
         self.x[...] = self.o
         self.done, self._loss = 0, 0.0  # with overlap: the lease in hand is begun anew
         if self.rule.accumulates:
@@ -185,20 +270,6 @@ class Worker:
         if self.optimizer is not None:
             count = self.state.step
             self.state = self.optimizer.init(self.x)._replace(step=count)
-
-    def step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
-        """The loop's body: a local step, and the exchange when the period is full."""
-        self.local_step(g, loss, ranges)
-        try:
-            _wait(self._after_step())
-        except Elected:
-            self._retire()
-
-    def _after_step(self) -> Waits[None]:
-        if self.done == self.leases[0].steps:
-            yield from self._exchange()
-        elif self._handle is not None and self._handle.test():
-            yield from self._finish_exchange()
 
     def _exchange(self) -> Waits[None]:
         if self._handle is not None:
@@ -209,29 +280,10 @@ class Worker:
         if not self.overlap or not self.leases:
             yield from self._finish_exchange()
 
-    def begin(self) -> None:
-        """Start from the center, whatever x was, and ask for work (for two periods with overlap)."""
-        _wait(self._begin())
-
-    def _begin(self) -> Waits[None]:
-        yield from self._settle()
-        self.parted = self.x
-        handle = self.end.exchange(self._ask(), self._pulled)
-        yield handle
-        reply = handle.wait()
-        self._have_pulled(reply)
-        if not (self.resumed and self.rule.pulls == "before"):
-            self.x[...] = self.o
-        self.resumed = False
-        self._take(reply)
-        if self.overlap and self.leases:
-            handle = self.end.exchange(self._ask(), None)
-            yield handle
-            self._take(handle.wait())
-
-    def _take(self, reply: Reply) -> None:
+    def _follow(self, reply: Reply) -> None:
+        """Do what the center says: stop, or go on with the work that it has granted."""
         self.checkpoint = max(self.checkpoint, reply.checkpoint)
-        self._waiting = reply.control == WAIT
+        self._work_may_come = reply.control == WAIT
         if reply.control == STOP and self.rule.allreduce:  # there is no further round: with overlap, steps are dropped
             self.leases.clear()
             self.dropped += self.done
@@ -244,32 +296,53 @@ class Worker:
         elif reply.work.first >= 0:
             self.leases.append(reply.work)
 
+    # --- a session ---
+
+    def begin(self) -> None:
+        """Start from the center, whatever x was, and ask for work (for two periods with overlap)."""
+        _wait(self._begin())
+
+    def _begin(self) -> Waits[None]:
+        yield from self._settle()
+        self.parted = self.x
+        handle = self.end.exchange(self._request(), self._buffers.pulled)
+        yield handle
+        reply = handle.wait()
+        self._keep_pull(reply)
+        if not (self.phase is Phase.RESUMED and self.rule.pulls == "before"):
+            self.x[...] = self.o
+        self.phase = Phase.TRAINING
+        self._follow(reply)
+        if self.overlap and self.leases:
+            handle = self.end.exchange(self._request(), None)
+            yield handle
+            self._follow(handle.wait())
+
+    def _request(self, requests: int = 0) -> Commit:
+        """A message that asks for work, and brings nothing."""
+        return Commit(self.index, requests=WORK | requests, total=-1 if self.total is None else self.total)
+
     def _has_work(self) -> Waits[bool]:
         while not self.leases or self.done >= self.leases[0].steps:
             if self.leases:  # a lease of nothing in a round of all, or one cut short by STOP
                 yield from self._exchange()
             elif self._handle is not None:
                 yield from self._finish_exchange()
-            elif self._waiting:
-                yield from self._ask_again()
+            elif self._work_may_come:
+                yield from self._wait_for_work()
             else:
                 return False
         return True
 
-    def _ask_again(self) -> Waits[None]:
-        """Others hold work that may become free: by a break, a refusal, or the loss of a rank."""
-        yield Pause(0.1)
-        handle = self.end.exchange(self._ask(IDLE), None)
+    def _wait_for_work(self) -> Waits[None]:
+        """Others hold work that may become free: by a break, a refusal, or the loss of a rank. Ask once, and wait."""
+        handle = self.end.exchange(self._request(IDLE | PULL), self._buffers.pulled)
         yield handle
-        self._take(handle.wait())
-        if self.leases and self.rule.pulls == "after":  # nothing was computed since the last pull
-            handle = self.end.pull(self._pulled)
-            yield handle
-            self._have_pulled(handle.wait())
+        reply = handle.wait()
+        self._keep_pull(reply)
+        if self.rule.pulls == "after":  # nothing was computed since the last pull
             self.x[...] = self.o
-
-    def _ask(self, requests: int = 0) -> Commit:
-        return Commit(self.index, requests=WORK | requests, total=-1 if self.total is None else self.total)
+        self._follow(reply)
 
     def steps(self) -> Generator[int, None, None]:
         """Yield the number of each step granted to this worker; the caller then calls `step`, once.
@@ -295,10 +368,10 @@ class Worker:
 
     def _retire(self) -> None:
         """This rank serves from now on."""
-        self.elected = True
+        self.phase = Phase.ELECTED
         self.leases.clear()
-        self.done, self._loss, self._waiting = 0, 0.0, False
-        self._handle = self._commit = self._farewell = None
+        self.done, self._loss, self._work_may_come = 0, 0.0, False
+        self._handle = self._commit = None
 
     def leave(self) -> None:
         """Finish the exchange under way, commit what is done, and say farewell, without waiting for the answer."""
@@ -308,7 +381,7 @@ class Worker:
             self._retire()
 
     def _leave(self) -> Waits[None]:
-        if self.elected:
+        if self.elected or self.leaving:
             return
         if self._commit is not None and self._handle is None:
             return  # an exchange has failed: its exception is on its way up, and nothing may hold it back
@@ -321,7 +394,33 @@ class Worker:
         elif self.done:
             self._commit = last = self._form_commit(0)
         self.leases.clear()
-        self._farewell = self.end.leave(last, self._pulled)
+        self._handle = self.end.leave(last, self._buffers.pulled)
+        self.phase = Phase.LEAVING
+
+    def settle(self) -> None:
+        """After leaving: wait until all workers have left, and take the final center into x and o.
+
+        Or until this rank is elected to serve the others.
+        """
+        try:
+            _wait(self._settle())
+        except Elected:
+            self._retire()
+
+    def _settle(self) -> Waits[None]:
+        if self.phase is not Phase.LEAVING:
+            return
+        assert self._handle is not None
+        yield self._handle
+        reply = self._handle.wait()
+        self._keep_pull(reply)
+        self.before = reply.steps
+        self._handle = self._commit = None
+        self.phase = Phase.LEFT
+        self.parted = self.x.copy() if self.rule.pulls == "before" else self.x
+        self.x[...] = self.o
+
+    # --- a checkpoint ---
 
     def save(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Copy what a checkpoint keeps of this worker, between two periods: x, o and the slots, and facts."""
@@ -353,32 +452,7 @@ class Worker:
             for slot_name, slot in self.optimizer.slots(self.state).items():
                 slot[...] = xp.asarray(arrays[f"slot/{slot_name}"])
             self.state = self.state._replace(step=int(facts["optimizer_step"]))
-        self.resumed = True
-
-    def settle(self) -> None:
-        """After leaving: wait until all workers have left, and take the final center into x and o.
-
-        Or until this rank is elected to serve the others.
-        """
-        try:
-            _wait(self._settle())
-        except Elected:
-            self._retire()
-
-    @property
-    def leaving(self) -> bool:
-        """Whether `settle` has to wait."""
-        return self._farewell is not None
-
-    def _settle(self) -> Waits[None]:
-        if self._farewell is not None:
-            yield self._farewell
-            reply = self._farewell.wait()
-            self._have_pulled(reply)
-            self.before = reply.steps
-            self._farewell = self._commit = None
-            self.parted = self.x.copy() if self.rule.pulls == "before" else self.x
-            self.x[...] = self.o
+        self.phase = Phase.RESUMED
 
 
 def train(

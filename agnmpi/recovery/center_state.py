@@ -21,6 +21,7 @@ class CenterState(NamedTuple):
     session: int
     refused: int
     dropped: int
+    given_up: int
     staleness: tuple[int, int]  # sum, maximum
     checkpoint: int  # steps at the newest checkpoint of then
     applied: Mapping[int, int]  # last sequence applied, by rank
@@ -41,10 +42,11 @@ class CenterState(NamedTuple):
             session=snapshot.session,
             refused=snapshot.refused,
             dropped=snapshot.dropped,
+            given_up=snapshot.given_up,
             staleness=(snapshot.staleness_sum, snapshot.staleness_max),
             checkpoint=reply.checkpoint,
             applied=dict(zip(ranks, reply.applied)),
-            leases={"next": snapshot.next, "free": snapshot.open},
+            leases={"next": snapshot.next, "free": snapshot.open, "given_up": snapshot.given_up},
             source=source,
         )
 
@@ -60,6 +62,7 @@ class CenterState(NamedTuple):
             session=facts.get("session", 0),
             refused=facts["refused"],
             dropped=facts["dropped"],
+            given_up=facts.get("given_up", 0),
             staleness=tuple(facts["staleness"]),
             checkpoint=facts["steps"],
             applied=dict(zip(facts.get("ranks", ()), facts["applied"])),
@@ -88,6 +91,7 @@ def with_slots(
         "served": state.served,
         "refused": state.refused,
         "dropped": state.dropped,
+        "given_up": state.given_up,
         "staleness": state.staleness,
         "center_optimizer": optimizer.name if optimizer else "add",
         "center_optimizer_step": step,

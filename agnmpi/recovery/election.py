@@ -17,7 +17,7 @@ class Witness(NamedTuple):
     worker: int  # its index at the lost center
     session: int
     clock: int  # of its last whole pull
-    served: int  # of the book that came with it; -1 without one
+    served: int  # of the snapshot that came with it; -1 without one
     sequence: int  # of the commit that is not answered, 0 for none
     under_way: list[Lease]  # the steps of that commit
     held: list[Lease]  # by it, and not in that commit
@@ -86,7 +86,8 @@ def take_over(
     held = [(i, lease) for i, witness, _ in order for lease in witness.held if i < len(workers)]
     sent = [(i, lease) for i, witness, last in order for lease in witness.under_way if witness.sequence > last]
     claims = [*held, *sent]
-    holds = leases.take_over(state["next"], [Lease(*lease) for lease in state["free"]], claims)
+    free, given_up = [Lease(*lease) for lease in state["free"]], int(state.get("given_up", 0))
+    holds = leases.take_over(state["next"], free, claims, given_up)
     for (i, _), hold in zip(claims, holds):
         if not hold and i < len(workers):  # it was silent, or refused unheard: these steps are another's
             center.worker_released(i)

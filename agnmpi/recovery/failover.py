@@ -17,7 +17,7 @@ from ..cluster.connect import Connector
 from ..cluster.roles import CenterRole, LocalRole, Role
 from ..core.leases import Leases
 from ..core.membership import Membership
-from ..core.worker import Worker
+from ..core.worker import Phase, Worker
 from ..transport.agreement import allgather
 from ..transport.local import LocalCenter
 from .center_state import CenterState, Saved, with_slots
@@ -172,7 +172,7 @@ class Failover:
         center.applied.pop()
 
     def _train_within(self, role: LocalRole, worker: Worker) -> None:
-        worker.index, worker.elected = 0, False
+        worker.index, worker.phase = 0, Phase.LEFT
         self._end.replace(role.worker_end())
 
     def _center_lost(self) -> bool:

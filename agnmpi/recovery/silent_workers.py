@@ -41,7 +41,7 @@ class SilentWorkers:
         self._heard[worker] = time.monotonic()
 
     def excused(self, worker: int) -> None:
-        """This worker has left, or waits for work: it will be silent."""
+        """This worker has left: it will be silent."""
         self._heard.pop(worker, None)
 
     def tick(self) -> None:
@@ -49,6 +49,7 @@ class SilentWorkers:
         if not self._limit or not self._look():
             return
         now = time.monotonic()
+        self._heard |= dict.fromkeys(self._role.center.waiting, now)  # for work that others hold
         for worker, last in list(self._heard.items()):
             rank, silent = self._members.rank_of(worker), now - last
             if rank in self._members.lost:

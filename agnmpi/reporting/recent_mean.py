@@ -1,14 +1,30 @@
 """The mean of what is measured on the way."""
 
 from collections import deque
-from math import nan
+from math import fsum, isfinite, nan
+from typing import NamedTuple
+
+_BINS = 1000
+
+
+class _Bin(NamedTuple):
+    """Values side by side: their weighted sum, the weight of those that are finite, and of all."""
+
+    total: float
+    finite: float
+    weight: float
 
 
 class RecentMean:
-    """The weighted mean over the last `span` of weight.
+    """The weighted mean over the last `span` of weight, to a thousandth of it: memory and time have a bound.
+
+    A value that is not finite is missing: it takes its place in the span, but not in the mean.
+
+    Args:
+        span: weight to look back on, such as the steps of an epoch.
 
     >>> mean = RecentMean(span=3)
-    >>> for value in (9.0, 1.0, 2.0, 3.0):
+    >>> for value in (9.0, 1.0, float("nan"), 3.0):
     ...     mean.add(value, 1)
     >>> mean.value
     2.0
@@ -16,19 +32,24 @@ class RecentMean:
 
     def __init__(self, span: float) -> None:
         self._span = span
-        self._values: deque[tuple[float, float]] = deque()
+        self._bins = deque[_Bin]()  # oldest first
         self._weight = 0.0
 
     def add(self, value: float, weight: float) -> None:
         """Add `value`; what then lies more than the span back is forgotten."""
         if not weight:
-            return  # a value of nothing may be NaN
-        self._values.append((value, weight))
+            return
+        new = _Bin(value * weight, weight, weight) if isfinite(value) else _Bin(0.0, 0.0, weight)
+        if self._bins and self._bins[-1].weight < self._span / _BINS:
+            last = self._bins.pop()
+            new = _Bin(last.total + new.total, last.finite + new.finite, last.weight + new.weight)
+        self._bins.append(new)
         self._weight += weight
-        while self._weight - self._values[0][1] >= self._span:
-            self._weight -= self._values.popleft()[1]
+        while self._weight - self._bins[0].weight >= self._span:
+            self._weight -= self._bins.popleft().weight
 
     @property
     def value(self) -> float:
-        """The mean; NaN before anything was added."""
-        return sum(value * weight for value, weight in self._values) / self._weight if self._weight else nan
+        """The mean; NaN where nothing in the span was finite."""
+        weight = fsum(some.finite for some in self._bins)
+        return fsum(some.total for some in self._bins) / weight if weight else nan

@@ -36,12 +36,13 @@ class Agenda:
 class Station:
     """A center in virtual time: one message at a time, in order of arrival.
 
-    At the end of its service a message is applied, and what it pulls is read; then the reply goes its way.
+    At the end of its service a message is applied, and what it pulls is read; then the reply goes its way. Who waits
+    for work is answered at the end of the service of the message that frees some, and keeps nobody waiting.
     """
 
     def __init__(self, agenda: Agenda, center: LocalCenter, timing: Timing) -> None:
         self._agenda, self._center, self._timing = agenda, center, timing
-        self._line: deque[tuple[float, LocalHandle, Callable[[], None]]] = deque()
+        self._line: deque[tuple[float, LocalHandle]] = deque()
         self._serving = False
         self._flying: dict[int, float] = {}  # arrival of a worker's last message, while that is on its way
         self.served, self.longest = 0.0, 0  # seconds of service, longest line
@@ -50,38 +51,42 @@ class Station:
     def send(self, commit: Commit, out: Array | None, answered: Callable[[], None]) -> LocalHandle:
         """Send `commit` off now; `answered` is called when the reply has come back."""
         handle = LocalHandle(self._center, commit, out)
+        handle.on_reply = partial(self._answer, handle, answered)
         payload = 0 if commit.payload is None else commit.payload.nbytes
         arrival = self._agenda.now + (self._timing.transfer(payload) if payload else self._timing.latency)
         before = self._flying.get(commit.worker)
         if before is not None and arrival <= before:  # a worker's messages do not overtake each other
             arrival = nextafter(before, inf)
         self._flying[commit.worker] = arrival
-        self._agenda.at(arrival, commit.worker, partial(self._arrive, handle, answered))
+        self._agenda.at(arrival, commit.worker, partial(self._arrive, handle))
         return handle
 
-    def _arrive(self, handle: LocalHandle, answered: Callable[[], None]) -> None:
+    def _answer(self, handle: LocalHandle, answered: Callable[[], None]) -> None:
+        """The reply to `handle` goes its way."""
+        pulled = 0 if handle.out is None else handle.out.nbytes
+        self._agenda.at(self._agenda.now + self._timing.transfer(pulled), handle.commit.worker, answered)
+
+    def _arrive(self, handle: LocalHandle) -> None:
         if self._flying[handle.commit.worker] == self._agenda.now:
             del self._flying[handle.commit.worker]
         self._center.put(handle)
-        self._line.append((self._agenda.now, handle, answered))
+        self._line.append((self._agenda.now, handle))
         if self._serving:
             self.longest = max(self.longest, len(self._line))
         else:
             self._take_up()
 
     def _take_up(self) -> None:
-        arrival, handle, answered = self._line.popleft()
+        arrival, handle = self._line.popleft()
         payload = 0 if handle.commit.payload is None else handle.commit.payload.nbytes
         pulled = 0 if handle.out is None else handle.out.nbytes
         seconds = self._timing.serving(payload + pulled)
         self.waits.append(self._agenda.now - arrival)
         self.served += seconds
         self._serving = True
-        back = self._timing.transfer(pulled)
 
         def end() -> None:
             self._center.serve_one(self._center.apply)
-            self._agenda.at(self._agenda.now + back, handle.commit.worker, answered)
             self._serving = False
             if self._line:
                 self._take_up()

@@ -13,7 +13,7 @@ from ..cluster.roles import Role
 from ..core.batches import Plan
 from ..core.center import Center
 from ..core.ends import Handle, WorkerEnd
-from ..core.leases import Leases, speed_proportional
+from ..core.leases import Leases, SpeedProportional
 from ..core.messages import Commit, Reply
 from ..core.params import Layout, parts
 from ..core.worker import Worker, session
@@ -62,10 +62,12 @@ class Stage:
         self._recorder: record.Recorder | None = None
         self.directory = run_directory(config)
 
-    def _apply(self, i: int, commit: Commit, c: Array) -> Reply:
+    def _apply(self, i: int, commit: Commit, c: Array) -> Reply | None:
         center = self.centers[i]
         before = center.clock
         reply = center.apply(commit, c)
+        if reply is None:
+            return None
         if i == 0 and center.clock > before:
             self.staleness.append(before - commit.clock)
             if self._monitor is not None:
@@ -114,7 +116,7 @@ class Stage:
                 "agnmpi": __version__,
                 "workers": config.workers,
                 "blas_threads": [blas_threads()],
-                "idle_workers_wait": False,
+                "idle_workers_wait": self.centers[0].idle_workers_wait,
             }
             self._recorder = record.Recorder(directory, facts)
         monitor.say(
@@ -170,8 +172,9 @@ def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
     """
     stage, n = Stage(config), config.workers
     agenda = Agenda(timing.tie())
+    stage.centers[0].idle_workers_wait = True
     if config.dylu:
-        stage.leases.pace = speed_proportional(config.period, lambda: agenda.now)
+        stage.leases.pace = SpeedProportional(config.period, lambda: agenda.now)
     stations = [Station(agenda, local, timing) for local in stage.locals]
     sessions = stage.sessions(lambda i: VirtualWorker(i, stations, stage.parts))
     seconds, noise = (timing.step_time * timing.factors(n)).tolist(), timing.noise()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arrays.backend import Array
 from ..cluster.roles import CenterRole, ShardRole
-from ..core.messages import LEAVE, STOP, WAIT, Commit, Reply
+from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..recovery.checkpoint import prune
 from ..recovery.files import write_atomic
 from ..recovery.saver import CenterSaver
@@ -52,7 +52,7 @@ class Duties:
         """A message was served."""
         if self._silent is not None:
             self._silent.heard(commit.worker)
-            if commit.requests & LEAVE or reply.control == WAIT:
+            if commit.requests & LEAVE:
                 self._silent.excused(commit.worker)
         if self._recorder is not None:
             self._recorder(commit, reply)

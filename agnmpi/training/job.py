@@ -154,7 +154,7 @@ class Job(Observer):
                 self.world, role, self.layout, self.plan.steps, self.data, directory, required,
                 self._announcements.append,
             )  # fmt: skip
-            self.complete = resumed is not None and role.center.steps >= self.plan.steps
+            self.complete = resumed is not None and role.center.settled >= self.plan.steps
         self.session.begin(self.plan.steps, config.period)
         made = raise_on_all(self.world, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
         self.directory = Path(allgather(self.world, made)[0])
@@ -228,7 +228,7 @@ class Job(Observer):
             f"WARNING: the commits of steps {lease.first} to {last} were refused again and again, and these steps are "
             "given up: look at their samples"
         )
-        self.note("given up", first=lease.first, steps=lease.steps)
+        self.note("given_up", first=lease.first, steps=lease.steps)
 
     def missing(self, ranks: Sequence[int]) -> None:
         """Say which ranks are lost, though their work was done."""
@@ -322,11 +322,12 @@ class Job(Observer):
         comm, role = self.session.comm, self.session.role
         if self.duties is not None:
             self.duties.end_record()
-        told = [json.loads(text) for text in allgather(comm, json.dumps([role.center.steps, self.signals.asked]))]
-        steps = told[0][0]
+        own = [role.center.steps, role.center.settled, self.signals.asked]
+        told = [json.loads(text) for text in allgather(comm, json.dumps(own))]
+        steps, settled, _ = told[0]
         # Where all train, any rank may have been the one that broke off.
-        asked = [name for _, name in (told[:1] if self.serving_ranks else told) if name is not None]
-        self.interrupted = bool(asked) and steps < self.plan.steps
+        asked = [name for *_, name in (told[:1] if self.serving_ranks else told) if name is not None]
+        self.interrupted = bool(asked) and settled < self.plan.steps
         if self.config.keep:
             for worker in role.workers:
                 save_worker(self.directory, worker, steps, self.say)
@@ -348,7 +349,7 @@ class Job(Observer):
 
     def _all_lost(self) -> bool:
         """Whether this is a center whose work is not done, and all its workers are lost."""
-        return self.session.deserted and self.session.role.center.steps < self.plan.steps
+        return self.session.deserted and self.session.role.center.settled < self.plan.steps
 
     def _end(self) -> dict[str, Any] | None:
         """Free what is held. Returns the result on rank 0."""

@@ -113,7 +113,7 @@ class Loop(Observer):
         if total is not None and total < 0:
             raise ValueError(f"the number of steps must not be negative, but is {total}")
         self.finish()
-        before = self.session.role.center.steps
+        before = self.session.role.center.settled
         self.session.begin(total, self._period)
         dropped = 0
         for workers in self.session.rounds():
@@ -124,7 +124,7 @@ class Loop(Observer):
         if self.session.deserted:
             raise RuntimeError(f"{self._name}: all workers are lost")
         self._take_final_center()
-        self._report(total, self.session.role.center.steps - before, dropped)
+        self._report(total, self.session.role.center.settled - before, dropped)
 
     def _report(self, total: int | None, taken: int, dropped: int) -> None:
         """Say, at the end of a loop, which of its steps were not taken."""
@@ -167,6 +167,12 @@ class Loop(Observer):
     def lost(self, rank: int, _held: Sequence[Lease]) -> None:
         """Warn."""
         self._warn_of_loss(f"rank {rank} is lost; what it had not committed goes to the others")
+
+    def given_up(self, lease: Lease) -> None:
+        """Warn."""
+        last = lease.first + lease.steps - 1
+        text = f"the commits of steps {lease.first} to {last} were refused again and again: they are given up"
+        warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=2)
 
     def new_center(self, source: str, _gone: Sequence[int]) -> None:
         """Warn; on every rank."""

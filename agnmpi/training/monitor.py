@@ -115,7 +115,7 @@ class Monitor:
         if self._due is not None and self._due(self._center.steps):
             self._wanted = True
         idle = self._pending is None and self._copying is None
-        if self._wanted and idle and self._center.steps < self._plan.steps:
+        if self._wanted and idle and self._center.settled < self._plan.steps:
             self._wanted = False
             self._pending_at = (self._center.steps, self._center.clock, self._loss.value)
             if not self._role.serves:
@@ -161,6 +161,7 @@ class Monitor:
                 "max": self._center.staleness_max,
             },
             "dropped": self._center.dropped,  # commits of no weight, such as too old
+            "given_up": self._center.given_up,  # steps whose commits were refused again and again
         }
         result = dict(finite(result))
         self._events.write("end", result=result, **self._stamp())

@@ -100,6 +100,8 @@ def finish_run(
         monitor.say(f"WARNING: the run ended without ranks {lost}: exit code {DEGRADED}")
     if result["refused"]:
         monitor.say(f"WARNING: {result['refused']} commits were refused: not finite, or not of this model")
+    if result["given_up"]:
+        monitor.say(f"WARNING: {result['given_up']} steps were given up: their commits were refused again and again")
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
     monitor.say(
         f"done: {metrics}; {result['samples']} samples in {result['seconds']:.1f} s "

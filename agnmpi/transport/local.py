@@ -1,6 +1,7 @@
 """Ends within one process: for one-process runs, for tests of rules, and for virtual time."""
 
 from collections import deque
+from collections.abc import Callable
 
 from ..arrays.backend import Array
 from ..core.ends import Apply, CenterEnd, Handle, InTurn, WorkerEnd
@@ -10,7 +11,10 @@ from ..core.messages import LEAVE, PULL, Commit, Reply
 class LocalCenter(CenterEnd):
     """The center's end: a queue of messages, served in order of arrival.
 
-    `c`: (n,) center variable, moved in place; `apply`: what a worker's `wait` serves with.
+    Args:
+        c: (n,) center variable, moved in place.
+        workers: their number.
+        apply: what a worker's `wait` serves with.
     """
 
     live = progress = 0  # workers that have not left; nothing here takes time
@@ -20,6 +24,7 @@ class LocalCenter(CenterEnd):
         self.apply = apply
         self._workers = workers
         self._queue: deque[LocalHandle] = deque()
+        self._parked: deque[LocalHandle] = deque()  # requests of workers that wait for work
 
     @property
     def c(self) -> Array:
@@ -39,24 +44,40 @@ class LocalCenter(CenterEnd):
         self.live = self._workers
 
     def serve_one(self, apply: Apply) -> bool:
-        """Serve the oldest message."""
+        """Serve the oldest message, and then the workers that wait for work, if there is some now."""
         if not self._queue:
             return False
         handle = self._queue.popleft()
-        handle.reply = apply(handle.commit, self.c)
+        if not self._serve(handle, apply):
+            self._parked.append(handle)
+        while self._parked and self._parked[0] is not handle and self._serve(self._parked[0], apply):
+            self._parked.popleft()
+        return True
+
+    def _serve(self, handle: "LocalHandle", apply: Apply) -> bool:
+        """Whether `handle` could be answered."""
+        reply = apply(handle.commit, self.c)
+        if reply is None:
+            return False
         if handle.commit.requests & LEAVE:
             self.live -= 1
         if handle.out is not None:
             handle.out[...] = self.c
+        handle.reply = reply
+        handle.on_reply()
         return True
 
 
 class LocalHandle:
-    """A queued message; waiting for it makes the center serve up to it."""
+    """A queued message; waiting for it makes the center serve up to it.
+
+    `on_reply` is called when it is answered.
+    """
 
     def __init__(self, center: LocalCenter, commit: Commit, out: Array | None) -> None:
         self.commit, self.out = commit, out
         self.reply: Reply | None = None
+        self.on_reply: Callable[[], object] = lambda: None
         self._center = center
 
     def test(self) -> bool:
@@ -64,9 +85,10 @@ class LocalHandle:
         return self.reply is not None
 
     def wait(self) -> Reply:
-        """Serve until this message has been served."""
+        """Serve until this message has been served; raises RuntimeError where that is up to other workers."""
         while self.reply is None:
-            self._center.serve_one(self._center.apply)
+            if not self._center.serve_one(self._center.apply):
+                raise RuntimeError("this worker waits for others in its own thread: go on when the handle is done")
         return self.reply
 
 

@@ -43,7 +43,7 @@ class _Exchange:
             pieces = (piece for chunk in wire.outgoing(payload) for piece in cut(chunk, PIECE))
             self._streams.append(Stream(lambda x: comm.Isend(x, CENTER, _DELTA), pieces, self._ticks, ALL))
         # The receives come after the sends, while these are under way.
-        self._header = bytearray(reply_bytes(comm.size - 1))
+        self._header = bytearray(reply_bytes(comm.size - 1, True))
         self._requests.append(comm.Irecv(self._header, CENTER, _REPLY))
         if out is not None:
             self._streams.append(

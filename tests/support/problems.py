@@ -159,3 +159,15 @@ class AlwaysNaN(Quadratic):
     def gradient(self, params, indices):
         loss, grads = super().gradient(params, indices)
         return loss, {name: g * np.nan for name, g in grads.items()}
+
+
+class OneBadSample(Quadratic):
+    """The gradient of one sample is NaN, whoever computes it and whenever."""
+
+    def __init__(self, xp=np, dtype="float32", slow=0.0, bad=40):
+        super().__init__(xp, dtype, slow)
+        self.bad = bad
+
+    def gradient(self, params, indices):
+        loss, grads = super().gradient(params, indices)
+        return loss, {name: g * np.nan for name, g in grads.items()} if self.bad in indices else grads

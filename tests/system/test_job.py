@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from launcher import ROOT, agnmpi
 
+from agnmpi.core.batches import Plan
 from agnmpi.recovery.files import load
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 
-def plain_agn(problem, workers, period, steps, batch, seed, rate=0.001):
+def plain_agn(problem, workers, period, plan, rate=0.001):
     """AGN (arXiv:1710.02368, algorithm 1) with local Adam, workers in turn, a step each; float64."""
-    params = problem.init(np.random.default_rng(seed))
+    params = problem.init(np.random.default_rng(plan.seed))
     names = list(params)
     center = {name: x.copy() for name, x in params.items()}
     state = [
@@ -22,7 +23,6 @@ def plain_agn(problem, workers, period, steps, batch, seed, rate=0.001):
          "m": dict.fromkeys(names, 0.0), "v": dict.fromkeys(names, 0.0)}
         for _ in range(workers)
     ]  # fmt: skip
-    per_epoch = -(-problem.samples // batch)
     granted = 0
     mine = [[] for _ in range(workers)]
     for w in range(workers):
@@ -31,9 +31,7 @@ def plain_agn(problem, workers, period, steps, batch, seed, rate=0.001):
         for w, s in enumerate(state):
             if not mine[w]:
                 continue
-            epoch, t = divmod(mine[w].pop(0), per_epoch)
-            order = np.random.default_rng([seed, epoch]).permutation(problem.samples)
-            _, g = problem.gradient(s["x"], order[t * batch : (t + 1) * batch])
+            _, g = problem.gradient(s["x"], plan.indices(mine[w].pop(0)))
             s["t"] += 1
             s["k"] += 1
             for n in names:
@@ -46,7 +44,7 @@ def plain_agn(problem, workers, period, steps, batch, seed, rate=0.001):
                     center[n] += (s["x"][n] - s["o"][n]) / s["k"]
                     s["x"][n], s["o"][n] = center[n].copy(), center[n].copy()
                 s["k"] = 0
-                more = min(period, steps - granted)
+                more = min(period, plan.steps - granted)
                 mine[w], granted = list(range(granted, granted + more)), granted + more
     return center
 
@@ -62,7 +60,8 @@ def test_a_run_is_the_published_algorithm(tmp_path, workers, period):
         "--set", "options.dtype=float64",
     )  # fmt: skip
     assert code == 0, output
-    expected = plain_agn(Digits(dtype="float64"), workers, period, steps=90, batch=32, seed=3)
+    problem = Digits(dtype="float64")
+    expected = plain_agn(problem, workers, period, Plan(problem.samples, 32, steps=90, seed=3))
     center, _ = load(tmp_path / "run/center.safetensors")
     for name, x in expected.items():
         np.testing.assert_allclose(center[name], x, rtol=1e-7, atol=1e-10)

@@ -11,8 +11,7 @@ from launcher import agnmpi
 
 from agnmpi import adam, sgd
 from agnmpi.core import rules
-from agnmpi.core.leases import Lease, Leases, speed_proportional
-from agnmpi.core.messages import DROPPED, OK
+from agnmpi.core.leases import Lease, Leases, SpeedProportional
 from agnmpi.core.optimizers import OPTIMIZERS
 from agnmpi.core.rules import CommitInfo
 from agnmpi.reporting.advice import advice
@@ -107,15 +106,13 @@ def test_an_outer_rate_of_1_is_stable_whatever_n_is(workers):
 def test_what_is_too_old_is_dropped_and_done_again():
     rule = rules.weighted(rules.agn(), rules.staleness_cap(1))
     held, local, made = world(rule, sgd(1.0), [0.0], 3, 2, total=8)
-    replies = []
+    dropped = []
     for worker in made:  # all pulled at clock 0: their staleness is 0, 1, 2
-        worker.local_step(-np.ones(1)), worker.local_step(-np.ones(1))
-        worker.start_exchange()
-        replies.append(worker._handle.wait())
-        worker.finish_exchange()
-    assert [reply.status for reply in replies] == [OK, OK, DROPPED]
+        worker.step(-np.ones(1)), worker.step(-np.ones(1))
+        dropped.append(held.dropped)
+    assert dropped == [0, 0, 1]
     close([local.c[0], made[2].x[0], made[2].o[0]], [2, 2, 2])
-    assert (held.clock, held.steps, held.dropped, made[2].refused, made[2].clock) == (2, 4, 1, 1, 2)
+    assert (held.clock, held.steps, held.refused, made[2].clock) == (2, 4, 0, 2)
     assert held.applied == [1, 1, 0]
     assert made[2].leases[0] == Lease(4, 2), "its steps, and nobody has done them"
     made[0].leave(), made[1].leave()
@@ -158,7 +155,7 @@ def test_what_is_done_moves_no_more(name, weight):
 
 def test_speed_proportional_periods():
     now = 0.0
-    pace = speed_proportional(10, lambda: now)
+    pace = SpeedProportional(10, lambda: now)
     assert [pace(w, 0) for w in range(3)] == [10, 10, 10]
     now = 1.0
     assert pace(0, 10) == 10
@@ -166,6 +163,8 @@ def test_speed_proportional_periods():
     assert pace(1, 10) == 5
     now = 100.0
     assert pace(2, 10) == 1
+    pace.forget(0)  # it is lost: the next fastest has λ
+    assert pace(1, 0) == 10
     book = Leases(total=20, period=10, pace=lambda worker, steps: 10 if worker == 0 else 4)
     assert [book.grant(0), book.grant(1)] == [Lease(0, 10), Lease(10, 4)]
     book.commit(0, Lease(0, 3))

@@ -73,6 +73,16 @@ def test_recent_mean():
     mean.add(4, 1)
     mean.add(float("nan"), 0)  # no steps, and so no loss
     assert mean.value == pytest.approx(2.0)
+    mean.add(float("nan"), 1)  # missing, not the end of the mean
+    assert mean.value == pytest.approx(4.0)
+    mean.add(float("inf"), 2)
+    assert np.isnan(mean.value)
+    mean.add(3.0, 2)
+    assert mean.value == 3.0
+    long = RecentMean(span=100_000)
+    for value in range(300_000):
+        long.add(float(value), 1)
+    assert long.value == pytest.approx(250_000, rel=1e-3)
 
 
 def test_worlds_of_one_that_were_meant_to_be_many():

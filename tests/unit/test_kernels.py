@@ -501,7 +501,7 @@ def test_a_sole_survivor_goes_on_on_its_device(xp):
     )  # fmt: skip
     worker.o[...] = 4
     snapshot = Snapshot(5, 1, 12, open=(Lease(6, 3), Lease(9, 3)))
-    worker.last_reply, worker.clock, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), snapshot=snapshot), 2, 2
+    worker.last_reply, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), snapshot=snapshot), 2
     commit = Commit(2, 2, 3, 9, 2, requests=WORK, payload=xp.array(np.full(6, 1, "f4")))
     worker._commit = worker.end.sending = commit
     failover.take_role([Witness.of(worker, 3)], members.workers())

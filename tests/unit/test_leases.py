@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agnmpi.core.batches import Plan
+from agnmpi.core.batches import Permutation, Plan
 from agnmpi.core.leases import NONE, Lease, Leases, rounds
 
 
@@ -30,6 +30,33 @@ def test_epochs_differ_seeds_differ_and_repeat():
     assert (a.indices(0) == b.indices(0)).all()
     assert (a.indices(0) != a.indices(1)).any()
     assert (a.indices(0) != c.indices(0)).any()
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 1000))
+def test_a_permutation_is_a_bijection_whatever_the_size(size, seed, epoch):
+    order = Permutation(size, (seed, epoch))(range(size))
+    assert order.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(order), np.arange(size))
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 16, 30])
+def test_each_sample_is_as_often_the_first(size):
+    keys = 1500
+    for position in (0, size - 1):
+        seen = [Permutation(size, (seed, 0))(range(position, position + 1))[0] for seed in range(keys)]
+        counts, mean = np.bincount(seen, minlength=size), keys / size
+        chi = ((counts - mean) ** 2 / mean).sum()
+        assert chi < size - 1 + 5 * (2 * (size - 1)) ** 0.5
+
+
+def test_the_order_of_a_billion_samples_needs_no_memory():
+    plan = Plan(10**9, 128, 2, seed=3)
+    first, last = plan.indices(0), plan.indices(plan.steps_per_epoch - 1)
+    assert (len(first), len(last)) == (128, 128)
+    assert len({*first, *last}) == 256
+    assert 0 <= min(first) < max(first) < 10**9
+    assert 4e8 < first.mean() < 6e8
+    assert (plan.indices(plan.steps_per_epoch) != first).any()
 
 
 def test_plan_refuses_nonsense():

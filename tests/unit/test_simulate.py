@@ -203,7 +203,7 @@ def test_timing_only_says_what_the_simulation_says(tmp_path, rule, centers):
         a, b = whole, quick
         for key in path:
             a, b = a[key], b[key]
-        assert a == pytest.approx(b, rel=0.02), path
+        assert a == pytest.approx(b, rel=0.03), path  # at its end workers wait for the last commit
     assert 0 < quick["virtual"]["queue"]["max"] <= whole["virtual"]["queue"]["max"]  # the start is left out
 
 
