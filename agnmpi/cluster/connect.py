@@ -110,7 +110,7 @@ def _worker_end(comm: MPI.Comm, like: Array, setup: Setup) -> WorkerEnd:
     if setup.transport == "p2p":
         from ..transport.p2p import P2PWorker
 
-        return P2PWorker(comm, make_wire(like, setup.wire))
+        return P2PWorker(comm, make_wire(like, setup.wire), survives(setup))
     if setup.use_locking:
         from ..transport.rma import RMAWorker
 

@@ -96,7 +96,7 @@ class Center:
             work=work,
             steps=self.steps,
             checkpoint=self.checkpoint,
-            applied=tuple(self.applied),
+            applied=tuple(self.applied) if self.replicates_state else (),
             snapshot=self._snapshot(leases) if leases and self.replicates_state and commit.requests & PULL else None,
         )
 

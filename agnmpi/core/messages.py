@@ -142,6 +142,8 @@ def _words(numbers: Iterable[int]) -> bytes:
     return struct.pack(f"<{len(numbers)}q", *numbers)
 
 
-def reply_bytes(workers: int) -> int:
-    """Most bytes of an encoded Reply."""
+def reply_bytes(workers: int, replicates_state: bool = True) -> int:
+    """Most bytes of an encoded Reply; without the center's state, whatever the number of workers."""
+    if not replicates_state:
+        return _REPLY.size
     return _REPLY.size + 8 * workers + _SNAPSHOT.size + 16 * max_open_leases(workers)
