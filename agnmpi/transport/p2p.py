@@ -292,16 +292,23 @@ class P2PCenter:
     def _own_center(self) -> bool:
         """Make c safe to change: if a reply still reads it, go on with a copy; False if no buffer is free."""
         if self._center.readers:
-            copy = self._buffers.take(self._lent())
+            copy = self._buffers.take(len(self._held_by_silent()))
             if copy is None:
                 return False
             copy.x[...] = self._center.x
             self._center = copy  # the old one becomes a message buffer when its last reply is out
         return True
 
+    def _held_by_silent(self) -> set[Buffer]:
+        return set[Buffer]().union(*(self._peers.all[worker].held for worker in self.silent))
+
     def _lent(self) -> int:
-        """Vectors that wait for silent workers: the others get as many more, until these are back."""
-        return len(set[Buffer]().union(*(self._peers.all[worker].held for worker in self.silent)))
+        """Message buffers that wait for silent workers: the others get as many more, until these are back.
+
+        If it is c that they read, one more may be made for the copy of it, but for nothing else: without one nobody
+        could be served.
+        """
+        return len(self._held_by_silent() - {self._center})
 
     # A look at the messages: headers come in, deltas arrive, replies go out. Nothing is applied, reported or changed in
     # c: so it may happen amid an apply.
