@@ -1,54 +1,62 @@
 """Two-sided ends: Isend/Irecv, one round trip for an exchange, on any MPI.
 
-A worker sends a header and, right behind it, its delta; then it posts the receives of the reply. The
-center keeps one small header receive posted for each worker, and receives deltas into a few slots, whatever
-the number of workers. It applies a delta when its last byte is there, and replies from c in place, block by
-block behind the apply; while that reply is on its way, the next apply works on a copy (copy on write, in a slot).
+A worker sends a header and, right behind it, its delta; then it posts the receives of the reply. The center listens
+for headers with one receive, and receives deltas into a few message buffers, whatever the number of workers. It applies
+a delta when its last byte is there, and replies from c in place, block by block behind the apply; while that reply is
+on its way, the next apply works on a copy (copy on write, in a message buffer).
 
-Each request is tested by itself: Waitany's order starves high ranks, and Waitall hides which rank failed.
+Requests of deltas and replies are tested one by one: Waitany's order starves high ranks, and Waitall hides which rank
+failed.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array, empty_like
+from ..arrays.backend import Array
 from ..core.backoff import wait_until
 from ..core.ends import Apply, CenterEnd, Handle, InTurn, WorkerEnd
-from ..core.messages import COMMIT_BYTES, LEAVE, MISFIT, PULL, Commit, Reply, reply_bytes
+from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply, reply_bytes
+from .buffers import Buffer, Buffers
 from .chunks import ALL, PIECE, Stream, Ticks
+from .peers import CENTER_VARIABLE, DELTA, HEADER, REPLY, Answer, Listener, Peer, Peers, State, gone
 from .staging import Direct, Wire, cut, make_wire
 
 CENTER = 0  # rank
-_HEADER, _DELTA, _REPLY, _CENTER_VARIABLE = range(1, 5)  # tags, on a communicator of our own
+_PAUSE = 2e-4  # seconds without a look at the messages while a commit is applied, at least
+_RETRY = 0.1  # seconds after which a parked request is looked at again
+
+__all__ = ["P2PCenter", "P2PWorker", "gone"]
 
 
 class _Exchange:
-    """A worker's exchange under way."""
+    """A worker's exchange under way; `headers`: room for replies, taken from and given back."""
 
-    def __init__(self, comm: MPI.Comm, wire: Wire, commit: Commit, out: Array | None) -> None:
-        self._wire, self._out = wire, out
+    def __init__(
+        self, comm: MPI.Comm, wire: Wire, commit: Commit, out: Array | None, headers: list[bytearray], room: int
+    ) -> None:
+        self._wire, self._out, self._headers = wire, out, headers
         self._done: Reply | None = None
         self._ticks = Ticks()
         self._streams: list[Stream] = []
         payload = commit.payload
         requests, nbytes = commit.requests | (PULL if out is not None else 0), 0 if payload is None else payload.nbytes
-        self._requests = [comm.Isend(commit._replace(requests=requests, nbytes=nbytes).encode(), CENTER, _HEADER)]
+        self._requests = [comm.Isend(commit._replace(requests=requests, nbytes=nbytes).encode(), CENTER, HEADER)]
         if payload is not None:
+            # A few pieces at a time: the center searches what waits there for its buffers, whoever sent it.
             pieces = (piece for chunk in wire.outgoing(payload) for piece in cut(chunk, PIECE))
-            self._streams.append(Stream(lambda x: comm.Isend(x, CENTER, _DELTA), pieces, self._ticks, ALL))
+            self._streams.append(Stream(lambda x: comm.Isend(x, CENTER, DELTA), pieces, self._ticks))
         # The receives come after the sends, while these are under way.
-        self._header = bytearray(reply_bytes(comm.size - 1, True))
-        self._requests.append(comm.Irecv(self._header, CENTER, _REPLY))
+        self._header = headers.pop() if headers else bytearray(room)
+        self._requests.append(comm.Irecv(self._header, CENTER, REPLY))
         if out is not None:
             self._streams.append(
                 Stream(
-                    lambda x: comm.Irecv(x, CENTER, _CENTER_VARIABLE),
+                    lambda x: comm.Irecv(x, CENTER, CENTER_VARIABLE),
                     cut(wire.incoming(out), PIECE),
                     self._ticks,
                     ALL,
@@ -64,6 +72,7 @@ class _Exchange:
                 if self._out is not None:
                     self._wire.settle(self._out)
                 self._done = Reply.decode(self._header)
+                self._headers.append(self._header)
         return self._done is not None
 
     def _progress(self) -> int:
@@ -76,14 +85,22 @@ class _Exchange:
 
 
 class P2PWorker(WorkerEnd):
-    """A worker's end: every rank but 0 of `comm`."""
+    """A worker's end: every rank but 0 of `comm`.
 
-    def __init__(self, comm: MPI.Comm, wire: Wire | None = None) -> None:
+    Args:
+        comm: Communicator of the center (rank 0) and its workers, of our own.
+        wire: How vectors come to MPI; directly by default.
+        replicates_state: Whether replies bring all that the center knows, which takes more room with more workers.
+    """
+
+    def __init__(self, comm: MPI.Comm, wire: Wire | None = None, replicates_state: bool = False) -> None:
         self._comm, self._worker, self.wire = comm, comm.rank - 1, wire or Direct()
+        self._headers: list[bytearray] = []  # room for replies that none is under way to
+        self._room = reply_bytes(comm.size - 1, replicates_state)
 
     def exchange(self, commit: Commit, out: Array | None) -> _Exchange:
         """Send `commit` and post the receives of its reply."""
-        return _Exchange(self._comm, self.wire, commit, out)
+        return _Exchange(self._comm, self.wire, commit, out, self._headers, self._room)
 
     def pull(self, out: Array) -> _Exchange:
         """Ask for the center."""
@@ -95,74 +112,49 @@ class P2PWorker(WorkerEnd):
         return InTurn(*last, self.exchange(Commit(self._worker, requests=LEAVE), out))
 
 
-def gone(error: MPI.Exception) -> bool:
-    """Whether `error` tells of a dead peer (ULFM)."""
-    found: int = error.Get_error_class()
-    names = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
-    return found in [getattr(MPI, name) for name in names if hasattr(MPI, name)]
-
-
-class _Buffer:
-    """A vector at the center, the wire that carries it, and the number of replies under way that read it."""
-
-    def __init__(self, x: Array, wire: Wire) -> None:
-        self.x, self.wire, self.readers = x, wire, 0
-        self._copied: list[Array] = []  # what the wire gave out for the x of now
-
-    def outgoing(self) -> Iterator[Array]:
-        """Pieces to send; x keeps still while they are read."""
-        if self.readers and self._copied:
-            chunks = self._copied
-        else:
-            self._copied = chunks = list(self.wire.outgoing(self.x))
-        return (piece for chunk in chunks for piece in cut(chunk, PIECE))
-
-
-class _Answer(NamedTuple):
-    """A reply under way."""
-
-    worker: int
-    header: bytes
-    request: MPI.Request
-    stream: Stream | None
-    buffer: _Buffer
-
-    def test(self) -> bool:
-        return self.request.Test() and (self.stream is None or self.stream.test())
-
-
 class P2PCenter(CenterEnd):
     """The center's end: rank 0 of `comm`.
 
-    `c`: (n,) center variable, kept; `slots`: vectors beside it for deltas coming in and replies going out; `wire`:
-    "staged" or "direct", where c lies on a device. Headers are taken in round robin, slots given in the order of
-    headers, and messages served in the order in which they became whole: one that comes slowly holds up none.
+    Deltas are received in the order of their headers, and messages served in the order in which they became whole: one
+    that comes slowly holds up none.
+
+    Args:
+        comm: Communicator of the center (rank 0) and its workers, of our own.
+        c: (n,) center variable, kept and changed in place.
+        message_buffers: Vectors beside c for deltas coming in and replies going out.
+        wire: "staged" or "direct", where c lies on a device.
+
+    Attributes:
+        lost: Workers that have died, with `on_loss` alone; else the error is raised.
+        silent: Workers that nobody waits for, until they are heard of again.
+        on_loss: Called with each worker that has died, between two messages.
+        on_whole: Called with each message when its last byte is here, maybe amid an apply.
+        hold: While this is true of a commit with payload, the receive of its delta does not begin.
+        in_hand: Deltas whose receive has begun, and that are not applied yet.
     """
 
-    def __init__(self, comm: MPI.Comm, c: Array, slots: int = 4, wire: str = "staged") -> None:
-        if slots < 1:
-            raise ValueError(f"the center needs at least one slot, not {slots}")
-        self._comm, self._workers, self._wire = comm, comm.size - 1, wire
-        self._center = _Buffer(c, make_wire(c, wire))
-        self._slots_left, self._free = slots, list[_Buffer]()
-        self._headers = [bytearray(COMMIT_BYTES) for _ in range(self._workers)]
-        self._posted: dict[int, MPI.Request] = {}  # header receives, by worker
-        self._turn = 0  # where the round over workers begins
-        self._queue: deque[Commit] = deque()  # deltas that wait for a slot, by arrival
-        self._receiving: list[tuple[Commit, _Buffer | None, Stream]] = []
-        self._ready: deque[tuple[Commit, _Buffer | None]] = deque()
-        self._replies: list[_Answer] = []
-        self._applied: Commit | None = None  # while it is, if it requests c
-        self._out: Stream | None = None  # c on its way to the worker of that one, block by block
-        self._left: list[Commit] = []
-        self.lost: set[int] = set()  # workers that have died, with `on_loss` alone; else the error is raised
-        self.on_loss: Callable[[int], None] | None = None  # told of each, after its messages are forgotten
-        self._dying: list[int] = []  # lost, but not reported yet
-        self.silent: set[int] = set()  # workers that nobody waits for, until they are heard of again
-        self._farewell: Reply | None = None
-        self._buried: list[object] = []  # requests of the dead, and what MPI may still touch for them
+    in_hand = 0
+
+    def __init__(self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged") -> None:
+        if message_buffers < 1:
+            raise ValueError(f"the center needs at least one message buffer, not {message_buffers}")
+        self._center = Buffer(c, make_wire(c, wire))
+        self._buffers = Buffers(c, message_buffers, wire)
+        self._peers = Peers([Peer(rank - 1, comm, rank) for rank in range(1, comm.size)])
+        self._listener = Listener(comm, self._peers.all)
+        self._expected = set[Peer]()  # those that may still send a header in this session
+        self._waited_for = set[int]()  # workers that have not left, and are neither lost nor silent
+        self._farewell: Reply | None = None  # what those that have left are told in the end
+        self._left = 0  # workers that have left this session
+        self._dying: deque[Peer] = deque()  # lost, but not reported yet
+        self._serving: Peer | None = None  # whose message is being applied
         self._ticks = Ticks()
-        self._moved = 0.0  # time of the last look at the messages
+        self._look_at = self._retry_at = 0.0  # times of the next look at the messages, and at what is parked
+        self.lost: set[int] = set()
+        self.silent: set[int] = set()
+        self.on_loss: Callable[[int], None] | None = None
+        self.on_whole: Callable[[Commit], None] | None = None
+        self.hold: Callable[[Commit], bool] | None = None
 
     @property
     def c(self) -> Array:
@@ -172,7 +164,7 @@ class P2PCenter(CenterEnd):
     @property
     def live(self) -> int:
         """Workers that have not left this session."""
-        return self._workers - len({commit.worker for commit in self._left} | self.lost | self.silent)
+        return len(self._waited_for)
 
     @property
     def deserted(self) -> bool:
@@ -184,226 +176,316 @@ class P2PCenter(CenterEnd):
         """Changes whenever a header, or a piece of a vector, has come or gone."""
         return self._ticks.count
 
+    @property
+    def buffers_made(self) -> int:
+        """Vectors that there are beside c."""
+        return self._buffers.made
+
     def open(self) -> None:
         """Begin a session: listen to all workers."""
-        self._left.clear()
-        for worker in range(self._workers):
-            self._post(worker)
+        self._left = 0
+        alive = [peer for peer in self._peers.all if peer.state is not State.LOST]
+        self._expected = set(alive)
+        self._waited_for = {peer.index for peer in alive} - self.silent
+        for peer in self._peers.at(State.LEFT):
+            self._listen_to(peer)
+
+    # One message, from its header to its reply.
 
     def serve_one(self, apply: Apply) -> bool:
-        """Make progress on all messages and serve the first that is whole."""
-        self._move()
+        """Serve the first message that is whole, and make progress on all others; not amid an apply.
+
+        A request without payload for which `apply` gives None is kept, and `apply` asked again after each later
+        message; it is answered when that gives a reply.
+        """
+        assert self._serving is None, "serve_one was called amid an apply"
+        if self._peers.first(State.READY) is None or time.perf_counter() >= self._look_at:
+            self._look()
         self._report_lost()
-        if not self._ready:
+        peer = self._peers.first(State.READY)
+        if peer is None:
+            return time.perf_counter() >= self._retry_at and self._serve_parked(apply)
+        if peer.buffer is not None and not self._own_center():
+            self._look_at = 0.0  # for the reply that reads c
             return False
-        commit, slot = self._ready[0]
-        if slot is not None and not self._own_center():
-            return False
-        self._ready.popleft()
-        self._applied = commit if commit.requests & (PULL | LEAVE) == PULL else None
-        reply = apply(commit if slot is None else commit._replace(payload=slot.x), self.c)
-        self._applied = None
-        if slot is not None:
-            self._free.append(slot)
-        if not commit.requests & LEAVE:
-            self._answer(commit, reply)
-            self._post(commit.worker)
-            return True
-        self._left.append(commit)
-        self._farewell = reply
-        self._part()
+        self._serve(peer, apply)
+        self._serve_parked(apply)
         self._report_lost()  # those that died while they were answered
         return True
+
+    def _serve(self, peer: Peer, apply: Apply) -> None:
+        commit, buffer = peer.commit, peer.buffer
+        peer.buffer, self._serving = None, peer
+        self._peers.move(peer, State.ANSWERING)
+        reply = apply(commit if buffer is None else commit._replace(payload=buffer.x), self.c)
+        self._serving = None
+        self.in_hand -= commit.nbytes > 0
+        if buffer is not None:
+            self._buffers.give_back(buffer, self._lent())
+        if peer.state is State.LOST:
+            return
+        if reply is None:
+            self._peers.move(peer, State.PARKED)
+        elif commit.requests & LEAVE:
+            self._peers.move(peer, State.LEFT)
+            self._waited_for.discard(peer.index)
+            self._left, self._farewell = self._left + 1, reply
+            self._part()
+        else:
+            self._answer(peer, reply)
+
+    def _serve_parked(self, apply: Apply) -> bool:
+        """Answer those that ask for work, as long as there is some; whether one was answered."""
+        answered = False
+        while (peer := self._peers.first(State.PARKED)) and (reply := apply(peer.commit, self.c)) is not None:
+            self._peers.move(peer, State.ANSWERING)
+            self._answer(peer, reply)
+            answered = True
+        # Work also comes free without a message (a worker is lost), and all may be asked to stop.
+        self._retry_at = time.perf_counter() + _RETRY
+        return answered
+
+    def _answer(self, peer: Peer, reply: Reply) -> None:
+        """Begin a reply, with c if that was asked for."""
+
+        def begin() -> bool:
+            if peer.commit.requests & PULL:
+                self._send(peer, self.c.size)
+            header = reply.encode()
+            request = peer.comm.Isend(header, peer.rank, REPLY)
+            peer.answer, peer.out = Answer(header, request, peer.out, self._center), None
+            self._center.readers += peer.answer.stream is not None
+            return True
+
+        if self._try(peer, begin):
+            self._push(peer)
+
+    def _send(self, peer: Peer, stop: int) -> bool:
+        """Send c to a worker, up to element `stop`."""
+        if peer.out is None:
+            post = partial(peer.comm.Isend, dest=peer.rank, tag=CENTER_VARIABLE)
+            peer.out = Stream(post, self._center.outgoing(), self._ticks, limit=0)
+        piece = PIECE // self.c.dtype.itemsize
+        peer.out.extend(ALL if stop == self.c.size else stop - stop % piece)
+        return True
+
+    def _push(self, peer: Peer) -> None:
+        """Make progress on a reply; once it is out, its worker may go on."""
+        if peer.answer is None or not self._try(peer, peer.answer.test):
+            return
+        answer, peer.answer = peer.answer, None
+        self._done_reading(answer)
+        if peer.commit.requests & LEAVE:
+            self._peers.move(peer, State.LEFT)
+        else:
+            self._listen_to(peer)
+
+    def _done_reading(self, answer: Answer) -> None:
+        buffer = answer.buffer
+        buffer.readers -= answer.stream is not None
+        if answer.stream and not buffer.readers and buffer is not self._center:
+            self._buffers.give_back(buffer, self._lent())
+
+    def _own_center(self) -> bool:
+        """Make c safe to change: if a reply still reads it, go on with a copy; False if no buffer is free."""
+        if self._center.readers:
+            copy = self._buffers.take(len(self._held_by_silent()))
+            if copy is None:
+                return False
+            copy.x[...] = self._center.x
+            self._center = copy  # the old one becomes a message buffer when its last reply is out
+        return True
+
+    def _held_by_silent(self) -> set[Buffer]:
+        return set[Buffer]().union(*(self._peers.all[worker].held for worker in self.silent))
+
+    def _lent(self) -> int:
+        """Message buffers that wait for silent workers: the others get as many more, until these are back.
+
+        If it is c that they read, one more may be made for the copy of it, but for nothing else: without one nobody
+        could be served.
+        """
+        return len(self._held_by_silent() - {self._center})
+
+    # A look at the messages: headers come in, deltas arrive, replies go out. Nothing is applied, reported or changed in
+    # c: so it may happen amid an apply.
+
+    def move_on(self, stop: int) -> None:
+        """While a commit is applied, and c is done up to element `stop`: send that, and move on other messages.
+
+        Whose commit it is may turn out to be dead here, as any other worker. It is reported by `serve_one`, later.
+        """
+        peer = self._serving
+        if peer and peer.state is not State.LOST and peer.commit.requests & PULL:
+            self._try(peer, partial(self._send, peer, stop))
+        if self.live > 1 and time.perf_counter() >= self._look_at:
+            self._look()
+
+    def _look(self) -> None:
+        begin = time.perf_counter()
+        self._listen()
+        self._receive()
+        self._flush()
+        end = time.perf_counter()
+        self._look_at = end + max(_PAUSE, 10 * (end - begin))
+
+    def _listen(self) -> None:
+        """Take in the headers that have come."""
+        try:
+            while self._expected and (heard := self._listener.hear()):
+                self._take_in(*heard)
+        except MPI.Exception as error:
+            if self.on_loss is None or not gone(error):
+                raise
+            dead = self._listener.dead()
+            if not dead:  # revoked
+                raise
+            for peer in dead:
+                self._bury(peer)
+
+    def _take_in(self, peer: Peer, header: Commit) -> None:
+        self._ticks.count += 1
+        if peer.state is State.LOST:
+            return
+        self._heard_of(peer)
+        peer.inbox.append(header.taken_from(peer.index, self.c.nbytes))
+        if peer.state is State.LISTENING:
+            self._listen_to(peer)
+        elif header.requests & LEAVE and peer.state is not State.LEFT:
+            self._expected.discard(peer)
+
+    def _listen_to(self, peer: Peer) -> None:
+        """Go on with the next message of a worker, if it is there; its messages are served in order."""
+        self._peers.move(peer, State.LISTENING)
+        if not peer.inbox:
+            return
+        peer.commit = peer.inbox.popleft()
+        if peer.commit.requests & LEAVE:
+            self._expected.discard(peer)
+        if peer.commit.nbytes:
+            self._peers.move(peer, State.QUEUED)
+        else:
+            self._whole(peer)
+
+    def _whole(self, peer: Peer) -> None:
+        self._heard_of(peer)
+        self._peers.move(peer, State.READY)
+        if self.on_whole is not None:
+            self.on_whole(peer.commit)
+
+    def _receive(self) -> None:
+        """Give free buffers to waiting deltas, and move on those that have arrived."""
+        # One delta after the other, as long as it comes: while the next arrives, the reply to this one leaves, and both
+        # directions of the link stay busy. Together they would all arrive at the same time, and nothing leave before.
+        busy = any(peer.delta and peer.delta.busy for peer in self._peers.at(State.RECEIVING))
+        while not busy and (peer := self._next_delta()) and self._start(peer):
+            busy = peer.delta is not None and peer.delta.busy
+        for peer in self._peers.at(State.RECEIVING):
+            if peer.delta and self._try(peer, peer.delta.test):
+                if peer.buffer is not None:
+                    peer.buffer.wire.settle(peer.buffer.x)
+                self._whole(peer)
+
+    def _next_delta(self) -> Peer | None:
+        """The first that waits for a buffer, and is not held."""
+        if self.hold is None:
+            return self._peers.first(State.QUEUED)
+        return next((peer for peer in self._peers.at(State.QUEUED) if not self.hold(peer.commit)), None)
+
+    def _start(self, peer: Peer) -> bool:
+        """Begin to receive a delta; False if no buffer is free. What does not fit is received to no use."""
+        post = partial(peer.comm.Irecv, source=peer.rank, tag=DELTA)
+        if peer.commit.flags & MISFIT:
+            peer.delta = Stream(post, _scratch(peer.commit.nbytes), self._ticks, in_flight=1, limit=0)
+        else:
+            buffer = peer.buffer = self._buffers.take(self._lent())
+            if buffer is None:
+                return False
+            pieces = cut(buffer.wire.incoming(buffer.x), PIECE)
+            arrived = partial(buffer.wire.arrived, buffer.x)
+            peer.delta = Stream(post, pieces, self._ticks, done=arrived, limit=0)
+        self._peers.move(peer, State.RECEIVING)
+        self.in_hand += 1
+        # It is the peer's by now: if the first receives are posted and the next fails, their memory is kept with it.
+        self._try(peer, partial(peer.delta.extend, ALL))
+        return True
+
+    def _flush(self) -> bool:
+        """Push the replies; whether all are out, but for those to silent workers."""
+        for peer in self._peers.at(State.ANSWERING):
+            self._push(peer)
+        return all(peer.index in self.silent for peer in self._peers.at(State.ANSWERING) if peer.answer)
+
+    # Workers that leave, fall silent, come back or die.
 
     def _part(self) -> None:
         """Answer the farewells if no worker is left."""
         if self.live or self._farewell is None:
             return
         farewell, self._farewell = self._farewell, None
-        for leaver in self._left:
-            self._answer(leaver, farewell)
+        for peer in self._peers.at(State.LEFT):
+            self._peers.move(peer, State.ANSWERING)
+            self._answer(peer, farewell)
         wait_until(self._flush)
 
-    def _try(self, worker: int, call: Callable[[], bool]) -> bool:
-        """Call what speaks with `worker`; if that is dead, forget it, and go on without."""
+    def _heard_of(self, peer: Peer) -> None:
+        if peer.index in self.silent:
+            self.silent.discard(peer.index)
+            self._waited_for.add(peer.index)
+
+    def stop_waiting_for(self, worker: int) -> None:
+        """Wait for this silent worker no longer; it is one of the others again when it is heard of."""
+        if worker not in self._waited_for:
+            return
+        # Its messages stay where they are; the others get as many buffers as these hold.
+        self._waited_for.discard(worker)
+        self.silent.add(worker)
+        self._part()
+        self._report_lost()
+
+    def _try(self, peer: Peer, call: Callable[[], bool | None]) -> bool:
+        """Call what speaks with a worker; if that is dead, forget it, and go on without."""
         try:
-            return call()
+            return call() is not False
         except MPI.Exception as error:
             if self.on_loss is None or not gone(error):
                 raise
-            self._bury(worker)
+            self._bury(peer)
             return False
 
-    def _bury(self, worker: int) -> None:
+    def _bury(self, peer: Peer) -> None:
         """Forget the messages of a dead worker; it is reported between two messages, not amid an apply."""
-        if self._dead(worker):
+        if peer.state is State.LOST:
             return
-        self._dying.append(worker)
-        # The memory of what is under way stays as long as we live: MPI may still write there.
-        self._buried.append(self._posted.pop(worker, None))
-        self._queue = deque(commit for commit in self._queue if commit.worker != worker)
-        for item in [item for item in self._receiving if item[0].worker == worker]:
-            self._receiving.remove(item)
-            self._buried.append(item)
-            self._slots_left += item[1] is not None
-        for reply in [reply for reply in self._replies if reply.worker == worker]:
-            self._replies.remove(reply)
-            self._buried.append(reply)
-            self._done_reading(reply)
-        for whole in [whole for whole in self._ready if whole[0].worker == worker]:
-            self._ready.remove(whole)
-            if whole[1] is not None:
-                self._free.append(whole[1])
+        if peer.state in (State.RECEIVING, State.READY):
+            self.in_hand -= peer.commit.nbytes > 0
+        if peer.buffer is not None and peer.state is State.READY:
+            self._buffers.give_back(peer.buffer, self._lent())
+        elif peer.buffer is not None:
+            self._buffers.give_up()
+        if peer.answer is not None:
+            self._done_reading(peer.answer)
+        self._peers.move(peer, State.LOST)
+        self._expected.discard(peer)
+        self._dying.append(peer)
 
     def _report_lost(self) -> None:
         while self._dying:
-            worker = self._dying.pop()
+            worker = self._dying.popleft().index
             self.lost.add(worker)
+            self._waited_for.discard(worker)
+            self.silent.discard(worker)
+            self._retry_at = 0.0  # what it held is free
             if self.on_loss is not None:
                 self.on_loss(worker)
             self._part()
 
-    def stop_waiting_for(self, worker: int) -> None:
-        """Wait for this silent worker no longer; it is one of the others again when it is heard of."""
-        self.silent.add(worker)
-        # Its messages stay where they are; the others get as many slots as these hold.
-        held = [commit for commit, _, _ in self._receiving] + list(self._queue)
-        self._slots_left += sum(commit.worker == worker for commit in held)
-        self._slots_left += sum(answer.worker == worker and answer.stream is not None for answer in self._replies)
-        self._part()
-        self._report_lost()
+    def close(self) -> None:
+        """Withdraw the receive of headers that workers which went without a word have left."""
+        self._listener.close()
 
-    def move_on(self, stop: int) -> None:
-        """While a commit is applied, and c is done up to `stop`: send that, and move on other messages."""
-        if self._applied and not self._try(self._applied.worker, partial(self._send, self._applied.worker, stop)):
-            self._applied = None
-        if self.live > 1 and time.perf_counter() - self._moved > 2e-4:
-            self._move()
 
-    def _move(self) -> None:
-        self._listen()
-        self._receive()
-        self._flush()
-        self._moved = time.perf_counter()
-
-    def _listen(self) -> None:
-        """Take in the headers that have come, round robin."""
-        for i in range(self._workers):
-            worker = (self._turn + i) % self._workers
-            request = self._posted.get(worker)
-            if request is not None and self._try(worker, request.Test):
-                self._ticks.count += 1
-                self.silent.discard(worker)
-                commit = Commit.decode(self._headers[worker]).taken_from(worker, self.c.nbytes)
-                if commit.nbytes and commit.flags & MISFIT:
-                    self._swallow(commit)
-                elif commit.nbytes:
-                    self._queue.append(commit)
-                else:
-                    self._ready.append((commit, None))
-                # The next header is received when this message has been served: a worker's are served in order.
-                del self._posted[worker]
-        self._turn += 1
-
-    def _post(self, worker: int) -> None:
-        def post() -> bool:
-            self._posted[worker] = self._comm.Irecv(self._headers[worker], worker + 1, _HEADER)
-            return True
-
-        if not self._dead(worker):
-            self._try(worker, post)
-
-    def _dead(self, worker: int) -> bool:
-        return worker in self.lost or worker in self._dying
-
-    def _receive(self) -> None:
-        """Give free slots to waiting deltas, and move on those that have arrived."""
-        # One delta after the other, as long as it comes: while the next arrives, the reply to this one leaves, and both
-        # directions of the link stay busy. Together they would all arrive at the same time, and nothing leave before.
-        while self._queue and not any(stream.busy for _, _, stream in self._receiving) and (slot := self._slot()):
-            commit = self._queue.popleft()
-            self._try(commit.worker, partial(self._start, commit, slot))
-        for item in self._receiving[:]:
-            commit, slot, stream = item
-            if self._try(commit.worker, stream.test):
-                if slot is not None:
-                    slot.wire.settle(slot.x)
-                self._receiving.remove(item)
-                self._ready.append((commit, slot))
-
-    def _start(self, commit: Commit, slot: _Buffer) -> bool:
-        """Post the receives of a delta."""
-        stream = Stream(
-            lambda x: self._comm.Irecv(x, commit.worker + 1, _DELTA),
-            cut(slot.wire.incoming(slot.x), PIECE),
-            self._ticks,
-            done=lambda part: slot.wire.arrived(slot.x, part),
-        )
-        self._receiving.append((commit, slot, stream))
-        return True
-
-    def _swallow(self, commit: Commit) -> None:
-        """Receive what follows a header that does not fit, to no use; the commit is refused then."""
-        scratch = np.empty(min(PIECE, commit.nbytes), np.uint8)
-        pieces = (scratch[: min(PIECE, commit.nbytes - at)] for at in range(0, commit.nbytes, PIECE))
-        post = partial(self._comm.Irecv, source=commit.worker + 1, tag=_DELTA)
-        self._receiving.append((commit, None, Stream(post, pieces, self._ticks, in_flight=1)))
-
-    def _slot(self) -> _Buffer | None:
-        if self._free:
-            return self._free.pop()
-        if not self._slots_left:
-            return None
-        self._slots_left -= 1
-        return _Buffer(empty_like(self.c), make_wire(self.c, self._wire))
-
-    def _own_center(self) -> bool:
-        """Make c safe to change: if a reply still reads it, go on with a copy; False if no slot is free."""
-        if self._center.readers:
-            copy = self._slot()
-            if copy is None:
-                return False
-            copy.x[...] = self._center.x
-            self._center = copy  # the old one becomes a slot when its last reply is out
-        return True
-
-    def _send(self, worker: int, stop: int) -> bool:
-        """Send c to a worker, up to element `stop`."""
-        if self._out is None:
-            post = partial(self._comm.Isend, dest=worker + 1, tag=_CENTER_VARIABLE)
-            self._out = Stream(post, self._center.outgoing(), self._ticks, limit=0)
-        piece = PIECE // self.c.dtype.itemsize
-        self._out.extend(ALL if stop == self.c.size else stop - stop % piece)
-        return True
-
-    def _answer(self, commit: Commit, reply: Reply) -> None:
-        worker, buffer = commit.worker, self._center
-
-        def send() -> bool:
-            if commit.requests & PULL:
-                self._send(worker, buffer.x.size)
-            header = reply.encode()
-            request = self._comm.Isend(header, worker + 1, _REPLY)
-            buffer.readers += self._out is not None
-            self._replies.append(_Answer(worker, header, request, self._out, buffer))
-            self._out = None
-            return True
-
-        if self._dead(worker) or not self._try(worker, send):
-            self._buried.append(self._out)
-            self._out = None
-
-    def _flush(self) -> bool:
-        """Push the replies; whether all are out, but for those to dropped workers."""
-        for answer in self._replies[:]:
-            if self._try(answer.worker, answer.test) and answer in self._replies:
-                self._replies.remove(answer)
-                self._done_reading(answer)
-        return all(answer.worker in self.silent for answer in self._replies)
-
-    def _done_reading(self, answer: "_Answer") -> None:
-        buffer = answer.buffer
-        if answer.stream:
-            buffer.readers -= 1
-            if not buffer.readers and buffer is not self._center:
-                self._free.append(buffer)
+def _scratch(nbytes: int) -> Iterator[Array]:
+    """Room for what is received to no use, again and again the same."""
+    scratch = np.empty(min(PIECE, nbytes), np.uint8)
+    return (scratch[: min(PIECE, nbytes - at)] for at in range(0, nbytes, PIECE))

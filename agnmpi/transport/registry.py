@@ -75,7 +75,7 @@ class Transport:
 def _p2p_worker(comm: "MPI.Comm", like: Array, transport: Transport) -> WorkerEnd:
     from .p2p import P2PWorker
 
-    return P2PWorker(comm, make_wire(like, transport.wire))
+    return P2PWorker(comm, make_wire(like, transport.wire), transport.replicates_state)
 
 
 def _p2p_center(comm: "MPI.Comm", c: Array, transport: Transport) -> CenterEnd:

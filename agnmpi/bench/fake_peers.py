@@ -1,0 +1,126 @@
+"""Workers that are only played: a communicator of a center end that needs no ranks, and counts what is asked of it.
+
+A worker's messages are put into `headers`; its delta is there at once, and what is sent to it is out at once, unless it
+`hangs`.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from ..core.messages import Commit
+from ..transport.peers import CENTER_VARIABLE, DELTA, HEADER, REPLY
+
+_NAMES = {HEADER: "header", DELTA: "delta", REPLY: "reply", CENTER_VARIABLE: "center variable"}
+
+
+class Request:
+    """A request that is done when `attempt` says so; what it is given is told to `attempt`."""
+
+    def __init__(self, peers: "FakePeers", attempt: Callable[[MPI.Status | None], bool]) -> None:
+        self._peers, self._attempt, self._done = peers, attempt, False
+
+    def Test(self, status: MPI.Status | None = None) -> bool:
+        """Whether it is done."""
+        self._peers.calls["Test"] += 1
+        self._done = self._done or self._attempt(status)
+        return self._done
+
+    def Cancel(self) -> None:
+        """Count it."""
+        self._peers.calls["Cancel"] += 1
+
+    def Free(self) -> None:
+        """Nothing to free."""
+
+
+class Group:
+    """Some ranks."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        self.ranks, self.size = ranks, len(ranks)
+
+    def Translate_ranks(self, ranks: list[int], _group: "Group") -> list[int]:
+        """The ranks in the whole world."""
+        return [self.ranks[rank] for rank in ranks]
+
+    def Free(self) -> None:
+        """Nothing to free."""
+
+
+class FakePeers:
+    """The communicator of a center with `workers` workers.
+
+    Attributes:
+        headers: (worker, header) of the messages that have been sent, and that the center has not taken in.
+        hanging: Workers that neither send the rest of a delta nor take what is sent to them.
+        dying: Workers whose requests fail, as ULFM says it.
+        calls: Calls of each kind so far.
+        nbytes: Bytes sent to workers so far, by kind.
+        sent: The last reply's header to each worker.
+    """
+
+    rank = 0
+
+    def __init__(self, workers: int) -> None:
+        self.size = workers + 1
+        self.headers: deque[tuple[int, bytes]] = deque()
+        self.hanging, self.dying, self._told = set[int](), set[int](), set[int]()
+        self.calls: Counter[str] = Counter()
+        self.nbytes: Counter[str] = Counter()
+        self.sent: dict[int, bytes] = {}
+
+    def send(self, commit: Commit, nbytes: int = 0) -> None:
+        """Send a message as a worker would."""
+        self.headers.append((commit.worker, commit._replace(nbytes=nbytes).encode()))
+
+    def Irecv(self, buffer: Any, source: int, tag: int) -> Request:
+        """Post a receive: of a header, or of a piece of a delta, which is all ones."""
+        self.calls["Irecv"] += 1
+        if tag == HEADER:
+            return Request(self, lambda status: self._next_header(buffer, status))
+        return Request(self, lambda _status: self._arrives(source - 1, buffer))
+
+    def Isend(self, buffer: Any, dest: int, tag: int) -> Request:
+        """Send a reply, or a piece of c."""
+        self.calls["Isend"] += 1
+        self.nbytes[_NAMES[tag]] += memoryview(buffer).nbytes
+        if tag == REPLY:
+            self.sent[dest - 1] = bytes(buffer)
+        return Request(self, lambda _status: self._answers(dest - 1))
+
+    def Get_failed(self) -> Group:
+        """The dead (ULFM)."""
+        return Group([worker + 1 for worker in sorted(self.dying)])
+
+    def Get_group(self) -> Group:
+        """All ranks."""
+        return Group(list(range(self.size)))
+
+    def Ack_failed(self, count: int) -> None:
+        """Hear of these deaths no more (ULFM)."""
+        self._told = set(sorted(self.dying)[:count])
+
+    def _next_header(self, buffer: Any, status: MPI.Status | None) -> bool:
+        if self.dying - self._told:
+            raise MPI.Exception(MPI.ERR_PROC_FAILED)
+        if not self.headers:
+            return False
+        worker, buffer[:] = self.headers.popleft()
+        assert status is not None
+        status.Set_source(worker + 1)
+        return True
+
+    def _answers(self, worker: int) -> bool:
+        if worker in self.dying:
+            raise MPI.Exception(MPI.ERR_PROC_FAILED)
+        return worker not in self.hanging
+
+    def _arrives(self, worker: int, buffer: Any) -> bool:
+        if not self._answers(worker):
+            return False
+        buffer[:] = np.ones((), buffer.dtype)
+        return True

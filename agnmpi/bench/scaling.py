@@ -1,0 +1,78 @@
+"""What more workers cost a p2p center: a look at the messages, a reply, a commit. `python -m agnmpi.bench.scaling`
+
+The workers are played within this process, so the figures hold what Python does at the center, and nothing of MPI.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..core import rules
+from ..core.center import Center
+from ..core.leases import Leases
+from ..core.messages import PULL, WORK, Commit
+from ..transport.p2p import P2PCenter
+from .fake_peers import FakePeers
+
+_ROUNDS = 300
+
+
+def played(workers: int, numbers: int = 1000) -> tuple[FakePeers, P2PCenter, Center]:
+    """A center variable of `numbers` float32, its end and its state, with so many workers to play."""
+    peers: Any = FakePeers(workers)
+    end = P2PCenter(peers, np.zeros(numbers, np.float32))
+    center = Center(rules.agn(), end.c, workers)
+    center.leases, center.on_block = Leases(None, 10), end.move_on
+    end.open()
+    return peers, end, center
+
+
+def commit_of(center: Center, worker: int) -> Commit:
+    """A commit, for which the worker has just been granted the steps; it asks for c and for more work."""
+    assert center.leases is not None
+    lease, sequence = center.leases.grant(worker), center.applied[worker] + 1
+    return Commit(worker, sequence, lease.steps, lease.first, center.clock, requests=WORK | PULL)
+
+
+def measure(workers: int) -> dict[str, float]:
+    """Cost with so many workers: medians of many, and the bytes of a reply's header.
+
+    Returns:
+        `look_us`: microseconds of a look at the messages that finds nothing; `reply_bytes`; `commit_us`: of a commit
+        of 1,000 numbers, from its header to c on its way.
+    """
+    peers, end, center = played(workers)
+    looks = [_microseconds(lambda: end.serve_one(center.apply)) for _ in range(_ROUNDS)]
+    commits, nbytes = [], []
+    for i in range(_ROUNDS):
+        peers.send(commit_of(center, i % workers), end.c.nbytes)
+        before = peers.nbytes["reply"]
+        commits.append(_microseconds(lambda: end.serve_one(center.apply)))
+        nbytes.append(peers.nbytes["reply"] - before)
+    assert center.clock == _ROUNDS
+    return {
+        "look_us": statistics.median(looks),
+        "reply_bytes": statistics.median(nbytes),
+        "commit_us": statistics.median(commits),
+    }
+
+
+def _microseconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - begin)
+
+
+def main() -> None:
+    """Print a table."""
+    print(f"{'n':>6} {'look µs':>10} {'reply bytes':>12} {'commit µs':>10}")
+    for workers in (10, 100, 1000):
+        row = measure(workers)
+        print(f"{workers:6} {row['look_us']:10.2f} {row['reply_bytes']:12.0f} {row['commit_us']:10.1f}")
+
+
+if __name__ == "__main__":
+    main()
