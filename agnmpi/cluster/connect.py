@@ -14,6 +14,7 @@ from ..core.optimizers import Optimizer
 from ..core.params import parts
 from ..core.rules import Rule
 from ..core.worker import Worker
+from ..transport.broadcast import bcast_in_pieces
 from ..transport.local import LocalCenter
 from ..transport.sharded import ShardedWorker
 from ..transport.staging import make_wire
@@ -155,7 +156,7 @@ class Connector(NamedTuple):
         spans = list(parts(x.size, centers))
         whole = full_like(to_host(x), to_host(x))
         ranks = comm.Create_group(comm.Get_group().Incl(list(range(centers))))  # type: ignore[attr-defined]
-        ranks.Bcast(whole, 0)  # rank 0's values count
+        bcast_in_pieces(ranks, whole)  # rank 0's values count
         own = whole[spans[comm.rank]]
         like = own if self.setup.transport.center_device != "gpu" else x[spans[comm.rank]]
         c = empty_like(like)
@@ -175,7 +176,7 @@ class Connector(NamedTuple):
         buffer = wire.incoming(x)
         if comm.rank == 0 and buffer is not x:
             buffer[...] = to_host(x)
-        comm.Bcast(buffer, 0)
+        bcast_in_pieces(comm, buffer[: x.size])
         wire.arrived(x, slice(0, x.size))
         wire.settle(x)
         center = Center(self.rule, c := full_like(x, x), comm.size, self.center_optimizer)

@@ -6,7 +6,6 @@ from typing import Any
 from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like, to_host
-from ..core.backoff import wait_until
 from ..core.center import Center, serve
 from ..core.ends import Apply, CenterEnd, Handle, WorkerEnd
 from ..core.leases import Leases, SpeedProportional, rounds
@@ -14,6 +13,7 @@ from ..core.messages import SAVE, Commit
 from ..core.observer import Observer
 from ..core.worker import Worker
 from ..transport.allreduce import AllreduceEnd
+from ..transport.broadcast import bcast_in_pieces
 from ..transport.local import LocalCenter
 from ..transport.sharded import ShardedWorker
 
@@ -188,7 +188,7 @@ class ShardRole(CenterRole):
             for farewell in farewells:
                 farewell.wait()
             self._whole[self._spans[0]] = to_host(self.end.c)
-        wait_until(self.centers.Ibcast(self._whole, 0).Test)
+        bcast_in_pieces(self.centers, self._whole)
 
     def save_others(self, steps: int) -> None:
         """At rank 0: have the other centers save their blocks, too, for the checkpoint after `steps` steps.

@@ -10,17 +10,17 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array
-from ..core.ends import Apply, CenterEnd, Done, Handle, Polled, Summed, WorkerEnd
+from ..core.ends import Apply, Done, Handle, Polled, Summed
 from ..core.leases import NONE, Lease
 from ..core.messages import DUPLICATE, NOT_FINITE, OK, REFUSED, SAVE, STOP, WORK, Commit, Reply
 from .agreement import require_equal_total
-from .staging import Direct, Wire
+from .staging import MOST, Wire
 from .windows import (
-    APPLIED,
     CENTER,
     CHECKPOINT,
     CLOCK,
     CONTROL,
+    COUNTS,
     LEFT,
     LOSS,
     NEXT,
@@ -31,20 +31,22 @@ from .windows import (
     STALEST,
     STEPS,
     Windows,
+    WindowsCenter,
+    WindowsWorker,
 )
 
 
-class AccumulateWorker(WorkerEnd):
+class AccumulateWorker(WindowsWorker):
     """A worker's end of the accumulate way (TensorFlow's `use_locking=False`), for rules whose commits are added as
     they are: an exchange is `Accumulate(SUM)` into c, and `Get`.
 
     What it gives up: sums are atomic element by element, so a pull may hold a part of a commit under way;
     commits are neither ordered nor weighed nor refused. Rank 0 need not be in MPI on a machine with shared memory.
+    `like`: a vector like x (n,); `most`: bytes that one call of MPI moves.
     """
 
-    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None) -> None:
-        self.worker, self.wire = comm.rank - 1, wire or Direct()
-        self.windows = Windows(comm, like, 0)
+    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MOST) -> None:
+        super().__init__(Windows(comm, like, 0, most), wire)
         self._total: int | None = None
         self._period = 1
         self._loss = np.empty(1)  # lives until a flush: across hosts an Accumulate is still to be sent when it returns
@@ -71,15 +73,13 @@ class AccumulateWorker(WorkerEnd):
             status = REFUSED
             windows.add(REFUSALS, 1)
             windows.add(STEPS, commit.steps)
-        head = windows.get(0, APPLIED + windows.workers)
+        head = windows.get(0, COUNTS)
         if out is not None:
             windows.pull(self.wire, out)  # an accepted race: others may be adding to c meanwhile
         if not windows.one_host:
             windows.add(READERS, -1)
         work = self._grant() if commit.requests & WORK and head[CONTROL] != STOP else NONE
-        applied = tuple(head[APPLIED:].tolist())
-        said = int(head[CONTROL]), work, int(head[STEPS]), int(head[CHECKPOINT])
-        return Done(Reply(int(head[CLOCK]), status, *said, applied))
+        return Done(Reply(int(head[CLOCK]), status, int(head[CONTROL]), work, int(head[STEPS]), int(head[CHECKPOINT])))
 
     def _add(self, commit: Commit, payload: Array) -> None:
         windows, center = self.windows, self.windows.center
@@ -92,7 +92,6 @@ class AccumulateWorker(WorkerEnd):
         staleness = windows.add(CLOCK, 1) - commit.clock
         windows.add(STALENESS, staleness)
         windows.add(STALEST, staleness, MPI.MAX)
-        windows.add(APPLIED + self.worker, commit.sequence, MPI.REPLACE)
 
     def _grant(self) -> Lease:
         first = self.windows.add(NEXT, self._period)
@@ -115,63 +114,53 @@ class AccumulateWorker(WorkerEnd):
         """The final center, as soon as `until` farewells have been said."""
         return self.pull(out).wait() if self.windows.read(LEFT) >= until else None
 
-    def close(self) -> None:
-        """Free the windows; collective."""
-        self.windows.free()
 
+class AccumulateCenter(WindowsCenter):
+    """The center's end of the accumulate way: holds the memory and reads the counters; memory: c alone.
 
-class AccumulateCenter(CenterEnd):
-    """The center's end of the accumulate way: holds the memory and reads the counters; memory: c alone."""
+    Nothing can be held back here: who commits, adds to c.
+    """
 
-    progress = 0
-
-    def __init__(self, comm: MPI.Comm, c: Array) -> None:
-        self._windows = windows = Windows(comm, c, 0)
-        self._c = windows.vector(windows.center)
-        self._c[...] = c
+    def __init__(self, comm: MPI.Comm, c: Array, most: int = MOST) -> None:
+        super().__init__(Windows(comm, c, 0, most), c)
         self._left = self._sessions = self._saved = 0
         self._seen = [0, 0]  # clock and steps of which `apply` has been told
         self._loss = 0.0
 
     @property
-    def c(self) -> Array:
-        """(n,) the center variable, as it is this very moment."""
-        return self._c
-
-    @property
     def live(self) -> int:
         """Workers that have not left this session."""
-        return self._sessions * self._windows.workers - self._left
+        return self._sessions * self.windows.workers - self._left
 
     @property
     def summed(self) -> Summed:
         """Refused commits, sum and maximum of the staleness of all."""
-        return Summed(*(self._windows.read(word) for word in (REFUSALS, STALENESS, STALEST)))
+        return Summed(*(self.windows.read(word) for word in (REFUSALS, STALENESS, STALEST)))
 
     def begin(self, total: int | None, _period: int, start: int = 0) -> None:
-        """Begin a session, `start` steps into its work; collective."""
-        self._sessions += 1
-        self._windows.words[NEXT] = start
-        self._windows.sync()
-        require_equal_total(self._windows.comm, total)
+        """Lay out the work of a session, `start` steps into it; collective."""
+        self.windows.words[NEXT] = start
+        self.windows.sync()
+        require_equal_total(self.windows.comm, total)
 
     def tell(self, control: int, checkpoint: int) -> None:
         """What the replies to come shall say."""
-        self._windows.words[[CONTROL, CHECKPOINT]] = control, checkpoint
-        self._windows.sync()
+        self.windows.words[[CONTROL, CHECKPOINT]] = control, checkpoint
+        self.windows.sync()
 
     def resume(self, clock: int, steps: int, staleness: tuple[int, int], refused: int) -> None:
         """Go on from the counts of a checkpoint; `staleness`: sum and maximum."""
-        self._windows.words[[CLOCK, STEPS]] = self._seen = [clock, steps]
-        self._windows.words[[STALENESS, STALEST, REFUSALS]] = *staleness, refused
-        self._windows.sync()
+        self.windows.words[[CLOCK, STEPS]] = self._seen = [clock, steps]
+        self.windows.words[[STALENESS, STALEST, REFUSALS]] = *staleness, refused
+        self.windows.sync()
 
     def open(self) -> None:
-        """Nothing to do: `begin` has begun."""
+        """All workers are expected; what they share out among themselves was laid out by `begin`."""
+        self._sessions += 1
 
     def serve_one(self, apply: Apply) -> bool:
         """Tell `apply` of what has been summed since the last time, as one commit without payload."""
-        windows = self._windows
+        windows = self.windows
         windows.comm.Iprobe()  # progress for what comes from other hosts
         if not windows.one_host and windows.read(READERS):
             self.progress += 1
@@ -191,8 +180,3 @@ class AccumulateCenter(CenterEnd):
             apply(Commit(0, steps=done, first_step=first, commits=commits, loss=mean), self._c)
         self._left = left
         return commits > 0
-
-    def close(self) -> None:
-        """Free the windows; collective. c lives on in memory of its own."""
-        self._c = self._c.copy()
-        self._windows.free()

@@ -4,34 +4,48 @@ A worker puts its delta into its own slot and raises a counter; the center appli
 gets c: on one machine behind the apply, block by block.
 """
 
-import time
+from collections import deque
 from functools import partial
 
 import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array
-from ..core.ends import Apply, CenterEnd, Handle, Polled, WorkerEnd
+from ..core.ends import Apply, Handle, Polled
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
-from .staging import Direct, Wire
-from .windows import APPLIED, CENTER, CLOCK, COMMIT_WORDS, LEFT, READERS, REPLY_WORDS, STEPS, WAITING, WRITING, Windows
+from .readers_lock import ReadersLock
+from .staging import MOST, Wire
+from .windows import (
+    CENTER,
+    CLOCK,
+    COMMIT_WORDS,
+    COUNTS,
+    LEFT,
+    READERS,
+    REPLY_WORDS,
+    STEPS,
+    ControlWord,
+    Windows,
+    WindowsCenter,
+    WindowsWorker,
+)
 
 _PIECE = 1 << 20  # bytes of c that are read at once behind the apply
 
 
-class RMAWorker(WorkerEnd):
-    """A worker's end of the mailbox: every rank but 0 of `comm`. `like`: a vector like x (n,).
+class RMAWorker(WindowsWorker):
+    """A worker's end of the mailbox: every rank but 0 of `comm`.
+
+    `like`: a vector like x (n,); `most`: bytes that one call of MPI moves.
 
     Starting an exchange, and the pull at its end, block for as long as their bytes are on the way. Who waits, instead
     of testing, may stay with an apply until that ends, and is let in before the next.
     """
 
-    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None) -> None:
-        self.worker, self.wire = comm.rank - 1, wire or Direct()
-        self.windows = Windows(comm, like, comm.size - 1)
+    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MOST) -> None:
+        super().__init__(Windows(comm, like, comm.size - 1, most), wire)
+        self.lock = ReadersLock(ControlWord(self.windows, READERS))
         self._posted = 0  # odd while a message is being put, even when it is whole
-        self._kept_out = False  # c was changing
-        self._waits = 0  # what tells the center so
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Put `commit` into this worker's slot, which is free: one exchange at a time."""
@@ -71,9 +85,9 @@ class RMAWorker(WorkerEnd):
     def _follow(self, posted: int, out: Array) -> Reply | None:
         """Get c behind the apply of the message `posted`; None if that has ended before we are counted as a reader."""
         windows, word = self.windows, self.windows.taken(self.worker)
-        windows.add(READERS, 1)
+        self.lock.enter_behind()
         if not windows.read(word + 1):
-            windows.add(READERS, -1)
+            self.lock.leave()
             return None
         # The center was still at it after we came in: it finds us when it wants to change c the next time, and waits.
 
@@ -83,7 +97,7 @@ class RMAWorker(WorkerEnd):
 
         windows.pull(self.wire, out, readable)  # its last piece comes when the message is taken
         reply = self._of_now(self._answer())
-        windows.add(READERS, -1)
+        self.lock.leave()
         return reply
 
     def _answer(self) -> Reply:
@@ -92,8 +106,8 @@ class RMAWorker(WorkerEnd):
 
     def _of_now(self, reply: Reply) -> Reply:
         """`reply` with what belongs to c, which keeps still."""
-        head = self.windows.get(0, APPLIED + self.windows.workers).tolist()
-        return reply._replace(clock=head[CLOCK], steps=head[STEPS], applied=tuple(head[APPLIED:]))
+        counts = self.windows.get(0, COUNTS).tolist()
+        return reply._replace(clock=counts[CLOCK], steps=counts[STEPS])
 
     def pull(self, out: Array) -> Handle:
         """Get the center; needs nothing of the center rank but that it be in MPI now and then across hosts."""
@@ -101,18 +115,11 @@ class RMAWorker(WorkerEnd):
 
     def try_pull(self, out: Array, reply: Reply, patient: bool) -> Reply | None:
         """Get c as one whole, unless it changes just now; returns `reply` with what belongs to c."""
-        windows = self.windows
-        if self._kept_out and windows.read(READERS) >= WRITING:
-            return None  # without disturbing the center again, which waits for the readers to go
-        self._kept_out = windows.add(READERS, 1 - self._waits) >= WRITING
-        if self._kept_out:
-            self._waits = WAITING if patient else self._waits
-            windows.add(READERS, self._waits - 1)
+        if not self.lock.enter(patient):
             return None
-        self._waits = 0
         reply = self._of_now(reply)
-        windows.pull(self.wire, out)  # last: a long vector leaves nothing else in the cache
-        windows.add(READERS, -1)
+        self.windows.pull(self.wire, out)  # last: a long vector leaves nothing else in the cache
+        self.lock.leave()
         return reply
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
@@ -120,38 +127,31 @@ class RMAWorker(WorkerEnd):
         last = commit or Commit(self.worker)
         return self.exchange(last._replace(requests=last.requests | LEAVE), out)
 
-    def close(self) -> None:
-        """Free the windows; collective."""
-        self.windows.free()
 
-
-class RMACenter(CenterEnd):
+class RMACenter(WindowsCenter):
     """The center's end of the mailbox: rank 0 of `comm`; memory: c and a slot for each worker.
 
-    `c`: (n,) center variable in host memory, copied into the window. Slots are served round robin.
+    `c`: (n,) center variable in host memory, copied into the window; `most`: bytes that one call of MPI moves.
+
+    One look finds all messages that are whole, and all of these are served before the next look: what a message costs
+    does not grow with the number of workers, and nobody is served twice while another waits.
     """
 
-    progress = 0  # changes while anything is under way
-
-    def __init__(self, comm: MPI.Comm, c: Array) -> None:
-        self._comm, self._workers = comm, comm.size - 1
-        self._windows = windows = Windows(comm, c, self._workers)
-        self._c = windows.vector(windows.center)
-        self._c[...] = c
-        self._slots = [windows.vector(windows.slots, worker) for worker in range(self._workers)]
-        self._taken = np.zeros(self._workers, np.int64)  # posted messages that have been served
-        self._turn, self._locked = 0, False
-        self.courtesy = 2e-3  # seconds for which the next apply waits for pulls that the last one kept out
-        self._open_until = 0.0
+    def __init__(self, comm: MPI.Comm, c: Array, most: int = MOST) -> None:
+        super().__init__(Windows(comm, c, comm.size - 1, most), c)
+        windows, workers = self.windows, comm.size - 1
+        self._comm, self._workers = comm, workers
+        self._slots = [windows.vector(windows.slots, worker) for worker in range(workers)]
+        self._seen = np.zeros(workers, np.int64)  # number of each worker's last message that was looked at
+        self._looked = b""  # what the last look has found
+        self._due: deque[Commit] = deque()  # headers of messages that were looked at and not served
+        self._parked: deque[Commit] = deque()  # requests for work that wait for what others hold
+        self._retry = False  # whether a message was served since a parked request was tried in vain
+        self.lock = ReadersLock(ControlWord(windows, READERS))
         self._readable = 0  # up to where c may be read behind the apply
         self._applied: Commit | None = None  # while it is, if its worker may read behind
         self._left: list[int] = []
         self._sessions = self._gone = 0  # farewells of all sessions that are over for their workers, too
-
-    @property
-    def c(self) -> Array:
-        """(n,) the center variable."""
-        return self._c
 
     @property
     def live(self) -> int:
@@ -164,85 +164,112 @@ class RMACenter(CenterEnd):
         self._sessions += 1
 
     def serve_one(self, apply: Apply) -> bool:
-        """Serve the next worker, in turn, whose message is whole."""
-        windows = self._windows
+        """Serve the first message that is whole and not held; before it, a parked request that can be answered now."""
         self._comm.Iprobe()  # progress for what comes from other hosts
         if len(self._left) == self._workers:
-            self._gone = windows.read(LEFT)
+            self._gone = self.windows.read(LEFT)
             return False
-        posted = windows.look(windows.posted, self._workers)
-        if not windows.one_host and ((posted % 2).any() or windows.read(READERS) % WRITING):
+        if self._serve_parked(apply):
+            return True
+        commit = self._first()
+        if commit is None:
+            self._look()
+            commit = self._first()
+        if self.lock.locked and (commit is None or not _changes(commit)):
+            self.lock.unlock()  # the commit that it was for is held by now
+        served = commit is not None and self._serve(commit, apply)
+        if not served and not self.windows.one_host and self.lock.in_use():
             self.progress += 1
-        for i in range(self._workers):
-            worker = (self._turn + i) % self._workers
-            if posted[worker] != self._taken[worker] and not posted[worker] % 2:
-                self._turn = worker  # until it is served: readers of c may have to finish first
-                if not self._serve(worker, int(posted[worker]), apply):
-                    return False
-                self._turn = worker + 1
-                return True
-        return False
+        return served
 
-    def _serve(self, worker: int, posted: int, apply: Apply) -> bool:
-        windows = self._windows
-        windows.sync()
-        header = windows.words[windows.header(worker) :][:COMMIT_WORDS].tobytes()
-        commit = Commit.decode(header).taken_from(worker, self._c.nbytes)
-        if commit.nbytes and not commit.flags & MISFIT:
-            if not self._lock():
+    def _look(self) -> None:
+        """Take in the headers of all messages that are whole, and new."""
+        windows = self.windows
+        posted = windows.look(windows.posted, self._workers)
+        if (words := posted.tobytes()) == self._looked and windows.one_host:
+            return
+        self._looked, synced = words, False
+        for worker in (posted != self._seen).nonzero()[0].tolist():
+            if posted[worker] % 2:  # its bytes are still coming
+                self.progress += 1
+                continue
+            if not synced:
+                windows.sync()
+                synced = True
+            header = windows.words[windows.header(worker) :][:COMMIT_WORDS].tobytes()
+            self._due.append(Commit.decode(header).taken_from(worker, self._c.nbytes))
+            self._seen[worker] = posted[worker]
+
+    def _first(self) -> Commit | None:
+        """The first message that is due and not held."""
+        if self.hold is None:
+            return self._due[0] if self._due else None
+        return next((commit for commit in self._due if not (commit.nbytes and self.hold(commit))), None)
+
+    def _serve(self, commit: Commit, apply: Apply) -> bool:
+        windows, message = self.windows, commit
+        if changes := _changes(commit):
+            if not self.lock.lock():
                 return False
-            commit = commit._replace(payload=self._slots[worker])
-        if windows.one_host and commit.requests & (PULL | LEAVE) == PULL:
-            self._applied = commit
+            commit = commit._replace(payload=self._slots[commit.worker])
+            if windows.one_host and commit.requests & (PULL | LEAVE) == PULL:
+                self._applied = commit
         reply = apply(commit, self._c)
         self._applied = None
+        self._due.remove(message)
+        if reply is None:
+            self._parked.append(commit)
+            self.progress += 1
+            return False
         if self._readable:
             self._readable = 0
-            windows.add(windows.taken(worker) + 1, 0, MPI.REPLACE)  # while new readers are still kept out
-        self._taken[worker] = posted
-        if commit.requests & LEAVE:
-            self._left.append(worker)
-            answered = self._left if len(self._left) == self._workers else []
+            windows.add(windows.taken(commit.worker) + 1, 0, MPI.REPLACE)  # while new readers are still kept out
+        if not commit.requests & LEAVE:
+            self._answer([commit.worker], reply, changes)
         else:
-            answered = [worker]
-        words, answer = windows.words, np.frombuffer(reply._replace(applied=()).encode(), np.int64)
-        words[CLOCK], words[STEPS] = reply.clock, reply.steps
-        words[APPLIED:][: len(reply.applied)] = reply.applied
-        for waiting in answered:
-            words[windows.reply(waiting) :][:REPLY_WORDS] = answer
-        windows.sync()
-        if self._locked:
-            kept_out = windows.add(READERS, -WRITING) - WRITING >= WAITING
-            self._open_until = time.perf_counter() + self.courtesy if kept_out else 0.0
-            self._locked = False
-        for waiting in answered:
-            windows.add(windows.taken(waiting), int(self._taken[waiting]), MPI.REPLACE)
+            self._left.append(commit.worker)
+            self._answer(self._left if len(self._left) == self._workers else [], reply, changes)
         return True
+
+    def _serve_parked(self, apply: Apply) -> bool:
+        """Try the request that was parked first, if a message was served since that was last done in vain."""
+        if not self._retry or not self._parked:
+            return False
+        reply = apply(self._parked[0], self._c)
+        if reply is None:
+            self._retry = False
+            return False
+        self._answer([self._parked.popleft().worker], reply, unlock=False)
+        return True
+
+    def _answer(self, workers: list[int], reply: Reply, unlock: bool) -> None:
+        """Give `workers` the reply: their messages are taken."""
+        windows, words = self.windows, self.windows.words
+        answer = np.frombuffer(reply._replace(applied=(), snapshot=None).encode(), np.int64)
+        words[CLOCK], words[STEPS] = reply.clock, reply.steps
+        for worker in workers:
+            words[windows.reply(worker) :][:REPLY_WORDS] = answer
+        windows.sync()
+        if unlock:
+            self.lock.unlock()
+        for worker in workers:
+            windows.add(windows.taken(worker), int(self._seen[worker]), MPI.REPLACE)
+        self._retry = True
 
     def move_on(self, stop: int) -> None:
         """While a commit is applied, and c is done up to `stop`: let its worker read that."""
-        windows = self._windows
+        windows = self.windows
         if self._applied and (stop - self._readable) * self._c.itemsize >= _PIECE and stop < self._c.size:
             self._readable = stop
             windows.sync()
             windows.add(windows.taken(self._applied.worker) + 1, stop, MPI.REPLACE)
 
-    def _lock(self) -> bool:
-        """Keep new readers of c out; whether those within have finished.
-
-        Behind the apply workers read in any case; those who came too late for theirs, or only pull, would find c
-        changing ever again at a busy center.
-        """
-        windows = self._windows
-        if self._locked:
-            return windows.read(READERS) % WAITING == 0
-        if time.perf_counter() < self._open_until and windows.read(READERS) >= WAITING:
-            return False
-        self._locked = True
-        return windows.add(READERS, WRITING) % WAITING == 0
-
     def close(self) -> None:
         """Free the windows; collective. c lives on in memory of its own."""
-        self._c = self._c.copy()
         self._slots.clear()
-        self._windows.free()
+        super().close()
+
+
+def _changes(commit: Commit) -> bool:
+    """Whether applying this message changes c: its delta lies in the slot, and fits."""
+    return commit.nbytes > 0 and not commit.flags & MISFIT

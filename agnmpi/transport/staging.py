@@ -11,6 +11,9 @@ import numpy as np
 from ..arrays.backend import Array, namespace, on_host, synchronize
 
 CHUNK = 4 << 20  # bytes of a staged copy: one is copied while the one before is on the wire
+# Bytes of one call of MPI. Where a library lacks the calls of MPI-4 with large counts, a count is a C int, and one of
+# 2^31 elements or more is refused; below 1 GB no count can be, whatever the dtype.
+MOST = 1 << 30
 
 
 class Wire(Protocol):
@@ -68,22 +71,30 @@ class Staged:
 
     name = "staged"
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int = CHUNK) -> None:
+        self._chunk = chunk
         self._out: Array | None = None
         self._in: Array | None = None
+        self._events: list[Any] = []  # one for each chunk of the longest vector so far
 
     def outgoing(self, x: Array) -> Iterator[Array]:
-        """Queue the copies of all chunks to pinned memory, and yield each pinned chunk as soon as its copy is done."""
+        """Queue the copies of all chunks to pinned memory; yields each pinned chunk as soon as its copy is done.
+
+        Once this has returned, work queued later on the same stream may change `x`. The chunks are good, and are to be
+        asked for, until the next call.
+        """
         if self._out is None or self._out.size < x.size:
             self._out = _pinned(x)
-        buffer, events = self._out, []
-        for part in self.cuts(x):
+        buffer, parts, event = self._out, self.cuts(x), namespace(x).cuda.Event
+        self._events += [event(disable_timing=True) for _ in range(len(parts) - len(self._events))]
+        for part, copied in zip(parts, self._events):
             x[part].get(out=buffer[part], blocking=False)  # type: ignore[attr-defined]
-            event = namespace(x).cuda.Event()
-            event.record()
-            events.append((part, event))
-        for part, event in events:
-            event.synchronize()
+            copied.record()
+        return self._copied(buffer, parts)
+
+    def _copied(self, buffer: Array, parts: list[slice]) -> Iterator[Array]:
+        for part, copied in zip(parts, self._events):
+            copied.synchronize()
             yield buffer[part]
 
     def incoming(self, x: Array) -> Array:
@@ -94,7 +105,7 @@ class Staged:
 
     def cuts(self, x: Array) -> list[slice]:
         """Chunks."""
-        size = max(1, CHUNK // x.dtype.itemsize)
+        size = max(1, self._chunk // x.dtype.itemsize)
         return [slice(at, min(at + size, x.size)) for at in range(0, x.size, size)]
 
     def arrived(self, x: Array, part: slice) -> None:
@@ -120,6 +131,7 @@ def cut(x: Array, nbytes: int) -> Iterator[Array]:
 
 
 def _pinned(x: Array) -> Array:
-    """Allocate page-locked host memory like `x`."""
-    memory: Any = namespace(x).cuda.alloc_pinned_memory(x.nbytes)
+    """Allocate page-locked host memory like `x`, and not a byte more: CuPy's pool rounds up to a power of two."""
+    cuda = namespace(x).cuda
+    memory: Any = cuda.PinnedMemoryPointer(cuda.PinnedMemory(x.nbytes), 0)
     return np.frombuffer(memory, x.dtype, x.size)

@@ -14,44 +14,61 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array
 from ..core.backoff import Backoff, wait_until
+from ..core.ends import CenterEnd, WorkerEnd
 from ..core.messages import COMMIT_BYTES, Reply
 from .agreement import ConfigError, allgather, require_equal
-from .staging import Wire
+from .staging import MOST, Direct, Wire, cut
 
 CENTER = 0  # rank
 _PAGE = 4096
 
-# Words (int64) of the control window: counts; then for each worker what is applied, what is posted, and, side by side,
-# what is taken and how far c is done; then the headers of messages and replies.
-READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, LOSS, CONTROL, CHECKPOINT, REFUSALS, SAVING, APPLIED = range(13)
+# Words (int64) of the control window: COUNTS of them that all read together; then for each worker what is posted, and,
+# side by side, what is taken and how far c is done; then the headers of messages and replies.
+READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, LOSS, CONTROL, CHECKPOINT, REFUSALS, SAVING, COUNTS = range(13)
 COMMIT_WORDS, REPLY_WORDS = COMMIT_BYTES // 8, len(Reply(0).encode()) // 8
-# Added to the count of readers: by each who was kept out and waits, and by the center while c changes.
-WAITING, WRITING = 1 << 20, 1 << 40
+
+
+class ControlWord:
+    """One word of the control window, as a readers' lock wants it."""
+
+    def __init__(self, windows: "Windows", word: int) -> None:
+        self._windows, self._word = windows, word
+
+    def add(self, value: int) -> int:
+        """Add `value` at once, and return the old value."""
+        return self._windows.add(self._word, value)
+
+    def read(self) -> int:
+        """The word, at once."""
+        return self._windows.read(self._word)
 
 
 class Windows:
     """Memory at the center that every rank reaches; collective over `comm`.
 
-    `like`: a vector like c (n,); `slots`: vectors beside c. Raises ConfigError on all ranks if it does not fit.
+    `like`: a vector like c (n,); `slots`: vectors beside c; `most`: bytes that one call moves. Raises ConfigError on
+    all ranks if it does not fit.
     """
 
-    def __init__(self, comm: MPI.Comm, like: Array, slots: int) -> None:
+    def __init__(self, comm: MPI.Comm, like: Array, slots: int, most: int = MOST) -> None:
         require_equal(comm, {"size of the vector": str(like.size), "dtype": str(like.dtype)})
         self.comm, self.dtype, self.size, self.workers = comm, like.dtype, like.size, comm.size - 1
         self.stride = -(-like.nbytes // _PAGE) * _PAGE  # vectors begin at pages
-        _check_room(comm, (1 + slots) * self.stride)
-        workers = self.workers
-        self.posted = APPLIED + workers  # first word of these
-        self.headers = APPLIED + 4 * workers
+        self._most, workers = most, self.workers
+        self.posted = COUNTS  # first word of these
+        self.headers = self.posted + 3 * workers
         self.replies = self.headers + COMMIT_WORDS * workers
-        words = self.replies + REPLY_WORDS * workers
+        sizes = self.stride, slots * self.stride, 8 * (self.replies + REPLY_WORDS * workers)
+        _check_room(comm, sum(sizes))
         here = comm.rank == CENTER
         # Win.Allocate, not Win.Create: on one node both MPIs then use shared memory.
         self._all = [
             MPI.Win.Allocate(size if here else 0, 1, MPI.INFO_NULL, comm)  # type: ignore[arg-type]
-            for size in (self.stride, slots * self.stride, 8 * words)
+            for size in sizes
         ]
         self.center, self.slots, self.control = self._all
+        if here:
+            _reserve(self._all)
         self.words = np.asarray(self.control.tomemory()).view(np.int64) if here else np.empty(0, np.int64)
         self.words[:] = 0
         self._one, self._old = np.empty(1, np.int64), np.empty(1, np.int64)
@@ -66,7 +83,7 @@ class Windows:
 
     def taken(self, worker: int) -> int:
         """The word that tells which message of a worker has been served; the next one, up to where c is done for it."""
-        return APPLIED + 2 * self.workers + 2 * worker
+        return self.posted + self.workers + 2 * worker
 
     def header(self, worker: int) -> int:
         """First word of the header of a worker's message."""
@@ -124,9 +141,10 @@ class Windows:
         `done()`: elements of c that may be read by now, where these are not all; more and more, and at last all.
         """
         buffer, backoff, at = wire.incoming(out), Backoff(), 0
+        most = max(1, self._most // self.dtype.itemsize)
         for part in wire.cuts(out):
             while at < part.stop:
-                stop = min(done(), part.stop) if done else part.stop
+                stop = min(done() if done else part.stop, part.stop, at + most)
                 if stop <= at:
                     backoff.wait()
                     continue
@@ -139,9 +157,10 @@ class Windows:
 
     def push(self, wire: Wire, x: Array, send: Callable[[Array, int], None], win: MPI.Win, offset: int = 0) -> None:
         """Send `x` piece by piece to byte `offset` of `win` by `send(piece, byte)`."""
-        for piece in wire.outgoing(x):
-            send(piece, offset)
-            offset += piece.nbytes
+        for chunk in wire.outgoing(x):
+            for piece in cut(chunk, self._most):
+                send(piece, offset)
+                offset += piece.nbytes
         win.Flush(CENTER)
 
     def free(self) -> None:
@@ -152,6 +171,51 @@ class Windows:
         self.words = self.words[:0]
         for win in self._all:
             win.Free()
+
+
+class WindowsWorker(WorkerEnd):
+    """What the workers' ends over windows have in common; every rank but 0 of the windows' communicator."""
+
+    def __init__(self, windows: Windows, wire: Wire | None) -> None:
+        self.windows, self.worker, self.wire = windows, windows.comm.rank - 1, wire or Direct()
+
+    def close(self) -> None:
+        """Free the windows; collective."""
+        self.windows.free()
+
+
+class WindowsCenter(CenterEnd):
+    """What the center's ends over windows have in common; rank 0 of the windows' communicator.
+
+    `c`: (n,) center variable in host memory, copied into the window.
+    """
+
+    progress = 0  # changes while anything is under way
+
+    def __init__(self, windows: Windows, c: Array) -> None:
+        self.windows = windows
+        self._c = windows.vector(windows.center)
+        self._c[...] = c
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable."""
+        return self._c
+
+    def close(self) -> None:
+        """Free the windows; collective. c lives on in memory of its own."""
+        self._c = self._c.copy()
+        self.windows.free()
+
+
+def _reserve(wins: list[MPI.Win]) -> None:
+    """Touch every page: shared memory is taken when it is first written to, not when it is allocated.
+
+    So whoever looks next, another center on this host or another job, sees what is left. The centers of one host do it
+    in turn, without a word between them: every worker makes its windows with one center after the other.
+    """
+    for win in wins:
+        np.asarray(win.tomemory())[::_PAGE] = 0
 
 
 def _check_room(comm: MPI.Comm, nbytes: int) -> None:

@@ -1,8 +1,10 @@
 """What is particular to windows: a center that is busy or asleep, a worker that leaves early, memory, refusals."""
 
+import os
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +16,15 @@ from agnmpi.cluster import probe
 from agnmpi.cluster.connect import connect
 from agnmpi.cluster.setup import Setup, check_setup
 from agnmpi.core import rules
-from agnmpi.core.messages import Commit
+from agnmpi.core.center import Center, serve
+from agnmpi.core.messages import IDLE, WORK, Commit, Reply
+from agnmpi.transport.accumulate import AccumulateCenter, AccumulateWorker
 from agnmpi.transport.agreement import ConfigError
+from agnmpi.transport.broadcast import bcast_in_pieces
+from agnmpi.transport.readers_lock import WAITING, WRITING
 from agnmpi.transport.registry import accumulate, allreduce, p2p, resolve, rma
-from agnmpi.transport.windows import READERS, WAITING, WRITING
+from agnmpi.transport.rma import RMACenter, RMAWorker
+from agnmpi.transport.windows import READERS, Windows
 
 pytestmark = pytest.mark.mpi(min_size=2)
 MAILBOX, SUMS = rma(), accumulate()
@@ -28,6 +35,14 @@ def one_host(comm):
     same = node.size == comm.size
     node.Free()
     return same
+
+
+def until(test, what):
+    """Wait until `test()`, in a thread that need not enter MPI."""
+    before = time.monotonic()
+    while not test():
+        assert time.monotonic() - before < 60, what
+        time.sleep(1e-3)
 
 
 @pytest.mark.parametrize("n", [10, 300_000])
@@ -60,17 +75,13 @@ def test_a_worker_reads_c_behind_the_apply(comm):
     n, followed = 600_000, []
 
     def patient(end, center):
-        move_on, windows = end.move_on, end._windows
+        move_on, windows = end.move_on, end.windows
 
         def wait_for_its_reader(stop):
             move_on(stop)
-            if not end._readable:
-                return  # it does not want c
-            before = time.monotonic()
-            while not windows.read(READERS) % WAITING:
-                assert time.monotonic() - before < 60, "nobody reads"
-                time.sleep(1e-3)
-            followed.append(stop)
+            if any(windows.read(windows.taken(worker) + 1) for worker in range(comm.size - 1)):  # else none wants c
+                until(lambda: windows.read(READERS) % WAITING, "nobody reads")
+                followed.append(stop)
 
         center.on_block = wait_for_its_reader
 
@@ -79,8 +90,7 @@ def test_a_worker_reads_c_behind_the_apply(comm):
         for k in range(1, 5):
             reply = end.exchange(Commit(index, k, steps=1, payload=np.ones(n)), out).wait()
             assert out.min() == out.max() == reply.clock
-            assert reply.applied[index] == k
-        assert end.exchange(Commit(index, 5, steps=1, payload=np.ones(n)), None).wait().applied == ()
+        end.exchange(Commit(index, 5, steps=1, payload=np.ones(n)), None).wait()
         handle = end.exchange(Commit(index, 6, steps=1, payload=np.ones(n)), None)
         while not handle.test():  # who has something else to do is not kept
             pass
@@ -97,15 +107,12 @@ def test_who_was_kept_out_is_let_in_before_the_next_apply(comm):
     n, clocks = 1000, []
 
     def patient(end, center):
-        end.courtesy, windows = 60.0, end._windows
+        end.lock.courtesy, windows = 60.0, end.windows
         apply = center.apply
 
         def wait_for_the_pull(commit, c):
             if commit.payload is not None and not center.clock:  # the first
-                before = time.monotonic()
-                while windows.read(READERS) % WRITING < WAITING:
-                    assert time.monotonic() - before < 60, "nobody is kept out"
-                    time.sleep(1e-3)
+                until(lambda: windows.read(READERS) % WRITING >= WAITING, "nobody is kept out")
             return apply(commit, c)
 
         center.apply = wait_for_the_pull
@@ -127,15 +134,246 @@ def test_who_was_kept_out_is_let_in_before_the_next_apply(comm):
 
 
 def test_whoever_comes_after_the_apply_pulls_as_everybody(comm):
+    """A worker sees that c may be read behind the apply, and is counted as a reader when that has ended."""
+    if not one_host(comm):
+        pytest.skip("across hosts nobody reads behind the apply")
+    n, late = 600_000, []
+    seen = comm.Dup()
+
+    def wait_until_it_was_seen(end, center):
+        move_on, windows = end.move_on, end.windows
+        told = set()
+
+        def on_block(stop):
+            move_on(stop)
+            for worker in range(comm.size - 1):
+                if worker not in told and windows.read(windows.taken(worker) + 1):
+                    told.add(worker)
+                    seen.recv(source=worker + 1)
+
+        center.on_block = on_block
+
     def work(end, index):
-        out = np.empty(10)
-        posted = end._posted + 2
-        end.exchange(Commit(index, 1, steps=1, payload=np.ones(10)), None).wait()
-        assert end._follow(posted, out) is None
+        windows, enter_behind, out = end.windows, end.lock.enter_behind, np.empty(n)
+
+        def come_late():
+            if not late:
+                late.append(index)
+                seen.send(None, 0)
+                until(lambda: not windows.read(windows.taken(index) + 1), "the apply does not end")
+            enter_behind()
+
+        end.lock.enter_behind = come_late
+        reply = end.exchange(Commit(index, 1, steps=1, payload=np.ones(n)), out).wait()
+        assert out.min() == out.max() == reply.clock
         end.leave(None, out).wait()
 
-    outcome = MPIWorld(comm, MAILBOX).play(10, work)
-    assert comm.rank or outcome.center.clock == comm.size - 1
+    MPIWorld(comm, MAILBOX).play(n, work, on_end=wait_until_it_was_seen)
+    assert comm.rank == 0 or late
+    seen.Free()
+
+
+def test_one_look_finds_all_messages(comm):
+    looks, workers = [], comm.Split(min(comm.rank, 1))
+
+    def count(end, center):
+        windows, look, serve_one = end.windows, end.windows.look, end.serve_one
+
+        def when_all_have_come(apply):
+            end.serve_one = serve_one
+            until(lambda: (look(windows.posted, comm.size - 1) == 2).all(), "a message does not come")
+            windows.look = lambda *where: looks.append(center.clock) or look(*where)
+            return serve_one(apply)
+
+        end.serve_one = when_all_have_come
+
+    def work(end, index):
+        end.exchange(Commit(index, 1, payload=np.ones(10)), None).wait()
+        workers.Barrier()  # no farewell before all were served
+        end.leave(None, np.empty(10)).wait()
+
+    MPIWorld(comm, MAILBOX).play(10, work, on_end=count)
+    assert comm.rank or [clock for clock in looks if clock < comm.size - 1] == [0]
+
+
+def test_a_pull_reads_the_same_number_of_words_with_any_number_of_workers(comm):
+    words = []
+
+    def work(end, index):
+        windows, get, out = end.windows, end.windows.get, np.empty(10)
+        windows.get = lambda word, count: words.append(count) or get(word, count)
+        end.exchange(Commit(index, 1, steps=1, payload=np.ones(10)), out).wait()
+        end.pull(out).wait()
+        end.leave(None, out).wait()
+
+    for setup in (MAILBOX, SUMS):
+        MPIWorld(comm, setup).play(10, work)
+    assert comm.rank == 0 or max(words) <= 12
+
+
+@pytest.mark.mpi(min_size=3)
+def test_a_request_for_work_that_others_hold_is_answered_when_some_is_free(comm):
+    """All but worker 0 ask once and wait; the center is asked again after each served message, in order of arrival."""
+    n, idle, tried = 1000, comm.size - 2, []
+
+    def park(end, center):
+        apply = center.apply
+
+        def wait_for_the_last_commit(commit, c):
+            if commit.requests & IDLE:
+                tried.append((commit.worker, center.clock))
+                if center.clock < 3:
+                    return None
+            return apply(commit, c)
+
+        center.apply = wait_for_the_last_commit
+
+    def work(end, index):
+        out = np.empty(n)
+        if index:
+            reply = end.exchange(Commit(index, requests=WORK | IDLE), out).wait()
+            assert reply.clock >= 3
+            assert out.min() == out.max() == reply.clock, "c of the moment of the answer"
+        else:
+            windows = end.windows
+            for worker in range(1, comm.size - 1):  # they have asked
+                until(lambda worker=worker: windows.read(windows.posted + worker) == 2, "no request")
+            for k in range(1, 4):
+                assert not any(windows.read(windows.taken(worker)) for worker in range(1, comm.size - 1)), "answered"
+                end.exchange(Commit(index, k, steps=1, payload=np.ones(n)), out).wait()
+        end.leave(None, out).wait()
+
+    MPIWorld(comm, MAILBOX).play(n, work, on_end=park)
+    if comm.rank == 0:
+        order = list(dict.fromkeys(worker for worker, _ in tried))  # of arrival
+        assert [worker for worker, clock in tried if clock == 3] == order
+        assert all(tried.count((worker, clock)) <= 2 for worker, clock in tried), "not asked without a reason"
+        assert len(order) == idle
+
+
+def test_commits_that_are_held_wait_and_others_do_not(comm):
+    """The cut of several centers: a commit beyond it is not applied before the block is saved."""
+    n, applied, workers = 1000, [], comm.Split(min(comm.rank, 1))
+
+    def hold(end, center):
+        apply, end.hold = center.apply, lambda commit: commit.sequence > 1
+
+        def log(commit, c):
+            if commit.payload is not None:
+                assert end.hold is None or commit.sequence == 1
+                applied.append(commit.sequence)
+            elif commit.requests & WORK:
+                assert center.clock == comm.size - 1, "a request is not held"
+                end.hold = None
+            return apply(commit, c)
+
+        center.apply = log
+        assert end.in_hand == 0
+
+    def work(end, index):
+        out = np.empty(n)
+        end.exchange(Commit(index, 1, payload=np.ones(n)), out).wait()
+        workers.Barrier()
+        if index == comm.size - 2 and index:
+            until(lambda: (end.windows.look(end.windows.posted, index) == 4).all(), "the others do not commit")
+        if index == comm.size - 2:
+            assert end.exchange(Commit(index), out).wait().clock == comm.size - 1
+            assert (out == comm.size - 1).all(), "c may be pulled"
+            end.exchange(Commit(index, requests=WORK), None).wait()
+        end.exchange(Commit(index, 2, payload=np.ones(n)), out).wait()
+        end.leave(None, out).wait()
+        assert (out == 2 * (comm.size - 1)).all()
+
+    MPIWorld(comm, MAILBOX).play(n, work, on_end=hold)
+    assert comm.rank or applied == [1] * (comm.size - 1) + [2] * (comm.size - 1)
+
+
+def test_a_commit_that_is_held_while_readers_finish_keeps_nobody_out(comm):
+    """The center has shut c for a commit, and waits for a reader; then it is told to hold that commit."""
+    n, told = 1000, comm.Dup()
+
+    def listen(end, center):
+        serve_one = end.serve_one
+
+        def look_first(apply):
+            if told.Iprobe():
+                end.hold = (lambda _commit: True) if told.recv() else None
+            return serve_one(apply)
+
+        end.serve_one = look_first
+
+    def work(end, index):
+        windows, out = end.windows, np.empty(n)
+        if index == 0:
+            assert end.lock.enter(True)
+            handle = end.exchange(Commit(index, 1, payload=np.ones(n)), None)
+            until(lambda: windows.read(READERS) >= WRITING, "the center does not shut c")
+            told.send(True, 0)
+            until(lambda: windows.read(READERS) < WRITING, "c stays shut")
+            end.lock.leave()
+            assert end.pull(out).wait().clock == 0
+            assert not handle.test()
+            told.send(False, 0)
+            assert handle.wait().clock == 1
+        end.leave(None, out).wait()
+        assert (out == 1).all()
+
+    MPIWorld(comm, MAILBOX).play(n, work, on_end=listen)
+    told.Free()
+
+
+def test_no_call_moves_more_than_it_may(comm):
+    n, most = 1000, 1200
+    for ends in ((RMACenter, RMAWorker), (AccumulateCenter, AccumulateWorker)):
+        if comm.rank == 0:
+            center = Center(rules.agn(), np.zeros(n), comm.size - 1)
+            end = ends[0](comm, np.zeros(n), most=most)
+            serving = center.apply if ends[0] is RMACenter else lambda commit, _c: Reply(commit.clock)
+            if ends[0] is AccumulateCenter:
+                end.begin(None, 1)
+            serve(end, serving)
+            assert (end.c == np.arange(n) * (comm.size - 1)).all()
+        else:
+            end, out = ends[1](comm, np.zeros(n), most=most), np.empty(n)
+            if ends[1] is AccumulateWorker:
+                end.begin(None, 1)
+            moved = recorded(end.windows)
+            end.exchange(Commit(comm.rank - 1, 1, steps=1, payload=np.arange(n, dtype=float)), out).wait()
+            end.leave(None, out).wait()
+            assert (out == np.arange(n) * (comm.size - 1)).all()
+            assert max(moved) == most
+            assert sum(moved) >= 2 * out.nbytes
+        end.close()
+
+
+def recorded(windows):
+    """From now on, the bytes of each call on the vectors of `windows`."""
+    moved = []
+
+    class Recorded:
+        def __init__(self, win):
+            self.win = win
+
+        def __getattr__(self, name):
+            call = getattr(self.win, name)
+
+            def counted(*arguments):
+                if name != "Flush":
+                    moved.append(arguments[0].nbytes)
+                return call(*arguments)
+
+            return counted
+
+    windows.center, windows.slots = Recorded(windows.center), Recorded(windows.slots)
+    return moved
+
+
+def test_a_vector_is_broadcast_in_pieces(comm):
+    for root in range(comm.size):
+        for n in (0, 1, 1000):
+            x = np.arange(n, dtype=float) if comm.rank == root else np.zeros(n)
+            bcast_in_pieces(comm, x, root, most=1200)
+            assert x.tolist() == list(range(n))
 
 
 def test_serverless_commits_land_while_rank_0_is_away(comm):
@@ -179,7 +417,7 @@ def test_memory_at_the_center(comm):
     n = 5000
     for setup, slots in ((MAILBOX, comm.size - 1), (SUMS, 0)):
         role = connect(comm, rules.agn(), np.zeros(n), None, setup=Setup(setup))
-        windows = role.end._windows if role.serves else role.workers[0].end.windows
+        windows = (role.end if role.serves else role.workers[0].end).windows
         assert windows.slots.tomemory().nbytes == (slots * windows.stride if comm.rank == 0 else 0)
         assert windows.stride < 8 * n + 4096
         role.close()
@@ -189,6 +427,42 @@ def test_windows_beyond_shared_memory_are_refused(comm, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(2**20, 2**19, 2**19))
     with pytest.raises(ConfigError, match=r"MiB of shared memory.*transport p2p"):
         connect(comm, rules.agn(), np.zeros(10**6), None, setup=Setup(MAILBOX))
+
+
+def shared_memory(pid="self"):
+    """Bytes of shared memory that a process has touched."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("RssShmem")]
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.mpi(min_size=3)
+def test_windows_take_their_memory_before_the_next_center_looks(comm, monkeypatch):
+    """Two centers on one host, the first and the last rank, and workers of both; there is room for one and a half."""
+    if not one_host(comm):
+        pytest.skip("the centers are to be on one host")
+    x, last = np.zeros(4_000_000), comm.size - 1
+    need = x.nbytes * last
+    centers = {pid: shared_memory(pid) for pid in np.array(comm.allgather(os.getpid()))[[0, last]]}
+    comm.Barrier()  # all have looked
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda _path: shutil._ntuple_diskusage(
+            0, 0, need * 3 // 2 - sum(shared_memory(pid) - before for pid, before in centers.items())
+        ),
+    )
+    groups = [comm.Split(0 if comm.rank != other else MPI.UNDEFINED, (comm.rank - first) % comm.size)
+              for first, other in ((0, last), (last, 0))]  # fmt: skip
+    first = Windows(groups[0], x, last - 1) if comm.rank != last else None
+    if comm.rank != 0:
+        with pytest.raises(ConfigError, match="MiB of shared memory"):
+            Windows(groups[1], x, last - 1)
+    if first is not None:
+        first.free()
+    for group in groups:
+        if group != MPI.COMM_NULL:
+            group.Free()
 
 
 def test_vectors_that_differ_are_refused(comm):

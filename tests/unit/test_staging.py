@@ -6,7 +6,6 @@ import pytest
 from fake_device import Vector
 
 from agnmpi.arrays import backend
-from agnmpi.transport import staging
 from agnmpi.transport.staging import Direct, Staged, cut, make_wire
 
 
@@ -36,7 +35,7 @@ def test_direct_on_a_device_synchronises_and_sends_the_vector_itself(log):
 def test_staged_sends_pinned_memory_after_the_copy_is_done(log):
     staged, x = Staged(), Vector([1, 2, 3])
     (buffer,) = staged.outgoing(x)
-    assert log == ["pin 12", "copy 3 to host", "record", "wait for the copy"]
+    assert log == ["pin 12", "make an event", "copy 3 to host", "record", "wait for the copy"]
     np.testing.assert_array_equal(buffer, [1, 2, 3])
     assert backend.on_host(buffer)
     x.memory[:] = 5
@@ -45,13 +44,30 @@ def test_staged_sends_pinned_memory_after_the_copy_is_done(log):
     np.testing.assert_array_equal(buffer, 5)
 
 
-def test_staged_copies_the_next_chunks_while_one_is_on_the_wire(log, monkeypatch):
-    monkeypatch.setattr(staging, "CHUNK", 8)
+def test_staged_copies_the_next_chunks_while_one_is_on_the_wire(log):
     x = Vector([1, 2, 3, 4, 5])
-    for sent, chunk in enumerate(Staged().outgoing(x)):
+    for sent, chunk in enumerate(Staged(chunk=8).outgoing(x)):
         assert log.count("wait for the copy") == sent + 1, "each chunk is waited for alone"
         assert [line for line in log if line.startswith("copy")] == ["copy 2 to host"] * 2 + ["copy 1 to host"]
         np.testing.assert_array_equal(chunk, x.memory[2 * sent : 2 * sent + 2])
+
+
+def test_staged_queues_the_copies_at_once_and_waits_for_none_of_them(log):
+    """Who asks for the chunks later finds the vector as it was: what is queued behind the copies may change it."""
+    x = Vector([1, 2, 3, 4, 5])
+    chunks = Staged(chunk=8).outgoing(x)
+    assert log.count("record") == 3
+    assert "wait for the copy" not in log
+    x.memory[:] = 0
+    assert np.concatenate(list(chunks)).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_staged_makes_its_events_once(log):
+    staged = Staged(chunk=8)
+    for size, events in ((5, 3), (5, 3), (2, 3), (8, 4)):
+        x = Vector(range(size))
+        assert np.concatenate(list(staged.outgoing(x))).tolist() == list(range(size))
+        assert log.count("make an event") == events
 
 
 def test_staged_receives_into_pinned_memory_and_copies_before_it_returns(log):
