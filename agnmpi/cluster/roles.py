@@ -10,7 +10,7 @@ from ..core.backoff import wait_until
 from ..core.center import Center, serve
 from ..core.ends import Apply, CenterEnd, Handle, WorkerEnd
 from ..core.leases import Leases, rounds, speed_proportional
-from ..core.messages import SAVE, Commit, Reply
+from ..core.messages import Commit, Reply
 from ..core.worker import Worker
 from ..recovery.failover import Failover
 from ..transport.sharded import ShardedWorker
@@ -25,6 +25,7 @@ class Role:
     """
 
     failover: Failover | None = None
+    before_leaving: Callable[[], None] | None = None  # at the first of several centers, when its workers have left
 
     def __init__(
         self,
@@ -42,7 +43,6 @@ class Role:
         self.center, self.workers, self.count, self.serves = center, workers, count, serves
         self.end, self._apply = end, apply
         self._spans, self._others, self._centers, self._whole = spans, others, centers, whole
-        self._asked: dict[int, tuple[int, Handle]] = {}  # by other center: the number asked for last
         self._copied: list[Handle] = []  # pulls of the snapshot begun last
         self._resumed: Mapping[str, Any] | None = None
         self.first = centers is None or centers.rank == 0  # whether this center grants the work
@@ -50,8 +50,13 @@ class Role:
         self.total: int | None = None
         self.period = 1
 
+    @property
+    def span(self) -> slice:
+        """The part of the center variable that this rank holds, or all."""
+        return self._spans[self._centers.rank] if self._centers else slice(None)
+
     def resume(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
-        """Go on, in the next session, from a checkpoint: whole vectors and the center's facts; on every rank.
+        """Go on, in the next session, from a checkpoint: vectors of this rank's `span`, and the facts; on every rank.
 
         Raises ValueError if the checkpoint is of another center optimizer.
         """
@@ -59,10 +64,7 @@ class Role:
         for worker in self.workers:
             worker.sequence = max(worker.sequence, *facts["applied"], 0)  # what is applied is told from what will be
         if self.end is not None:
-            span = self._spans[self._centers.rank] if self._centers else slice(None)
-            self.center.restore({name: x[span] for name, x in arrays.items()}, facts, self.end.c)
-            if self._whole is not None:
-                self._whole[...] = arrays["c"]
+            self.center.restore(arrays, facts, self.end.c)
             if hasattr(self.end, "resume"):
                 stale = self.center.staleness_sum, self.center.staleness_max
                 self.end.resume(self.center.clock, self.center.steps, stale, self.center.refused)
@@ -118,7 +120,9 @@ class Role:
             return
         if self.first:
             # Before the farewells: what comes for one would else be taken for another.
-            for handle in [*self._copied, *(handle for _, handle in self._asked.values())]:
+            if self.before_leaving is not None:
+                self.before_leaving()
+            for handle in self._copied:
                 handle.wait()
             farewells = [end.leave(None, self._whole[span]) for end, span in zip(self._others, self._spans[1:])]
             for farewell in farewells:
@@ -126,15 +130,10 @@ class Role:
             self._whole[self._spans[0]] = to_host(self.end.c)
         wait_until(self._centers.Ibcast(self._whole, 0).Test)
 
-    def save_others(self, steps: int) -> None:
-        """At rank 0: have the other centers save their blocks, too, for the checkpoint after `steps` steps.
-
-        A center that has not answered yet is asked later, for the newest alone: call it again with the same number.
-        """
-        for i, end in enumerate(self._others):
-            before = self._asked.get(i)
-            if before is None or (before[0] < steps and before[1].test()):
-                self._asked[i] = steps, end.exchange(Commit(self.count, requests=SAVE, checkpoint=steps), None)
+    @property
+    def centers(self) -> MPI.Comm | None:
+        """Communicator of the center ranks, if there are several."""
+        return self._centers
 
     def copy_center(self) -> Callable[[], Array | None]:
         """Begin to copy the center variable; call what is returned, now and then, until it gives the copy (n,)."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..arrays.backend import Array, bring
+from ..arrays.backend import Array, bring, host_copy
 from .backoff import Backoff
 from .ends import Apply, CenterEnd
 from .leases import NONE, Lease, Leases
@@ -44,6 +44,7 @@ class Center:
         self.state: Any = optimizer.init(like) if optimizer else None
         self.clock = 0
         self.applied = [0] * workers  # last sequence, by worker
+        self.processed = dict[int, int]()  # the same with what was refused or dropped: where a cut over all shards lies
         self.on_block: Callable[[int], None] | None = None  # called after each block of a step, with its end
         self.leases: Leases | None = None  # None: the work is shared out elsewhere
         self.now: Callable[[], float] | None = None  # what measures the workers' speeds, where λ_k goes by them
@@ -107,6 +108,7 @@ class Center:
 
     def _take(self, commit: Commit, c: Array) -> int:
         """Apply or refuse a delta; returns the status of the reply."""
+        self.processed[commit.worker] = max(self.processed.get(commit.worker, 0), commit.sequence)
         if not self.rule.allreduce and commit.sequence <= self.applied[commit.worker]:
             return DUPLICATE
         done = Lease(commit.first_step, commit.steps)
@@ -165,13 +167,14 @@ class Center:
             slot[...] = bring(self.optimizer.slots(old)[name], slot)
 
     def save(self, c: Array) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Copy what a checkpoint double_buffer: `c` (n,) and the slots, and the facts about them."""
+        """Copy what a checkpoint keeps, to the host: `c` (n,) and the slots, and the facts about them."""
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
-        arrays = {"c": c.copy()} | {f"slot/{name}": slot.copy() for name, slot in slots.items()}
+        arrays = {"c": host_copy(c)} | {f"slot/{name}": host_copy(slot) for name, slot in slots.items()}
         return arrays, {
             "clock": self.clock,
             "steps": self.steps,
             "applied": list(self.applied),
+            "processed": [self.processed.get(worker, 0) for worker in range(self.workers)],
             "turn": self.turn,
             "session": self.session,
             "refused": self.refused,

@@ -10,7 +10,7 @@ from contextlib import closing
 from math import nan
 from typing import Any, TypeAlias, TypeVar
 
-from ..arrays.backend import Array, all_finite, empty_like, namespace
+from ..arrays.backend import Array, all_finite, empty_like, host_copy, namespace
 from .ends import Elected, Handle, Pause, WorkerEnd
 from .leases import Lease
 from .messages import DROPPED, IDLE, NOT_FINITE, REFUSED, STOP, WAIT, WORK, Commit, Reply
@@ -322,11 +322,15 @@ class Worker:
         self.leases.clear()
         self._farewell = self.end.leave(last, self._pulled)
 
-    def save(self) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Copy what a checkpoint keeps of this worker, between two periods: x, o and the slots, and facts."""
+    def save(self, copied: bool = True) -> tuple[dict[str, Array], dict[str, Any]]:
+        """What a checkpoint keeps of this worker, between two periods: x, o and the slots, and facts.
+
+        `copied`: to the host, for a thread that writes while training goes on; else the vectors themselves.
+        """
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
-        arrays = {"x": self.parted.copy(), "o": self.o.copy()}
-        arrays |= {f"slot/{name}": slot.copy() for name, slot in slots.items()}
+        arrays = {"x": self.parted, "o": self.o} | {f"slot/{name}": slot for name, slot in slots.items()}
+        if copied:
+            arrays = {name: host_copy(x) for name, x in arrays.items()}
         return arrays, {
             "worker": self.index,
             "clock": self.clock,
