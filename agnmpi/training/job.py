@@ -27,10 +27,11 @@ from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout
 from ..core.worker import Worker, train
 from ..recovery.checkpoint import newest, prune
+from ..recovery.cut import ConsistentCut, MPIMail
 from ..recovery.files import write_atomic
 from ..recovery.membership import Membership
 from ..recovery.restore import resume
-from ..recovery.saver import CenterSaver, save_worker
+from ..recovery.saver import CenterSaver, WorkerSaver, state_bytes, workers_saved
 from ..reporting.advice import advice
 from ..reporting.record import Recorder
 from ..transport.agreement import ConfigError, allgather, raise_on_all
@@ -95,6 +96,8 @@ class Job:
         self.monitor: Monitor | None = None
         self.recorder: Recorder | None = None
         self.saver: CenterSaver | None = None
+        self.cut: ConsistentCut | None = None  # where there are several centers
+        self.worker_savers: list[WorkerSaver] = []
         self.directory = Path()
         self.said = list[str]()  # lines for the monitor, once it is there
         self.interrupted = False
@@ -161,14 +164,16 @@ class Job:
 
     def _train(self) -> None:
         """Serve or train until all have left; a worker may do one after the other."""
+        self._keep_workers()
         for worker in self.role.workers:
             worker.end = self.injection.wrap(worker.end)
-        drive([self._steps(worker) for worker in self.role.workers])
+        drive([self._steps(saver.worker, saver) for saver in self.worker_savers])
         if self.role.serves:
             end: Any = self.role.end
             if self.role.failover is not None:
                 end.on_loss = self.membership.lose
-            self.role.serve(self._turn if self.monitor is not None else None)
+            cut = self.cut
+            self.role.serve(self._turn if self.monitor is not None else cut.tick if cut is not None else None)
 
     def _go_on(self) -> bool:
         """When all have left: whether there is a new center, and its workers are to begin once more."""
@@ -211,7 +216,7 @@ class Job:
         found = newest(self.directory, self._say)
         return found and found[1:]
 
-    def _steps(self, worker: Worker) -> Iterator[int]:
+    def _steps(self, worker: Worker, saver: WorkerSaver) -> Iterator[int]:
         """The loop of a worker: saves its state when the center has, and stops where nobody else would stop it."""
         gradient = gradient_of(self.problem, self.layout, self.plan, worker.x)
 
@@ -222,11 +227,8 @@ class Job:
             return loss, g
 
         loop = train(worker, compute)
-        saved = worker.checkpoint
         for step in loop:
-            if worker.checkpoint != saved and not worker.done:
-                saved = worker.checkpoint
-                save_worker(self.directory, worker, saved, self._say)
+            saver.tick()
             if self.signals.asked and (not self.setup.serves or self.membership.comm.size == 1):
                 loop.close()
                 worker.settle()
@@ -243,9 +245,9 @@ class Job:
             self._say(f"{self.signals.asked}: the workers commit what they have done; then a checkpoint, and the end")
         self.membership.tick()
         if self.saver is not None:
-            self.saver.take_in()
-            if self.saver.begun:
-                role.save_others(self.saver.begun)
+            self.saver.writing()
+        if self.cut is not None:
+            self.cut.tick()
         if not self.setup.use_locking:
             end: Any = role.end
             end.tell(center.control, center.checkpoint)
@@ -253,11 +255,6 @@ class Job:
     def _own_center(self) -> Array:
         """What this rank holds of the center variable."""
         return self.role.c if self.role.end is None else self.role.end.c
-
-    def _save_block(self, steps: int) -> None:
-        assert self.saver is not None
-        if not self.saver.busy:  # else this checkpoint stays without our block, and is not whole
-            self.saver.save(self._own_center(), steps)
 
     def _observe(self, commit: Commit, c: Array) -> None:
         if self.monitor is None:
@@ -293,6 +290,7 @@ class Job:
             "agnmpi": __version__,
             "centers": self.setup.centers if self.setup.serves else 1,
             "workers": self.role.count,
+            "consistent": self.setup.centers == 1 or self.setup.use_locking,
             "layout": self.layout._asdict(),
             "data": self._data(),
             "config": asdict(self.config),
@@ -330,7 +328,7 @@ class Job:
     def _keep(self) -> None:
         """At a center: keep checkpoints."""
         config, role, first = self.config, self.role, self.monitor is not None
-        self.saver = CenterSaver(
+        self.saver = saver = CenterSaver(
             self.directory,
             role.center,
             self._facts,
@@ -340,7 +338,31 @@ class Job:
             config.keep,
             self.membership.comm.rank if role.serves else 0,
         )
-        role.center.on_save = self._save_block
+        if role.centers is None:
+            return
+        end: Any = role.end
+        self.cut = cut = ConsistentCut(
+            MPIMail(role.centers),
+            end if self.setup.use_locking else None,
+            role.center,
+            lambda number: saver.save(self._own_center(), number),
+            saver.writing,
+            self._say,
+        )
+        if first:
+            saver.cut, role.before_leaving = cut, cut.finish
+
+    def _keep_workers(self) -> None:
+        """At a worker: keep its local state, as it was chosen."""
+        optimizer, workers = self.config.make_optimizer(1), self.role.count
+        option = getattr(self.config, "checkpoint_workers", "auto") if self.config.keep else "none"
+        when, line = workers_saved(option, state_bytes(self.x.nbytes, optimizer), workers)
+        if line and self.monitor is not None:
+            self._say(line)
+        self.worker_savers = [
+            WorkerSaver(self.directory, worker, workers, when, self._say, self.membership.comm.Iprobe)
+            for worker in self.role.workers
+        ]
 
     def _last_checkpoint(self) -> None:
         """Save what all have reached, if any has a place for it; and find out whether the run was asked to stop."""
@@ -356,9 +378,8 @@ class Job:
         heard = [name for _, name in (said[:1] if self.setup.serves else said) if name is not None]
         asked = heard[0] if heard else None
         self.interrupted = asked is not None and steps < self.plan.steps
-        if self.config.keep:
-            for worker in role.workers:
-                save_worker(self.directory, worker, steps, self._say)
+        for worker_saver in self.worker_savers:
+            worker_saver.finish(steps if worker_saver.worker in role.workers else None)
         if self.saver is not None:
             self.saver.save(self._own_center(), steps)
             self.saver.finish()
