@@ -254,7 +254,7 @@ def test_checkpoints_of_several_centers_that_nobody_serves(tmp_path):
 def test_all_blocks_of_a_checkpoint_hold_the_same_commits(tmp_path, ranks, options):
     run = tmp_path / "run"
     output = train(
-        ranks, *SHORT, *options, "--centers", "2", "--epochs", "40", "--set", "options.size=100000",
+        ranks, *SHORT, *options, "--centers", "2", "--epochs", "40", "--set", "options.unused=100000",
         "--checkpoint-commits", "7", "--keep", "100", "--run", run,
     )  # fmt: skip
     assert "WARNING" not in output
