@@ -1,6 +1,7 @@
 """Checkpoints, resuming and signals, as a person meets them: through the command line."""
 
 import json
+import re
 import signal
 import sys
 import time
@@ -375,9 +376,8 @@ def test_a_missing_or_odd_fact_is_named(tmp_path, fact, value, text):
     assert read_center(where)[1] == facts
     facts[fact] = value
     seal(center_file(where), arrays, {key: value for key, value in facts.items() if value is not None or key != fact})
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=re.escape(text)):
         read_center(where)
-    assert text in str(refused.value)
     said = []
     assert newest(tmp_path, said.append) is None
     assert text in said[0]
