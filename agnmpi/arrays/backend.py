@@ -159,6 +159,11 @@ def to_host(x: Array) -> Array:
     return x if on_host(x) else namespace(x).asnumpy(x)
 
 
+def host_copy(x: Array) -> Array:
+    """Return a copy of `x` on the host, whatever becomes of x: one memory copy, and none on a device."""
+    return x.copy() if on_host(x) else to_host(x)
+
+
 def bring(x: Array, like: Array) -> Array:
     """`x` where `like` lies; x itself if it lies there."""
     brought: Array = to_host(x) if on_host(like) else namespace(like).asarray(x)

@@ -8,7 +8,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring, empty_like, full_like, namespace, to_host
 from ..core.center import Center
 from ..core.ends import Apply, CenterEnd, WorkerEnd
-from ..core.messages import OK, SAVE, Commit, Reply
+from ..core.messages import OK, Commit, Reply
 from ..core.observer import Observer
 from ..core.optimizers import Optimizer
 from ..core.params import parts
@@ -116,8 +116,6 @@ class Connector(NamedTuple):
 
         def apply(commit: Commit, c: Array) -> Reply | None:
             nonlocal in_a_row
-            if commit.requests & SAVE:
-                return center.apply(commit, c)
             summed = end.summed
             in_a_row = 0 if commit.commits else in_a_row + summed.refused - center.refused
             if in_a_row >= center.patience:

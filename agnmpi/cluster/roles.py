@@ -9,7 +9,6 @@ from ..arrays.backend import Array, empty_like, to_host
 from ..core.center import Center, serve
 from ..core.ends import Apply, CenterEnd, Handle, WorkerEnd
 from ..core.leases import Leases, SpeedProportional, rounds
-from ..core.messages import SAVE, Commit
 from ..core.observer import Observer
 from ..core.worker import Worker
 from ..transport.allreduce import AllreduceEnd
@@ -44,8 +43,17 @@ class Role:
         """(n,) the center variable, where this rank holds it whole; else as last pulled."""
         return self.workers[0].o
 
+    @property
+    def span(self) -> slice:
+        """The part of the center variable that this rank holds, or all."""
+        return slice(None)
+
     def resume(self, arrays: Arrays, facts: Facts) -> None:
-        """Go on, in the next session, from a checkpoint: whole vectors and the center's facts; on every rank.
+        """Go on, in the next session, from a checkpoint, whose facts are those of the first center; on every rank.
+
+        Args:
+            arrays: of this rank's `span`, where it holds any of the center variable.
+            facts: as of `Center.save`.
 
         Raises:
             ValueError: if the checkpoint is of another center optimizer.
@@ -120,11 +128,8 @@ class CenterRole(Role):
         """As of any role; the vectors move the center variable and its slots."""
         super().resume(arrays, facts)
         center = self.center
-        center.restore(self._own(arrays), facts, self.end.c)
+        center.restore(arrays, facts, self.end.c)
         self.end.resume(center.clock, center.steps, (center.staleness_sum, center.staleness_max), center.refused)
-
-    def _own(self, arrays: Arrays) -> Arrays:
-        return arrays
 
     def _lay_out(self, total: int | None, period: int, leases: Leases) -> None:
         if self._grants:
@@ -157,7 +162,7 @@ class ShardRole(CenterRole):
         super().__init__(center, count, end, apply, observer, grants and centers.rank == 0)
         self.centers = centers
         self._whole, self._spans, self._others = whole, spans, others
-        self._asked: dict[int, tuple[int, Handle]] = {}  # by other center: the checkpoint asked for last
+        self.before_leaving: Callable[[], None] | None = None  # at the first center, when its workers have left
         self._copied: list[Handle] = []  # pulls of the copy begun last
 
     @property
@@ -165,13 +170,10 @@ class ShardRole(CenterRole):
         """(n,) the center variable, after a session."""
         return self._whole
 
-    def resume(self, arrays: Arrays, facts: Facts) -> None:
-        """As of any role."""
-        super().resume(arrays, facts)
-        self._whole[...] = arrays["c"]
-
-    def _own(self, arrays: Arrays) -> Arrays:
-        return {name: x[self._spans[self.centers.rank]] for name, x in arrays.items()}
+    @property
+    def span(self) -> slice:
+        """The block of this center."""
+        return self._spans[self.centers.rank]
 
     def ends(self) -> list[WorkerEnd | CenterEnd]:
         """The end of this center, and those by which it reads the others."""
@@ -181,24 +183,16 @@ class ShardRole(CenterRole):
         """Serve the workers until all have left, and share the final center among the center ranks."""
         super().serve()
         if self.centers.rank == 0:
+            if self.before_leaving is not None:
+                self.before_leaving()
             # Before the farewells: what comes for one would else be taken for another.
-            for handle in [*self._copied, *(handle for _, handle in self._asked.values())]:
+            for handle in self._copied:
                 handle.wait()
             farewells = [end.leave(None, self._whole[span]) for end, span in zip(self._others, self._spans[1:])]
             for farewell in farewells:
                 farewell.wait()
             self._whole[self._spans[0]] = to_host(self.end.c)
         bcast_in_pieces(self.centers, self._whole)
-
-    def save_others(self, steps: int) -> None:
-        """At rank 0: have the other centers save their blocks, too, for the checkpoint after `steps` steps.
-
-        A center that has not answered yet is asked later, for the newest alone: call it again with the same number.
-        """
-        for i, end in enumerate(self._others):
-            before = self._asked.get(i)
-            if before is None or (before[0] < steps and before[1].test()):
-                self._asked[i] = steps, end.exchange(Commit(self.count, requests=SAVE, checkpoint=steps), None)
 
     def copy_center(self) -> Callable[[], Array | None]:
         """As of any role: the blocks are pulled, each is whole."""

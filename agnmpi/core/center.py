@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..arrays.backend import Array, bring
+from ..arrays.backend import Array, bring, host_copy
 from .backoff import Backoff
 from .ends import Apply, CenterEnd
 from .leases import NONE, Lease, Leases
@@ -18,7 +18,6 @@ from .messages import (
     OK,
     PULL,
     REFUSED,
-    SAVE,
     STOP,
     WAIT,
     WORK,
@@ -58,6 +57,7 @@ class Center:
         self.state: Any = optimizer.init(like) if optimizer else None
         self.clock = 0
         self.applied = [0] * workers  # last sequence, by worker
+        self.processed = dict[int, int]()  # the same with what was refused or dropped: where a cut over all shards lies
         self.on_block: Callable[[int], None] | None = None  # called after each block of a step, with its end
         self.leases: Leases | None = None  # None: the work is shared out elsewhere
         self.now: Callable[[], float] | None = None  # what measures the workers' speeds, where λ_k goes by them
@@ -75,7 +75,6 @@ class Center:
         self.checkpoint = 0  # steps at the newest checkpoint
         self.served = self.session = 0  # messages; sessions begun
         self.replicates_state = False  # all that it knows travels with c: workers are to outlive this center
-        self.on_save: Callable[[int], None] | None = None  # the first center asks for a checkpoint of this number
 
     @property
     def staleness_mean(self) -> float:
@@ -115,8 +114,6 @@ class Center:
                 f"worker {commit.worker} asks for {_number(commit.total)}, the center for "
                 f"{_number(leases.total_word)}: all ranks must give the same number of steps"
             )
-        if commit.requests & SAVE and self.on_save:
-            self.on_save(commit.checkpoint)
         control, work = self._grant(commit)
         if control == WAIT and commit.requests & IDLE and not brings:
             self.waiting.add(commit.worker)
@@ -164,6 +161,7 @@ class Center:
 
     def _receive(self, commit: Commit, c: Array) -> int:
         """Apply, refuse or drop a delta; returns the status of the reply."""
+        self.processed[commit.worker] = max(self.processed.get(commit.worker, 0), commit.sequence)
         if not self.rule.allreduce and commit.sequence <= self.applied[commit.worker]:
             return DUPLICATE
         done = Lease(commit.first_step, commit.steps)
@@ -233,13 +231,14 @@ class Center:
             slot[...] = bring(self.optimizer.slots(old)[name], slot)
 
     def save(self, c: Array) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Copy what a checkpoint keeps: `c` (n,) and the slots, and the facts about them."""
+        """Copy what a checkpoint keeps, to the host: `c` (n,) and the slots, and the facts about them."""
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
-        arrays = {"c": c.copy()} | {f"slot/{name}": slot.copy() for name, slot in slots.items()}
+        arrays = {"c": host_copy(c)} | {f"slot/{name}": host_copy(slot) for name, slot in slots.items()}
         return arrays, {
             "clock": self.clock,
             "steps": self.steps,
             "applied": list(self.applied),
+            "processed": [self.processed.get(worker, 0) for worker in range(self.workers)],
             "given_up": self.given_up,
             "served": self.served,
             "session": self.session,

@@ -11,7 +11,7 @@ from .leases import NONE, Lease
 # Plain ints, not IntFlags: each `&` of an IntFlag takes 1 µs in Python 3.11, and a message of one number some 50 µs.
 # Commit.requests: what a message asks for, besides applying its payload.
 # IDLE: this worker holds no steps, whatever the center thinks; it waits for work, if others hold some.
-PULL, WORK, LEAVE, SAVE, IDLE = 1, 2, 4, 8, 16
+PULL, WORK, LEAVE, IDLE = 1, 2, 4, 8
 # Commit.flags: what is known of the payload.
 # NOT_FINITE: its worker has looked, so that the center need not read it once more.
 # MISFIT: no commit to this model; set by the center's end.
@@ -22,7 +22,7 @@ OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3
 # Reply.control; STOP: give back the work in hand, commit what is done, leave. WAIT: no work is free now, but others
 # hold some that may become free: who asks with IDLE is answered then.
 CONTINUE, STOP, WAIT = 0, 1, 2
-_COMMIT = struct.Struct("<12qd")
+_COMMIT = struct.Struct("<11qd")
 _REPLY = struct.Struct("<9q")
 _SNAPSHOT = struct.Struct("<8q")
 _LARGEST = 1 << 42  # bytes of a vector
@@ -38,12 +38,11 @@ class Commit(NamedTuple):
         first_step: number of the first of them, over the whole run.
         clock: of the center when this worker last pulled.
         commits: deltas summed in the payload.
-        requests: PULL, WORK, LEAVE, SAVE, IDLE.
+        requests: PULL, WORK, LEAVE, IDLE.
         flags: NOT_FINITE, MISFIT.
         encoding: of the payload; 0: the vector as it is.
         nbytes: of the payload.
         total: with WORK and no payload, the steps of the session that this rank knows of; -1 without end.
-        checkpoint: with SAVE, the number of the checkpoint that is to be written.
         loss: mean training loss over the steps.
         payload: the delta (n,); it travels on its own, behind the header.
 
@@ -62,7 +61,6 @@ class Commit(NamedTuple):
     encoding: int = 0
     nbytes: int = 0
     total: int = -1
-    checkpoint: int = 0
     loss: float = nan
     payload: Array | None = None
 

@@ -11,7 +11,7 @@ from enum import Enum, auto
 from math import nan
 from typing import Any, TypeAlias, TypeVar
 
-from ..arrays.backend import Array, empty_like, namespace
+from ..arrays.backend import Array, empty_like, host_copy, namespace
 from ..arrays.reductions import all_finite
 from .ends import Elected, Handle, WorkerEnd
 from .leases import Lease
@@ -422,11 +422,15 @@ class Worker:
 
     # --- a checkpoint ---
 
-    def save(self) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Copy what a checkpoint keeps of this worker, between two periods: x, o and the slots, and facts."""
+    def save(self, copied: bool = True) -> tuple[dict[str, Array], dict[str, Any]]:
+        """What a checkpoint keeps of this worker, between two periods: x, o and the slots, and facts.
+
+        `copied`: to the host, for a thread that writes while training goes on; else the vectors themselves.
+        """
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
-        arrays = {"x": self.parted.copy(), "o": self.o.copy()}
-        arrays |= {f"slot/{name}": slot.copy() for name, slot in slots.items()}
+        arrays = {"x": self.parted, "o": self.o} | {f"slot/{name}": slot for name, slot in slots.items()}
+        if copied:
+            arrays = {name: host_copy(x) for name, x in arrays.items()}
         return arrays, {
             "worker": self.index,
             "clock": self.clock,

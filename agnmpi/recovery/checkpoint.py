@@ -10,32 +10,99 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.backend import Array, to_host
-from .files import load, save
+from ..arrays.backend import Array
+from ..core.params import parts
+from .files import chunks, load, load_facts, save, signature
 
 
 def seal(path: Path, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
-    """Write arrays and facts (whatever JSON has words for) with a checksum over all of it."""
+    """Write arrays and facts (whatever JSON has words for) with a checksum over all of it; copies no array."""
     text = json.dumps(dict(facts), sort_keys=True)
-    save(path, arrays, {"agnmpi": text, "sha256": _digest(arrays, text)})
+    save(path, arrays, {"agnmpi": text}, hashlib.sha256(text.encode()))
 
 
 def unseal(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read what `seal` wrote. Raises ValueError if it is not whole, OSError if it cannot be read."""
     arrays, said = load(path)
     text = said.get("agnmpi", "")
-    if said.get("sha256") != _digest(arrays, text):
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        digest.update(signature(name, arrays[name]))
+        for chunk in chunks(arrays[name]):
+            digest.update(chunk)
+    if said.get("sha256") != digest.hexdigest():
         raise ValueError(f"{path} does not match its checksum")
     return arrays, dict(json.loads(text))
 
 
-def _digest(arrays: Mapping[str, Array], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        x = np.ascontiguousarray(to_host(arrays[name]))
-        digest.update(f"{name} {x.dtype} {x.shape}".encode())
-        digest.update(x.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+def _whole_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_whole_number, value))
+
+
+def _is_layout(value: Any) -> bool:
+    kinds = {"names": list, "shapes": list, "offsets": list, "dtype": str}
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
+        return False
+    names, shapes, offsets = value["names"], value["shapes"], value["offsets"]
+    return len(names) == len(shapes) == len(offsets) - 1 and all(map(_whole_numbers, [offsets, *shapes]))
+
+
+def _is_leases(value: Any) -> bool:
+    if value is None:  # the work is shared out elsewhere
+        return True
+    counts = isinstance(value, dict) and all(_whole_number(value.get(key)) for key in ("next", "committed"))
+    free = value.get("free") if counts else None
+    return isinstance(free, list) and all(_whole_numbers(lease) and len(lease) == 2 for lease in free)
+
+
+# What the facts of a center's file must say, and what makes each right.
+_FACTS: Mapping[str, Callable[[Any], bool]] = {
+    "centers": lambda value: _whole_number(value) and value > 0,
+    "workers": _whole_number,
+    "layout": _is_layout,
+    "clock": _whole_number,
+    "steps": _whole_number,
+    "applied": _whole_numbers,
+    "refused": _whole_number,
+    "dropped": _whole_number,
+    "staleness": lambda value: _whole_numbers(value) and len(value) == 2,
+    "center_optimizer": lambda value: isinstance(value, str),
+    "center_optimizer_step": _whole_number,
+    "leases": _is_leases,
+}
+# And those of the first, which grants the work.
+_PROGRESS: Mapping[str, Callable[[Any], bool]] = {
+    "samples": _whole_number,
+    "seconds": lambda value: isinstance(value, int | float) and value >= 0,
+}
+
+# What may be missing: files of earlier releases do not have it.
+_OPTIONAL: Mapping[str, Callable[[Any], bool]] = {
+    "data": lambda value: isinstance(value, dict),
+    "processed": _whole_numbers,
+    "consistent": lambda value: isinstance(value, bool),
+}
+
+
+def check_facts(facts: Mapping[str, Any], name: str, first: bool = True) -> None:
+    """Raise ValueError, naming the first that is wrong, unless `facts` are those of a center's file.
+
+    Args:
+        facts: as read.
+        name: of the checkpoint, for the message.
+        first: whether of the first center.
+    """
+    needed = {**_FACTS, **(_PROGRESS if first else {})}
+    for fact, right in {**needed, **_OPTIONAL}.items():
+        if fact not in facts and fact in needed:
+            raise ValueError(f"{name} does not say {fact!r}: it is no checkpoint of a center")
+        if fact in facts and not right(facts[fact]):
+            said = repr(facts[fact])
+            raise ValueError(f"{name} says that {fact!r} is {said[:80]}, which cannot be")
 
 
 def folder(run: Path, steps: int) -> Path:
@@ -58,17 +125,80 @@ def worker_file(folder: Path, worker: int) -> Path:
     return folder / f"worker-{worker}.safetensors"
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Read what the first center has said, without its vectors, and see that all its blocks are of one cut.
+
+    Raises ValueError for facts that cannot be, or blocks of different commits; OSError for missing files.
+    """
+    facts = _facts_of(center_file(folder), first=True)
+    for i in range(1, facts["centers"]):
+        other = _facts_of(center_file(folder, i), first=False)
+        # Equal where the cut is one; where no cut can be made, they say so themselves.
+        if facts.get("consistent", True) and _cut(other) != _cut(facts):
+            raise ValueError(f"{folder}: the blocks of centers 0 and {i} do not hold the same commits")
+    return facts
+
+
+def _facts_of(path: Path, first: bool) -> dict[str, Any]:
+    try:
+        facts = json.loads(load_facts(path).get("agnmpi", ""))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has no facts that can be read: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} has no facts")
+    check_facts(facts, str(path), first)
+    return facts
+
+
+def _cut(facts: Mapping[str, Any]) -> Any:
+    """Which commits a block holds, or has refused: last sequence, by worker."""
+    return facts.get("processed", facts["applied"])
+
+
+def read_span(folder: Path, facts: Mapping[str, Any], span: slice) -> dict[str, Array]:
+    """Read c and the slots, from element `span.start` to `span.stop`; each file that holds a part of it, once.
+
+    Args:
+        folder: of the checkpoint.
+        facts: what `read_facts` found there.
+        span: of the whole vectors; open ends are their ends.
+
+    Returns:
+        The arrays of one center, by name: those of the file itself if it holds just this span.
+
+    Raises:
+        ValueError: a file is not whole, or not of the length that the others leave it.
+        OSError: a file cannot be read.
+    """
+    size = facts["layout"]["offsets"][-1]
+    start, stop, _ = span.indices(size)
+    pieces: dict[str, list[Array]] = {}
+    for i, block in enumerate(parts(size, facts["centers"])):
+        low, high = max(start, block.start), min(stop, block.stop)
+        if low >= high:
+            continue
+        arrays, _ = unseal(center_file(folder, i))
+        if wrong := [name for name, x in arrays.items() if x.shape != (block.stop - block.start,)]:
+            raise ValueError(
+                f"{center_file(folder, i)}: {wrong[0]!r} has shape {arrays[wrong[0]].shape}, but the model has {size} "
+                f"numbers, {block.stop - block.start} of them here"
+            )
+        whole = (low, high) == (block.start, block.stop)
+        for name, x in arrays.items():
+            part = x if whole else x[low - block.start : high - block.start].copy()  # what is not needed may go
+            pieces.setdefault(name, []).append(part)
+    if "c" not in pieces or len({len(found) for found in pieces.values()}) > 1:
+        raise ValueError(f"{folder}: the blocks of the centers do not fit together")
+    return {name: found[0] if len(found) == 1 else np.concatenate(found) for name, found in pieces.items()}
+
+
 def read_center(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read the files of all centers as one: whole vectors, and the facts of the first.
 
     Raises ValueError for files that are not whole or do not fit together, OSError for missing ones.
     """
-    first, facts = unseal(center_file(folder))
-    pieces = [first] + [unseal(center_file(folder, i))[0] for i in range(1, int(facts["centers"]))]
-    whole = {name: np.concatenate([piece[name] for piece in pieces]) for name in first}
-    if whole["c"].size != facts["layout"]["offsets"][-1]:
-        raise ValueError(f"{folder}: the blocks of the centers make {whole['c'].size} numbers, not the model's")
-    return whole, facts
+    facts = read_facts(folder)
+    return read_span(folder, facts, slice(None)), facts
 
 
 def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Array], dict[str, Any]] | None:
@@ -76,9 +206,14 @@ def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Array
     for candidate in folders(run):
         try:
             return candidate, *read_center(candidate)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            say(f"WARNING: checkpoint {candidate.name} is left out: {error}")
+        except (OSError, ValueError) as error:
+            say(left_out(candidate, error))
     return None
+
+
+def left_out(candidate: Path, why: object) -> str:
+    """What is said of a checkpoint that is not whole."""
+    return f"WARNING: checkpoint {candidate.name} is left out: {why}"
 
 
 def prune(run: Path, keep: int, centers: int = 1) -> None:
@@ -92,7 +227,12 @@ def prune(run: Path, keep: int, centers: int = 1) -> None:
 
 
 def set_aside(run: Path, newest: Path | None) -> None:
-    """Rename what is newer than the newest whole checkpoint: it is broken, and would hide those to come."""
+    """Rename what is newer than the newest whole checkpoint: it is broken, and would hide those to come.
+
+    Of the broken ones the newest stays, for whoever wants to look at it.
+    """
     for broken in folders(run):
         if newest is None or broken > newest:
             broken.rename(broken.with_name(f"broken-{broken.name}-{os.getpid()}"))
+    for old in sorted((run / "checkpoints").glob("broken-*"))[:-1]:
+        shutil.rmtree(old, ignore_errors=True)

@@ -8,10 +8,11 @@ from typing import Any
 
 from mpi4py import MPI
 
+from ..arrays.backend import Array
 from ..cluster.roles import Role, WorkerRole
 from ..core.params import Layout
 from ..transport.agreement import allgather, raise_on_all
-from .checkpoint import newest, read_center, set_aside, unseal, worker_file
+from .checkpoint import folders, left_out, read_facts, read_span, set_aside, unseal, worker_file
 
 
 def resume(
@@ -31,52 +32,116 @@ def resume(
     run goes on.
     """
 
-    def find() -> tuple[str, dict[str, Any]]:
+    candidates: list[Path] = []
+
+    def look() -> str:
         if run is None:
-            return "", {}
+            return ""
         where = run()
-        found = newest(where, say)
-        set_aside(where, found[0] if found else None)
-        if found is None and required:
-            raise ValueError(f"{where} has no whole checkpoint to resume from")
-        if found is None:
-            return "", {}
-        check_model(layout, found[2], str(found[0]))
-        saved = found[2].get("data", data)
-        differ = [f"{key} {saved[key]}, not {data[key]}" for key in data if saved[key] != data[key]]
-        if differ:
-            raise ValueError(f"{found[0]} has {' and '.join(differ)}: it cannot be told which samples are done")
-        if found[2]["steps"] > total:
-            raise ValueError(
-                f"{found[0]} has {found[2]['steps']} steps, but the run ends at {total}: give more "
-                "--epochs (or --steps) to go on"
-            )
-        return str(found[0].resolve()), found[2]
+        candidates[:] = folders(where)
+        return str(where)
 
-    name, facts = json.loads(allgather(comm, json.dumps(raise_on_all(comm, find)))[0])
-    if not name:
-        return None
-
-    def restore() -> bool:
-        role.resume({} if isinstance(role, WorkerRole) else read_center(Path(name))[0], facts)
-        if facts["workers"] != role.count:
-            return False
-        for worker in role.workers:
-            worker.checkpoint = int(facts["steps"])
-            try:
-                worker.restore(*unseal(worker_file(Path(name), worker.index)))
-            except (OSError, ValueError, KeyError) as error:
-                print(f"agnmpi: worker {worker.index} starts anew: {error}", file=sys.stderr, flush=True)
-                return False
-        return True
-
-    mine = raise_on_all(comm, restore)
-    local = all(json.loads(text) for text in allgather(comm, json.dumps(mine)))
+    where = raise_on_all(comm, look)
+    while True:
+        name, facts = json.loads(
+            allgather(
+                comm,
+                json.dumps(raise_on_all(comm, lambda: _choose(where, candidates, layout, total, data, required, say))),
+            )[0]
+        )
+        if not name:
+            return None
+        found = Path(name)
+        arrays, wrong = raise_on_all(comm, lambda: _read(comm, role, found, facts))  # noqa: B023
+        broken = [text for text in allgather(comm, wrong) if text]
+        if not broken:
+            break
+        del arrays
+        if candidates:
+            say(left_out(candidates.pop(0), broken[0]))
+    local = raise_on_all(comm, lambda: _take_up(role, found, arrays, facts))
+    everywhere = all(json.loads(text) for text in allgather(comm, json.dumps(local)))
     say(
-        f"resumed from {Path(name).name}: {facts['steps']} of {total} steps, clock {facts['clock']}"
-        + ("" if local else "; not all workers find their local state: their optimizers start anew there")
+        f"resumed from {found.name}: {facts['steps']} of {total} steps, clock {facts['clock']}"
+        + ("" if everywhere else "; not all workers find their local state: their optimizers start anew there")
     )
+    if not facts.get("consistent", True):
+        say(
+            "WARNING: the blocks of several centers without locking are saved one after the other: some commits may be "
+            "in one and not in another"
+        )
     return dict(facts)
+
+
+def _choose(
+    where: str,
+    candidates: list[Path],
+    layout: Layout,
+    total: int,
+    data: Mapping[str, int],
+    required: bool,
+    say: Callable[[str], None],
+) -> tuple[str, dict[str, Any]]:
+    """At rank 0: the newest of `candidates` that may be whole, after its facts; the others leave the list.
+
+    Raises ValueError for one that is of another run than this, and if there is none and one is `required`.
+    """
+    if not where:
+        return "", {}
+    while candidates:
+        try:
+            facts = read_facts(candidates[0])
+            break
+        except (OSError, ValueError) as error:
+            say(left_out(candidates.pop(0), error))
+    set_aside(Path(where), candidates[0] if candidates else None)
+    if not candidates and required:
+        raise ValueError(f"{where} has no whole checkpoint to resume from")
+    if not candidates:
+        return "", {}
+    name = str(candidates[0])
+    check_model(layout, facts, name)
+    saved = facts.get("data", data)
+    differ = [f"{key} {saved.get(key)}, not {data[key]}" for key in data if saved.get(key) != data[key]]
+    if differ:
+        raise ValueError(f"{name} has {' and '.join(differ)}: it cannot be told which samples are done")
+    if facts["steps"] > total:
+        raise ValueError(
+            f"{name} has {facts['steps']} steps, but the run ends at {total}: give more --epochs (or --steps) to go on"
+        )
+    return str(candidates[0].resolve()), facts
+
+
+def _read(comm: MPI.Comm, role: Role, found: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Array], str]:
+    """The arrays that this rank holds a part of, or what is wrong with their files.
+
+    Raises OSError where they cannot be read here, though rank 0 sees them.
+    """
+    if isinstance(role, WorkerRole):
+        return {}, ""
+    try:
+        return read_span(found, facts, role.span), ""
+    except ValueError as error:
+        return {}, str(error)
+    except OSError as error:
+        if comm.rank:
+            raise
+        return {}, str(error)
+
+
+def _take_up(role: Role, found: Path, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> bool:
+    """Restore this rank; whether its workers, if any, have found their local state."""
+    role.resume(arrays, facts)
+    if facts["workers"] != role.count:
+        return False
+    for worker in role.workers:
+        worker.checkpoint = int(facts["steps"])
+        try:
+            worker.restore(*unseal(worker_file(found, worker.index)))
+        except (OSError, ValueError, KeyError) as error:
+            print(f"agnmpi: worker {worker.index} starts anew: {error}", file=sys.stderr, flush=True)
+            return False
+    return True
 
 
 def check_model(layout: Layout, facts: Mapping[str, Any], name: str) -> None:

@@ -4,22 +4,49 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
-from ..arrays.backend import Array
+import numpy as np
+
+from ..arrays.backend import Array, synchronize
+from ..core.backoff import wait_until
 from ..core.center import Center
+from ..core.optimizers import Optimizer
 from ..core.timer import Every
 from ..core.worker import Worker
 from .checkpoint import center_file, folder, folders, prune, seal, worker_file
 
 Say = Callable[[str], None]
+Files: TypeAlias = tuple[Mapping[str, Array], Mapping[str, Any]]  # arrays and facts
+
+# Bytes of all workers' states up to which "auto" writes them with each checkpoint, and of one worker's up to which it
+# is copied for a thread, so that training goes on.
+SMALL = 256 << 20
+
+
+class Cut(Protocol):
+    """What makes a checkpoint of several centers one cut (`cut.ConsistentCut`)."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is under way."""
+
+    def begin(self, number: int) -> None:
+        """Begin one; every center saves when it is there."""
 
 
 class CenterSaver:
     """Saves what a center holds. The service pauses for one copy of c and the slots; a thread writes them.
 
-    `facts()`: what else belongs into a checkpoint (layout, configuration, progress); `every_seconds`, `every_commits`:
-    0 for never; `keep`: number of checkpoints that stay; `say` is told what goes wrong, and training goes on.
+    Args:
+        run: directory of the run.
+        center: its counts and slots.
+        facts: what else belongs into a checkpoint (layout, configuration, progress); called when one is begun.
+        say: is told what goes wrong; training goes on.
+        every_seconds: between two checkpoints; 0: not by time.
+        every_commits: the same by commits.
+        keep: number of checkpoints that stay.
+        index: of this center.
     """
 
     def __init__(
@@ -40,30 +67,29 @@ class CenterSaver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._wanted = False  # due, but the last one was still being written
-        self.begun = 0  # number of the newest that `tick` began
+        self.cut: Cut | None = None  # at the first of several centers: what has all of them save
         self.pause = 0.0  # seconds for which the service has stood still, the longest
-        self.last: Path | None = None  # newest checkpoint that is whole
+        self.last: Path | None = None  # newest checkpoint of which this center's file is whole
 
-    @property
-    def busy(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return self._pending is not None and not self._pending.done()
-
-    def take_in(self) -> None:
-        """Report what has been written, without waiting."""
+    def writing(self) -> bool:
+        """Report what has been written, without waiting; whether one is still being written."""
         if self._pending is not None and self._pending.done():
             self._settle()
+        return self._pending is not None
 
     def tick(self, c: Array) -> None:
         """Save if it is time. Call it when a commit has been applied, before that is answered."""
-        self.take_in()
         due = [self._due()] if self._due else []
         due += [self._due_commits(self._center.clock)] if self._due_commits else []
         self._wanted = self._wanted or any(due)
-        if not self._wanted or self._pending is not None or self._center.steps <= self._center.checkpoint:
+        if self.writing() or not self._wanted or self._center.steps <= self._center.checkpoint:
             return
-        self.save(c)
-        self.begun = self._center.checkpoint
+        if self.cut is None:
+            self.save(c)
+        elif not self.cut.busy:
+            # Announced now, so that this worker saves what it is now. Its number stays, whatever the cut takes in.
+            self._wanted, self._center.checkpoint = False, self._center.steps
+            self.cut.begin(self._center.steps)
 
     def save(self, c: Array, steps: int | None = None) -> None:
         """Copy everything now, and have it written; `steps`: the checkpoint's number, if not this center's steps."""
@@ -72,7 +98,11 @@ class CenterSaver:
         self._wanted = False
         number = self._center.steps if steps is None else steps
         start = time.perf_counter()
-        arrays, facts = self._center.save(c)
+        try:
+            arrays, facts = self._center.save(c)
+        except MemoryError as error:
+            self._failed(error)
+            return
         self.pause = max(self.pause, time.perf_counter() - start)
         where = folder(self._run, number)
         self._pending = self._pool.submit(self._write, where, arrays, {**self._facts(), **facts})
@@ -90,9 +120,12 @@ class CenterSaver:
         pending, self._pending = self._pending, None
         try:
             pending.result()
-        except OSError as error:
-            kept = f"the last good one is {self.last.name}" if self.last else "there is none so far"
-            self._say(f"WARNING: the checkpoint could not be written ({error}); {kept}; training goes on")
+        except (OSError, MemoryError) as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        kept = f"the last good one is {self.last.name}" if self.last else "there is none so far"
+        self._say(f"WARNING: the checkpoint could not be written ({_reason(error)}); {kept}; training goes on")
 
     def finish(self) -> None:
         """Wait until what was begun is written."""
@@ -101,17 +134,155 @@ class CenterSaver:
         self._pool.shutdown()
 
 
-def save_worker(run: Path, worker: Worker, steps: int, say: Say) -> None:
-    """Write the local state of `worker` for the checkpoint after `steps` steps.
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__  # a MemoryError may have no words
 
-    Where the run's directory is not to be seen (no shared file system), a resumed run starts this worker's optimizer
-    anew.
+
+def state_bytes(model: int, optimizer: Optimizer | None) -> int:
+    """Bytes of a worker's local state: x, what it last pulled, and the slots.
+
+    Args:
+        model: bytes of x.
+        optimizer: the local one; None: none.
     """
+    slots = len(optimizer.slots(optimizer.init(np.zeros(1)))) if optimizer else 0
+    return (2 + slots) * model
+
+
+def workers_saved(option: str, nbytes: int, workers: int) -> tuple[str, str]:
+    """Choose when the workers' local states are written.
+
+    Args:
+        option: "all": with each checkpoint; "end": only where the run ends or is interrupted; "none": never;
+            "auto": "all" up to 256 MB of all workers together, else "end".
+        nbytes: of one worker's state.
+        workers: n.
+
+    Returns:
+        "all", "end" or "none", and a line that says so, empty where nothing was chosen.
+    """
+    if option != "auto":
+        return option, ""
+    total = nbytes * workers
+    if total <= SMALL:
+        return "all", ""
+    return "end", (
+        f"the workers' local states ({_size(total)}) are written at the end alone: after a crash their optimizers "
+        "start anew; checkpoint_workers = all writes them with each checkpoint"
+    )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+
+
+class WorkerSaver:
+    """Writes a worker's local state when the center has written a checkpoint.
+
+    A small state is copied to the host, and training goes on while a thread writes it. A large one is written as it
+    lies, on a device chunk by chunk: the worker waits, and no memory is needed. The workers do not write at the same
+    moment: each waits for its part of a tenth of the time between two checkpoints, worker 0 not at all.
+
+    Args:
+        run: directory of the run. Where it is not to be seen (no shared file system), a resumed run starts this
+            worker's optimizer anew.
+        worker: whose state.
+        workers: n.
+        when: "all", "end" or "none", as chosen by `workers_saved`.
+        say: is told what goes wrong; training goes on.
+        progress: called while the worker waits, so that others' messages move on (`comm.Iprobe`).
+        small: bytes up to which a state is copied.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        worker: Worker,
+        workers: int,
+        when: str,
+        say: Say,
+        progress: Callable[[], object] = bool,
+        small: int = SMALL,
+    ) -> None:
+        self._run, self.worker, self._when, self._say, self._progress = run, worker, when, say, progress
+        self._part = worker.index / max(workers, 1) / 10
+        self._small = small
+        self._seen = worker.checkpoint
+        self._wanted: int | None = None  # number of the checkpoint to write for
+        self._announced = time.monotonic()
+        self._due = 0.0
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+
+    def tick(self) -> None:
+        """Save if a checkpoint asks for it. Call it after each step of the worker."""
+        worker, now = self.worker, time.monotonic()
+        if self._when != "all":
+            return
+        if worker.checkpoint != self._seen:
+            self._seen = self._wanted = worker.checkpoint
+            self._due, self._announced = now + self._part * (now - self._announced), now
+        if self._wanted is None or worker.done or now < self._due or self._writing():
+            return
+        number, self._wanted = self._wanted, None
+        self._begin(number)
+
+    def _begin(self, number: int) -> None:
+        worker = self.worker
+        try:
+            files = worker.save(copied=sum(x.nbytes for x in worker.save(copied=False)[0].values()) <= self._small)
+        except MemoryError as error:
+            self._failed(error)
+            return
+        synchronize(worker.x)  # before another thread reads it
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="worker-state")
+        self._pending = self._pool.submit(write_worker, self._run, worker.index, number, files)
+        if files[0]["o"] is worker.o:
+            wait_until(self._written)
+
+    def _written(self) -> bool:
+        self._progress()
+        return not self._writing()
+
+    def _writing(self) -> bool:
+        if self._pending is not None and self._pending.done():
+            self._settle()
+        return self._pending is not None
+
+    def _settle(self) -> None:
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except (OSError, MemoryError) as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self._say(
+            f"WARNING: the local state of worker {self.worker.index} could not be written ({_reason(error)}); "
+            "training goes on"
+        )
+
+    def finish(self, steps: int | None) -> None:
+        """At the end: wait for what is being written, and save for the checkpoint after `steps` steps (None: none)."""
+        self._settle()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        if steps is None or self._when == "none":
+            return
+        try:
+            write_worker(self._run, self.worker.index, steps, self.worker.save(copied=False))
+        except (OSError, MemoryError) as error:
+            self._failed(error)
+
+
+def write_worker(run: Path, index: int, steps: int, files: Files) -> None:
+    """Write the local state of worker `index` for the checkpoint after `steps` steps, unless that has gone already."""
     where = folder(run, steps)
     if not where.is_dir() and any(other > where for other in folders(run)):
         return  # too late: it has been removed for newer ones
-    try:
-        where.mkdir(parents=True, exist_ok=True)
-        seal(worker_file(where, worker.index), *worker.save())
-    except OSError as error:
-        say(f"WARNING: the local state of worker {worker.index} could not be written ({error}); training goes on")
+    where.mkdir(parents=True, exist_ok=True)
+    seal(worker_file(where, index), *files)

@@ -7,6 +7,7 @@ from ..arrays.backend import Array
 from ..cluster.roles import CenterRole, ShardRole
 from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..recovery.checkpoint import prune
+from ..recovery.cut import ConsistentCut, MPIMail
 from ..recovery.files import write_atomic
 from ..recovery.saver import CenterSaver
 from ..recovery.silent_workers import SilentWorkers
@@ -36,6 +37,7 @@ class Duties:
         self._recorder: Recorder | None = None
         self._silent: SilentWorkers | None = None
         self._saver: CenterSaver | None = None
+        self._cut: ConsistentCut | None = None  # where there are several centers
         if first:
             self._open(threads)
         if self._config.keep:
@@ -60,6 +62,8 @@ class Duties:
     def tick(self, asked: str | None) -> None:
         """Between two messages; `asked`: the signal that asks the run to stop."""
         role, center = self._role, self._role.center
+        if self._cut is not None:
+            self._cut.tick()
         if not self.first:
             return
         self.monitor.tick()
@@ -69,9 +73,7 @@ class Duties:
         if self._silent is not None:
             self._silent.tick()
         if self._saver is not None:
-            self._saver.take_in()
-            if self._saver.begun and isinstance(role, ShardRole):
-                role.save_others(self._saver.begun)
+            self._saver.writing()
         if isinstance(role, CenterRole):
             role.end.tell(center.control, center.checkpoint)
 
@@ -128,12 +130,19 @@ class Duties:
             config.keep,
             self._job.session.comm.rank if role.serves else 0,
         )
-        role.center.on_save = self._save_block
-
-    def _save_block(self, steps: int) -> None:
-        assert self._saver is not None
-        if not self._saver.busy:  # else this checkpoint stays without our block, and is not whole
-            self._saver.save(self._own_center(), steps)
+        if not isinstance(role, ShardRole):
+            return
+        saver, whole = self._saver, self._job.setup.transport.capabilities.single_commits
+        self._cut = ConsistentCut(
+            MPIMail(role.centers),
+            role.end if whole else None,
+            role.center,
+            lambda number: saver.save(role.end.c, number),
+            saver.writing,
+            self._job.say,
+        )
+        if self.first:
+            saver.cut, role.before_leaving = self._cut, self._cut.finish
 
     def _own_center(self) -> Array:
         """What this rank holds of the center variable."""
@@ -146,6 +155,7 @@ class Duties:
             "agnmpi": __version__,
             "centers": max(1, job.serving_ranks),
             "workers": self._role.count,
+            "consistent": job.serving_ranks < 2 or job.setup.transport.capabilities.single_commits,
             "layout": job.layout._asdict(),
             "data": job.data,
             "config": asdict(self._config),

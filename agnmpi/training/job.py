@@ -31,7 +31,7 @@ from ..core.worker import train as train_worker
 from ..recovery.center_state import Saved
 from ..recovery.checkpoint import newest
 from ..recovery.restore import resume
-from ..recovery.saver import save_worker
+from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
 from ..transport.agreement import ConfigError, allgather, raise_on_all
 from .config import Config
 from .drive import drive
@@ -97,6 +97,7 @@ class Job(Observer):
         self.directory = Path()
         self.complete = self.interrupted = False  # complete: before it was resumed
         self.result: dict[str, Any] | None = None
+        self._worker_savers: list[WorkerSaver] = []
         self._announcements = list[str]()  # for the display, once it is there
         self._began = 0.0  # time at which the training began, less what earlier runs of it took
 
@@ -116,7 +117,8 @@ class Job(Observer):
             for workers in self.session.rounds():
                 for worker in workers:
                     worker.end = self.injection.wrap(worker.end)
-                drive([self._steps(worker) for worker in workers])
+                self._keep_workers(workers)
+                drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
             if self._concluded():
                 return self._end()
 
@@ -164,7 +166,7 @@ class Job(Observer):
         found = newest(self.directory, self.say)
         return found and found[1:]
 
-    def _steps(self, worker: Worker) -> Iterator[int]:
+    def _steps(self, worker: Worker, saver: WorkerSaver) -> Iterator[int]:
         """The loop of a worker: saves its state when the center has, and stops where nobody else would stop it."""
         gradient = gradient_of(self.problem, self.layout, self.plan, worker.x)
 
@@ -175,16 +177,25 @@ class Job(Observer):
             return loss, g
 
         loop = train_worker(worker, compute)
-        saved = worker.checkpoint
         for step in loop:
-            if worker.checkpoint != saved and not worker.done:
-                saved = worker.checkpoint
-                save_worker(self.directory, worker, saved, self.say)
+            saver.tick()
             if self.signals.asked and (not self.serving_ranks or self.session.comm.size == 1):
                 loop.close()
                 worker.settle()
                 return
             yield step
+
+    def _keep_workers(self, workers: Sequence[Worker]) -> None:
+        """Have the local states of these workers written, as it was chosen."""
+        config, count = self.config, self.session.role.count
+        option = config.checkpoint_workers if config.keep else "none"
+        when, line = workers_saved(option, state_bytes(self.x.nbytes, config.make_optimizer(1)), count)
+        if line and self.rank == 0:
+            self.say(line)
+        comm = self.session.comm
+        self._worker_savers = [
+            WorkerSaver(self.directory, worker, count, when, self.say, comm.Iprobe) for worker in workers
+        ]
 
     # What is told by the session.
 
@@ -328,9 +339,8 @@ class Job(Observer):
         # Where all train, any rank may have been the one that broke off.
         asked = [name for *_, name in (told[:1] if self.serving_ranks else told) if name is not None]
         self.interrupted = bool(asked) and settled < self.plan.steps
-        if self.config.keep:
-            for worker in role.workers:
-                save_worker(self.directory, worker, steps, self.say)
+        for saver in self._worker_savers:
+            saver.finish(steps if saver.worker in role.workers else None)
         if self.duties is not None:
             self.duties.save_last(steps)
         wait_until(comm.Ibarrier().Test)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,25 @@ def run_directory(config: Config) -> Path:
         path = Path((config.run or "") if config.resume == "auto" else config.resume)
         path.mkdir(parents=True, exist_ok=True)
         return path
-    name = config.problem.rpartition(":")[2].lower()
-    path = Path(config.run) if config.run else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not config.run:
+        return _new_directory(f"{config.problem.rpartition(':')[2].lower()}-{time.strftime('%Y%m%d-%H%M%S')}")
+    path = Path(config.run)
     if (path / "config.toml").exists():
         raise FileExistsError(f"{path} holds another run; give another --run, or remove it")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _new_directory(name: str) -> Path:
+    """Make a directory that nobody else has, also of runs that began in this second."""
+    path, number = Path("runs") / name, 1
+    path.parent.mkdir(exist_ok=True)
+    while True:
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
+        number += 1
+        path = path.with_name(f"{name}-{number}")
 
 
 def repeatable(config: Config) -> Config:

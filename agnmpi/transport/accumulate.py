@@ -12,7 +12,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array
 from ..core.ends import Apply, Done, Handle, Polled, Summed
 from ..core.leases import NONE, Lease
-from ..core.messages import DUPLICATE, NOT_FINITE, OK, REFUSED, SAVE, STOP, WORK, Commit, Reply
+from ..core.messages import DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, WORK, Commit, Reply
 from .agreement import require_equal_total
 from .staging import MOST, Wire
 from .windows import (
@@ -26,7 +26,6 @@ from .windows import (
     NEXT,
     READERS,
     REFUSALS,
-    SAVING,
     STALENESS,
     STALEST,
     STEPS,
@@ -61,8 +60,6 @@ class AccumulateWorker(WindowsWorker):
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c at once; then pull."""
         windows, status = self.windows, OK
-        if commit.requests & SAVE:
-            windows.add(SAVING, commit.checkpoint, MPI.REPLACE)
         if not windows.one_host:
             windows.add(READERS, 1)  # the center stays awake while bytes are on the way
         if commit.payload is not None and commit.sequence <= self._sequence:
@@ -123,7 +120,7 @@ class AccumulateCenter(WindowsCenter):
 
     def __init__(self, comm: MPI.Comm, c: Array, most: int = MOST) -> None:
         super().__init__(Windows(comm, c, 0, most), c)
-        self._left = self._sessions = self._saved = 0
+        self._left = self._sessions = 0
         self._seen = [0, 0]  # clock and steps of which `apply` has been told
         self._loss = 0.0
 
@@ -164,9 +161,6 @@ class AccumulateCenter(WindowsCenter):
         windows.comm.Iprobe()  # progress for what comes from other hosts
         if not windows.one_host and windows.read(READERS):
             self.progress += 1
-        if (saving := windows.read(SAVING)) != self._saved:
-            self._saved = saving
-            apply(Commit(0, commits=0, requests=SAVE, checkpoint=saving), self._c)
         left = windows.read(LEFT)  # before the clock: who has left has committed
         clock, steps = windows.read(CLOCK), windows.read(STEPS)
         commits, done = clock - self._seen[0], steps - self._seen[1]

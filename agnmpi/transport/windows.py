@@ -24,7 +24,7 @@ _PAGE = 4096
 
 # Words (int64) of the control window: COUNTS of them that all read together; then for each worker what is posted, and,
 # side by side, what is taken and how far c is done; then the headers of messages and replies.
-READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, LOSS, CONTROL, CHECKPOINT, REFUSALS, SAVING, COUNTS = range(13)
+READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, LOSS, CONTROL, CHECKPOINT, REFUSALS, COUNTS = range(12)
 COMMIT_WORDS, REPLY_WORDS = COMMIT_BYTES // 8, len(Reply(0).encode()) // 8
 
 

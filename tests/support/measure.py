@@ -1,13 +1,15 @@
-"""Figures of the README on faults and checkpoints:   python tests/support/measure.py [ROUNDS]
+"""Figures on faults and checkpoints:   python tests/support/measure.py [ROUNDS]
 
-Times from a SIGKILL to the center's report (Open MPI with ULFM), the pause of service for a checkpoint against a
-memory copy of the same bytes, and what resuming takes.
+Times from a SIGKILL to the center's report (Open MPI with ULFM), what a checkpoint of 300 MB costs (the pause of
+service against a memory copy of the same bytes, how long a main thread that ticks each millisecond stands still while
+the other writes, the peak of memory), and what resuming takes.
 """
 
 import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,8 +21,9 @@ from launcher import ROOT, Job, mpi_kind
 from agnmpi import adam
 from agnmpi.core import rules
 from agnmpi.core.center import Center
+from agnmpi.core.worker import Worker
 from agnmpi.recovery.checkpoint import read_center
-from agnmpi.recovery.saver import CenterSaver
+from agnmpi.recovery.saver import CenterSaver, WorkerSaver
 
 PROBLEM = f"{ROOT / 'tests/support/problems.py'}:Quadratic"
 
@@ -58,36 +61,92 @@ def kill_to_report(where, rank, event):
     return next(told["time"] for told in events if told["event"] == event) - killed
 
 
-def pause_and_resume(where, n):
-    """Pause of a checkpoint of n float32 with Adam at the center, memcpy of its bytes, and reading it back; seconds."""
+def state(n):
+    """c, and a center with Adam's slots: three vectors of n float32 in all."""
     c = np.random.default_rng(0).random(n, np.float32)
     center = Center(rules.agn(), c, 1, adam(0.1))
-    facts = {"centers": 1, "layout": {"offsets": [0, n]}}
-    saver = CenterSaver(where, center, lambda: facts, print, keep=1)
-    pauses, copies, reads = [], [], []
-    for step in range(1, 8):
-        center.steps = step
-        start = time.perf_counter()
-        saver.save(c)
-        pauses.append(time.perf_counter() - start)
-        saver._settle()
-        start = time.perf_counter()
-        [c.copy() for _ in range(3)]
-        copies.append(time.perf_counter() - start)
+    for slot in center.optimizer.slots(center.state).values():
+        slot[...] = c  # memory that was never written costs nothing
+    return c, center
+
+
+def told(n):
+    layout = {"names": ["w"], "shapes": [[n]], "offsets": [0, n], "dtype": "float32"}
+    return {"centers": 1, "workers": 1, "layout": layout, "samples": 0, "seconds": 0.0}
+
+
+def peak():
+    """Bytes of memory at most so far, since `forget_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def forget_peak():
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def stall(done):
+    """Longest time for which this thread, ticking each millisecond, stood still until `done()`."""
+    worst, last = 0.0, time.perf_counter()
+    while not done():
+        time.sleep(1e-3)
+        now = time.perf_counter()
+        worst, last = max(worst, now - last), now
+    return worst
+
+
+def cost(where, n=25_000_000):
+    """What a checkpoint of 3 n float32 costs; run it in a process of its own. Prints JSON."""
+    c, center = state(n)
+    saver = CenterSaver(Path(where), center, lambda: told(n), print, keep=1)
+    start = time.perf_counter()
+    copies = [c.copy() for _ in range(3)]
+    copied = time.perf_counter() - start
+    del copies
+    center.steps, before = 1, forget_peak()
+    start = time.perf_counter()
+    saver.save(c)
+    pause = time.perf_counter() - start
+    stood = stall(lambda: not saver.writing())
+    at_center = peak() - before
+    saver.finish()
+    worker = Worker(c, rules.agn(), adam(0.1), None, 0)
+    for slot in worker.optimizer.slots(worker.state).values():
+        slot[...] = c
+    worker.o[...] = c
+    before = forget_peak()
+    WorkerSaver(Path(where), worker, 1, "all", print).finish(1)
+    print(
+        json.dumps({
+            "state_MB": 12 * n / 1e6, "extra_peak_MB": at_center / 1e6, "pause_s": pause, "stall_s": stood,
+            "memcpy_s": copied, "worker_state_MB": 16 * n / 1e6, "worker_extra_peak_MB": (peak() - before) / 1e6,
+        })
+    )  # fmt: skip
+
+
+def resume_time(where, n):
+    c, center = state(n)
+    saver = CenterSaver(where, center, lambda: told(n), print, keep=1)
+    center.steps = 1
+    saver.save(c)
+    saver.finish()
+    reads = []
+    for _ in range(5):
         start = time.perf_counter()
         read_center(saver.last)
         reads.append(time.perf_counter() - start)
-    return pauses[1:], copies[1:], reads[1:]
+    return reads
 
 
 def main(rounds=5):
     with tempfile.TemporaryDirectory() as name:
         where = Path(name)
-        pauses, copies, reads = pause_and_resume(where, 10_000_000)
-        print(
-            f"checkpoint of 10 M float32 with Adam at the center: pause {spread(pauses)} s, memcpy {spread(copies)} s"
-        )
-        print(f"reading and checking it: {spread(reads)} s")
+        command = [sys.executable, __file__, "cost", name]
+        found = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(rounds)]
+        for key in found[0]:
+            print(f"a checkpoint: {key} {spread([row[key] for row in found])}")
+        print(f"reading and checking 300 MB: {spread(resume_time(where, 25_000_000))} s")
         if mpi_kind() == "openmpi":
             for rank, event, said in (
                 (2, "lost", "of a worker to the center's report"),
@@ -98,4 +157,7 @@ def main(rounds=5):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    if sys.argv[1:2] == ["cost"]:
+        cost(sys.argv[2])
+    else:
+        main(*map(int, sys.argv[1:]))

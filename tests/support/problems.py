@@ -21,17 +21,17 @@ class Quadratic:
 
     samples = 240
 
-    def __init__(self, xp=np, dtype="float32", slow=0.0):
+    def __init__(self, xp=np, dtype="float32", slow=0.0, unused=2):
         self.x = xp.asarray(np.random.default_rng(0).normal(size=(self.samples, 4)), dtype=dtype)
-        self.slow = slow
+        self.slow, self.unused = slow, unused
 
     def init(self, rng):
-        return {"w": np.asarray(rng.normal(size=4), self.x.dtype), "b": np.zeros(2, self.x.dtype)}
+        return {"w": np.asarray(rng.normal(size=4), self.x.dtype), "b": np.zeros(self.unused, self.x.dtype)}
 
     def gradient(self, params, indices):
         time.sleep(self.slow)
         error = params["w"] - self.x[indices]
-        return float((error**2).mean() / 2), {"w": error.mean(axis=0), "b": np.zeros(2, self.x.dtype)}
+        return float((error**2).mean() / 2), {"w": error.mean(axis=0), "b": np.zeros(self.unused, self.x.dtype)}
 
     def evaluate(self, params):
         return {"distance": float(np.abs(params["w"] - self.x.mean(axis=0)).max())}

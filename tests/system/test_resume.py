@@ -1,6 +1,8 @@
 """Checkpoints, resuming and signals, as a person meets them: through the command line."""
 
 import json
+import re
+import shutil
 import signal
 import sys
 import time
@@ -9,7 +11,24 @@ import numpy as np
 import pytest
 from launcher import ROOT, agnmpi, mpi_kind, progresses, started
 
-from agnmpi.recovery.checkpoint import center_file, folder, folders, newest, prune, set_aside, unseal
+from agnmpi import momentum
+from agnmpi.core import rules
+from agnmpi.core.center import Center
+from agnmpi.core.params import parts
+from agnmpi.recovery.checkpoint import (
+    center_file,
+    folder,
+    folders,
+    newest,
+    prune,
+    read_center,
+    read_facts,
+    read_span,
+    seal,
+    set_aside,
+    unseal,
+    worker_file,
+)
 from agnmpi.recovery.files import load
 
 QUADRATIC = f"{ROOT / 'tests/support/problems.py'}:Quadratic"
@@ -201,6 +220,9 @@ def test_after_a_crash_it_is_the_whole_bit_for_bit(tmp_path, ranks, options):
     )  # fmt: skip
     assert code != 0
     assert not (crashed / "result.json").exists(), output
+    last = folders(crashed)[0]
+    if not worker_file(last, 0).exists():  # the kill came before its thread was through: then from the one before
+        shutil.rmtree(last)
     output = train(ranks, "--resume", crashed)
     assert "local state" not in output
     assert center(crashed) == center(whole)
@@ -223,6 +245,33 @@ def test_checkpoints_of_several_centers_that_nobody_serves(tmp_path):
     output = train(4, "--resume", run, "--steps", str(steps + 40), "--set", "options.slow=0")
     assert result(run)["steps"] == steps + 40
     assert result(run)["staleness"]["max"] >= stale[1], "counts go on"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (4, ["--transport", "p2p"]),
+        (4, ["--transport", "rma"]),
+        pytest.param(5, ["--transport", "p2p", "--overlap"], marks=pytest.mark.long),
+        pytest.param(5, ["--transport", "rma", "--rule", "eamsgd"], marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_all_blocks_of_a_checkpoint_hold_the_same_commits(tmp_path, ranks, options):
+    run = tmp_path / "run"
+    output = train(
+        ranks, *SHORT, *options, "--centers", "2", "--epochs", "40", "--set", "options.unused=100000",
+        "--checkpoint-commits", "7", "--keep", "100", "--run", run,
+    )  # fmt: skip
+    assert "WARNING" not in output
+    whole = [found for found in folders(run) if all(center_file(found, i).is_file() for i in range(2))]
+    assert whole == folders(run), "every checkpoint that was begun is whole"
+    assert len(whole) > 5
+    blocks = [[unseal(center_file(found, i))[1] for i in range(2)] for found in whole]
+    for first, second in blocks:
+        for fact in ("applied", "processed", "clock", "steps"):
+            assert first[fact] == second[fact]
+    assert any(facts[0]["applied"] != blocks[0][0]["applied"] for facts in blocks)
 
 
 def test_resume_auto(tmp_path):
@@ -287,6 +336,82 @@ def test_checkpoints_of_several_centers_come_as_fast_as_they_can(tmp_path):
     assert len(folders(run)) == 1
 
 
+def test_several_centers_without_locking_say_that_it_is_no_cut(tmp_path):
+    run = tmp_path / "run"
+    options = ["--transport", "rma", "--no-use-locking", "--centers", "2"]
+    train(4, *SHORT, *options, "--epochs", "10", "--checkpoint-commits", "10", "--run", run)
+    _, facts = unseal(center_file(folders(run)[0]))
+    assert facts["consistent"] is False
+    assert "some commits may be in one and not in another" in train(4, "--resume", run, "--epochs", "12")
+
+
+def test_blocks_of_different_commits_are_left_out(tmp_path):
+    run = tmp_path / "run"
+    train(4, *SHORT, "--centers", "2", "--epochs", "4", "--checkpoint-commits", "5", "--run", run)
+    newest_one, second = folders(run)[:2]
+    arrays, facts = unseal(center_file(newest_one, 1))
+    seal(center_file(newest_one, 1), arrays, facts | {"processed": [99, 99]})
+    output = train(4, "--resume", run, "--epochs", "6")
+    assert "the blocks of centers 0 and 1 do not hold the same commits" in output
+    assert f"resumed from {second.name}" in output
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "text"),
+    [
+        ("leases", {"next": 3}, "'leases' is {'next': 3}, which cannot be"),
+        ("clock", -1, "'clock' is -1, which cannot be"),
+        ("centers", 0, "'centers' is 0"),
+        ("layout", {"names": ["w"]}, "'layout' is"),
+        ("samples", None, "does not say 'samples'"),
+        ("workers", None, "does not say 'workers'"),
+    ],
+)
+def test_a_missing_or_odd_fact_is_named(tmp_path, fact, value, text):
+    facts = {
+        "centers": 1, "workers": 2, "layout": {"names": ["w"], "shapes": [[3]], "offsets": [0, 3], "dtype": "float32"},
+        "samples": 5, "seconds": 0.5,
+    }  # fmt: skip
+    center = Center(rules.agn(), np.ones(3, "f4"), 2)
+    where = folder(tmp_path, 1)
+    where.mkdir(parents=True)
+    arrays, own = center.save(np.ones(3, "f4"))
+    facts |= own
+    seal(center_file(where), arrays, facts)
+    assert read_center(where)[1] == facts
+    facts[fact] = value
+    seal(center_file(where), arrays, {key: value for key, value in facts.items() if value is not None or key != fact})
+    with pytest.raises(ValueError, match=re.escape(text)):
+        read_center(where)
+    said = []
+    assert newest(tmp_path, said.append) is None
+    assert text in said[0]
+
+
+def test_a_part_of_the_vectors_is_read_from_the_files_that_hold_it(tmp_path, monkeypatch):
+    size, spans = 10, list(parts(10, 3))
+    layout = {"names": ["w"], "shapes": [[size]], "offsets": [0, size], "dtype": "float32"}
+    c = np.arange(size, dtype="f4")
+    for i, span in enumerate(spans):
+        center = Center(rules.agn(), c[span], 1, momentum(0.1))
+        arrays, facts = center.save(c[span])
+        told = {"centers": 3, "workers": 1, "layout": layout, "samples": 0, "seconds": 0.0}
+        folder(tmp_path, 1).mkdir(parents=True, exist_ok=True)
+        seal(center_file(folder(tmp_path, 1), i), arrays, {**told, **facts})
+    read = []
+    monkeypatch.setattr("agnmpi.recovery.checkpoint.unseal", lambda path: read.append(path.name) or unseal(path))
+    facts = read_facts(folder(tmp_path, 1))
+    assert read == [], "facts are read without the vectors"
+    for count in (1, 2, 3, 4):
+        for span in parts(size, count):
+            arrays = read_span(folder(tmp_path, 1), facts, span)
+            np.testing.assert_array_equal(arrays["c"], c[span])
+            assert {len(x) for x in arrays.values()} == {span.stop - span.start}
+    read.clear()
+    read_span(folder(tmp_path, 1), facts, spans[1])
+    assert read == ["center-1.safetensors"]
+
+
 def test_prune_and_set_aside(tmp_path):
     def make(steps, *centers):
         where = folder(tmp_path, steps)
@@ -304,6 +429,7 @@ def test_prune_and_set_aside(tmp_path):
     assert [int(found.name[5:]) for found in folders(tmp_path)] == [5, 4, 3]
     set_aside(tmp_path, None)
     assert folders(tmp_path) == []
+    assert [found.name[:24] for found in (tmp_path / "checkpoints").iterdir()] == ["broken-step-000000000006"]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,26 @@
 """Atomic files, events, and who started whom."""
 
+import hashlib
 import json
+import os
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from agnmpi import adam, momentum
+from agnmpi.core import rules
+from agnmpi.core.center import Center
 from agnmpi.core.timer import Every
-from agnmpi.recovery.files import load, save, write_atomic
+from agnmpi.core.worker import Worker
+from agnmpi.recovery.checkpoint import folder, folders, seal, unseal, worker_file
+from agnmpi.recovery.files import load, load_facts, save, write_atomic
+from agnmpi.recovery.saver import CenterSaver, WorkerSaver, state_bytes, workers_saved
 from agnmpi.reporting.events import JsonLines
 from agnmpi.reporting.recent_mean import RecentMean
+from agnmpi.training.config import Config
+from agnmpi.training.outputs import run_directory
 
 
 def test_save_and_load(tmp_path):
@@ -42,6 +54,171 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_in_the_way_is_replaced_and_not_followed(tmp_path, monkeypatch):
+    victim, path = tmp_path / "victim", tmp_path / "file"
+    victim.write_text("mine")
+    path.symlink_to(victim)
+    write_atomic(path, b"new")
+    assert victim.read_text() == "mine"
+    assert not path.is_symlink()
+    monkeypatch.setattr("agnmpi.recovery.files.secrets.token_hex", lambda _: "known")
+    (tmp_path / ".file.known").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_atomic(path, b"newer")
+    assert victim.read_text() == "mine"
+    assert path.read_bytes() == b"new"
+
+
+def test_the_directory_is_flushed_after_the_rename(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def note(descriptor):
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr("agnmpi.recovery.files.os.fsync", note)
+    write_atomic(tmp_path / "file", b"new")
+    assert flushed[0].startswith(".file.")
+    assert flushed[1:] == [tmp_path.name]
+
+
+def test_files_have_the_rights_that_the_user_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save(tmp_path / "c", {"w": np.ones(3)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("size", [0, 1, (8 << 20) // 4, 5_000_001])
+def test_the_library_reads_what_is_written_by_pieces(tmp_path, size):
+    from safetensors.numpy import load_file
+
+    arrays = {"c": np.arange(size, dtype="f4"), "slot/m": np.ones((2, 3)), "b": np.arange(7, dtype="f4")[::2]}
+    digest = hashlib.sha256()
+    save(tmp_path / "c", arrays, {"clock": "7", "name": "ä"}, digest)
+    back, facts = load(tmp_path / "c")
+    assert facts == {"clock": "7", "name": "ä", "sha256": digest.hexdigest()} == load_facts(tmp_path / "c")
+    for name, x in load_file(tmp_path / "c").items():
+        np.testing.assert_array_equal(x, arrays[name])
+        np.testing.assert_array_equal(back[name], arrays[name])
+
+
+def test_the_checksum_is_that_of_earlier_releases(tmp_path):
+    """Over the facts' text, and name, type, shape and bytes of each array in the order of their names."""
+    arrays, facts = {"slot/m": np.ones(3, "f4"), "c": np.arange(3.0)}, {"b": 1, "a": [2]}
+    seal(tmp_path / "c", arrays, facts)
+    text = '{"a": [2], "b": 1}'
+    whole = text.encode() + b"c float64 (3,)" + arrays["c"].tobytes() + b"slot/m float32 (3,)"
+    assert load_facts(tmp_path / "c") == {
+        "agnmpi": text,
+        "sha256": hashlib.sha256(whole + arrays["slot/m"].tobytes()).hexdigest(),
+    }
+
+
+def test_saving_takes_no_second_copy(tmp_path):
+    x = np.ones(25_000_000, "f4")
+    tracemalloc.start()
+    seal(tmp_path / "c", {"c": x, "slot/m": x}, {})
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1e6
+
+
+def a_worker(index=0, size=10):
+    return Worker(np.ones(size, "f4"), rules.agn(), momentum(0.1), None, index)
+
+
+def test_workers_states_are_written_with_each_checkpoint_while_they_are_small():
+    assert state_bytes(400, adam(0.1)) == 4 * 400
+    assert state_bytes(400, None) == 2 * 400
+    assert workers_saved("auto", 64 << 20, 4) == ("all", "")
+    when, line = workers_saved("auto", 64 << 20, 5)
+    assert when == "end"
+    assert "(336 MB) are written at the end alone" in line
+    for option in ("all", "end", "none"):
+        assert workers_saved(option, 1 << 40, 1000) == (option, "")
+
+
+@pytest.mark.parametrize("small", [0, 1 << 20], ids=["as it lies", "copied"])
+def test_a_workers_state_is_written_when_the_checkpoint_is_announced(tmp_path, small):
+    worker = a_worker()
+    saver = WorkerSaver(tmp_path, worker, 1, "all", pytest.fail, small=small)
+    saver.tick()
+    worker.checkpoint = 8
+    worker.done = 1
+    saver.tick()
+    assert not (tmp_path / "checkpoints").exists(), "amid a period"
+    worker.done = 0
+    saver.tick()
+    worker.x += 1
+    saver.finish(None)
+    np.testing.assert_array_equal(unseal(worker_file(folder(tmp_path, 8), 0))[0]["x"], np.ones(10, "f4"))
+    saver.finish(12)
+    np.testing.assert_array_equal(unseal(worker_file(folder(tmp_path, 12), 0))[0]["x"], 2 * np.ones(10, "f4"))
+
+
+@pytest.mark.parametrize(("when", "written"), [("all", [8, 12]), ("end", [12]), ("none", [])])
+def test_when_workers_states_are_written(tmp_path, when, written):
+    worker = a_worker()
+    saver = WorkerSaver(tmp_path, worker, 1, when, pytest.fail)
+    worker.checkpoint = 8
+    saver.tick()
+    saver.finish(12)
+    assert sorted(folders(tmp_path)) == [folder(tmp_path, steps) for steps in written]
+
+
+def test_workers_do_not_write_at_the_same_moment(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("agnmpi.recovery.saver.time.monotonic", lambda: clock[0])
+    worker = a_worker(index=5)
+    saver = WorkerSaver(tmp_path, worker, 10, "all", pytest.fail)
+    clock[0], worker.checkpoint = 100.0, 8
+    for clock[0] in (100.0, 104.9):
+        saver.tick()
+        assert folders(tmp_path) == []
+    clock[0] = 105.0
+    saver.tick()
+    saver.finish(None)
+    assert folders(tmp_path) == [folder(tmp_path, 8)]
+
+
+def test_no_memory_for_a_checkpoint_is_reported_and_training_goes_on(tmp_path, monkeypatch):
+    said, worker = [], a_worker()
+
+    def none(*_args, **_options):
+        raise MemoryError
+
+    center = Center(rules.agn(), worker.x, 1)
+    saver = CenterSaver(tmp_path, center, dict, said.append)
+    monkeypatch.setattr("agnmpi.core.center.host_copy", none)
+    saver.save(worker.x)
+    assert "the checkpoint could not be written (MemoryError); there is none so far" in said.pop()
+    monkeypatch.setattr("agnmpi.core.worker.host_copy", none)
+    workers = WorkerSaver(tmp_path, worker, 1, "all", said.append)
+    worker.checkpoint = 8
+    workers.tick()
+    assert "worker 0 could not be written (MemoryError)" in said.pop()
+    monkeypatch.undo()
+    monkeypatch.setattr("agnmpi.recovery.saver.seal", none)  # in the thread
+    for steps in (1, 2):
+        saver.save(worker.x, steps)
+    saver.finish()
+    assert len(said) == 2
+    worker.checkpoint = 9
+    workers.tick()
+    workers.finish(10)
+    assert len(said) == 4
+
+
+def test_default_run_directories_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("agnmpi.training.outputs.time.strftime", lambda _format: "now")
+    names = [str(run_directory(Config(problem="m:P"))) for _ in range(3)]
+    assert names == ["runs/p-now", "runs/p-now-2", "runs/p-now-3"]
 
 
 def test_json_lines_are_whole_at_any_time(tmp_path):

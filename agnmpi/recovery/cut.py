@@ -1,0 +1,284 @@
+"""One consistent cut over several centers: a checkpoint in which all blocks hold the same commits.
+
+Each center has a block of the center variable and takes the workers' commits in an order of its own. For a cut rank 0
+has all of them start no further delta (HOLD). Each applies those that it has in hand, and says which commits it has
+processed (PROCESSED), by worker. The largest number of each worker is the target: a commit that one center has
+processed is on its way to all others. With the target each center lets those up to it through, holds the later ones,
+copies its block when it has reached it, and goes on. Nobody waits for the disk, and a worker whose commit is held does
+not know it: its reply comes later.
+
+No further message is needed at the end of a session: rank 0 leaves the other centers last, and until then they serve.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from mpi4py import MPI
+
+from ..core.backoff import wait_until
+from ..core.messages import Commit
+
+Say: TypeAlias = Callable[[str], None]
+
+# Kinds of messages; each begins with its kind and the checkpoint's number.
+_HOLD, _PROCESSED, _TARGET, _WRITTEN, _STUCK, _GIVE_UP, _GIVEN_UP = range(7)
+_TAG = 11
+
+
+class Mail(Protocol):
+    """Messages of a few numbers between the centers; those of one to another come in order."""
+
+    @property
+    def rank(self) -> int:
+        """Of this center."""
+
+    @property
+    def size(self) -> int:
+        """Number of centers."""
+
+    def send(self, rank: int, words: Sequence[int]) -> None:
+        """Send to a center, or to itself, without blocking."""
+
+    def receive(self) -> tuple[int, Sequence[int]] | None:
+        """A message that has come, and from whom; None if there is none."""
+
+
+class MPIMail:
+    """Mail over the communicator of the centers."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm, self.rank, self.size = comm, comm.rank, comm.size
+        self._under_way: list[tuple[MPI.Request, np.ndarray[tuple[int], np.dtype[np.int64]]]] = []
+        self._to_self = deque[Sequence[int]]()
+        self._status = MPI.Status()
+
+    def send(self, rank: int, words: Sequence[int]) -> None:
+        """Send without blocking."""
+        if rank == self.rank:
+            self._to_self.append(words)
+            return
+        buffer = np.array(words, np.int64)
+        self._under_way.append((self._comm.Isend(buffer, rank, _TAG), buffer))
+
+    def receive(self) -> tuple[int, Sequence[int]] | None:
+        """Receive what has come."""
+        self._under_way = [sent for sent in self._under_way if not sent[0].Test()]
+        if self._to_self:
+            return self.rank, self._to_self.popleft()
+        status = self._status
+        if not self._comm.Iprobe(MPI.ANY_SOURCE, _TAG, status):
+            return None
+        source, buffer = status.source, np.empty(status.Get_count(MPI.INT64_T), np.int64)
+        self._comm.Recv(buffer, source, _TAG)
+        return source, buffer.tolist()
+
+
+class Holding(Protocol):
+    """What is asked of a center's end."""
+
+    hold: Callable[[Commit], bool] | None
+
+    @property
+    def in_hand(self) -> int:
+        """Deltas received, or being received, but not applied."""
+
+
+class Counting(Protocol):
+    """What is asked of a center."""
+
+    workers: int
+    processed: dict[int, int]
+
+
+def everything(_commit: Commit) -> bool:
+    """Hold all commits."""
+    return True
+
+
+class ConsistentCut:
+    """A center's part in the cuts; at rank 0 also what leads them. Nothing here blocks but `finish`.
+
+    Args:
+        mail: between the centers.
+        end: this center's; None where commits cannot be held (accumulate): each center then saves what it has, and the
+            checkpoint is no cut.
+        center: whose `processed` counts.
+        save: copies this center's block for the checkpoint of that number, and has it written.
+        writing: whether that is under way still.
+        say: is told of a cut that is given up.
+        patience: seconds without a commit after which a cut is given up, and the workers go on: one of them has
+            stopped amid its messages to the centers.
+        now: measures them.
+    """
+
+    def __init__(
+        self,
+        mail: Mail,
+        end: Holding | None,
+        center: Counting,
+        save: Callable[[int], None],
+        writing: Callable[[], bool],
+        say: Say = print,
+        patience: float = 30.0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._mail, self._end, self._center, self._say = mail, end, center, say
+        self._save, self._writing, self._patience, self._now = save, writing, patience, now
+        self._number: int | None = None  # of the cut that this center is in, until its block is written
+        self._phase: Callable[[], None] | None = None  # what the next tick looks at
+        self._target: Mapping[int, int] = {}  # last commit to apply before the cut, by worker
+        self._since, self._quiet = 0.0, self._progress()
+        # Rank 0:
+        self._led: int | None = None  # number of the cut that it leads, until all blocks are written or given up
+        self._processed: dict[int, Sequence[int]] = {}  # by center
+        self._ended = set[int]()  # centers that are through
+        self._gave_up = False
+
+    @property
+    def busy(self) -> bool:
+        """At rank 0: whether a cut is under way, or a block of it is still being written."""
+        return self._led is not None
+
+    def begin(self, number: int) -> None:
+        """At rank 0, while it is not busy: begin a cut; each center will call `save(number)`."""
+        if self.busy:
+            raise ValueError(f"the cut for checkpoint {self._led} is still under way")
+        self._led, self._gave_up = number, False
+        self._processed.clear()
+        self._ended.clear()
+        self._tell_all(_HOLD, number)
+
+    def tick(self) -> None:
+        """Take in messages, and go on as far as can be now. Call it between two messages of workers, ever again."""
+        while (message := self._mail.receive()) is not None:
+            source, (kind, number, *words) = message
+            if kind in (_HOLD, _TARGET, _GIVE_UP):
+                self._follow(kind, number, words)
+            elif number == self._led:
+                self._lead(source, kind, words)
+        if self._phase is not None:
+            self._phase()
+
+    def finish(self) -> None:
+        """At rank 0, when its workers have left, and before it leaves the other centers: bring a cut to its end."""
+
+        def through() -> bool:
+            self.tick()
+            return not self.busy
+
+        wait_until(through)
+
+    # Every center.
+
+    def _follow(self, kind: int, number: int, words: Sequence[int]) -> None:
+        if kind == _HOLD:
+            self._number = number
+            if self._end is None:
+                self._copy()
+                return
+            self._end.hold = everything
+            self._enter(self._drain)
+        elif number != self._number:  # given up after this block was written
+            self._answer(_GIVEN_UP, number)
+        elif kind == _TARGET and self._phase is not None:
+            self._target = dict(enumerate(words))
+            assert self._end is not None
+            self._end.hold = self._beyond
+            self._enter(self._reach)
+        elif kind == _GIVE_UP:
+            self._release()
+            self._phase = self._drop
+
+    def _beyond(self, commit: Commit) -> bool:
+        """Whether `commit` comes after the cut."""
+        return commit.sequence > self._target.get(commit.worker, 0)
+
+    def _enter(self, phase: Callable[[], None] | None) -> None:
+        self._phase, self._since, self._quiet = phase, self._now(), self._progress()
+
+    def _progress(self) -> int:
+        return sum(self._center.processed.values())
+
+    def _drain(self) -> None:
+        assert self._end is not None
+        if self._end.in_hand:
+            self._lose_patience()
+            return
+        assert self._number is not None
+        processed = self._center.processed
+        self._answer(_PROCESSED, self._number, [processed.get(worker, 0) for worker in range(self._center.workers)])
+        self._enter(self._await_target)
+
+    def _await_target(self) -> None:
+        """It comes by mail."""
+
+    def _reach(self) -> None:
+        if any(self._center.processed.get(worker, 0) < last for worker, last in self._target.items()):
+            self._lose_patience()
+            return
+        self._copy()
+
+    def _copy(self) -> None:
+        assert self._number is not None
+        try:
+            self._save(self._number)
+        finally:
+            self._release()
+        self._phase = self._write
+
+    def _release(self) -> None:
+        if self._end is not None:
+            self._end.hold = None
+
+    def _write(self) -> None:
+        if not self._writing():
+            assert self._number is not None
+            self._answer(_WRITTEN, self._number)
+            self._number = self._phase = None
+
+    def _drop(self) -> None:
+        """Given up; a block that was copied already is written all the same, and goes with its checkpoint."""
+        if not self._writing():
+            assert self._number is not None
+            self._answer(_GIVEN_UP, self._number)
+            self._number = self._phase = None
+
+    def _lose_patience(self) -> None:
+        progress = self._progress()
+        if progress != self._quiet:
+            self._since, self._quiet = self._now(), progress
+        elif self._now() - self._since > self._patience:
+            assert self._number is not None
+            self._answer(_STUCK, self._number)
+            self._since = self._now()
+
+    def _answer(self, kind: int, number: int, words: Sequence[int] = ()) -> None:
+        self._mail.send(0, [kind, number, *words])
+
+    # Rank 0.
+
+    def _lead(self, source: int, kind: int, words: Sequence[int]) -> None:
+        assert self._led is not None
+        if kind == _PROCESSED:
+            self._processed[source] = words
+            if len(self._processed) == self._mail.size and not self._gave_up:
+                self._tell_all(_TARGET, self._led, [max(column) for column in zip(*self._processed.values())])
+        elif kind == _STUCK and not self._gave_up:
+            self._gave_up = True
+            self._ended.clear()
+            self._say(
+                f"WARNING: no checkpoint at step {self._led}: for {self._patience:g} s center {source} has waited for "
+                "a commit that another center has; training goes on"
+            )
+            self._tell_all(_GIVE_UP, self._led)
+        elif kind == (_GIVEN_UP if self._gave_up else _WRITTEN):
+            self._ended.add(source)
+            if len(self._ended) == self._mail.size:
+                self._led = None
+
+    def _tell_all(self, kind: int, number: int, words: Sequence[int] = ()) -> None:
+        for rank in range(self._mail.size):
+            self._mail.send(rank, [kind, number, *words])
