@@ -53,7 +53,7 @@ class Stage:
             raise ValueError(f"{centers} centers for a model of {layout.size} numbers: each needs one at least")
         self.c = full_like(self.x, self.x)
         self.parts = list(parts(layout.size, centers))
-        optimizer = config.make_center_optimizer(self.plan.steps, n)
+        optimizer = config.make_center_optimizer(self.plan.steps)
         self.centers = [Center(self.rule, self.c[part], n, optimizer) for part in self.parts]
         self.leases = self.centers[0].leases = Leases(self.plan.steps, config.period)
         self.locals = [LocalCenter(self.c[p], n, partial(self._apply, i)) for i, p in enumerate(self.parts)]

@@ -64,12 +64,12 @@ class Job:
         self.config = config = raise_on_all(self.comm, config.complete)
         self.rule = config.make_rule()
         self.setup = Setup(
-            transport=config.transport,
+            transport="rma" if config.transport == "accumulate" else config.transport,
             overlap=config.overlap,
-            use_locking=config.use_locking,
+            use_locking=config.transport != "accumulate",
             centers=config.centers,
             center_device=config.center_device,
-            slots=config.slots,
+            slots=config.message_buffers,
             workers=config.workers,
             dylu=config.dylu,
         )
@@ -90,7 +90,7 @@ class Job:
         self.problem, self.layout, self.x, self.plan = raise_on_all(self.comm, prepare)
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
         # Where the run's directory lies is rank 0's affair.
-        told = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run", "resume")}
+        told = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run_dir", "resume")}
         require_equal_model(self.comm, self.layout, {"samples": str(self.problem.samples), **told})
         self.monitor: Monitor | None = None
         self.recorder: Recorder | None = None
@@ -116,7 +116,7 @@ class Job:
             self.rule,
             self.x,
             config.make_optimizer(self.plan.steps),
-            config.make_center_optimizer(self.plan.steps, self.setup.count(comm.size)),
+            config.make_center_optimizer(self.plan.steps),
             self.setup._replace(wire=chosen),
             observe=self._observe,
             record=self._served,
@@ -133,7 +133,7 @@ class Job:
             monitor = self._open([int(t) for t in threads[-role.count :]])
             if resumed is not None:
                 monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
-        if config.keep and (self.rank == 0 or role.serves):
+        if config.keep_checkpoints and (self.rank == 0 or role.serves):
             self._keep()
         if role.failover is not None:
             role.failover.on_center = self._new_center
@@ -204,7 +204,7 @@ class Job:
             f"{center.steps}, clock {center.clock}, " + (f"workers: {role.count}" if role.serves else "alone")
         )
         monitor.note("failover", lost=membership.lost, center=self.rank, begun_from=failover.source)
-        if self.config.keep:
+        if self.config.keep_checkpoints:
             self._keep()
 
     def _newest(self) -> tuple[Mapping[str, Array], Mapping[str, Any]] | None:
@@ -337,7 +337,7 @@ class Job:
             self._say,
             config.checkpoint_seconds if first else 0.0,
             config.checkpoint_commits if first else 0,
-            config.keep,
+            config.keep_checkpoints,
             self.membership.comm.rank if role.serves else 0,
         )
         role.center.on_save = self._save_block
@@ -356,7 +356,7 @@ class Job:
         heard = [name for _, name in (said[:1] if self.setup.serves else said) if name is not None]
         asked = heard[0] if heard else None
         self.interrupted = asked is not None and steps < self.plan.steps
-        if self.config.keep:
+        if self.config.keep_checkpoints:
             for worker in role.workers:
                 save_worker(self.directory, worker, steps, self._say)
         if self.saver is not None:
@@ -364,8 +364,10 @@ class Job:
             self.saver.finish()
             self.saver = None
         wait_until(self.membership.comm.Ibarrier().Test)
-        if self.config.keep and self.monitor is not None:  # once more: now the other centers have written theirs
-            prune(self.directory, self.config.keep, self.setup.centers if self.setup.serves else 1)
+        if (
+            self.config.keep_checkpoints and self.monitor is not None
+        ):  # once more: now the other centers have written theirs
+            prune(self.directory, self.config.keep_checkpoints, self.setup.centers if self.setup.serves else 1)
 
     def _concluded(self) -> bool:
         """Save and write what has been reached; whether all have come through this, the same on every rank."""
@@ -408,7 +410,11 @@ class Job:
                 role.close()
             if self.monitor is not None:
                 self.monitor.stop("interrupted", signal=self.signals.asked or "another rank's")
-                resume = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
+                resume = (
+                    f"--resume {self.directory}"
+                    if self.config.keep_checkpoints
+                    else "no checkpoint was kept (keep_checkpoints = 0)"
+                )
                 self.monitor.say(f"interrupted at step {role.center.steps} of {self.plan.steps}; {resume}")
             raise Interrupted(abort)
         if membership.lost:  # who has lost a rank cannot finalize MPI

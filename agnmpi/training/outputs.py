@@ -21,20 +21,20 @@ from .problem import absolute
 def run_directory(config: Config) -> Path:
     """Make the run's directory; raises FileExistsError rather than write over another run."""
     if config.resume is not None:
-        path = Path((config.run or "") if config.resume == "auto" else config.resume)
+        path = Path((config.run_dir or "") if config.resume == "auto" else config.resume)
         path.mkdir(parents=True, exist_ok=True)
         return path
     name = config.problem.rpartition(":")[2].lower()
-    path = Path(config.run) if config.run else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(config.run_dir) if config.run_dir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (path / "config.toml").exists():
-        raise FileExistsError(f"{path} holds another run; give another --run, or remove it")
+        raise FileExistsError(f"{path} holds another run; give another --run-dir, or remove it")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def repeatable(config: Config) -> Config:
     """The configuration without what must differ when it is repeated."""
-    return replace(config, problem=absolute(config.problem), run=None, resume=None)
+    return replace(config, problem=absolute(config.problem), run_dir=None, resume=None)
 
 
 def write_result(directory: Path, result: Mapping[str, Any]) -> None:
