@@ -91,7 +91,8 @@ class AGNOptimizer:
             # Open MPI 5.0: btl/tcp locks itself when a peer dies amid a large message.
             warnings.warn(
                 f"{name}: MPI runs fault tolerant and with MPI_THREAD_MULTIPLE, under which Open MPI may hang when a "
-                "rank dies; set MPI4PY_RC_THREADS=0, or mpi4py.rc.threads = False before the import of MPI",
+                'rank dies; set MPI4PY_RC_THREAD_LEVEL=funneled, or mpi4py.rc.thread_level = "funneled" before the '
+                "import of MPI",
                 RuntimeWarning,
                 stacklevel=2,
             )

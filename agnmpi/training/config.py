@@ -27,7 +27,9 @@ class Config:
         ValueError: for what cannot be, with the value and the remedy.
     """
 
-    problem: str = option("", "problem", "MODULE:PROBLEM, a module's name or a .py file and a class in it")
+    problem: str = option(
+        "", "problem", "a module's name or a .py file, and a class in it, such as examples/digits.py:Digits"
+    )
     options: dict[str, Any] = option({}, "problem", "what the problem is made with (--set options.KEY=VALUE)")
 
     rule: str = option("agn", "rule", "how workers and center exchange", choices=list(RULES))
@@ -72,19 +74,22 @@ class Config:
         aliases={"serverless": "accumulate", "collective": "allreduce"},
     )
     centers: int = option(1, "transport", "center ranks 0 … k−1: each holds a block of the center", int, least=1)
-    workers: int = option(1, "transport", "number of workers, for --transport local only", int, least=1)
+    workers: int = option(
+        1, "transport", "number of workers in one process (of train: with --transport local)", int, least=1
+    )
     message_buffers: int = option(
         4, "transport", "vectors at a p2p center for messages on their way", int, least=1, also=("slots",)
     )
     wire: str = option(
         "auto",
         "transport",
-        "of vectors on a GPU: staged through pinned host memory, direct with CUDA-aware MPI; auto: as doctor found out",
+        "how vectors on a GPU travel: staged through pinned host memory; direct, with CUDA-aware MPI; auto: as doctor "
+        "found out",
         choices=("auto", "staged", "direct"),
     )
 
     optimizer: str | None = option(
-        None, "optimizer", "of the workers [default: what the rule is known with]", choices=list(OPTIMIZERS)
+        None, "optimizer", "the workers' [default: what the rule is known with]", choices=list(OPTIMIZERS)
     )
     rate: float | None = option(
         None,
@@ -94,21 +99,25 @@ class Config:
         positive=True,
         also=("learning_rate", "lr"),
     )
-    optimizer_options: dict[str, Any] = option({}, "optimizer", "such as beta, beta1, epsilon")
-    weight_decay: float | None = option(None, "optimizer", "w [default: the optimizer's]", float)
+    optimizer_options: dict[str, Any] = option(
+        {}, "optimizer", "further numbers of the workers' optimizer, such as beta1, epsilon"
+    )
+    weight_decay: float | None = option(None, "optimizer", "weight decay w [default: the optimizer's]", float)
     clip: float = option(0.0, "optimizer", "largest global norm of a gradient; 0: none", float, least=0)
-    schedule: str = option("constant", "optimizer", "of the rate over the run's steps", choices=SCHEDULES)
+    schedule: str = option("constant", "optimizer", "how the rate goes over the run's steps", choices=SCHEDULES)
     decay_every: int = option(0, "optimizer", "steps between decays, for --schedule step", int)
     decay_factor: float = option(0.1, "optimizer", "factor of a decay, for --schedule step", float, positive=True)
     warmup: int = option(0, "optimizer", "steps over which the rate rises at the start", int, least=0)
     center_optimizer: str | None = option(
         None,
         "optimizer",
-        "at the center [default: add, or what the rule is known with]",
+        "the center's [default: add, or what the rule is known with]",
         choices=["add", *OPTIMIZERS],
     )
-    center_rate: float | None = option(None, "optimizer", "its learning rate", float, positive=True)
-    center_options: dict[str, Any] = option({}, "optimizer", "its further numbers, such as beta")
+    center_rate: float | None = option(
+        None, "optimizer", "learning rate of the center's optimizer", float, positive=True
+    )
+    center_options: dict[str, Any] = option({}, "optimizer", "further numbers of the center's optimizer, such as beta")
 
     batch: int = option(32, "run", "samples in a step of one worker", int, least=1, also=("batch_size",))
     epochs: float = option(1.0, "run", "passes over the training data, all workers together", float, positive=True)
@@ -131,9 +140,8 @@ class Config:
     checkpoint_workers: str = option(
         "auto",
         "checkpoint",
-        "which checkpoints hold the workers' own optimizer states beside the center: all; the last one alone (end); "
-        "none, so that workers of a resumed run start from the center with fresh ones; auto: all, or end where they "
-        "are large",
+        "which checkpoints hold the workers' local parameters and optimizer states beside the center: all; end, the "
+        "last one alone; none; auto: all, or end where they are large. Without them workers resume from the center",
         choices=("auto", "all", "end", "none"),
     )
     keep_checkpoints: int = option(
@@ -145,7 +153,9 @@ class Config:
         also=("keep",),
     )
     resume: str | None = option(
-        None, "checkpoint", "go on from the newest checkpoint in this directory of a run; auto: in --run-dir, if any"
+        None,
+        "checkpoint",
+        "go on from the newest checkpoint of the run in this directory; auto: of that in --run-dir, if any",
     )
     stall_limit: float = option(
         0.0, "checkpoint", "report a worker that is silent for so many seconds; 0: never", float, least=0
