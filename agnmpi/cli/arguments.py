@@ -37,6 +37,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_simulate(commands)
+    _add_bench(commands)
+    _add_doctor(commands)
+    return top
+
+
+def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
         help="measure exchanges and optimizers against the limit of this machine",
@@ -68,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
         help="numbers in the vector for the optimizers' bandwidth; 0: none",
     )
     bench.add_argument("--json", metavar="FILE", help="write the figures there, too")
+
+
+def _add_doctor(commands: Any) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="show what MPI, which roles and devices the ranks would get, and what is missing",
@@ -77,7 +86,6 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--period", type=int, default=10, help="communication period λ, for the advice")
     doctor.add_argument("--probe", action="store_true", help="try device pointers again, whatever is remembered")
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    return top
 
 
 def _add_train(commands: Any) -> None:

@@ -109,10 +109,7 @@ class Config:
     decay_factor: float = option(0.1, "optimizer", "factor of a decay, for --schedule step", float, positive=True)
     warmup: int = option(0, "optimizer", "steps over which the rate rises at the start", int, least=0)
     center_optimizer: str | None = option(
-        None,
-        "optimizer",
-        "the center's [default: add, or what the rule is known with]",
-        choices=["add", *OPTIMIZERS],
+        None, "optimizer", "the center's [default: add, or what the rule is known with]", choices=["add", *OPTIMIZERS]
     )
     center_rate: float | None = option(
         None, "optimizer", "learning rate of the center's optimizer", float, positive=True
@@ -196,13 +193,10 @@ class Config:
 
     def make_rule(self) -> Rule:
         """The rule, with its numbers; of a configuration that is complete."""
-        rule = RULES[self.rule]
-        if self.rule == "agn":
-            return weighted(rule(self.variant), *self._weights())
-        if self.rule in ("aeasgd", "eamsgd"):
-            assert self.rate is not None
-            return weighted(rule(self.rate * self.rho), *self._weights())
-        return weighted(rule(), *self._weights())
+        assert self.rate is not None
+        alpha = self.rate * self.rho
+        numbers: dict[str, list[Any]] = {"agn": [self.variant], "aeasgd": [alpha], "eamsgd": [alpha]}
+        return weighted(RULES[self.rule](*numbers.get(self.rule, [])), *self._weights())
 
     def _weights(self) -> list[Weight]:
         weights = []
@@ -370,17 +364,11 @@ def _layer(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _locking(values: dict[str, Any], transport: str) -> dict[str, Any]:
     """Replace TensorFlow's `use_locking`: without it transport rma is transport accumulate."""
-    if "use_locking" not in values:
-        return values
-    locking = values["use_locking"]
-    if not isinstance(locking, bool):
+    locking = values.pop("use_locking", None)
+    if locking not in (None, True, False):
         raise ValueError(f"use_locking must be of type bool, not {locking!r}")
-    if not locking and transport not in ("rma", "accumulate"):
-        raise ValueError(
-            f"use_locking=False needs transport 'rma', and means 'accumulate'; transport {transport!r} applies whole "
-            "commits"
-        )
     if locking and transport == "accumulate":
         raise ValueError("transport 'accumulate' sums without locking; for whole commits use transport 'rma'")
-    rest = {key: value for key, value in values.items() if key != "use_locking"}
-    return rest if locking else rest | {"transport": "accumulate"}
+    if locking is False and transport not in ("rma", "accumulate"):
+        raise ValueError(f"use_locking=False needs transport 'rma', and means 'accumulate'; it is {transport!r}")
+    return values | {"transport": "accumulate"} if locking is False else values

@@ -179,7 +179,7 @@ def test_without_locking_rma_is_accumulate(tmp_path):
     assert load(None, {"transport": "rma"}, ["use_locking=false"]).transport == "accumulate"
     file.write_text('transport = "rma"\nuse_locking = true\n')
     assert load(str(file)).transport == "rma"
-    with pytest.raises(ValueError, match="needs transport 'rma', and means 'accumulate'; transport 'p2p'"):
+    with pytest.raises(ValueError, match="needs transport 'rma', and means 'accumulate'; it is 'p2p'"):
         load(None, {"transport": "p2p", "use_locking": False})
     with pytest.raises(ValueError, match=r"needs transport 'rma'.*'auto'"):
         load(None, {"use_locking": False})
