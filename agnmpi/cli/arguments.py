@@ -3,8 +3,9 @@
 import argparse
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from ..simulation.timing import Timing
@@ -16,9 +17,12 @@ _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # What a simulation is given in place of options of `train`.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
 _GROUPS = {
-    "rule": "exchange",
+    "rule": "rule of exchange",
+    "transport": "transport",
     "optimizer": "optimizers",
-    "run": "run",
+    "run": "work",
+    "output": "files and display",
+    "checkpoint": "checkpoints and losses",
     "time": "virtual time",
 }
 
@@ -34,6 +38,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_simulate(commands)
+    _add_bench(commands)
+    _add_doctor(commands)
+    return top
+
+
+def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
         help="measure exchanges and optimizers against the limit of this machine",
@@ -65,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
         help="numbers in the vector for the optimizers' bandwidth; 0: none",
     )
     bench.add_argument("--json", metavar="FILE", help="write the figures there, too")
+
+
+def _add_doctor(commands: Any) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="show what MPI, which roles and devices the ranks would get, and what is missing",
@@ -74,7 +87,6 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--period", type=int, default=10, help="communication period λ, for the advice")
     doctor.add_argument("--probe", action="store_true", help="try device pointers again, whatever is remembered")
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    return top
 
 
 def _add_train(commands: Any) -> None:
@@ -82,9 +94,9 @@ def _add_train(commands: Any) -> None:
         "train",
         help="train a problem",
         usage="mpiexec -n P python -m agnmpi train MODULE:PROBLEM [options]",
-        description="Train a problem: rank 0 holds the center, every other rank trains (with collective rules "
-        "every rank trains). All options can also stand in a TOML file (--config), under the same names; "
-        "options given here come on top of it, and --set on top of all.",
+        description="Train a problem: rank 0 holds the center, all others train (with rules "
+        "synchronous and diloco every rank trains). All options can also stand in a TOML file (--config), under the "
+        "same names; options given here come on top of it, and --set on top of all.",
         argument_default=argparse.SUPPRESS,
     )
     train.add_argument("problem", nargs="?", metavar="MODULE:PROBLEM", help=_field("problem").metadata["help"])
@@ -95,6 +107,9 @@ def _add_train(commands: Any) -> None:
         help="set any option, also in a table: --set options.hidden=64 --set optimizer_options.beta1=0.8",
     )  # fmt: skip
     _add_fields(train, Config)
+    train.add_argument(  # TensorFlow's word
+        "--use-locking", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS
+    )
 
 
 def _add_simulate(commands: Any) -> None:
@@ -121,28 +136,43 @@ def _add_simulate(commands: Any) -> None:
     simulate.add_argument(
         "--replay", metavar="RUN", default=None, help="repeat RUN, of train --record, message for message"
     )
-    _add_fields(simulate, Config, (*SIMULATED, "slots", "use_locking", "wire", "center_device"))
+    _add_fields(simulate, Config, (*SIMULATED, "message_buffers", "wire", "center_device"), hidden=("checkpoint",))
     _add_fields(simulate, Timing)
 
 
-def _add_fields(command: Any, options: type[Config] | type[Timing], without: Sequence[str] = ()) -> None:
-    """Add an option for each field of the dataclass `options`, but not for tables."""
+def _add_fields(
+    command: Any, options: type[Config] | type[Timing], without: Sequence[str] = (), hidden: Sequence[str] = ()
+) -> None:
+    """Add an option for each field of the dataclass `options` but tables; groups in `hidden` are not shown."""
     used = dict.fromkeys(f.metadata["group"] for f in fields(options))
     groups = {name: command.add_argument_group(_GROUPS[name]) for name in used if name in _GROUPS}
     for f in fields(options):
         meta = f.metadata
         if f.name == "problem" or f.name.endswith("options") or f.name in without:
             continue
-        default = f.default if f.default is not None else None
-        text = meta["help"] if default is None else f"{meta['help']} [default: {default}]"
-        flag = "--" + f.name.replace("_", "-")
-        if meta["kind"] is bool:
-            groups[meta["group"]].add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, help=text)
-            continue
-        metavar = "|".join(meta["choices"]) if meta["choices"] else f.name.rpartition("_")[2].upper()
-        groups[meta["group"]].add_argument(
-            flag, dest=f.name, type=meta["kind"], metavar=metavar, choices=meta["choices"] or None, help=text
-        )
+        default = f"{f.default:g}" if isinstance(f.default, float) else f.default
+        text = meta["help"] if default in (None, "") or default is False else f"{meta['help']} [default: {default}]"
+        shown = argparse.SUPPRESS if meta["group"] in hidden else text.replace("%", "%%")
+        names = [(f.name, shown), *((other, argparse.SUPPRESS) for other in meta["also"])]
+        for name, said in names:
+            _add_flag(groups[meta["group"]], name, f.name, meta, said)
+
+
+def _add_flag(group: Any, name: str, dest: str, meta: Mapping[str, Any], text: str) -> None:
+    flag = name.replace("_", "-")
+    if meta["kind"] is bool:
+        group.add_argument(f"--{flag}", dest=dest, action="store_true", help=text)
+        group.add_argument(f"--no-{flag}", dest=dest, action="store_false", help=argparse.SUPPRESS)  # over a file
+    elif meta["choices"]:
+        word = partial(_word, meta["aliases"])
+        group.add_argument(f"--{flag}", dest=dest, type=word, choices=meta["choices"], help=text)
+    else:
+        metavar = {int: "N", float: "X"}.get(meta["kind"], "DIR" if dest in ("run_dir", "resume") else "TEXT")
+        group.add_argument(f"--{flag}", dest=dest, type=meta["kind"], metavar=metavar, help=text)
+
+
+def _word(aliases: Mapping[str, str], word: str) -> str:
+    return aliases.get(word, word)
 
 
 def _field(name: str) -> Any:

@@ -138,7 +138,9 @@ def _show(report: dict[str, Any]) -> None:
     for wire, ranks in wires.items():
         console.print(f"wire of {ranks_in_words(ranks)}: {wire}", markup=False, soft_wrap=True)
     if report["fault_tolerant"]:
-        console.print("fault tolerant (ULFM): train goes on without workers that die (transport p2p, one center)")
+        console.print(
+            "fault tolerant (ULFM): train goes on without ranks that die, the center too (transport p2p, one center)"
+        )
     for line in report["advice"] + report["hints"]:
         console.print(line, markup=False, soft_wrap=True)
     for line in report["problems"]:

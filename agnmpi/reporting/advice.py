@@ -4,7 +4,11 @@ from ..core.rules import CommitInfo, Rule
 
 
 def advice(rule: Rule, workers: int, period: int) -> list[str]:
-    """What n/λ means for this run (arXiv:1710.02368, section 4, and DESIGN's own check); empty for other rules."""
+    """What n/λ, or the effective outer rate in its place, means for this run; empty for other rules than agn.
+
+    Source: arXiv:1710.02368, section 4 (unstable above 2); slow where a round moves the center by less than a mean
+    displacement: ours, in virtual time.
+    """
     if rule.name != "agn":
         return []
     ratio = workers / period

@@ -55,13 +55,14 @@ def _launcher_output() -> str | None:
     return found
 
 
-class _Progress(Progress):
+class Bar(Progress):
     """A bar, and a line of facts under it.
 
     A frame ends with a newline, since Open MPI 5.0's mpiexec forwards whole lines only.
     """
 
     def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar of each task, its facts, and an empty line."""
         yield from super().get_renderables()
         for task in self.tasks:
             yield Text(task.fields["facts"], no_wrap=True, overflow="ellipsis")

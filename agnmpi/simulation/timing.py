@@ -1,68 +1,68 @@
 """What things take in virtual time, drawn from stated distributions, and what n, λ, bytes and shards make of it."""
 
-import tomllib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from heapq import heapify, heapreplace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..training.options import at_least, check_type, option
+from ..training.options import Refusal, check, documented, option, read_toml
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
 DISTRIBUTIONS = ("constant", "normal", "exponential")
 TIES = ("worker", "random")
 
 
+@documented
 @dataclass(frozen=True)
 class Timing:
-    """The options that only a simulation has. Raises ValueError for what cannot be."""
+    """The options that only a simulation has.
 
-    step_time: float = option(0.01, "time", "seconds of a local step, mean", float)
+    Raises:
+        ValueError: for what cannot be, with the value.
+    """
+
+    step_time: float = option(0.01, "time", "seconds of a local step, mean", float, least=0)
     step_distribution: str = option(
         "constant",
         "time",
         "of a step's time: constant; normal (below 0 counts as 0); exponential: a fixed part and an exponential tail",
         choices=DISTRIBUTIONS,
     )
-    step_spread: float = option(0.3, "time", "standard deviation of a step's time as a part of its mean", float)
+    step_spread: float = option(
+        0.3, "time", "standard deviation of a step's time as a part of its mean", float, least=0
+    )
     speed_spread: float = option(
-        0.0, "time", "spread σ of the workers' speeds: each has a factor exp(σz − σ²/2) on its step times", float
+        0.0,
+        "time",
+        "spread σ of the workers' speeds: each has a factor exp(σz − σ²/2) on its step times",
+        float,
+        least=0,
     )
     speed_factors: str = option("", "time", "factors on the workers' step times, such as 1,1,2.5; repeated over all")
-    stragglers: float = option(0.0, "time", "fraction of the workers, drawn at random, that are slower", float)
-    straggler_factor: float = option(4.0, "time", "their factor on step times", float)
-    start_jitter: float = option(0.0, "time", "seconds over which the workers start, evenly at random", float)
-    latency: float = option(1e-5, "time", "seconds of a message, each way", float)
-    bandwidth: float = option(1e10, "time", "bytes per second of a message, each way; 0: no limit", float)
-    service: float = option(1e-5, "time", "seconds in which the center serves a message", float)
+    stragglers: float = option(0.0, "time", "fraction of the workers, drawn at random, that are slower", float, least=0)
+    straggler_factor: float = option(4.0, "time", "their factor on step times", float, positive=True)
+    start_jitter: float = option(0.0, "time", "seconds over which the workers start, evenly at random", float, least=0)
+    latency: float = option(1e-5, "time", "seconds of a message, each way", float, least=0)
+    bandwidth: float = option(1e10, "time", "bytes per second of a message, each way; 0: no limit", float, least=0)
+    service: float = option(1e-5, "time", "seconds in which the center serves a message", float, least=0)
     service_bandwidth: float = option(
-        4e9, "time", "bytes in and out per second that the center serves, by link or memory; 0: no limit", float
+        4e9,
+        "time",
+        "bytes in and out per second that the center serves, by link or memory; 0: no limit",
+        float,
+        least=0,
     )
     ties: str = option("worker", "time", "what comes first at the same time: the lower worker, or drawn", choices=TIES)
-    time_seed: int = option(0, "time", "of all that is drawn in virtual time", int)
-    parameters: int = option(1_000_000, "time", "numbers of 4 bytes, for --timing-only without a problem", int)
-    exchanges: int = option(100_000, "time", "exchanges in --timing-only", int)
+    time_seed: int = option(0, "time", "of all that is drawn in virtual time", int, least=0)
+    parameters: int = option(1_000_000, "time", "numbers of 4 bytes, for --timing-only without a problem", int, least=1)
+    exchanges: int = option(100_000, "time", "exchanges in --timing-only", int, least=1)
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            check_type(f.name, getattr(self, f.name), f.metadata)
-        for name in ("parameters", "exchanges"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("step_time", "step_spread", "speed_spread", "stragglers", "start_jitter", "time_seed"):
-            at_least(name, getattr(self, name), 0)
-        for name in ("latency", "bandwidth", "service", "service_bandwidth"):
-            at_least(name, getattr(self, name), 0)
-        if self.stragglers > 1:
-            raise ValueError(f"stragglers is a fraction of the workers, from 0 to 1, not {self.stragglers!r}")
-        if self.step_distribution == "exponential" and self.step_spread > 1:
-            raise ValueError(f"the spread of an exponential tail is at most 1, not {self.step_spread!r}")
-        if not self.straggler_factor > 0:
-            raise ValueError(f"straggler_factor must be positive, not {self.straggler_factor!r}")
+        check(self, _REFUSALS)
         self.factors(1)
 
     def factors(self, workers: int) -> Numbers:
@@ -115,9 +115,18 @@ class Timing:
         return np.random.default_rng([self.time_seed, stream])
 
 
+_REFUSALS: tuple[Refusal[Timing], ...] = (
+    (lambda t: t.stragglers > 1, "stragglers is a fraction of the workers, from 0 to 1, not {stragglers!r}"),
+    (
+        lambda t: t.step_distribution == "exponential" and t.step_spread > 1,
+        "the spread of an exponential tail is at most 1, not {step_spread!r}",
+    ),
+)
+
+
 def load_timing(path: str | None, given: dict[str, Any]) -> Timing:
     """Read the table [simulation] of a TOML file, and lay the values `given` over it."""
-    values = tomllib.loads(Path(path).read_text(encoding="utf-8")).get("simulation", {}) if path else {}
+    values = read_toml(path).get("simulation", {}) if path else {}
     unknown = set(values) - {f.name for f in fields(Timing)}
     if unknown:
         raise ValueError(f"{path}: [simulation] has no option {', '.join(sorted(unknown))}")

@@ -384,7 +384,8 @@ def _warn_of_threads(name: str) -> None:
     if fault_tolerant() and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
         warnings.warn(
             f"{name}: MPI runs fault tolerant and with MPI_THREAD_MULTIPLE, under which Open MPI may hang when a "
-            "rank dies; set MPI4PY_RC_THREADS=0, or mpi4py.rc.threads = False before the import of MPI",
+            'rank dies; set MPI4PY_RC_THREAD_LEVEL=funneled, or mpi4py.rc.thread_level = "funneled" before the '
+            "import of MPI",
             RuntimeWarning,
             stacklevel=3,
         )

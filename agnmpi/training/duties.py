@@ -40,7 +40,7 @@ class Duties:
         self._cut: ConsistentCut | None = None  # where there are several centers
         if first:
             self._open(threads)
-        if self._config.keep:
+        if self._config.keep_checkpoints:
             self._keep()
 
     def committed(self, commit: Commit, c: Array) -> None:
@@ -91,8 +91,8 @@ class Duties:
 
     def prune(self) -> None:
         """Remove what is older than the checkpoints to keep."""
-        if self.first and self._config.keep:
-            prune(self._job.directory, self._config.keep, max(1, self._job.serving_ranks))
+        if self.first and self._config.keep_checkpoints:
+            prune(self._job.directory, self._config.keep_checkpoints, max(1, self._job.serving_ranks))
 
     def end_record(self) -> None:
         """The record ends: nothing more is served."""
@@ -127,7 +127,7 @@ class Duties:
             self._job.say,
             config.checkpoint_seconds if self.first else 0.0,
             config.checkpoint_commits if self.first else 0,
-            config.keep,
+            config.keep_checkpoints,
             self._job.session.comm.rank if role.serves else 0,
         )
         if not isinstance(role, ShardRole):

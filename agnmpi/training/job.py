@@ -87,7 +87,7 @@ class Job(Observer):
         self.problem, self.layout, self.x, self.plan = raise_on_all(self.world, partial(self._load, here.worker_index))
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
         # Where the run's directory lies is rank 0's affair.
-        options = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run", "resume")}
+        options = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run_dir", "resume")}
         require_equal_model(self.world, self.layout, {"samples": str(self.problem.samples), **options})
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
         self.injection = Injection(raise_on_all(self.world, lambda: read_faults(faults)), self.rank)
@@ -188,7 +188,7 @@ class Job(Observer):
     def _keep_workers(self, workers: Sequence[Worker]) -> None:
         """Have the local states of these workers written, as it was chosen."""
         config, count = self.config, self.session.role.count
-        option = config.checkpoint_workers if config.keep else "none"
+        option = config.checkpoint_workers if config.keep_checkpoints else "none"
         when, line = workers_saved(option, state_bytes(self.x.nbytes, config.make_optimizer(1)), count)
         if line and self.rank == 0:
             self.say(line)
@@ -376,7 +376,11 @@ class Job(Observer):
             if self.duties is not None and self.duties.first:
                 monitor, center = self.duties.monitor, session.role.center
                 monitor.stop("interrupted", signal=self.signals.asked or "another rank's")
-                how = f"--resume {self.directory}" if self.config.keep else "no checkpoint was kept (keep = 0)"
+                how = (
+                    f"--resume {self.directory}"
+                    if self.config.keep_checkpoints
+                    else "no checkpoint was kept (keep_checkpoints = 0)"
+                )
                 monitor.say(f"interrupted at step {center.steps} of {self.plan.steps}; {how}")
             raise Interrupted(abort)
         if members.lost:  # who has lost a rank cannot finalize MPI

@@ -16,7 +16,7 @@ from ..core.messages import Commit
 from ..core.timer import Every
 from ..reporting.events import JsonLines, finite
 from ..reporting.recent_mean import RecentMean
-from ..reporting.terminal import _Progress, console
+from ..reporting.terminal import Bar, console
 from .config import Config
 
 Evaluate = Callable[[Array], Mapping[str, float]]
@@ -58,7 +58,7 @@ class Monitor:
         self._start = self._logged = time.monotonic()
         self.console = console()
         self._live = self.console.is_terminal
-        self._progress = _Progress(
+        self._progress = Bar(
             TextColumn("[bold]epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[left]}"),

@@ -1,21 +1,76 @@
-"""How options are declared, once for files, the command line and their checks."""
+"""How options are declared: once, for files, the command line, their checks and their documentation."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import field
+import difflib
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field, fields
 from math import isfinite
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+T = TypeVar("T")
+# What cannot be: whether it is so, and a message, in which {name} is the value of an option.
+Refusal: TypeAlias = tuple[Callable[[T], bool], str]
 
 
-def option(default: Any, group: str, text: str, kind: type = str, choices: Sequence[str] = ()) -> Any:
-    """A field of a dataclass that is an option, with what the command line and the checks need."""
-    metadata = {"group": group, "help": text, "kind": kind, "choices": tuple(choices)}
+def option(
+    default: Any,
+    group: str,
+    text: str,
+    kind: type = str,
+    choices: Sequence[str] = (),
+    *,
+    least: float | None = None,
+    positive: bool = False,
+    also: Sequence[str] = (),
+    aliases: Mapping[str, str] | None = None,
+) -> Any:
+    """Declare a field of a dataclass that is an option.
+
+    Args:
+        default: value where none is given; a dict makes a table.
+        group: under which title the command line shows it.
+        text: what the command line says of it.
+        kind: type of its values.
+        choices: the only values, if any.
+        least: smallest value.
+        positive: whether values must be above 0.
+        also: other names under which it is accepted, and not shown.
+        aliases: other words for values, and what they stand for; accepted, and not shown.
+
+    Returns:
+        The field.
+    """
+    metadata = {
+        "group": group,
+        "help": text,
+        "kind": kind,
+        "choices": tuple(choices),
+        "least": least,
+        "positive": positive,
+        "also": tuple(also),
+        "aliases": dict(aliases or {}),
+    }
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def check_type(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError for a value that the field `name` cannot hold."""
+def check(options: Any, refusals: Sequence[Refusal[Any]] = ()) -> None:
+    """Raise ValueError for a value that its field cannot hold, or the first of `refusals` that is so."""
+    for f in fields(options):
+        _check_value(f.name, getattr(options, f.name), f.metadata)
+    refuse(options, refusals)
+
+
+def refuse(options: Any, refusals: Sequence[Refusal[Any]]) -> None:
+    """Raise ValueError for the first of `refusals` that is so."""
+    for is_so, message in refusals:
+        if is_so(options):
+            raise ValueError(message.format_map(vars(options)))
+
+
+def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     kind = metadata["kind"]
     if name.endswith("options"):
         if not isinstance(value, dict):
@@ -30,9 +85,78 @@ def check_type(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} must be a finite number, not {value!r}")
     if metadata["choices"] and value not in metadata["choices"]:
         raise ValueError(f"{name} must be one of {', '.join(metadata['choices'])}, not {value!r}")
+    if metadata["least"] is not None and value < metadata["least"]:
+        raise ValueError(f"{name} must be at least {metadata['least']}, not {value!r}")
+    if metadata["positive"] and not value > 0:
+        raise ValueError(f"{name} must be positive, not {value!r}")
 
 
-def at_least(name: str, value: float, least: int) -> None:
-    """Raise ValueError for a value below `least`."""
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value!r}")
+def canonical(options: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` by the names, and with the words, that the dataclass `options` shows.
+
+    Raises ValueError if one option is given under two names.
+    """
+    names = {other: f for f in fields(options) for other in (f.name, *f.metadata["also"])}
+    found, keys = dict[str, Any](), dict[str, str]()
+    for key, value in values.items():
+        if key not in names:
+            found[key] = value
+            continue
+        f = names[key]
+        if f.name in found:
+            raise ValueError(f"{keys[f.name]} and {key} are one option: give one of them")
+        keys[f.name] = key
+        found[f.name] = f.metadata["aliases"].get(value, value) if isinstance(value, str) else value
+    return found
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """Read a file of options; raises ValueError if it is no TOML, OSError if there is none."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is no TOML: {error}") from error
+
+
+def overlay(options: type, values: dict[str, Any], sets: Sequence[str]) -> list[str]:
+    """Lay each `KEY=VALUE` of `sets` over `values`, in place; returns the options that are named."""
+    named = list[str]()
+    for item in sets:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set {item!r}: give KEY=VALUE")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        table, dot, inner = key.partition(".")
+        if not dot:
+            values |= (found := canonical(options, {key: value}))
+            named += found
+            continue
+        before = values.get(table, {})
+        if not isinstance(before, dict):
+            raise ValueError(f"--set {item!r}: {table} is no table")
+        values[table] = before | {inner: value}
+    return named
+
+
+def known(options: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values`; raises ValueError for one that is no option of the dataclass `options`."""
+    names = [f.name for f in fields(options)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            raise ValueError(f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return values
+
+
+def documented(options: type[T]) -> type[T]:
+    """Append the options of the dataclass `options` to its docstring, under Args."""
+    lines = []
+    for f in fields(options):  # type: ignore[arg-type]
+        default = "{}" if f.name.endswith("options") else repr(f.default)
+        choices = f" One of {', '.join(f.metadata['choices'])}." if f.metadata["choices"] else ""
+        lines.append(f"    {f.name}: {f.metadata['help']}.{choices} Default: {default}.")
+    options.__doc__ = f"{options.__doc__}\n\nArgs:\n" + "\n".join(lines)
+    return options

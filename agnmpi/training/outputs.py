@@ -25,14 +25,14 @@ from .problem import absolute
 def run_directory(config: Config) -> Path:
     """Make the run's directory; raises FileExistsError rather than write over another run."""
     if config.resume is not None:
-        path = Path((config.run or "") if config.resume == "auto" else config.resume)
+        path = Path((config.run_dir or "") if config.resume == "auto" else config.resume)
         path.mkdir(parents=True, exist_ok=True)
         return path
-    if not config.run:
+    if not config.run_dir:
         return _new_directory(f"{config.problem.rpartition(':')[2].lower()}-{time.strftime('%Y%m%d-%H%M%S')}")
-    path = Path(config.run)
+    path = Path(config.run_dir)
     if (path / "config.toml").exists():
-        raise FileExistsError(f"{path} holds another run; give another --run, or remove it")
+        raise FileExistsError(f"{path} holds another run; give another --run-dir, or remove it")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -51,7 +51,7 @@ def _new_directory(name: str) -> Path:
 
 def repeatable(config: Config) -> Config:
     """The configuration without what must differ when it is repeated."""
-    return replace(config, problem=absolute(config.problem), run=None, resume=None)
+    return replace(config, problem=absolute(config.problem), run_dir=None, resume=None)
 
 
 def write_result(directory: Path, result: Mapping[str, Any]) -> None:

@@ -16,27 +16,90 @@ from ..core.params import Layout
 
 
 class Problem(Protocol):
-    """A model, its loss, and its data. Made by `PROBLEM(xp, **options)` on every rank.
+    """What `agnmpi train` trains: a model, its loss and its data, in one class of yours.
 
-    `xp`: numpy or cupy, the module of all arrays; `options`: the table `[options]` of the configuration.
+    Every rank makes it once, as `PROBLEM(xp, **options)`, and then calls its methods; it needs no base class, and
+    nothing in it knows of MPI. Write `module.py:PROBLEM` on the command line.
+
+    Args:
+        xp: numpy, or cupy where this rank computes on a GPU: the module to make arrays with.
+        **options: what `--set options.KEY=VALUE` gives, or the table [options] of a file.
+
+    A whole one, the line y = 3x through noisy samples:
+
+    >>> class Line:
+    ...     samples = 1000
+    ...     def __init__(self, xp, noise=0.1):
+    ...         rng = np.random.default_rng(0)  # every rank makes, or reads, the same data
+    ...         self.x = xp.asarray(rng.uniform(-1, 1, self.samples))
+    ...         self.y = 3 * self.x + noise * xp.asarray(rng.normal(size=self.samples))
+    ...     def init(self, rng):
+    ...         return {"slope": rng.normal(size=1)}
+    ...     def gradient(self, params, indices):
+    ...         x, error = self.x[indices], params["slope"] * self.x[indices] - self.y[indices]
+    ...         return (error**2).mean(), {"slope": 2 * (error * x).mean(keepdims=True)}
+    ...     def evaluate(self, params):
+    ...         return {"slope": float(params["slope"][0])}
+
+    What a worker does with it, here with plain SGD:
+
+    >>> line, rng = Line(np), np.random.default_rng(1)
+    >>> params = line.init(rng)
+    >>> for _ in range(100):
+    ...     loss, gradient = line.gradient(params, rng.integers(line.samples, size=32))
+    ...     params["slope"] -= 0.3 * gradient["slope"]
+    >>> round(line.evaluate(params)["slope"], 1)
+    3.0
     """
 
-    samples: int  # training samples
+    samples: int  # number of training samples, the same on every rank
 
     def init(self, rng: np.random.Generator) -> Mapping[str, Array]:
-        """Make the initial parameters, by name; one floating dtype."""
+        """Make the initial parameters.
+
+        Args:
+            rng: a generator that `--seed` seeds, in the same state on every rank.
+
+        Returns:
+            Arrays by name, of any shapes and one floating dtype (float32 or float64), numpy's or cupy's. Names,
+            shapes and dtype are the same on every rank; the values of rank 0 count.
+        """
 
     def gradient(self, params: Mapping[str, Array], indices: np.ndarray[Any, Any]) -> tuple[float, Mapping[str, Array]]:
-        """Return the mean loss and its gradient, by name, on the training samples `indices`."""
+        """Compute one step.
+
+        Args:
+            params: the parameters now, by name, shaped as `init` made them: views, not to be changed or kept.
+            indices: (batch,) numbers of training samples, int64 on the host, from 0 to samples − 1; the last step
+                of an epoch may have fewer.
+
+        Returns:
+            The mean loss over these samples, and its gradient: arrays by name, shaped as the parameters.
+        """
 
     def evaluate(self, params: Mapping[str, Array]) -> Mapping[str, float]:
-        """Return metrics on held-out data, by name. On a center rank it runs in a thread: no MPI calls."""
+        """Measure the model on held-out data.
+
+        On a center rank it runs in a thread beside the service: it must not call MPI, nor change what `gradient` uses.
+
+        Args:
+            params: a copy of the center variable, by name, shaped as `init` made the parameters.
+
+        Returns:
+            Numbers by name, such as {"accuracy": 0.98}: what the display shows and the run's files hold.
+        """
 
 
 def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any]) -> Problem:
-    """Make the problem `MODULE:PROBLEM`; MODULE is a module's name or the path of a .py file.
+    """Make a problem.
 
-    Raises ValueError with the remedy if there is none; what the problem itself raises passes through.
+    Args:
+        spec: MODULE:PROBLEM; MODULE is a module's name or the path of a .py file.
+        xp: numpy or cupy.
+        options: its keyword arguments.
+
+    Raises:
+        ValueError: with the remedy, if there is none; what the problem itself raises passes through.
     """
     module_name, _, attribute = spec.rpartition(":")
     if not module_name:

@@ -2,6 +2,9 @@
 
 A round is a nonblocking sum of counts and one of the deltas; after it each rank makes the same center step. A rank
 that breaks off takes part in one more round, with nothing and the word that it leaves: after it all ranks stop.
+
+All ranks make their step with the same arithmetic: on CPUs alone or on GPUs alone. A GPU rounds once where a CPU rounds
+twice (fused multiply-add), and the replicas would drift apart.
 """
 
 import zlib
@@ -10,32 +13,40 @@ from collections.abc import Iterator
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array, empty_like, full_like, to_host
+from ..arrays.backend import Array, empty_like, full_like, on_host, to_host
 from ..core.backoff import wait_until
 from ..core.ends import Apply, Done, Handle, WorkerEnd
 from ..core.leases import NONE, Lease
 from ..core.messages import CONTINUE, NOT_FINITE, OK, STOP, WORK, Commit, Reply
 from ..version import mpi_library
-from .agreement import require_equal_total
+from .agreement import ConfigError, allgather, ranks_in_words, require_equal_total
 from .chunks import Stream, Ticks
 from .staging import CHUNK, Direct, Wire, cut
 
 # Bytes that are summed at once: MPICH 5.0 and Open MPI 5.0 sum 40 MB in such pieces 1.1 to 2.6 times as fast as in one,
-# and who waits sees them come one by one, and stays awake. All ranks cut alike, whatever their wires: the pieces of
-# staged chunks are those of the vector.
+# and who waits sees them come one by one, and stays awake. What is sent is cut in chunks first (where it is staged),
+# what is received is not: the pieces of both must be the same.
 _PIECE = 1 << 18
 assert CHUNK % _PIECE == 0
 
 
 class AllreduceEnd(WorkerEnd):
-    """A rank's end.
+    """A rank's end; collective.
 
-    `c`: (n,) its replica of the center, moved in place; `apply`: the center step.
+    Args:
+        comm: the ranks.
+        c: (n,) this rank's replica of the center, moved in place.
+        apply: the center step.
+        wire: how vectors travel; as they are by default.
+
+    Raises:
+        ConfigError: on all ranks, if some hold their replica on a CPU and others on a GPU.
     """
 
     def __init__(self, comm: MPI.Comm, c: Array, apply: Apply, wire: Wire | None = None) -> None:
         self.comm, self.c, self.apply = comm, c, apply
         self.wire = wire or Direct()
+        _require_one_kind(comm, c)
         self.sum = empty_like(c)
         self.rounds: Iterator[Lease] = iter(())
         self.clock = self.steps = self.checkpoint = 0
@@ -73,12 +84,22 @@ class AllreduceEnd(WorkerEnd):
         return lease
 
 
+def _require_one_kind(comm: MPI.Comm, c: Array) -> None:
+    held = allgather(comm, "CPU" if on_host(c) else "GPU")
+    if len(set(held)) > 1:
+        there = (f"{kind} on {ranks_in_words([r for r, k in enumerate(held) if k == kind])}" for kind in ("CPU", "GPU"))
+        raise ConfigError(
+            f"the parameters lie on CPUs and GPUs ({', '.join(there)}): their sums round differently, and the replicas "
+            "of the center would drift apart; use one kind (--device cpu), or a rule with a center rank"
+        )
+
+
 class Farewell:
     """The end of a session: after the last round the replicas are compared."""
 
     def __init__(self, end: AllreduceEnd, out: Array, check: bool) -> None:
         self._end, self._out = end, out
-        digest = zlib.crc32(to_host(end.c).tobytes())
+        digest = zlib.crc32(to_host(end.c).data)
         self._extremes = np.array([digest, -digest])
         self._request = end.comm.Iallreduce(MPI.IN_PLACE, self._extremes, MPI.MAX) if check else None
 

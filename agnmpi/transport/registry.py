@@ -116,7 +116,7 @@ def _allreduce_peer(comm: "MPI.Comm", c: Array, apply: Apply) -> "AllreduceEnd":
 
 
 _ENTRIES: dict[str, Transport] = {}
-_ALIASES = {"serverless": "accumulate", "collective": "allreduce"}  # names of earlier versions
+ALIASES = {"serverless": "accumulate", "collective": "allreduce"}  # names of earlier versions
 
 
 def register(transport: Transport) -> None:
@@ -203,19 +203,30 @@ def resolve(
         ValueError: for an unknown name, options beside an object, or what the transport cannot.
     """
     if isinstance(transport, Transport):
-        if not use_locking and transport.capabilities.single_commits:
-            raise ValueError(f"use_locking=False is transport 'accumulate', not {transport.name!r}")
+        if not use_locking:
+            locked(transport.name, use_locking)
         return transport
-    name = _ALIASES.get(transport, transport)
+    name = ALIASES.get(transport, transport)
     if name == "auto":
         name = "allreduce" if together else "p2p"
     if not use_locking:
-        if name not in ("rma", "accumulate"):
-            raise ValueError(f"use_locking=False needs transport 'rma'; transport {name!r} applies whole commits")
-        name = "accumulate"
+        name = locked(name, use_locking)
     if name not in _ENTRIES:
         raise ValueError(f"unknown transport {transport!r}: give {', '.join(_ENTRIES)} or auto")
     return replace(_ENTRIES[name], **options)  # type: ignore[arg-type]
+
+
+def locked(name: str, use_locking: bool) -> str:
+    """What a name means with TensorFlow's `use_locking`: without it "rma" is "accumulate".
+
+    Raises:
+        ValueError: for a transport that does not go with it.
+    """
+    if use_locking and name == "accumulate":
+        raise ValueError("transport 'accumulate' sums without locking; for whole commits use transport 'rma'")
+    if not use_locking and name not in ("rma", "accumulate"):
+        raise ValueError(f"use_locking=False needs transport 'rma', and means 'accumulate'; it is {name!r}")
+    return name if use_locking else "accumulate"
 
 
 def p2p(centers: int = 1, message_buffers: int = 4, wire: str = "auto", center_device: str = "cpu") -> Transport:

@@ -46,7 +46,7 @@ def run_cell(cell: Cell, size: Size, data: str, device: str = "cpu") -> dict:
             evaluate_every=size.evaluate_every,
             seed=cell.seed,
             device=device,
-            run=directory,
+            run_dir=directory,
             **METHODS[cell.method],
         )
         result = simulate.run(config, Timing(time_seed=cell.seed, **SCENES[cell.scene]))()

@@ -155,21 +155,27 @@ def test_a_rule_with_a_server_is_refused(comm):
         check_setup(rules.synchronous(), Setup(registry.p2p()), comm.size, sgd(1.0), None)
 
 
-def test_ranks_with_and_without_a_device_sum_together(comm):
-    """Staged chunks and vectors on the host are cut into the same pieces; here more than one chunk."""
+def test_cpus_and_gpus_together_are_refused(comm):
+    """A GPU contracts c + weight·delta to one rounding, a CPU has two: the replicas would drift apart."""
+    c = np.zeros(3, "f4") if comm.rank == 0 else fake_device.Vector(np.zeros(3, "f4"))
+    with pytest.raises(ConfigError, match=r"\(CPU on rank 0, GPU on ranks? [\d-]+\).*--device cpu"):
+        allreduce.AllreduceEnd(comm, c, lambda commit, c: None)
+
+
+def test_vectors_on_a_device_are_summed(comm):
+    """What is sent in chunks is summed in the pieces of the whole vector; here more than one chunk."""
     n = CHUNK // 4 + 300_000
     role = join(comm, rules.synchronous(), None, n=n, dtype="f4")
     (worker,) = role.workers
     role.begin(None, 1)
-    end, staged, out = worker.end, comm.rank % 2, np.empty(n, "f4")
+    end, out = worker.end, np.empty(n, "f4")
     apply, seen = end.apply, []
-    if staged:
-        end.wire, end.sum = Staged(), fake_device.Vector(np.zeros(n, "f4"))
-        end.apply = lambda commit, c: apply(commit._replace(payload=commit.payload.memory), c)
+    end.wire, end.sum = Staged(), fake_device.Vector(np.zeros(n, "f4"))
+    end.apply = lambda commit, c: apply(commit._replace(payload=commit.payload.memory), c)
     end.exchange(Commit(comm.rank, requests=WORK), None)
     for turn in range(1, 4):
         x = (np.arange(n) % 1000 + comm.rank).astype("f4")
-        commit = Commit(comm.rank, turn, steps=1, requests=WORK, payload=fake_device.Vector(x) if staged else x)
+        commit = Commit(comm.rank, turn, steps=1, requests=WORK, payload=fake_device.Vector(x))
         end.exchange(commit, out).wait()
         seen.append(out.copy())
     mean = np.arange(n) % 1000 + (comm.size - 1) / 2

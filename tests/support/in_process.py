@@ -38,7 +38,7 @@ UNEVEN = {
 
 def config(run, workers, **options):
     given = {"problem": QUADRATIC, "transport": "local", "period": 3, "epochs": 8, "batch": 16, "rate": 0.05}
-    return Config(**given | {"workers": workers, "run": str(run)} | options)
+    return Config(**given | {"workers": workers, "run_dir": str(run)} | options)
 
 
 def center(run):

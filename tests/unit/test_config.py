@@ -1,4 +1,5 @@
 import tomllib
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -70,9 +71,15 @@ def test_schedule_of_the_optimizer():
         ({"schedule": "step"}, "decay_every > 0"),
         ({"options": 3}, "options must be a table"),
         ({"variant": "gradient", "rule": "downpour"}, "is of rule agn"),
-        ({"workers": 3}, "for --transport local"),
         ({"record": True, "drop_stalled": True, "stall_limit": 1.0}, "does not say when it dropped whom"),
-        ({"run": "b", "resume": "a"}, "resume goes on in a: leave out run b"),
+        ({"run_dir": "b", "resume": "a"}, "resume goes on in a: leave out run_dir b"),
+        ({"staleness_cap": -1}, "staleness_cap must be at least 0, not -1"),
+        ({"staleness_cap": 3, "centers": 2}, "staleness_cap with 2 centers"),
+        ({"record": True, "overlap": True}, "record with overlap cannot be replayed"),
+        ({"record": True, "resume": "x"}, "leave out record, or resume 'x'"),
+        ({"drop_stalled": True}, "give that, too"),
+        ({"resume": "auto"}, "name it with run_dir"),
+        ({"checkpoint_workers": "some"}, "one of auto, all, end, none"),
     ],
 )
 def test_what_is_refused_at_once(values, text):
@@ -90,7 +97,14 @@ def test_what_is_refused_at_once(values, text):
         ({"optimizer_options": {"beta1": 2.0}}, "beta1 must lie"),
         ({"optimizer": "sgd", "weight_decay": -1.0}, "weight_decay"),
         ({"record": True, "transport": "rma"}, "record is of transport p2p"),
-        ({"stall_limit": 1.0, "transport": "rma", "use_locking": False}, "hears of no single worker"),
+        ({"stall_limit": 1.0, "transport": "accumulate"}, "hears of no single worker"),
+        ({"workers": 3}, "workers = 3 is for --transport local"),
+        (
+            {"drop_stalled": True, "stall_limit": 1.0, "transport": "rma"},
+            "needs transport p2p and one center, not 'rma'",
+        ),
+        ({"record": True, "centers": 2}, "record is of one center"),
+        ({"record": True, "rule": "synchronous"}, "record is of runs with a center"),
     ],
 )
 def test_what_is_refused_when_completed(values, text):
@@ -121,3 +135,61 @@ def test_epochs_that_are_given_override_steps_in_the_file(tmp_path):
     assert load(str(file), sets=["epochs=5"]).steps is None
     assert load(str(file), {"steps": 7}).steps == 7
     assert load(str(file), {"epochs": 5.0, "steps": 7}).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "name", "expected"),
+    [
+        ("keep", 5, "keep_checkpoints", 5),
+        ("slots", 2, "message_buffers", 2),
+        ("run", "there", "run_dir", "there"),
+        ("learning_rate", 0.5, "rate", 0.5),
+        ("lr", 0.5, "rate", 0.5),
+        ("batch_size", 8, "batch", 8),
+        ("communication_period", 8, "period", 8),
+        ("transport", "collective", "transport", "allreduce"),
+        ("transport", "serverless", "transport", "accumulate"),
+    ],
+)
+def test_other_names_are_accepted_everywhere(tmp_path, old, value, name, expected):
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    file = tmp_path / "old.toml"
+    file.write_text(f"{old} = {text}\n")
+    assert getattr(load(str(file)), name) == expected
+    assert getattr(load(None, {old: value}), name) == expected
+    assert getattr(load(None, {}, [f"{old}={value}"]), name) == expected
+    assert getattr(load(str(file), {name: getattr(Config(), name)}), name) == getattr(Config(), name), "newer on top"
+    assert tomllib.loads(load(str(file)).to_toml())[name] == expected
+
+
+def test_one_option_under_two_names_is_refused(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("keep = 5\nkeep_checkpoints = 4\n")
+    with pytest.raises(ValueError, match="keep and keep_checkpoints are one option"):
+        load(str(file))
+
+
+def test_without_locking_rma_is_accumulate(tmp_path):
+    """TensorFlow's word, as earlier configurations have it."""
+    file = tmp_path / "old.toml"
+    file.write_text('transport = "rma"\nuse_locking = false\n')
+    assert load(str(file)).transport == "accumulate"
+    assert load(str(file), {"transport": "local"}).transport == "local", "as simulate gives it"
+    assert load(None, {"transport": "rma", "use_locking": False}).transport == "accumulate"
+    assert load(None, {"transport": "rma"}, ["use_locking=false"]).transport == "accumulate"
+    file.write_text('transport = "rma"\nuse_locking = true\n')
+    assert load(str(file)).transport == "rma"
+    with pytest.raises(ValueError, match="needs transport 'rma', and means 'accumulate'; it is 'p2p'"):
+        load(None, {"transport": "p2p", "use_locking": False})
+    with pytest.raises(ValueError, match=r"needs transport 'rma'.*'auto'"):
+        load(None, {"use_locking": False})
+    with pytest.raises(ValueError, match="for whole commits use transport 'rma'"):
+        load(None, {"transport": "accumulate", "use_locking": True})
+    with pytest.raises(ValueError, match="use_locking must be of type bool"):
+        load(None, {"use_locking": "perhaps"})
+
+
+def test_the_documentation_names_each_option():
+    for f in fields(Config):
+        assert f"\n    {f.name}: {f.metadata['help']}" in Config.__doc__
+    assert "One of auto, all, end, none. Default: 'auto'." in Config.__doc__
