@@ -17,7 +17,7 @@ from .core.rules import Rule
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .simulation.simulate import simulate  # type: ignore[attr-defined]
+    from .simulation.simulate import simulate
     from .training.agn_optimizer import AGNOptimizer
     from .training.config import Config
     from .training.exits import Degraded, Interrupted

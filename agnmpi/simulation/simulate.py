@@ -163,6 +163,22 @@ def in_words(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def simulate(config: Config, timing: Timing = Timing()) -> dict[str, Any]:  # noqa: B008
+    """Train n = `config.workers` workers and their center in virtual time, in this process.
+
+    Args:
+        config: the run, as for `train`; transport "local".
+        timing: what steps and messages take.
+
+    Returns:
+        The result, as in result.json.
+
+    Raises:
+        ValueError: before anything is written, for what cannot be.
+    """
+    return run(config, timing)()
+
+
 def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
     """Make ready n = `config.workers` workers and their center in virtual time; the call runs them to the result.
 

@@ -236,8 +236,8 @@ class Job(Observer):
         """Say which steps nobody takes any more."""
         last = lease.first + lease.steps - 1
         self.say(
-            f"WARNING: the commits of steps {lease.first} to {last} were refused again and again, and these steps are "
-            "given up: look at their samples"
+            f"WARNING: steps {lease.first} to {last} gave NaN or infinity again and again, and are given up; look at "
+            "their samples"
         )
         self.note("given_up", first=lease.first, steps=lease.steps)
 

@@ -166,7 +166,7 @@ register(
         floor="allreduce",
     )
 )
-register(Transport("local", "all workers in one process", Capabilities(overlap=False)))
+register(Transport("local", "all workers in one process", Capabilities(message_order=True, overlap=False)))
 
 
 def entries() -> Iterator[Transport]:
