@@ -18,23 +18,27 @@ _NAMES = {HEADER: "header", DELTA: "delta", REPLY: "reply", CENTER_VARIABLE: "ce
 
 
 class Request:
-    """A request that is done when `attempt` says so; what it is given is told to `attempt`."""
+    """A request that is done when `attempt` says so."""
 
-    def __init__(self, peers: "FakePeers", attempt: Callable[[MPI.Status | None], bool]) -> None:
+    def __init__(self, peers: "FakePeers", attempt: Callable[[], bool]) -> None:
         self._peers, self._attempt, self._done = peers, attempt, False
 
-    def Test(self, status: MPI.Status | None = None) -> bool:
+    def Test(self) -> bool:
         """Whether it is done."""
         self._peers.calls["Test"] += 1
-        self._done = self._done or self._attempt(status)
+        self._done = self._done or self._attempt()
         return self._done
 
-    def Cancel(self) -> None:
-        """Count it."""
-        self._peers.calls["Cancel"] += 1
 
-    def Free(self) -> None:
-        """Nothing to free."""
+class Message:
+    """A header that has been matched."""
+
+    def __init__(self, header: bytes) -> None:
+        self._header = header
+
+    def Recv(self, buffer: bytearray) -> None:
+        """Receive it."""
+        buffer[:] = self._header
 
 
 class Group:
@@ -58,6 +62,7 @@ class FakePeers:
         headers: (worker, header) of the messages that have been sent, and that the center has not taken in.
         hanging: Workers that neither send the rest of a delta nor take what is sent to them.
         dying: Workers whose requests fail, as ULFM says it.
+        told: Those of them that the probe tells of no more.
         calls: Calls of each kind so far.
         nbytes: Bytes sent to workers so far, by kind.
         sent: The last reply's header to each worker.
@@ -68,7 +73,7 @@ class FakePeers:
     def __init__(self, workers: int) -> None:
         self.size = workers + 1
         self.headers: deque[tuple[int, bytes]] = deque()
-        self.hanging, self.dying, self._told = set[int](), set[int](), set[int]()
+        self.hanging, self.dying, self.told = set[int](), set[int](), set[int]()
         self.calls: Counter[str] = Counter()
         self.nbytes: Counter[str] = Counter()
         self.sent: dict[int, bytes] = {}
@@ -77,12 +82,22 @@ class FakePeers:
         """Send a message as a worker would."""
         self.headers.append((commit.worker, commit._replace(nbytes=nbytes).encode()))
 
+    def Improbe(self, _source: int, _tag: int, status: MPI.Status) -> Message | None:
+        """Match a header."""
+        self.calls["Improbe"] += 1
+        if self.dying - self.told:
+            raise MPI.Exception(MPI.ERR_PROC_FAILED)
+        if not self.headers:
+            return None
+        worker, header = self.headers.popleft()
+        status.Set_source(worker + 1)
+        return Message(header)
+
     def Irecv(self, buffer: Any, source: int, tag: int) -> Request:
-        """Post a receive: of a header, or of a piece of a delta, which is all ones."""
+        """Post the receive of a piece of a delta, which is all ones."""
+        assert tag == DELTA
         self.calls["Irecv"] += 1
-        if tag == HEADER:
-            return Request(self, lambda status: self._next_header(buffer, status))
-        return Request(self, lambda _status: self._arrives(source - 1, buffer))
+        return Request(self, lambda: self._arrives(source - 1, buffer))
 
     def Isend(self, buffer: Any, dest: int, tag: int) -> Request:
         """Send a reply, or a piece of c."""
@@ -90,7 +105,7 @@ class FakePeers:
         self.nbytes[_NAMES[tag]] += memoryview(buffer).nbytes
         if tag == REPLY:
             self.sent[dest - 1] = bytes(buffer)
-        return Request(self, lambda _status: self._answers(dest - 1))
+        return Request(self, lambda: self._answers(dest - 1))
 
     def Get_failed(self) -> Group:
         """The dead (ULFM)."""
@@ -102,17 +117,7 @@ class FakePeers:
 
     def Ack_failed(self, count: int) -> None:
         """Hear of these deaths no more (ULFM)."""
-        self._told = set(sorted(self.dying)[:count])
-
-    def _next_header(self, buffer: Any, status: MPI.Status | None) -> bool:
-        if self.dying - self._told:
-            raise MPI.Exception(MPI.ERR_PROC_FAILED)
-        if not self.headers:
-            return False
-        worker, buffer[:] = self.headers.popleft()
-        assert status is not None
-        status.Set_source(worker + 1)
-        return True
+        self.told = set(sorted(self.dying)[:count])
 
     def _answers(self, worker: int) -> bool:
         if worker in self.dying:

@@ -1,7 +1,7 @@
 """Two-sided ends: Isend/Irecv, one round trip for an exchange, on any MPI.
 
 A worker sends a header and, right behind it, its delta; then it posts the receives of the reply. The center listens
-for headers with one receive, and receives deltas into a few message buffers, whatever the number of workers. It applies
+for headers with one probe, and receives deltas into a few message buffers, whatever the number of workers. It applies
 a delta when its last byte is there, and replies from c in place, block by block behind the apply; while that reply is
 on its way, the next apply works on a copy (copy on write, in a message buffer).
 
@@ -142,7 +142,6 @@ class P2PCenter(CenterEnd):
         self._buffers = Buffers(c, message_buffers, wire)
         self._peers = Peers([Peer(rank - 1, comm, rank) for rank in range(1, comm.size)])
         self._listener = Listener(comm, self._peers.all)
-        self._expected = set[Peer]()  # those that may still send a header in this session
         self._waited_for = set[int]()  # workers that have not left, and are neither lost nor silent
         self._farewell: Reply | None = None  # what those that have left are told in the end
         self._left = 0  # workers that have left this session
@@ -184,9 +183,7 @@ class P2PCenter(CenterEnd):
     def open(self) -> None:
         """Begin a session: listen to all workers."""
         self._left = 0
-        alive = [peer for peer in self._peers.all if peer.state is not State.LOST]
-        self._expected = set(alive)
-        self._waited_for = {peer.index for peer in alive} - self.silent
+        self._waited_for = {peer.index for peer in self._peers.all if peer.state is not State.LOST} - self.silent
         for peer in self._peers.at(State.LEFT):
             self._listen_to(peer)
 
@@ -332,7 +329,7 @@ class P2PCenter(CenterEnd):
     def _listen(self) -> None:
         """Take in the headers that have come."""
         try:
-            while self._expected and (heard := self._listener.hear()):
+            while heard := self._listener.hear():
                 self._take_in(*heard)
         except MPI.Exception as error:
             if self.on_loss is None or not gone(error):
@@ -351,8 +348,6 @@ class P2PCenter(CenterEnd):
         peer.inbox.append(header.taken_from(peer.index, self.c.nbytes))
         if peer.state is State.LISTENING:
             self._listen_to(peer)
-        elif header.requests & LEAVE and peer.state is not State.LEFT:
-            self._expected.discard(peer)
 
     def _listen_to(self, peer: Peer) -> None:
         """Go on with the next message of a worker, if it is there; its messages are served in order."""
@@ -360,8 +355,6 @@ class P2PCenter(CenterEnd):
         if not peer.inbox:
             return
         peer.commit = peer.inbox.popleft()
-        if peer.commit.requests & LEAVE:
-            self._expected.discard(peer)
         if peer.commit.nbytes:
             self._peers.move(peer, State.QUEUED)
         else:
@@ -466,7 +459,6 @@ class P2PCenter(CenterEnd):
         if peer.answer is not None:
             self._done_reading(peer.answer)
         self._peers.move(peer, State.LOST)
-        self._expected.discard(peer)
         self._dying.append(peer)
 
     def _report_lost(self) -> None:
@@ -481,8 +473,7 @@ class P2PCenter(CenterEnd):
             self._part()
 
     def close(self) -> None:
-        """Withdraw the receive of headers that workers which went without a word have left."""
-        self._listener.close()
+        """Nothing to free: no receive is posted once all workers have left."""
 
 
 def _scratch(nbytes: int) -> Iterator[Array]:

@@ -229,9 +229,9 @@ class FailingReceives(FakePeers):
                 raise MPI.Exception(MPI.ERR_PROC_FAILED)
         return super().Irecv(buffer, source, tag)
 
-    def _next_header(self, buffer, status):
-        self._told = self.dying  # the receive of headers does not tell of them
-        return super()._next_header(buffer, status)
+    def Improbe(self, source, tag, status):
+        self.told = self.dying  # the probe does not tell of them
+        return super().Improbe(source, tag, status)
 
 
 @pytest.mark.parametrize("at", [0, 1])
@@ -338,8 +338,6 @@ def test_a_session_begins_anew_with_what_has_come_early():
     served.run()
     assert sorted(served.order[1:]) == [(0, 1), (1, 0)]
     assert served.end.live == 2
-    served.end.close()
-    assert served.peers.calls["Cancel"] == 1
 
 
 class Center:
