@@ -22,7 +22,7 @@ from ..core.backoff import wait_until
 from ..core.ends import Apply, CenterEnd, Handle, InTurn, WorkerEnd
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply, reply_bytes
 from .buffers import Buffer, Buffers
-from .chunks import ALL, PIECE, Stream, Ticks
+from .chunks import ALL, IN_FLIGHT, PIECE, Stream, Ticks
 from .peers import CENTER_VARIABLE, DELTA, HEADER, REPLY, Answer, Listener, Peer, Peers, State, gone
 from .staging import Direct, Wire, cut, make_wire
 
@@ -37,8 +37,9 @@ class _Exchange:
     """A worker's exchange under way; `headers`: room for replies, taken from and given back."""
 
     def __init__(
-        self, comm: MPI.Comm, wire: Wire, commit: Commit, out: Array | None, headers: list[bytearray], room: int
-    ) -> None:
+        self, comm: MPI.Comm, wire: Wire, commit: Commit, out: Array | None, headers: list[bytearray], room: int,
+        in_flight: int = IN_FLIGHT,
+    ) -> None:  # fmt: skip
         self._wire, self._out, self._headers = wire, out, headers
         self._done: Reply | None = None
         self._ticks = Ticks()
@@ -49,7 +50,7 @@ class _Exchange:
         if payload is not None:
             # A few pieces at a time: the center searches what waits there for its buffers, whoever sent it.
             pieces = (piece for chunk in wire.outgoing(payload) for piece in cut(chunk, PIECE))
-            self._streams.append(Stream(lambda x: comm.Isend(x, CENTER, DELTA), pieces, self._ticks))
+            self._streams.append(Stream(lambda x: comm.Isend(x, CENTER, DELTA), pieces, self._ticks, in_flight))
         # The receives come after the sends, while these are under way.
         self._header = headers.pop() if headers else bytearray(room)
         self._requests.append(comm.Irecv(self._header, CENTER, REPLY))
@@ -108,7 +109,10 @@ class P2PWorker(WorkerEnd):
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
         """Say farewell, right behind the last commit; the reply comes when all have left."""
-        last = [] if commit is None else [self.exchange(commit, None)]
+        last = []
+        if commit is not None:
+            # All at once: after a break this rank may block in anything, and MPI brings what is posted.
+            last = [_Exchange(self._comm, self.wire, commit, None, self._headers, self._room, ALL)]
         return InTurn(*last, self.exchange(Commit(self._worker, requests=LEAVE), out))
 
 

@@ -31,7 +31,7 @@ def test_each_public_name_is_there_and_is_documented(name):
 
 def test_help_tells_of_all():
     text = pydoc.plain(pydoc.render_doc(agnmpi))
-    for name in agnmpi.__all__:
+    for name in set(agnmpi.__all__) - {"__version__"}:  # which it shows as VERSION
         assert name in text
 
 
