@@ -14,7 +14,7 @@ from ..core.optimizers import Optimizer
 from ..core.params import parts
 from ..core.rules import Rule
 from ..core.worker import Worker
-from ..transport.broadcast import bcast_in_pieces
+from ..transport.chunks import bcast_in_pieces
 from ..transport.local import LocalCenter
 from ..transport.sharded import ShardedWorker
 from ..transport.staging import make_wire

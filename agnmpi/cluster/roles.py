@@ -12,7 +12,7 @@ from ..core.leases import Leases, SpeedProportional, rounds
 from ..core.observer import Observer
 from ..core.worker import Worker
 from ..transport.allreduce import AllreduceEnd
-from ..transport.broadcast import bcast_in_pieces
+from ..transport.chunks import bcast_in_pieces
 from ..transport.local import LocalCenter
 from ..transport.sharded import ShardedWorker
 

@@ -224,11 +224,9 @@ class Center:
 
     def move(self, like: Array) -> None:
         """Bring the slots to where `like` (n,) lies."""
-        if self.optimizer is None:
-            return
-        old, self.state = self.state, self.optimizer.init(like)._replace(step=self.state.step)
-        for name, slot in self.optimizer.slots(self.state).items():
-            slot[...] = bring(self.optimizer.slots(old)[name], slot)
+        if self.optimizer is not None:
+            slots = {f"slot/{name}": slot for name, slot in self.optimizer.slots(self.state).items()}
+            self.state = self.optimizer.restore(self.optimizer.init(like), slots, self.state.step)
 
     def save(self, c: Array) -> tuple[dict[str, Array], dict[str, Any]]:
         """Copy what a checkpoint keeps, to the host: `c` (n,) and the slots, and the facts about them."""
@@ -261,9 +259,7 @@ class Center:
         self.given_up, self.served = int(facts.get("given_up", 0)), int(facts.get("served", 0))
         self.staleness_sum, self.staleness_max = map(int, facts["staleness"])
         if self.optimizer:
-            for slot_name, slot in self.optimizer.slots(self.state).items():
-                slot[...] = bring(arrays[f"slot/{slot_name}"], slot)
-            self.state = self.state._replace(step=int(facts["center_optimizer_step"]))
+            self.state = self.optimizer.restore(self.state, arrays, int(facts["center_optimizer_step"]))
 
     def weight(self, commit: Commit) -> float:
         """The weight of `commit` by the rule, were it applied now; 0: it is to be dropped.

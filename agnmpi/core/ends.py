@@ -1,10 +1,10 @@
 """The contract between a worker, a center and whatever carries their messages."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from collections.abc import Set as AbstractSet
 from functools import partial
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from ..arrays.backend import Array
 from .backoff import wait_until
@@ -45,6 +45,10 @@ class Handle(Protocol):
 
     def wait(self) -> Reply:
         """Finish the exchange; may be called again."""
+
+
+T = TypeVar("T")
+Waits: TypeAlias = Generator[Handle, None, T]  # what must wait, as a generator of the handles to wait for
 
 
 class WorkerEnd(ABC):
@@ -144,6 +148,17 @@ class CenterEnd(ABC):
 
     def close(self) -> None:
         """Free what the end holds; collective."""
+
+
+def run_waits(waits: Waits[T]) -> T:
+    """Run `waits` to its end, waiting for each handle."""
+    while True:
+        try:
+            handle = next(waits)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+        handle.wait()
 
 
 class InTurn:

@@ -7,13 +7,13 @@ in `device_kernels`, with weight decay and scaling in it.
 Letters, here and below: x parameters, g gradient, η rate, w weight decay, each of x's shape (n,) or a number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from ..arrays.backend import Array, blocks, full_like, joined, on_host, scratch
+from ..arrays.backend import Array, blocks, bring, full_like, joined, on_host, scratch
 from ..arrays.device_kernels import launch
 from ..arrays.host_kernels import HOST, HostKernel
 from ..arrays.reductions import global_norm
@@ -90,6 +90,24 @@ class Optimizer(NamedTuple):
                 f"the state of optimizer {self.name} must be a NamedTuple whose first field is step, not {state!r}"
             )
         return {name: getattr(state, name) for name in names[1:]}
+
+    def restore(self, state: State, arrays: Mapping[str, Array], step: int) -> State:
+        """Give `state` the slots of a checkpoint, and its count of steps.
+
+        Args:
+            state: of this optimizer, for a vector like the one that was saved; its slots are written to.
+            arrays: by "slot/NAME", wherever they lie.
+            step: steps taken.
+
+        Raises:
+            ValueError: if a slot is missing.
+        """
+        slots = self.slots(state)
+        if missing := sorted(name for name in slots if f"slot/{name}" not in arrays):
+            raise ValueError(f"the state lacks the slots {missing} of optimizer {self.name}")
+        for name, slot in slots.items():
+            slot[...] = bring(arrays[f"slot/{name}"], slot)
+        return state._replace(step=step)
 
 
 def _fraction(**values: float) -> None:

@@ -5,33 +5,18 @@ a clock of its own (`simulate`) takes it up again when the handle is done.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Mapping, Sequence
 from enum import Enum, auto
 from math import nan
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
-from ..arrays.backend import Array, empty_like, host_copy, namespace
+from ..arrays.backend import Array, bring, empty_like, host_copy, namespace
 from ..arrays.reductions import all_finite
-from .ends import Elected, Handle, WorkerEnd
+from .ends import Elected, Handle, Waits, WorkerEnd, run_waits
 from .leases import Lease
 from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, WAIT, WORK, Commit, Reply
 from .optimizers import Optimizer, Range
 from .rules import Rule
-
-T = TypeVar("T")
-Waits: TypeAlias = Generator[Handle, None, T]  # yields the handles to wait for
-
-
-def _wait(waits: Waits[T]) -> T:
-    """Run `waits` to its end, waiting for each handle."""
-    while True:
-        try:
-            handle = next(waits)
-        except StopIteration as end:
-            value: T = end.value
-            return value
-        handle.wait()
 
 
 class Phase(Enum):
@@ -178,11 +163,12 @@ class Worker:
         """The loop's body: a `local_step`, and the exchange when the period is full."""
         self.local_step(g, loss, ranges)
         try:
-            _wait(self._after_step())
+            run_waits(self.waits_after_step())
         except Elected:
             self._retire()
 
-    def _after_step(self) -> Waits[None]:
+    def waits_after_step(self) -> Waits[None]:
+        """After a local step: the exchange, if the period is full; else take in one that is done."""
         if self.done == self.leases[0].steps:
             yield from self._exchange()
         elif self._handle is not None and self._handle.test():
@@ -210,17 +196,9 @@ class Worker:
             self.a[...] = 0
         self.sequence += 1
         self.done, self._loss = 0, 0.0
-        return Commit(
-            self.index,
-            self.sequence,
-            steps=steps,
-            first_step=lease.first,
-            clock=self.clock,
-            requests=requests,
-            flags=flags,
-            loss=loss / steps if steps else nan,
-            payload=self._buffers.delta,
-        )
+        sent = self.index, self.sequence, steps, lease.first, self.clock
+        mean = loss / steps if steps else nan
+        return Commit(*sent, requests=requests, flags=flags, loss=mean, payload=self._buffers.delta)
 
     def _form_delta(self, steps: int) -> int:
         """Write the delta of `steps` steps; returns the flags about it."""
@@ -231,7 +209,7 @@ class Worker:
     def finish_exchange(self) -> None:
         """Wait for the exchange under way, if any, and adopt what it brings."""
         if self._handle is not None:
-            _wait(self._finish_exchange())
+            run_waits(self._finish_exchange())
 
     def _finish_exchange(self) -> Waits[None]:
         assert self._handle is not None
@@ -300,10 +278,11 @@ class Worker:
 
     def begin(self) -> None:
         """Start from the center, whatever x was, and ask for work (for two periods with overlap)."""
-        _wait(self._begin())
+        run_waits(self.waits_to_begin())
 
-    def _begin(self) -> Waits[None]:
-        yield from self._settle()
+    def waits_to_begin(self) -> Waits[None]:
+        """As `begin`."""
+        yield from self.waits_to_settle()
         self.parted = self.x
         handle = self.end.exchange(self._request(), self._buffers.pulled)
         yield handle
@@ -322,7 +301,8 @@ class Worker:
         """A message that asks for work, and brings nothing."""
         return Commit(self.index, requests=WORK | requests, total=-1 if self.total is None else self.total)
 
-    def _has_work(self) -> Waits[bool]:
+    def waits_for_work(self) -> Waits[bool]:
+        """Until there is a step to take; false if there is none left for this worker."""
         while not self.leases or self.done >= self.leases[0].steps:
             if self.leases:  # a lease of nothing in a round of all, or one cut short by STOP
                 yield from self._exchange()
@@ -354,7 +334,7 @@ class Worker:
         try:
             self.begin()
             try:
-                while _wait(self._has_work()):
+                while run_waits(self.waits_for_work()):
                     yield self.step_number
             except GeneratorExit:
                 # A break, or an exception in the caller's loop on its way up: do not wait for the others here, or the
@@ -376,11 +356,12 @@ class Worker:
     def leave(self) -> None:
         """Finish the exchange under way, commit what is done, and say farewell, without waiting for the answer."""
         try:
-            _wait(self._leave())
+            run_waits(self.waits_to_leave())
         except Elected:
             self._retire()
 
-    def _leave(self) -> Waits[None]:
+    def waits_to_leave(self) -> Waits[None]:
+        """As `leave`."""
         if self.elected or self.leaving:
             return
         if self._commit is not None and self._handle is None:
@@ -403,11 +384,12 @@ class Worker:
         Or until this rank is elected to serve the others.
         """
         try:
-            _wait(self._settle())
+            run_waits(self.waits_to_settle())
         except Elected:
             self._retire()
 
-    def _settle(self) -> Waits[None]:
+    def waits_to_settle(self) -> Waits[None]:
+        """As `settle`."""
         if self.phase is not Phase.LEAVING:
             return
         assert self._handle is not None
@@ -445,46 +427,7 @@ class Worker:
             raise ValueError(
                 f"the worker's state is of optimizer {facts['optimizer']}, not {name}, or of another model"
             )
-        missing = (
-            {f"slot/{slot}" for slot in self.optimizer.slots(self.state)} - set(arrays) if self.optimizer else set()
-        )
-        if missing:
-            raise ValueError(f"the state lacks {sorted(missing)}")
-        xp = namespace(self.x)
-        self.x[...], self.o[...] = xp.asarray(arrays["x"]), xp.asarray(arrays["o"])
         if self.optimizer:
-            for slot_name, slot in self.optimizer.slots(self.state).items():
-                slot[...] = xp.asarray(arrays[f"slot/{slot_name}"])
-            self.state = self.state._replace(step=int(facts["optimizer_step"]))
+            self.state = self.optimizer.restore(self.state, arrays, int(facts["optimizer_step"]))
+        self.x[...], self.o[...] = bring(arrays["x"], self.x), bring(arrays["o"], self.x)
         self.phase = Phase.RESUMED
-
-
-def train(
-    worker: Worker,
-    gradient: Callable[[int], tuple[float, Array]],
-) -> Generator[int, None, None]:
-    """Drive `worker` to the end of its work; yields after each step, so that several can share a thread.
-
-    `gradient(step) -> (loss, g)`: loss and gradient (n,) of the worker's x at the batch of that step.
-    """
-    with closing(worker.steps()) as steps:
-        for step in steps:
-            loss, g = gradient(step)
-            worker.step(g, loss)
-            yield step
-
-
-def session(worker: Worker, gradient: Callable[[int], tuple[float, Array]]) -> Generator[int | Handle, None, None]:
-    """As `train`, for a driver that must not wait: a step's number when it is computed, each handle to wait for.
-
-    The driver goes on after a step when the step's time is over, and after a handle when that is done.
-    """
-    yield from worker._begin()
-    while (yield from worker._has_work()):
-        step = worker.step_number
-        loss, g = gradient(step)
-        worker.local_step(g, loss)
-        yield step
-        yield from worker._after_step()
-    yield from worker._leave()
-    yield from worker._settle()

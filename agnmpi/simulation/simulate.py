@@ -12,11 +12,12 @@ from ..cluster.placement import blas_threads
 from ..cluster.roles import Role
 from ..core.batches import Plan
 from ..core.center import Center
+from ..core.drive import session
 from ..core.ends import Handle, WorkerEnd
 from ..core.leases import Leases, SpeedProportional
 from ..core.messages import Commit, Reply
 from ..core.params import Layout, parts
-from ..core.worker import Worker, session
+from ..core.worker import Worker
 from ..recovery.files import write_atomic
 from ..reporting import record
 from ..reporting.advice import advice

@@ -208,23 +208,19 @@ class Config:
         return weighted(RULES[self.rule](*numbers.get(self.rule, [])), *self._weights())
 
     def _weights(self) -> list[Weight]:
-        weights = []
-        if self.outer_rate is not None:
-            weights.append(outer_rate(self.outer_rate))
-        if self.staleness_power:
-            weights.append(staleness_power(self.staleness_power))
-        if self.staleness_cap is not None:
-            weights.append(staleness_cap(self.staleness_cap))
-        return weights
+        weights = list[Weight]()
+        weights += [] if self.outer_rate is None else [outer_rate(self.outer_rate)]
+        weights += [staleness_power(self.staleness_power)] if self.staleness_power else []
+        return weights + ([] if self.staleness_cap is None else [staleness_cap(self.staleness_cap)])
 
     def make_schedule(self, steps: int) -> Schedule:
         """The rate as a function of the step, in a run of `steps` steps."""
         assert self.rate is not None
-        schedule = {
-            "constant": lambda rate: constant(rate),
-            "step": lambda rate: step_decay(rate, self.decay_every, self.decay_factor),
-            "cosine": lambda rate: cosine(rate, steps),
-        }[self.schedule](self.rate)
+        schedule = constant(self.rate)
+        if self.schedule == "step":
+            schedule = step_decay(self.rate, self.decay_every, self.decay_factor)
+        elif self.schedule == "cosine":
+            schedule = cosine(self.rate, steps)
         return warmup(schedule, self.warmup) if self.warmup else schedule
 
     def make_optimizer(self, steps: int) -> Optimizer:

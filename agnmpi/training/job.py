@@ -22,19 +22,19 @@ from ..cluster.processes import end_sibling, process
 from ..cluster.setup import Setup, check_setup
 from ..core.backoff import wait_until
 from ..core.batches import Plan
+from ..core.drive import drive
+from ..core.drive import train as train_worker
 from ..core.leases import Lease
 from ..core.messages import Commit, Reply
 from ..core.observer import Observer
 from ..core.params import Layout
 from ..core.worker import Worker
-from ..core.worker import train as train_worker
 from ..recovery.center_state import Saved
 from ..recovery.checkpoint import newest
 from ..recovery.restore import resume
 from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
 from ..transport.agreement import ConfigError, allgather, raise_on_all
 from .config import Config
-from .drive import drive
 from .duties import Duties
 from .exits import DEGRADED, Degraded, Interrupted
 from .fault_injection import Injection, read_faults
@@ -78,9 +78,8 @@ class Job(Observer):
         transport = raise_on_all(self.world, config.make_transport)
         self.setup = Setup(transport, config.overlap, config.dylu)
         self.serving_ranks = transport.serving_ranks
-        check_setup(
-            self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1)
-        )  # fmt: skip
+        optimizers = config.make_optimizer(1), config.make_center_optimizer(1)
+        check_setup(self.rule, self.setup, world.size, *optimizers)
         self.trains = self.rank >= self.serving_ranks
         here = place(self.world, self.trains)
         limit_blas(here.threads)
@@ -192,10 +191,10 @@ class Job(Observer):
         when, line = workers_saved(option, state_bytes(self.x.nbytes, config.make_optimizer(1)), count)
         if line and self.rank == 0:
             self.say(line)
-        comm = self.session.comm
-        self._worker_savers = [
-            WorkerSaver(self.directory, worker, count, when, self.say, comm.Iprobe) for worker in workers
-        ]
+        for saver in self._worker_savers:  # of an earlier round, with a center that is lost
+            saver.finish(None)
+        progress = self.session.comm.Iprobe
+        self._worker_savers = [WorkerSaver(self.directory, w, count, when, self.say, progress) for w in workers]
 
     # What is told by the session.
 

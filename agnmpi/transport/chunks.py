@@ -7,11 +7,22 @@ from collections.abc import Callable, Iterator
 from mpi4py import MPI
 
 from ..arrays.backend import Array
+from ..core.backoff import wait_until
+from .staging import MOST, cut
 
 PIECE = 1 << 20  # bytes; ULFM: large sends under way when a rank dies can hang Open MPI 5.0's btl/tcp
 IN_FLIGHT = 4  # pieces
 ALL = 1 << 60
 _STALLED = 0.05  # seconds without a piece
+
+
+def bcast_in_pieces(comm: MPI.Comm, x: Array, root: int = 0, most: int = MOST) -> None:
+    """Copy `x` (n,) of rank `root`, in host memory, into `x` of all ranks of `comm`; collective.
+
+    `most`: bytes of one call; the same on all ranks. Whoever waits yields the core.
+    """
+    for piece in cut(x, most):
+        wait_until(comm.Ibcast(piece, root).Test)
 
 
 class Ticks:

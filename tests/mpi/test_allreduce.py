@@ -8,8 +8,8 @@ from agnmpi import nesterov, sgd
 from agnmpi.cluster.connect import connect
 from agnmpi.cluster.setup import Setup, check_setup
 from agnmpi.core import rules
+from agnmpi.core.drive import train
 from agnmpi.core.messages import WORK, Commit
-from agnmpi.core.worker import train
 from agnmpi.transport import allreduce, registry
 from agnmpi.transport.agreement import ConfigError
 from agnmpi.transport.staging import CHUNK, Staged

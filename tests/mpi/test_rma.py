@@ -20,7 +20,7 @@ from agnmpi.core.center import Center, serve
 from agnmpi.core.messages import IDLE, WORK, Commit, Reply
 from agnmpi.transport.accumulate import AccumulateCenter, AccumulateWorker
 from agnmpi.transport.agreement import ConfigError
-from agnmpi.transport.broadcast import bcast_in_pieces
+from agnmpi.transport.chunks import bcast_in_pieces
 from agnmpi.transport.readers_lock import WAITING, WRITING
 from agnmpi.transport.registry import accumulate, allreduce, p2p, resolve, rma
 from agnmpi.transport.rma import RMACenter, RMAWorker

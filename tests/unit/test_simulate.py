@@ -14,10 +14,11 @@ from agnmpi.cli.main import main
 from agnmpi.core import rules
 from agnmpi.core.batches import Plan
 from agnmpi.core.center import Center
+from agnmpi.core.drive import train
 from agnmpi.core.leases import Leases
 from agnmpi.core.messages import Commit
 from agnmpi.core.params import Layout
-from agnmpi.core.worker import Worker, train
+from agnmpi.core.worker import Worker
 from agnmpi.recovery.files import load
 from agnmpi.reporting import record
 from agnmpi.simulation import simulate
