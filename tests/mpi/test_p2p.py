@@ -223,12 +223,19 @@ def test_what_is_no_commit_to_the_model_is_refused(comm, size):
 def test_a_run_of_misfits_ends_with_the_reason(comm):
     center, c = Center(rules.agn(), np.zeros(10), 1, patience=3), np.zeros(10)
     center.leases = Leases(40, 3)
-    lease = center.leases.grant(0)
-    misfit = Commit(0, 1, lease.steps, lease.first, requests=WORK, nbytes=88).taken_from(0, 80)
-    replies = [center.apply(misfit, c) for _ in range(2)]
-    assert [(reply.status, reply.work) for reply in replies] == [(REFUSED, lease), (REFUSED, lease)], "granted again"
+    lease, firsts = center.leases.grant(0), []
+
+    def misfit():
+        return Commit(0, 1, lease.steps, lease.first, requests=WORK, nbytes=88).taken_from(0, 80)
+
+    for _ in range(2):
+        reply = center.apply(misfit(), c)
+        firsts.append(lease.first)
+        lease = reply.work
+        assert reply.status == REFUSED
+    assert [*firsts, lease.first] == [0, 3, 6], "others come first"
     with pytest.raises(RuntimeError, match="no commit to this model: 88 bytes, the center has 80"):
-        center.apply(misfit, c)
+        center.apply(misfit(), c)
     with pytest.raises(ValueError, match="worker 0 announces -8 bytes"):
         Commit(0, 1, nbytes=-8).taken_from(0, 80)
 
