@@ -4,7 +4,7 @@ from ..core.rules import CommitInfo, Rule
 
 
 def advice(rule: Rule, workers: int, period: int) -> list[str]:
-    """What n/λ means for this run (arXiv:1710.02368, section 4, and DESIGN's own check); empty for other rules."""
+    """What n/λ means for this run (arXiv:1710.02368, section 4, and examples/paper); empty for other rules."""
     if rule.name != "agn":
         return []
     ratio = workers / period

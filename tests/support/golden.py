@@ -1,4 +1,4 @@
-"""The numbers that every implementation must reproduce (TensorFlow's own test, and DESIGN 3.3)."""
+"""The numbers that every implementation must reproduce (TensorFlow's own test, and closed forms)."""
 
 import numpy as np
 

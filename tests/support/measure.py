@@ -1,4 +1,4 @@
-"""Figures of the README on faults and checkpoints:   python tests/support/measure.py [ROUNDS]
+"""Figures of tests/MEASURED.md on faults and checkpoints:   python tests/support/measure.py [ROUNDS]
 
 Times from a SIGKILL to the center's report (Open MPI with ULFM), the pause of service for a checkpoint against a
 memory copy of the same bytes, and what resuming takes.

@@ -1,4 +1,4 @@
-"""What the center may do with a commit beyond adding it (DESIGN 3.5): each piece, and the case in which it is AGN."""
+"""What the center may do with a commit beyond adding it: each piece, and the case in which it is AGN."""
 
 import json
 import tomllib

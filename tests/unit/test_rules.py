@@ -1,4 +1,4 @@
-"""One proof for every rule (DESIGN 3.2), over the local transport."""
+"""One proof for every rule, over the local transport."""
 
 import numpy as np
 import pytest
