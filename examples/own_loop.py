@@ -31,5 +31,5 @@ for step in opt.steps(2000):  # the steps of all workers together; on rank 0 thi
 
 w = opt.center["w"][0]  # of the final center, on every rank
 if comm.rank == 0:
-    print(f"workers: {opt.num_worker}, commits: {opt.global_step}, w = {w:.4f}")
+    print(f"workers: {opt.num_workers}, commits: {opt.clock}, w = {w:.4f}")
 opt.close()
