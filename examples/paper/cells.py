@@ -88,7 +88,7 @@ def full() -> list[Cell]:
     return [Cell(*run, seed) for run in runs for seed in range(FULL.seeds)]
 
 
-# Validation accuracy in %, of arXiv:1710.02368 as DESIGN 3.4 quotes it: single runs, 40 epochs, the large MLP.
+# Validation accuracy in %, as arXiv:1710.02368 has it: single runs, 40 epochs, the large MLP.
 PUBLISHED = {
     ("AGN", 10, 10): 98.43, ("AGN", 20, 20): 98.47, ("AGN", 40, 20): 98.40, ("AGN", 40, 10): 95.55,
     ("AGN", 40, 40): 98.18, ("AEASGD", 10, 10): 98.64, ("AEASGD", 20, 20): 98.39, ("AEASGD", 40, 20): 97.83,

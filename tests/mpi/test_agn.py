@@ -189,7 +189,7 @@ def test_threads_under_fault_tolerance_are_warned_of(comm, monkeypatch):
 
 @pytest.mark.parametrize("how", WAYS[:2])
 def test_centers_that_weigh(comm, how):
-    """All of DESIGN 3.5 at once: each step is applied once, whatever was dropped, and the slots lie at the center."""
+    """All weights at once: each step is applied once, whatever was dropped, and the slots lie at the center."""
     weights = rules.outer_rate(1.0), rules.staleness_power(1.0), rules.staleness_cap(comm.size - 2)
     rule, n = rules.weighted(rules.agn(), *weights), comm.size - 1
     center_optimizer = delayed_nesterov(1.0, every=n, beta=0.3)

@@ -1,4 +1,4 @@
-"""Figures on faults and checkpoints:   python tests/support/measure.py [ROUNDS]
+"""Figures of tests/MEASURED.md on faults and checkpoints:   python tests/support/measure.py [ROUNDS]
 
 Times from a SIGKILL to the center's report (Open MPI with ULFM), what a checkpoint of 300 MB costs (the pause of
 service against a memory copy of the same bytes, how long a main thread that ticks each millisecond stands still while
