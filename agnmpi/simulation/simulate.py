@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.backend import Array, choose, full_like
+from ..arrays.backend import Array, full_like
 from ..cluster.placement import blas_threads
 from ..cluster.roles import Role
 from ..core.batches import Plan
@@ -16,7 +16,7 @@ from ..core.drive import session
 from ..core.ends import Handle, WorkerEnd
 from ..core.leases import Leases, SpeedProportional
 from ..core.messages import Commit, Reply
-from ..core.params import Layout, parts
+from ..core.params import parts
 from ..core.worker import Worker
 from ..recovery.files import write_atomic
 from ..reporting import record
@@ -25,7 +25,7 @@ from ..reporting.events import finite
 from ..training.config import Config
 from ..training.monitor import Monitor
 from ..training.outputs import conclude, repeatable, run_directory
-from ..training.problem import gradient_of, load_problem
+from ..training.problem import gradient_of, prepare
 from ..transport.local import LocalCenter
 from ..version import __version__
 from .network import Agenda, Station, VirtualHandle, VirtualWorker
@@ -44,11 +44,8 @@ class Stage:
         self.rule, n = config.make_rule(), config.workers
         if self.rule.allreduce:
             raise ValueError(f"rule {self.rule.name} has no center and no staleness: train it, there is no more to see")
-        xp = choose(config.device, 0)
-        self.problem = load_problem(config.problem, xp, config.options)
-        initial = self.problem.init(np.random.default_rng(config.seed))
-        self.layout = layout = Layout.of(initial)
-        self.x = layout.pack(initial)
+        self.problem, layout, self.x = prepare(config.problem, config.options, config.seed, config.device, 0)
+        self.layout = layout
         self.plan = Plan(self.problem.samples, config.batch, config.epochs, config.steps, config.seed)
         if centers > layout.size:
             raise ValueError(f"{centers} centers for a model of {layout.size} numbers: each needs one at least")
@@ -240,8 +237,7 @@ def network(config: Config, timing: Timing) -> dict[str, Any]:
     if rule.allreduce:
         raise ValueError(f"rule {rule.name} has no center: --timing-only is of rules with one")
     if config.problem:
-        problem = load_problem(config.problem, choose(config.device, 0), config.options)
-        layout = Layout.of(problem.init(np.random.default_rng(config.seed)))
+        _, layout, _ = prepare(config.problem, config.options, config.seed, config.device, 0)
         nbytes = layout.size * np.dtype(layout.dtype).itemsize
     return {
         "rule": rule.name,

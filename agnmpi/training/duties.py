@@ -1,11 +1,15 @@
 """What a rank that serves does beside serving: display, events, evaluations, record, checkpoints, silent workers."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..arrays.backend import Array
-from ..cluster.roles import CenterRole, ShardRole
+from ..cluster.roles import CenterRole, Role, ShardRole
+from ..core.batches import Plan
 from ..core.messages import LEAVE, STOP, Commit, Reply
+from ..core.params import Layout
 from ..recovery.checkpoint import prune
 from ..recovery.cut import ConsistentCut, MPIMail
 from ..recovery.files import write_atomic
@@ -13,33 +17,60 @@ from ..recovery.saver import CenterSaver
 from ..recovery.silent_workers import SilentWorkers
 from ..reporting.record import Recorder
 from ..version import __version__
-from .monitor import Monitor
+from .config import Config
+from .monitor import Evaluate, Monitor
 from .outputs import repeatable
+from .session import Session
 
-if TYPE_CHECKING:
-    from .job import Job
+
+class Run(NamedTuple):
+    """A run, for what shows and writes it.
+
+    Args:
+        config: complete.
+        plan: its batches.
+        layout: of the parameters.
+        data: what says which samples each step has.
+        directory: where it is written.
+        session: of this rank.
+        whole: whether a checkpoint can be one cut over all centers.
+        evaluate: metrics of a center variable (n,).
+        name: of a rank, in words.
+        say: prints a line.
+    """
+
+    config: Config
+    plan: Plan
+    layout: Layout
+    data: Mapping[str, int]
+    directory: Path
+    session: Session
+    whole: bool
+    evaluate: Evaluate
+    name: Callable[[int], str]
+    say: Callable[[str], None]
 
 
 class Duties:
     """The duties of a center rank, or of rank 0 where all train.
 
     Args:
-        job: whose.
-        threads: BLAS threads of each worker, for the record of a run.
+        run: whose.
         first: whether this rank grants the work, shows and writes the run; else it only saves its block.
+        begins: the run begins here, with these lines on the display and these BLAS threads of each worker; None where a
+            new center takes it over.
     """
 
     monitor: Monitor  # of the first alone
 
-    def __init__(self, job: "Job", threads: list[int] | None = None, first: bool = True) -> None:
-        self.first, self._job = first, job
-        self._config, self._role = job.config, job.session.role
+    def __init__(self, run: Run, first: bool = True, begins: tuple[Sequence[str], Sequence[int]] | None = None) -> None:
+        self.first, self._run, self._config, self._role = first, run, run.config, run.session.role
         self._recorder: Recorder | None = None
         self._silent: SilentWorkers | None = None
         self._saver: CenterSaver | None = None
         self._cut: ConsistentCut | None = None  # where there are several centers
         if first:
-            self._open(threads)
+            self._open(*begins or (None, ()))
         if self._config.keep_checkpoints:
             self._keep()
 
@@ -69,7 +100,7 @@ class Duties:
         self.monitor.tick()
         if asked and center.control != STOP:
             center.control = STOP
-            self._job.say(f"{asked}: the workers commit what they have done; then a checkpoint, and the end")
+            self._run.say(f"{asked}: the workers commit what they have done; then a checkpoint, and the end")
         if self._silent is not None:
             self._silent.tick()
         if self._saver is not None:
@@ -92,7 +123,7 @@ class Duties:
     def prune(self) -> None:
         """Remove what is older than the checkpoints to keep."""
         if self.first and self._config.keep_checkpoints:
-            prune(self._job.directory, self._config.keep_checkpoints, max(1, self._job.serving_ranks))
+            prune(self._run.directory, self._config.keep_checkpoints, max(1, self._run.session.members.centers))
 
     def end_record(self) -> None:
         """The record ends: nothing more is served."""
@@ -100,20 +131,25 @@ class Duties:
             self._recorder.close()
             self._recorder = None
 
-    def _open(self, threads: list[int] | None) -> None:
-        job, config, role = self._job, self._config, self._role
-        job.directory.mkdir(parents=True, exist_ok=True)  # a new center may be on another host
-        if threads is not None:
-            write_atomic(job.directory / "config.toml", repeatable(config).to_toml().encode())
-        if config.record and threads is not None:
-            facts = {"agnmpi": __version__, "workers": role.count, "blas_threads": threads}
-            self._recorder = Recorder(job.directory, facts | {"idle_workers_wait": role.center.idle_workers_wait})
-        self.monitor = Monitor(config, job.plan, role, job.directory, job.evaluate)
-        for line in job.introduction() if threads is not None else ():
+    def follow(self, role: Role) -> None:
+        """This rank has another role from now on, with the same center."""
+        self._role = self.monitor.role = role
+        self._silent = None
+
+    def _open(self, lines: Sequence[str] | None, threads: Sequence[int]) -> None:
+        run, config, role = self._run, self._config, self._role
+        run.directory.mkdir(parents=True, exist_ok=True)  # a new center may be on another host
+        if lines is not None:
+            write_atomic(run.directory / "config.toml", repeatable(config).to_toml().encode())
+        if config.record and lines is not None:
+            facts = {"agnmpi": __version__, "workers": role.count, "blas_threads": list(threads)}
+            self._recorder = Recorder(run.directory, facts | {"idle_workers_wait": role.center.idle_workers_wait})
+        self.monitor = Monitor(config, run.plan, role, run.directory, run.evaluate)
+        for line in lines or ():
             self.monitor.say(line)
         if isinstance(role, CenterRole):
             self._silent = SilentWorkers(
-                role, job.session.members, config.stall_limit, config.drop_stalled, job.name, job.say
+                role, run.session.members, config.stall_limit, config.drop_stalled, run.name, run.say
             )
         self.monitor.start()
 
@@ -121,25 +157,25 @@ class Duties:
         """Keep checkpoints."""
         config, role = self._config, self._role
         self._saver = CenterSaver(
-            self._job.directory,
+            self._run.directory,
             role.center,
             self._facts,
-            self._job.say,
+            self._run.say,
             config.checkpoint_seconds if self.first else 0.0,
             config.checkpoint_commits if self.first else 0,
             config.keep_checkpoints,
-            self._job.session.comm.rank if role.serves else 0,
+            self._run.session.comm.rank if role.serves else 0,
         )
         if not isinstance(role, ShardRole):
             return
-        saver, whole = self._saver, self._job.setup.transport.capabilities.single_commits
+        saver = self._saver
         self._cut = ConsistentCut(
             MPIMail(role.centers),
-            role.end if whole else None,
+            role.end if self._run.whole else None,
             role.center,
             lambda number: saver.save(role.end.c, number),
             saver.writing,
-            self._job.say,
+            self._run.say,
         )
         if self.first:
             saver.cut, role.before_leaving = self._cut, self._cut.finish
@@ -150,14 +186,14 @@ class Duties:
 
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint says beside the center's own facts."""
-        job, session = self._job, self._job.session
+        run, session = self._run, self._run.session
         return {
             "agnmpi": __version__,
-            "centers": max(1, job.serving_ranks),
+            "centers": max(1, session.members.centers),
             "workers": self._role.count,
-            "consistent": job.serving_ranks < 2 or job.setup.transport.capabilities.single_commits,
-            "layout": job.layout._asdict(),
-            "data": job.data,
+            "consistent": run.whole,
+            "layout": run.layout._asdict(),
+            "data": dict(run.data),
             "config": asdict(self._config),
             "ranks": session.members.workers() if session.failover else [],
             **(self.monitor.progress if self.first else {}),

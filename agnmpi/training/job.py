@@ -9,12 +9,11 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array, bring, choose, current
+from ..arrays.backend import Array, bring, current
 from ..cluster.model import require_equal_model
 from ..cluster.placement import blas_threads, check_world, limit_blas, place
 from ..cluster.probe import choose_wire
@@ -27,7 +26,6 @@ from ..core.drive import train as train_worker
 from ..core.leases import Lease
 from ..core.messages import Commit, Reply
 from ..core.observer import Observer
-from ..core.params import Layout
 from ..core.worker import Worker
 from ..recovery.center_state import Saved
 from ..recovery.checkpoint import newest
@@ -35,19 +33,19 @@ from ..recovery.restore import resume
 from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
 from ..transport.agreement import ConfigError, allgather, raise_on_all
 from .config import Config
-from .duties import Duties
+from .duties import Duties, Run
 from .exits import DEGRADED, Degraded, Interrupted
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor
 from .outputs import finish_run, introduction, run_directory, write_result
-from .problem import Problem, gradient_of, load_problem
+from .problem import gradient_of, prepare
 from .session import Session
 from .signals import Signals
 
+Result: TypeAlias = dict[str, Any]  # as in result.json
 
-def train(
-    config: Config, world: MPI.Intracomm, signals: Signals | None = None, inject: bool = False
-) -> dict[str, Any] | None:
+
+def train(config: Config, world: MPI.Intracomm, signals: Signals | None = None, inject: bool = False) -> Result | None:
     """Train as `config` says; collective over `world`.
 
     Args:
@@ -83,7 +81,11 @@ class Job(Observer):
         self.trains = self.rank >= self.serving_ranks
         here = place(self.world, self.trains)
         limit_blas(here.threads)
-        self.problem, self.layout, self.x, self.plan = raise_on_all(self.world, partial(self._load, here.worker_index))
+        device = config.device if self.trains else config.center_device
+        load = partial(prepare, config.problem, config.options, config.seed, device, here.worker_index)
+        self.problem, self.layout, self.x = raise_on_all(self.world, load)
+        numbers = self.problem.samples, config.batch, config.epochs, config.steps, config.seed
+        self.plan = raise_on_all(self.world, lambda: Plan(*numbers))
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
         # Where the run's directory lies is rank 0's affair.
         options = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run_dir", "resume")}
@@ -95,21 +97,12 @@ class Job(Observer):
         self.duties: Duties | None = None  # at a rank that serves, or rank 0
         self.directory = Path()
         self.complete = self.interrupted = False  # complete: before it was resumed
-        self.result: dict[str, Any] | None = None
+        self.result: Result | None = None
         self._worker_savers: list[WorkerSaver] = []
         self._announcements = list[str]()  # for the display, once it is there
         self._began = 0.0  # time at which the training began, less what earlier runs of it took
 
-    def _load(self, worker_index: int) -> tuple[Problem, Layout, Array, Plan]:
-        config = self.config
-        xp = choose(config.device if self.trains else config.center_device, worker_index)
-        problem = load_problem(config.problem, xp, config.options)
-        initial = problem.init(np.random.default_rng(config.seed))
-        layout = Layout.of(initial)
-        plan = Plan(problem.samples, config.batch, config.epochs, config.steps, config.seed)
-        return problem, layout, layout.pack(initial), plan
-
-    def run(self) -> dict[str, Any] | None:
+    def run(self) -> Result | None:
         """Connect, resume, train, and write the result."""
         self._connect()
         while True:
@@ -139,11 +132,18 @@ class Job(Observer):
         threads = [int(text) for text in allgather(self.world, str(blas_threads()))] if config.record else []
         self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
         if self.rank == 0:
-            self.duties = Duties(self, threads[-session.role.count :])
+            lines = introduction(config, self.layout, plan, session.role.count, self.world.size)
+            begins = lines + self._announcements, threads[-session.role.count :]
+            self.duties = Duties(self._run(), begins=begins)
             if resumed is not None:
                 self.duties.monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
         elif session.role.serves:
-            self.duties = Duties(self, first=False)
+            self.duties = Duties(self._run(), first=False)
+
+    def _run(self) -> Run:
+        whole = self.serving_ranks < 2 or self.setup.transport.capabilities.single_commits
+        facts = self.config, self.plan, self.layout, self.data, self.directory, self.session, whole
+        return Run(*facts, self.evaluate, self.name, self.say)
 
     def _resume(self) -> Mapping[str, Any] | None:
         """Begin, or go on from a checkpoint, whose facts are returned; and find out where the run is written."""
@@ -249,6 +249,8 @@ class Job(Observer):
     def alone(self) -> None:
         """Say that nobody else is left."""
         self.say(f"WARNING: all workers are lost; rank {self.rank}, which was one, trains on alone")
+        if self.duties is not None:
+            self.duties.follow(self.session.role)
 
     def new_center(self, source: str, gone: Sequence[int]) -> None:
         """Another center has been elected; if it is this rank, it takes over the files and the display, too."""
@@ -257,7 +259,7 @@ class Job(Observer):
             return
         role, center, leases = session.role, session.role.center, session.role.center.leases
         assert leases is not None
-        self.duties = Duties(self)
+        self.duties = Duties(self._run())
         samples = self.plan.count(Lease(0, leases.next)) - sum(self.plan.count(lease) for lease in leases.open())
         self.duties.monitor.resume(samples, time.monotonic() - self._began)
         self.say(
@@ -282,11 +284,6 @@ class Job(Observer):
     def name(self, rank: int) -> str:
         """The rank, and where it runs."""
         return f"rank {rank} on {self._ranks[rank][0]}"
-
-    def introduction(self) -> list[str]:
-        """What is said first."""
-        lines = introduction(self.config, self.layout, self.plan, self.session.role.count, self.world.size)
-        return lines + self._announcements
 
     def say(self, line: str) -> None:
         """Print a line: on the display where this rank has it."""
@@ -349,9 +346,8 @@ class Job(Observer):
     def _write_result(self, monitor: Monitor) -> None:
         lost = sorted(self.session.members.lost)
         if self.result is None:
-            self.result = finish_run(
-                self.directory, self.config, self.layout, self.session.role, monitor, lost, self.complete
-            )
+            what = self.directory, self.config, self.layout, self.session.role
+            self.result = finish_run(*what, monitor, lost, self.complete)
             return
         self.result["lost"] = lost  # a rank has died since
         write_result(self.directory, self.result)
@@ -360,7 +356,7 @@ class Job(Observer):
         """Whether this is a center whose work is not done, and all its workers are lost."""
         return self.session.deserted and self.session.role.center.settled < self.plan.steps
 
-    def _end(self) -> dict[str, Any] | None:
+    def _end(self) -> Result | None:
         """Free what is held. Returns the result on rank 0."""
         session, members = self.session, self.session.members
         if session.failover is not None:  # else MPI_Abort does it, and the exit code is ours

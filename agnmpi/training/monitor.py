@@ -40,7 +40,7 @@ class Monitor:
         evaluate: Evaluate,
         stamp: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self._role, self._center, self._stamp = role, role.center, stamp
+        self.role, self._center, self._stamp = role, role.center, stamp
         self._config, self._plan, self._evaluate = config, plan, evaluate
         self._events = JsonLines(directory / "events.jsonl")
         self._loss = RecentMean(plan.steps_per_epoch)
@@ -77,7 +77,7 @@ class Monitor:
     def start(self) -> None:
         """The training begins."""
         self._start = self._logged = time.monotonic()
-        self._events.write("start", workers=self._role.count, period=self._config.period)
+        self._events.write("start", workers=self.role.count, period=self._config.period)
         if self._live:
             self._progress.start()
             self.console.show_cursor(True)  # a killed run must not leave the terminal without one
@@ -118,10 +118,10 @@ class Monitor:
         if self._wanted and idle and self._center.settled < self._plan.steps:
             self._wanted = False
             self._pending_at = (self._center.steps, self._center.clock, self._loss.value)
-            if not self._role.serves:
+            if not self.role.serves:
                 self._evaluated(self._evaluate(c), *self._pending_at)
                 return
-            self._copying = self._role.copy_center()
+            self._copying = self.role.copy_center()
         self.tick()
 
     def tick(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..arrays.backend import Array
+from ..arrays.backend import Array, choose
 from ..core.batches import Plan
 from ..core.params import Layout
 
@@ -113,6 +113,27 @@ def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any]) -> Probl
     if missing:
         raise ValueError(f"problem {spec!r} has no {', '.join(missing)}: see agnmpi.Problem")
     return problem
+
+
+def prepare(
+    spec: str, options: Mapping[str, Any], seed: int, device: str, local_index: int
+) -> tuple[Problem, Layout, Array]:
+    """Make the problem `spec` and its initial parameters.
+
+    Args:
+        spec: MODULE:PROBLEM.
+        options: what it is made with.
+        seed: of the parameters.
+        device: "cpu", "gpu" or "auto".
+        local_index: of this worker among those of its node, which share the devices.
+
+    Returns:
+        The problem, the layout of its parameters, and their flat vector (n,).
+    """
+    problem = load_problem(spec, choose(device, local_index), options)
+    initial = problem.init(np.random.default_rng(seed))
+    layout = Layout.of(initial)
+    return problem, layout, layout.pack(initial)
 
 
 def absolute(spec: str) -> str:
