@@ -150,7 +150,7 @@ REFUSALS = [
     (2, QUADRATIC, ["--set", "optimizer_options.beta9=1"], "optimizer adam: .*beta9"),
     (2, QUADRATIC, ["--config", "missing.toml"], "missing.toml"),
     (2, QUADRATIC, ["--set", "options.colour=3"], "colour"),
-    (2, QUADRATIC, ["--rule", "synchronous", "--transport", "p2p"], "use 'allreduce'"),
+    (2, QUADRATIC, ["--rule", "synchronous", "--transport", "p2p"], "use allreduce"),
     (2, QUADRATIC, ["--no-use-locking"], "use_locking=False needs transport 'rma'"),
     (2, QUADRATIC, ["--transport", "local"], "one process"),
     (2, QUADRATIC, ["--workers", "3", "--transport", "p2p"], "workers = 3 is for --transport local"),

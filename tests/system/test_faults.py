@@ -69,7 +69,7 @@ def undisturbed():
     """Accuracy in one process, with three workers."""
     digits = Config(DIGITS, transport="local", workers=3, period=3, epochs=EPOCHS, evaluate_every=0, keep_checkpoints=0)
     with tempfile.TemporaryDirectory() as run:
-        return job.run(replace(digits, run_dir=run), MPI.COMM_SELF)["metrics"]["accuracy"]
+        return job.train(replace(digits, run_dir=run), MPI.COMM_SELF)["metrics"]["accuracy"]
 
 
 def check(run, code, output, lost, accuracy=None, epochs=EPOCHS):
