@@ -1,6 +1,7 @@
 """The vectors at a p2p center: c itself, and the message buffers beside it."""
 
 from collections.abc import Iterator
+from itertools import tee
 
 from ..arrays.backend import Array, empty_like
 from .chunks import PIECE
@@ -12,14 +13,13 @@ class Buffer:
 
     def __init__(self, x: Array, wire: Wire) -> None:
         self.x, self.wire, self.readers = x, wire, 0
-        self._copied: list[Array] = []  # what the wire gave out for the x of now
+        self._copied: Iterator[Array] = iter(())  # what the wire gives out for the x of now, from the beginning
 
     def outgoing(self) -> Iterator[Array]:
         """Pieces to send; x keeps still while they are read."""
-        if self.readers and self._copied:
-            chunks = self._copied
-        else:
-            self._copied = chunks = list(self.wire.outgoing(self.x))
+        if not self.readers:
+            self._copied = self.wire.outgoing(self.x)
+        self._copied, chunks = tee(self._copied)  # each reader waits for the copies of the chunks that it comes to
         return (piece for chunk in chunks for piece in cut(chunk, PIECE))
 
 

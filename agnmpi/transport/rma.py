@@ -79,7 +79,7 @@ class RMAWorker(WindowsWorker):
             return self._follow(posted, out) if done and patient and out is not None else None
         pulled = self._answer() if out is None else self.try_pull(out, self._answer(), patient)
         if leaving and pulled is not None:
-            windows.add(LEFT, 1)  # the next session may begin: the final center has been read
+            windows.add(LEFT, 1)  # the next session may change c
         return pulled
 
     def _follow(self, posted: int, out: Array) -> Reply | None:
@@ -150,25 +150,24 @@ class RMACenter(WindowsCenter):
         self.lock = ReadersLock(ControlWord(windows, READERS))
         self._readable = 0  # up to where c may be read behind the apply
         self._applied: Commit | None = None  # while it is, if its worker may read behind
-        self._left: list[int] = []
-        self._sessions = self._gone = 0  # farewells of all sessions that are over for their workers, too
+        self._left = list(range(workers))  # no session has begun
+        self._read_by = -workers  # farewells that must have been read before c may change again
+        self._all_read = False
 
     @property
     def live(self) -> int:
         """Workers that have not left this session."""
-        return self._sessions * self._workers - self._gone
+        return self._workers - len(self._left)
 
     def open(self) -> None:
         """Begin a session."""
         self._left.clear()
-        self._sessions += 1
+        self._read_by += self._workers
+        self._all_read = False
 
     def serve_one(self, apply: Apply) -> bool:
         """Serve the first message that is whole and not held; before it, a parked request that can be answered now."""
         self._comm.Iprobe()  # progress for what comes from other hosts
-        if len(self._left) == self._workers:
-            self._gone = self.windows.read(LEFT)
-            return False
         if self._serve_parked(apply):
             return True
         commit = self._first()
@@ -209,7 +208,7 @@ class RMACenter(WindowsCenter):
     def _serve(self, commit: Commit, apply: Apply) -> bool:
         windows, message = self.windows, commit
         if changes := _changes(commit):
-            if not self.lock.lock():
+            if not self._final_center_was_read() or not self.lock.lock():
                 return False
             commit = commit._replace(payload=self._slots[commit.worker])
             if windows.one_host and commit.requests & (PULL | LEAVE) == PULL:
@@ -230,6 +229,15 @@ class RMACenter(WindowsCenter):
             self._left.append(commit.worker)
             self._answer(self._left if len(self._left) == self._workers else [], reply, changes)
         return True
+
+    def _final_center_was_read(self) -> bool:
+        """Whether all have read the final center of the session before: until then c stays as it is.
+
+        After a break a rank may do something else, or wait for the others elsewhere, before it reads; so that the
+        center, which is one of the others, waits for it here, and not at the end of the session.
+        """
+        self._all_read = self._all_read or self.windows.read(LEFT) >= self._read_by
+        return self._all_read
 
     def _serve_parked(self, apply: Apply) -> bool:
         """Try the request that was parked first, if a message was served since that was last done in vain."""

@@ -509,6 +509,8 @@ def test_loops_follow_each_other_and_may_be_broken_off(comm, how, overlap):
                 opt.minimize(lambda p: (0.0, -np.ones(20)))
                 if session == 2 and comm.rank == comm.size - 1 and count == 1:
                     break
+            comm.Barrier()  # who has broken off may wait for the others elsewhere, and look at the center later
+            opt.finish()
             seen = comm.allgather((opt.center["0"].tolist(), opt.global_step))
             assert seen == seen[:1] * comm.size
 

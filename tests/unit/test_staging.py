@@ -6,6 +6,7 @@ import pytest
 from fake_device import Vector
 
 from agnmpi.arrays import backend
+from agnmpi.transport.buffers import Buffer
 from agnmpi.transport.staging import Direct, Staged, cut, make_wire
 
 
@@ -68,6 +69,20 @@ def test_staged_makes_its_events_once(log):
         x = Vector(range(size))
         assert np.concatenate(list(staged.outgoing(x))).tolist() == list(range(size))
         assert log.count("make an event") == events
+
+
+def test_a_buffer_that_several_read_is_copied_once_and_waited_for_chunk_by_chunk(log):
+    buffer = Buffer(Vector(range(5)), Staged(chunk=8))
+    first = buffer.outgoing()
+    assert log.count("record") == 3
+    assert "wait for the copy" not in log, "c may be sent while later chunks are still copied"
+    buffer.readers = 1
+    assert next(first).tolist() == [0, 1]
+    assert log.count("wait for the copy") == 1
+    assert np.concatenate(list(buffer.outgoing())).tolist() == [0, 1, 2, 3, 4]
+    assert np.concatenate(list(first)).tolist() == [2, 3, 4]
+    assert log.count("wait for the copy") == 3, "each is waited for once"
+    assert log.count("record") == 3, "the second reader reads the same copies"
 
 
 def test_staged_receives_into_pinned_memory_and_copies_before_it_returns(log):
