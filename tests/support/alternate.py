@@ -56,9 +56,7 @@ def main(other, rounds=7):
             for side, (checkout, names) in sides.items():
                 for row, values in measure(checkout, names, where).items():
                     found[side].setdefault(row, []).append(values)
-    print(
-        f"{mpi_kind()}, {rounds} rounds: x floor, median (range), here and there; ms likewise; here / there of the medians"
-    )
+    print(f"{mpi_kind()}, {rounds} rounds: × floor, median (range), here and there; ms likewise; here over there")
     for row, here in found["here"].items():
         there = found["there"][row]
         ratios = [[ratio for _, ratio in values] for values in (here, there)]
