@@ -82,7 +82,7 @@ class Holding(Protocol):
     hold: Callable[[Commit], bool] | None
 
     @property
-    def in_hand(self) -> int:
+    def in_flight_deltas(self) -> int:
         """Deltas received, or being received, but not applied."""
 
 
@@ -204,7 +204,7 @@ class ConsistentCut:
 
     def _drain(self) -> None:
         assert self._end is not None
-        if self._end.in_hand:
+        if self._end.in_flight_deltas:
             self._lose_patience()
             return
         assert self._number is not None

@@ -163,7 +163,7 @@ class Failover:
         center, commit = role.center, self._end.sending
         if commit is None or commit.payload is None:
             assert center.leases is not None
-            center.leases.release(index)
+            center.leases.release_all(index)
             return
         center.applied.append(commit.sequence - 1)
         payload = bring(commit.payload, role.c)

@@ -106,7 +106,7 @@ class Duties:
         if self._saver is not None:
             self._saver.writing()
         if isinstance(role, CenterRole):
-            role.end.tell(center.control, center.checkpoint)
+            role.end.announce(center.control, center.checkpoint)
 
     def save(self) -> None:
         """Begin a checkpoint now."""

@@ -140,8 +140,8 @@ class AccumulateCenter(WindowsCenter):
         self.windows.sync()
         require_equal_total(self.windows.comm, total)
 
-    def tell(self, control: int, checkpoint: int) -> None:
-        """What the replies to come shall say."""
+    def announce(self, control: int, checkpoint: int) -> None:
+        """Set `control` and `checkpoint` of later replies."""
         self.windows.words[[CONTROL, CHECKPOINT]] = control, checkpoint
         self.windows.sync()
 

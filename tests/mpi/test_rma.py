@@ -268,7 +268,7 @@ def test_commits_that_are_held_wait_and_others_do_not(comm):
             return apply(commit, c)
 
         center.apply = log
-        assert end.in_hand == 0
+        assert end.in_flight_deltas == 0
 
     def work(end, index):
         out = np.empty(n)
