@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
-from ..transport.registry import Transport, p2p, words
+from ..transport.registry import Transport, names_with, p2p
 from .processes import fault_tolerant
 
 
@@ -51,7 +51,7 @@ def _refusals(
 ) -> list[tuple[bool, str]]:
     transport, given = setup.transport, setup.transport.capabilities
     name, centers = transport.name, transport.centers
-    fitting = words("together") if rule.allreduce else words("center_ranks")
+    fitting = names_with("together") if rule.allreduce else names_with("center_ranks")
     in_one_process = not (given.center_ranks or given.together)
     ranks = "1 rank" if size == 1 else f"{size} ranks"
     whole = f"transport {name!r} adds commits as they are"
@@ -68,7 +68,7 @@ def _refusals(
         ),
         (
             centers > 1 and not given.shards,
-            f"centers = {centers} needs transport {words('shards')}; {name!r} has no center ranks",
+            f"centers = {centers} needs transport {names_with('shards')}; {name!r} has no center ranks",
         ),
         (
             given.center_ranks and size < centers + 1,

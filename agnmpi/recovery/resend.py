@@ -9,7 +9,7 @@ from ..arrays.backend import Array, empty_like
 from ..core.ends import Elected, Handle, WorkerEnd
 from ..core.messages import Commit, Reply
 from ..core.worker import Worker
-from ..transport.p2p import gone
+from ..transport.p2p import peer_failed
 
 Begin: TypeAlias = Callable[[WorkerEnd, Array | None], Handle]
 
@@ -95,7 +95,7 @@ class _Resent(Handle):
                 self._lost(error)
 
     def _lost(self, error: MPI.Exception) -> None:
-        if not gone(error):
+        if not peer_failed(error):
             raise error
         self._end.bury((self._handle, self._into))
         self._handle = None

@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array
 from ..core.backoff import wait_until
-from .staging import MOST, cut
+from .staging import MAX_CALL_BYTES, cut
 
 PIECE = 1 << 20  # bytes; ULFM: large sends under way when a rank dies can hang Open MPI 5.0's btl/tcp
 IN_FLIGHT = 4  # pieces
@@ -16,7 +16,7 @@ ALL = 1 << 60
 _STALLED = 0.05  # seconds without a piece
 
 
-def bcast_in_pieces(comm: MPI.Comm, x: Array, root: int = 0, most: int = MOST) -> None:
+def bcast_in_pieces(comm: MPI.Comm, x: Array, root: int = 0, most: int = MAX_CALL_BYTES) -> None:
     """Copy `x` (n,) of rank `root`, in host memory, into `x` of all ranks of `comm`; collective.
 
     `most`: bytes of one call; the same on all ranks. Waiting yields the core.

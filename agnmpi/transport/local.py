@@ -1,4 +1,4 @@
-"""Ends within one process: for one-process runs, for tests of rules, and for virtual time.""" 
+"""Ends within one process: for one-process runs, for tests of rules, and for virtual time."""
 
 from collections import deque
 from collections.abc import Callable

@@ -17,12 +17,12 @@ from ..core.ends import Chained, Handle, WorkerEnd
 from ..core.messages import LEAVE, PULL, Commit, Reply, reply_bytes
 from .chunks import ALL, IN_FLIGHT, PIECE, Stream, Ticks
 from .p2p_center import P2PCenter
-from .peers import CENTER_VARIABLE, DELTA, HEADER, REPLY, gone
+from .peers import CENTER_VARIABLE, DELTA, HEADER, REPLY, peer_failed
 from .staging import Direct, Wire, cut
 
 CENTER = 0  # rank
 
-__all__ = ["P2PCenter", "P2PWorker", "gone"]
+__all__ = ["P2PCenter", "P2PWorker", "peer_failed"]
 
 
 class _Exchange:

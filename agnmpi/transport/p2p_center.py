@@ -14,7 +14,7 @@ from ..core.ends import Apply, CenterEnd
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
 from .buffers import Buffer, Buffers
 from .chunks import ALL, PIECE, Stream, Ticks
-from .peers import CENTER_VARIABLE, DELTA, REPLY, Answer, Listener, Peer, Peers, State, gone
+from .peers import CENTER_VARIABLE, DELTA, REPLY, Answer, Listener, Peer, Peers, State, peer_failed
 from .staging import cut, make_wire
 
 CENTER = 0  # rank
@@ -243,7 +243,7 @@ class P2PCenter(CenterEnd):
             while message := self._listener.poll():
                 self._received(*message)
         except MPI.Exception as error:
-            if self.on_loss is None or not gone(error):
+            if self.on_loss is None or not peer_failed(error):
                 raise
             dead = self._listener.dead()
             if not dead:  # revoked
@@ -353,7 +353,7 @@ class P2PCenter(CenterEnd):
         try:
             return call() is not False
         except MPI.Exception as error:
-            if self.on_loss is None or not gone(error):
+            if self.on_loss is None or not peer_failed(error):
                 raise
             self._bury(peer)
             return False

@@ -13,7 +13,7 @@ from .chunks import Stream
 HEADER, DELTA, REPLY, CENTER_VARIABLE = range(1, 5)  # tags, on a communicator of our own
 
 
-def gone(error: MPI.Exception) -> bool:
+def peer_failed(error: MPI.Exception) -> bool:
     """Whether `error` reports a dead peer (ULFM)."""
     error_class: int = error.Get_error_class()
     names = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")

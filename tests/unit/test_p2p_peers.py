@@ -313,7 +313,7 @@ def test_a_death_found_amid_an_apply_is_reported_after_it():
     assert served.end.live == 2
     served.answer = lambda commit: served.end.serve_one(served.apply)
     served.delta(1)
-    with pytest.raises(AssertionError, match="amid an apply"):
+    with pytest.raises(AssertionError, match="during an apply"):
         served.run()
 
 
