@@ -206,7 +206,7 @@ class Center:
             f"{in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
             f"{commit.first_step}): "
             + (
-                f"it is not a commit to this model: {commit.nbytes} bytes, the center has {nbytes}"
+                f"it is no commit to this model: {commit.nbytes} bytes, the center has {nbytes}"
                 if commit.flags & MISFIT
                 else "they hold NaN or infinity; lower the rate, clip the gradients, or look at the samples of "
                 "these steps"

@@ -49,7 +49,7 @@ class Session:
         saved: Callable[[], Saved | None] = lambda: None,
         drop_silent: bool = False,
     ) -> None:
-        setup = setup.outliving()
+        setup = setup.with_replication()
         self.rule, self.members = rule, Membership(comm.size, setup.transport.serving_ranks)
         self.rank = comm.rank  # of all that began
         self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
