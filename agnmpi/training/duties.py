@@ -84,7 +84,7 @@ class Duties:
     def served(self, commit: Commit, reply: Reply) -> None:
         """A message was served."""
         if self._silent is not None:
-            self._silent.heard(commit.worker)
+            self._silent.seen(commit.worker)
             if commit.requests & LEAVE:
                 self._silent.excused(commit.worker)
         if self._recorder is not None:

@@ -177,12 +177,12 @@ def test_one_look_finds_all_messages(comm):
     looks, workers = [], comm.Split(min(comm.rank, 1))
 
     def count(end, center):
-        windows, look, serve_one = end.windows, end.windows.look, end.serve_one
+        windows, look, serve_one = end.windows, end.windows.read_each, end.serve_one
 
         def when_all_have_come(apply):
             end.serve_one = serve_one
             until(lambda: (look(windows.posted, comm.size - 1) == 2).all(), "a message does not come")
-            windows.look = lambda *where: looks.append(center.clock) or look(*where)
+            windows.read_each = lambda *where: looks.append(center.clock) or look(*where)
             return serve_one(apply)
 
         end.serve_one = when_all_have_come
