@@ -89,9 +89,7 @@ def take_over(
     free, given_up = [Lease(*lease) for lease in state["free"]], int(state.get("given_up", 0))
     valid = leases.take_over(state["next"], free, claims, given_up)
     for (i, _), is_valid in zip(claims, valid):
-        if not is_valid and i < len(
-            workers
-        ):  # it was silent, or refused without its knowledge: others have these steps
+        if not is_valid and i < len(workers):  # it was silent, or its commit refused: others have these steps
             center.worker_released(i)
     center.applied = [last for _, _, last in order][: len(workers)]
     apply_own = any(is_valid for (i, _), is_valid in zip(claims, valid) if i == len(workers))
