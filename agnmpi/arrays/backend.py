@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]  # or a cupy.ndarray, which answers to the same ufuncs
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]  # or a cupy.ndarray, which takes the same ufuncs
 
 # Elements in a block: long enough that NumPy's calls cost nothing, short enough that a block stays in cache.
 BLOCK = 1 << 16
@@ -37,7 +37,7 @@ def as_array(value: Any) -> Array:
     """
     if isinstance(value, np.generic):
         return np.asarray(value)
-    if hasattr(value, "detach"):  # PyTorch's tensors with a history refuse to be anything else
+    if hasattr(value, "detach"):  # PyTorch's tensors with a history refuse to be exported
         value = value.detach()
     if isinstance(value, np.ndarray) or type(value).__module__.startswith("cupy"):
         return value  # type: ignore[no-any-return]
@@ -48,7 +48,7 @@ def as_array(value: Any) -> Array:
 
         array: Any = cupy.asarray(value)
         address = value.__cuda_array_interface__["data"][0]
-        if array.size and array.data.ptr != address:  # CuPy has copied: what is done to one is not seen in the other
+        if array.size and array.data.ptr != address:  # CuPy has copied: a write to one is not seen in the other
             raise ValueError(_ELSEWHERE.format(cupy.cuda.Device().id))
         return array  # type: ignore[no-any-return]
     raise TypeError(f"{type(value).__name__} is no array: it has neither NumPy's, CUDA's nor DLPack's interface")
@@ -91,7 +91,7 @@ def blocks(x: Array, start: int = 0, stop: int | None = None, size: int | None =
 
 
 def joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """`ranges`, with those that follow on each other made one: fewer launches.
+    """`ranges`, adjacent ones merged: fewer launches.
 
     >>> joined([(0, 3), (3, 5), (7, 9)])
     [(0, 5), (7, 9)]
@@ -105,15 +105,17 @@ def joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def empty(size: int, dtype: Any, like: Array) -> Array:
-    """Allocate a vector (size,) where `like` lies, fit to be handed to MPI.
+    """Allocate a vector (size,) where `like` lies, suitable for MPI.
 
-    On the host it begins with a page. The copies of MPI between processes slow down by half or worse on AMD Zen where
-    source and destination start at slightly different places of a page (its `rep movsb`): with vectors of ours at
-    both ends they never do. NumPy too is faster on it: malloc's large blocks begin 16 bytes into a cache line.
+    On the host it is page-aligned. The copies of MPI between processes slow down by half or worse on AMD Zen where
+    source and destination start at slightly different places of a page (its `rep movsb`): with
+    page-aligned vectors at both ends they never do. NumPy too is faster on it: malloc's large blocks begin 16 bytes
+    into a cache line.
 
     On a device it is one dedicated cudaMalloc. MPI maps the whole allocation behind a pointer into the other process
-    (CUDA IPC) and may keep the mapping: in a chunk of CuPy's pool other arrays would lie there too, and come and go
-    under it. Memory of cudaMallocAsync, which an allocator set by the user may give, cannot be mapped at all.
+    (CUDA IPC) and may keep the mapping: in a chunk of CuPy's pool other arrays would share the mapping, and be
+    freed and reused under it. Memory of cudaMallocAsync, which an allocator set by the user may give, cannot be mapped
+    at all.
     """
     dtype = np.dtype(dtype)
     nbytes = size * dtype.itemsize
@@ -121,7 +123,7 @@ def empty(size: int, dtype: Any, like: Array) -> Array:
         xp = namespace(like)
         try:
             memory = xp.cuda.Memory(nbytes)
-        except xp.cuda.runtime.CUDARuntimeError:  # CuPy's pool may hold what it does not use
+        except xp.cuda.runtime.CUDARuntimeError:  # CuPy's pool may hold unused memory
             xp.get_default_memory_pool().free_all_blocks()
             memory = xp.cuda.Memory(nbytes)
         return xp.ndarray((size,), dtype, xp.cuda.MemoryPointer(memory, 0))  # type: ignore[no-any-return]
@@ -160,14 +162,14 @@ def to_host(x: Array) -> Array:
 
 
 def host_copy(x: Array) -> Array:
-    """Return a copy of `x` on the host, whatever becomes of x: one memory copy, and none on a device."""
+    """Return a copy of `x` on the host, independent of x: one memory copy, and none on a device."""
     return x.copy() if on_host(x) else to_host(x)
 
 
 def bring(x: Array, like: Array) -> Array:
     """`x` where `like` lies; x itself if it lies there."""
-    brought: Array = to_host(x) if on_host(like) else namespace(like).asarray(x)
-    return brought
+    moved: Array = to_host(x) if on_host(like) else namespace(like).asarray(x)
+    return moved
 
 
 def current(x: Array) -> AbstractContextManager[Any]:
@@ -203,14 +205,14 @@ def _where(name: str) -> str:
 
 
 def choose(device: str, local_index: int) -> ModuleType:
-    """Choose the array module for a rank, and its device: the `local_index`-th of this node, round and round.
+    """Choose the array module for a rank, and its device: number `local_index` modulo the node's device count.
 
     `device`: "cpu", "gpu" or "auto"; `local_index`: index among the workers of this node. Must run before
     the first CUDA call of the process. Raises ValueError if "gpu" was asked for and there is none.
 
-    MPI has been initialised by then. One that binds itself to a device in MPI_Init (MVAPICH2-GDR, Cray MPICH) would
-    take device 0 on every rank: show each rank its own device alone, by the launcher (`srun --gpus-per-task=1`) or by a
-    line such as `CUDA_VISIBLE_DEVICES=$MV2_COMM_WORLD_LOCAL_RANK` before the program; then there is one to choose from.
+    MPI has been initialised by then. A library that binds to a device in MPI_Init (MVAPICH2-GDR, Cray MPICH) would take
+    device 0 on every rank: make only its own device visible to each rank, by the launcher (`srun --gpus-per-task=1`) or
+    by a line such as `CUDA_VISIBLE_DEVICES=$MV2_COMM_WORLD_LOCAL_RANK` before the program.
     """
     count = device_count() if device in ("gpu", "auto") else 0
     if count:

@@ -1,8 +1,8 @@
 """Fused kernels for devices: one pass over memory, each vector read once and written once.
 
 A kernel is a short C expression over one element. CuPy compiles it for float32 and for float64; T is the vectors'
-dtype, and scalars, computed on the host in double, are rounded to it, as NumPy does. Each body reads all that it
-needs before it writes: the compiler may not assume that the vectors lie apart, and would read them again.
+dtype, and scalars, computed on the host in double, are rounded to it, as NumPy does. Each body reads all its
+inputs before it writes: the compiler cannot assume that the vectors do not overlap, and would reload them.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ from .backend import Array, namespace
 
 
 class Body(NamedTuple):
-    """What a kernel takes, in this order, and what it does to one element."""
+    """A kernel's arguments, in this order, and its code for one element."""
 
     inputs: str  # vectors and scalars that it reads
     inouts: str  # vectors that it moves in place, or writes
@@ -21,7 +21,7 @@ class Body(NamedTuple):
 
 
 def _step(slots: str, scalars: str, code: str) -> Body:
-    """An optimizer's kernel: d = scale·g + decay·x is what it sees as gradient, y = keep·x where it starts from.
+    """An optimizer's kernel: d = scale·g + decay·x is its gradient, y = keep·x its starting point.
 
     scale: clipping, weight at the center, sign; decay: w of coupled weight decay; keep: 1 − ηw of the decoupled.
     """
@@ -55,7 +55,7 @@ KERNELS = {
     "add": Body("T delta, T weight", "T c", "c = c + weight * delta;"),
 }
 
-# Reductions: of `lanes` threads each goes over every lanes-th element of x, and writes what it has found. CuPy's own
+# Reductions: each of `lanes` threads reduces every lanes-th element of x, and writes its partial result. CuPy's own
 # ReductionKernel would do, but without nvcc on the machine (pip's wheels need none) it reduces a vector to one number
 # by a single block of threads, on one of a hundred multiprocessors.
 _LANES = 1 << 16
@@ -81,11 +81,11 @@ def launch(name: str, first: Array, *rest: Array | float) -> None:
 
 
 def partial_results(name: str, x: Array) -> Any:
-    """What the threads of the reduction `name` have found in a device vector `x` (n,): one launch, nothing to wait for.
+    """Partial results of the reduction `name` over a device vector `x` (n,), one per thread: one launch, no wait.
 
     Returns a device vector as long as there are threads, of float64 ("squares") or bool ("finite").
     """
     xp = namespace(x)
-    found = xp.empty(max(1, min(x.size, _LANES)), REDUCTIONS[name].inouts.split()[0])
-    kernel(xp, name)(x, found)
-    return found
+    partial = xp.empty(max(1, min(x.size, _LANES)), REDUCTIONS[name].inouts.split()[0])
+    kernel(xp, name)(x, partial)
+    return partial

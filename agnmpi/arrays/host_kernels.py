@@ -70,7 +70,7 @@ def _adam(
     eta: Array,
 ) -> None:
     m, v = slots
-    # The order that was fastest of several: g is used twice while it is near, and few calls take three vectors.
+    # The order that was fastest of several: g is used twice while it is in cache, and few calls take three vectors.
     np.multiply(g, fresh2, out=s)
     s *= g
     v *= beta2

@@ -18,7 +18,7 @@ def all_finite(x: Array) -> bool:
         return bool(partial_results("finite", x).all())
     for part in blocks(x):
         block = x[part]
-        # A dot product is several times faster than isfinite; where it overflows, look closely.
+        # A dot product is several times faster than isfinite; where it overflows, check each element.
         with np.errstate(over="ignore", invalid="ignore"):
             squares = float(block @ block)
         if not isfinite(squares) and not bool(np.isfinite(block).all()):
@@ -40,7 +40,7 @@ def global_norm(g: Array, ranges: Sequence[tuple[int, int]]) -> float:
 def _sum_of_squares(g: Array, start: int, stop: int) -> float:
     wide = np.empty(min(_WIDENED, stop - start))
     total = 0.0
-    with np.errstate(over="ignore", invalid="ignore"):  # an infinite norm says enough
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinite norm is a valid result
         for part in blocks(g, start, stop, _WIDENED):
             block = wide[: part.stop - part.start]
             block[...] = g[part]

@@ -19,7 +19,7 @@ from ..cluster.processes import fault_tolerant
 from ..core.backoff import wait_until
 from ..core.rules import agn
 from ..reporting.advice import advice
-from ..transport.agreement import ConfigError, allgather, ranks_in_words
+from ..transport.agreement import ConfigError, allgather, format_ranks
 from ..version import __version__, mpi_library
 
 _LEVELS = {
@@ -136,7 +136,7 @@ def _show(report: dict[str, Any]) -> None:
     for rank in report["ranks"]:
         wires.setdefault(rank["wire"], []).append(rank["rank"])
     for wire, ranks in wires.items():
-        console.print(f"wire of {ranks_in_words(ranks)}: {wire}", markup=False, soft_wrap=True)
+        console.print(f"wire of {format_ranks(ranks)}: {wire}", markup=False, soft_wrap=True)
     if report["fault_tolerant"]:
         console.print(
             "fault tolerant (ULFM): train goes on without ranks that die, the center too (transport p2p, one center)"

@@ -23,14 +23,14 @@ from .setup import Setup
 
 
 class Connector(NamedTuple):
-    """What all roles of a session are made from, the same on every rank.
+    """Builds the roles of a session; the same on every rank.
 
     Args:
         rule: of exchange.
         optimizer: of the workers; None if the caller moves x.
         center_optimizer: None adds.
         setup: how they exchange.
-        observer: told what happens on this rank.
+        observer: of events on this rank.
     """
 
     rule: Rule
@@ -43,7 +43,7 @@ class Connector(NamedTuple):
         """Give this rank its role; collective over `comm`, which must be ours (duplicated).
 
         Args:
-            comm: rank 0 serves, or the first ranks do, where any does.
+            comm: rank 0, or the first ranks, serve, where any serves.
             x: (n,) parameters of this rank, moved in place; rank 0's are the center's.
         """
         transport = self.setup.transport
@@ -65,16 +65,16 @@ class Connector(NamedTuple):
         """The role of the center, rank 0 of `comm`, which begins from `x` (n,)."""
         x = x if self.setup.transport.center_device == "gpu" else to_host(x)
         center, end, apply = self._serving(comm, full_like(x, x), comm.size - 1)
-        return CenterRole(center, comm.size - 1, end, apply, self.observer, self._grants)
+        return CenterRole(center, comm.size - 1, end, apply, self.observer, self._grants_work)
 
     def alone(self, c: Array, worker: Worker) -> LocalRole:
-        """The role of a sole survivor: it trains on, from `c` (n,), within its own process."""
+        """The role of a sole survivor: it goes on training, from `c` (n,), within its own process."""
         c = full_like(worker.x, bring(c, worker.x))
         center = self._state(c, 1)
         return LocalRole(center, [worker], LocalCenter(c, 1, self._apply(center)))
 
     @property
-    def _grants(self) -> bool:
+    def _grants_work(self) -> bool:
         return self.setup.transport.capabilities.single_commits
 
     def _state(self, like: Array, workers: int) -> Center:
@@ -89,12 +89,12 @@ class Connector(NamedTuple):
         assert transport.make_center is not None
         center, end = self._state(c, workers), transport.make_center(comm, c, transport)
         center.on_block = end.move_on
-        center.idle_workers_wait = self._grants
+        center.idle_workers_wait = self._grants_work
         center.replicates_state = transport.replicates_state
-        return center, end, self._apply(center) if self._grants else self._count(center, end)
+        return center, end, self._apply(center) if self._grants_work else self._count(center, end)
 
     def _apply(self, center: Center) -> Apply:
-        """What a message does, with the observer told."""
+        """Processes a message, and calls the observer."""
         observer = self.observer
 
         def apply(commit: Commit, c: Array) -> Reply | None:
@@ -103,7 +103,7 @@ class Connector(NamedTuple):
                 return None
             if commit.payload is not None and reply.status == OK:
                 observer.committed(commit, c)
-                # If it has saved c, this worker hears of it at once, and saves what it is then.
+                # If it has saved c, this worker's reply says so, and it saves its state of this moment.
                 reply = reply._replace(checkpoint=center.checkpoint)
             observer.served(commit, reply)
             return reply
@@ -111,7 +111,7 @@ class Connector(NamedTuple):
         return apply
 
     def _count(self, center: Center, end: CenterEnd) -> Apply:
-        """Where the workers sum by themselves: count what they have summed."""
+        """Where the workers sum into c themselves: update the counts."""
         in_a_row = 0  # refused since the last good commit
 
         def apply(commit: Commit, c: Array) -> Reply | None:
@@ -133,7 +133,7 @@ class Connector(NamedTuple):
         center = self._state(c, count)
         end = LocalCenter(c, count, self._apply(center))
         copies = [x if i == 0 else x.copy() for i in range(count)]
-        workers = [Worker(own, self.rule, self.optimizer, end.worker_end(i), i) for i, own in enumerate(copies)]
+        workers = [Worker(copy, self.rule, self.optimizer, end.worker_end(i), i) for i, copy in enumerate(copies)]
         return LocalRole(center, workers, end)
 
     def _worker(self, comm: MPI.Comm, x: Array) -> WorkerRole:
@@ -147,7 +147,7 @@ class Connector(NamedTuple):
             x, self.rule, self.optimizer, end, index, self.setup.overlap, double_buffer=transport.replicates_state
         )
         count = comm.size - transport.centers
-        return WorkerRole(Center(self.rule, x[:0], count), [worker], count)  # the center's state lies elsewhere
+        return WorkerRole(Center(self.rule, x[:0], count), [worker], count)  # the center's state is on another rank
 
     def _shard(self, comm: MPI.Comm, x: Array) -> ShardRole:
         centers, count = self.setup.transport.centers, comm.size - self.setup.transport.centers
@@ -155,17 +155,17 @@ class Connector(NamedTuple):
         whole = full_like(to_host(x), to_host(x))
         ranks = comm.Create_group(comm.Get_group().Incl(list(range(centers))))  # type: ignore[attr-defined]
         bcast_in_pieces(ranks, whole)  # rank 0's values count
-        own = whole[spans[comm.rank]]
-        like = own if self.setup.transport.center_device != "gpu" else x[spans[comm.rank]]
+        block = whole[spans[comm.rank]]
+        like = block if self.setup.transport.center_device != "gpu" else x[spans[comm.rank]]
         c = empty_like(like)
-        c[...] = namespace(c).asarray(own)
+        c[...] = namespace(c).asarray(block)
         center, end, apply = self._serving(_group(comm, comm.rank, centers), c, count)
         others = []
         if comm.rank == 0:
             for i, span in list(enumerate(spans))[1:]:
                 others.append(self.worker_end(_group(comm, i, centers), whole[span]))
         return ShardRole(
-            center, count, end, apply, self.observer, self._grants,
+            center, count, end, apply, self.observer, self._grants_work,
             centers=ranks, whole=whole, spans=spans, others=others,
         )  # fmt: skip
 
@@ -178,9 +178,9 @@ class Connector(NamedTuple):
         wire.arrived(x, slice(0, x.size))
         wire.settle(x)
         center = Center(self.rule, c := full_like(x, x), comm.size, self.center_optimizer)
-        make = self.setup.transport.make_peer
-        assert make is not None
-        end = make(comm, c, self._apply(center))
+        make_peer = self.setup.transport.make_peer
+        assert make_peer is not None
+        end = make_peer(comm, c, self._apply(center))
         worker = Worker(x, self.rule, self.optimizer, end, comm.rank, self.setup.overlap)
         return PeerRole(center, worker, comm.size, end)
 
@@ -204,6 +204,6 @@ def _group(comm: MPI.Comm, center: int, centers: int) -> MPI.Comm:
         return comm
     ranks = [center, *range(centers, comm.size), *([0] if center else [])]
     group = comm.Get_group().Incl(ranks)
-    made: MPI.Comm = comm.Create_group(group, center)  # type: ignore[attr-defined]
+    subset: MPI.Comm = comm.Create_group(group, center)  # type: ignore[attr-defined]
     group.Free()
-    return made
+    return subset

@@ -1,4 +1,4 @@
-"""What all ranks must hold alike: the model and its options."""
+"""What must be equal on all ranks: the model and its options."""
 
 from collections.abc import Mapping
 

@@ -17,7 +17,7 @@ class Place(NamedTuple):
     host: str
     local_size: int
     worker_index: int  # among the workers of this node
-    threads: int  # BLAS threads that leave each busy rank its cores
+    threads: int  # BLAS threads, so that the ranks of the node share the cores
 
 
 def place(comm: MPI.Comm, trains: bool) -> Place:
@@ -25,9 +25,9 @@ def place(comm: MPI.Comm, trains: bool) -> Place:
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     try:
         cores = sorted(os.sched_getaffinity(0))
-        seen = [json.loads(text) for text in allgather(node, json.dumps([trains, cores]))]
-        index = sum(busy for busy, _ in seen[: node.rank])
-        sharing = sum(busy for busy, theirs in seen if theirs == cores)
+        ranks = [json.loads(text) for text in allgather(node, json.dumps([trains, cores]))]
+        index = sum(busy for busy, _ in ranks[: node.rank])
+        sharing = sum(busy for busy, other_cores in ranks if other_cores == cores)
         threads = max(1, len(cores) // max(sharing, 1)) if trains else 1
         return Place(MPI.Get_processor_name(), node.size, index, threads)
     finally:
@@ -35,7 +35,7 @@ def place(comm: MPI.Comm, trains: bool) -> Place:
 
 
 def limit_blas(threads: int) -> None:
-    """Give BLAS `threads` threads, unless the environment already says how many."""
+    """Let BLAS use `threads` threads, unless the environment sets a number."""
     if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")):
         return
     import threadpoolctl
@@ -51,17 +51,17 @@ def blas_threads() -> int:
 
 
 def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a world of one rank that a launcher meant to be one of many."""
+    """Refuse a world of one rank where the launcher started several."""
     if MPI.COMM_WORLD.size > 1 or comm.size > 1:
         return
     # Under mpiexec the tasks of the step are its daemons, one on each node.
     by_mpiexec = "OMPI_COMM_WORLD_SIZE" in environment or "MPI_LOCALNRANKS" in environment
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1") if "SLURM_STEP_ID" in environment else "1"
     if tasks not in ("", "1") and not by_mpiexec:
-        speaks = "pmix" if mpi_library().startswith("Open MPI") else "pmi2"
+        pmi = "pmix" if mpi_library().startswith("Open MPI") else "pmi2"
         raise ConfigError(
             f"srun started {tasks} tasks, but each is a world of its own: {mpi_library()} "
-            f"does not speak what srun offered; pass srun --mpi={speaks}, or use mpiexec of the same environment "
+            f"does not speak what srun offered; pass srun --mpi={pmi}, or use mpiexec of the same environment "
             "in the batch file"
         )
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"):
@@ -73,15 +73,15 @@ def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> 
 
 
 def unused_devices(devices: int, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Say that SLURM gave this node GPUs of which none can be used; `devices`: how many can.
+    """Warn if SLURM allocated GPUs on this node but none can be used; `devices`: how many can.
 
     >>> unused_devices(4, {"SLURM_GPUS_ON_NODE": "4"}), unused_devices(0, {})
     ([], [])
     """
-    given = environment.get("SLURM_GPUS_ON_NODE", "")
-    if devices or given in ("", "0"):
+    allocated = environment.get("SLURM_GPUS_ON_NODE", "")
+    if devices or allocated in ("", "0"):
         return []
     return [
-        f"WARNING: SLURM gave this job {given} GPU(s) on this node, but CuPy finds none: the workers compute on the "
-        "CPU; agnmpi doctor says what is missing"
+        f"WARNING: SLURM gave this job {allocated} GPU(s) on this node, but CuPy finds none: the workers compute on "
+        "the CPU; agnmpi doctor says what is missing"
     ]

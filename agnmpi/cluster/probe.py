@@ -1,8 +1,8 @@
-"""Whether this MPI takes device pointers: found out by trying, in two ranks of their own.
+"""Whether this MPI accepts device pointers: found out by a trial in two separate ranks.
 
-No query can be trusted (MPIX_Query_cuda_support, ompi_info and mpi_memory_alloc_kinds all err). The trial may crash
-or hang: that is an answer, too. It is run by `agnmpi doctor` and kept for each host and MPI; without an answer vectors
-on a device travel staged, through pinned host memory.
+No query can be trusted (MPIX_Query_cuda_support, ompi_info and mpi_memory_alloc_kinds all err). A trial that crashes
+or hangs counts as no. It is run by `agnmpi doctor`, and its result is cached for each host and MPI; without a result
+vectors on a device are staged through pinned host memory.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from ..transport.agreement import ConfigError, allgather
 from ..version import mpi_library
 
 _SIZE = 1 << 20  # float32 numbers: 4 MB, beyond every eager limit
-# Of the launcher's variables only these are kept: a child of a rank that inherits the others hangs or aborts.
+# Of the launcher's variables only these are kept: a child process that inherits the others hangs or aborts.
 _KEPT = {
     "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "PRTE_MCA_rmaps_default_mapping_policy",
     "PRTE_MCA_hwloc_default_binding_policy", "OMPI_MCA_mpi_yield_when_idle", "OMPI_MCA_osc", "OMPI_MCA_pml",
@@ -38,27 +38,27 @@ _LAUNCHERS = ("PMI", "PRTE", "OMPI_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL") 
 
 
 class Answer(NamedTuple):
-    """Whether device pointers work, and why we think so."""
+    """Whether device pointers work, and on what evidence."""
 
     direct: bool
     why: str
 
 
 def stripped(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what a launcher has put there for its own ranks."""
+    """The environment without the variables that a launcher has set for its ranks."""
     kept = {k: v for k, v in environment.items() if k in _KEPT or not k.startswith(_LAUNCHERS)}
-    # Two ranks may be more than there are cores, and whoever is root here has decided so.
-    asked = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    # Two ranks may be more than there are cores, and a user who is root has accepted that.
+    defaults = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
     if os.geteuid() == 0:
-        asked |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return asked | kept
+        defaults |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return defaults | kept
 
 
 def run(command: Sequence[str] | None = None, timeout: float = 60.0) -> Answer:
-    """Try device pointers in a two-rank mpiexec; never raises. `command`: instead of our own; `timeout` in seconds."""
+    """Try device pointers in a two-rank mpiexec; never raises. `command`: another one; `timeout`: in seconds."""
     if command is None:
-        beside = str(Path(sys.executable).parent)
-        mpiexec = shutil.which("mpiexec", path=beside) or shutil.which("mpiexec")
+        bin_dir = str(Path(sys.executable).parent)
+        mpiexec = shutil.which("mpiexec", path=bin_dir) or shutil.which("mpiexec")
         if mpiexec is None:
             return Answer(False, "there is no mpiexec to try it with")
         command = [mpiexec, "-n", "2", sys.executable, "-m", "agnmpi.cluster.probe"]
@@ -70,7 +70,7 @@ def run(command: Sequence[str] | None = None, timeout: float = 60.0) -> Answer:
     except OSError as error:
         return Answer(False, f"the trial could not be run: {error}")
     try:
-        output, complaint = trial.communicate(timeout=timeout)
+        output, errors = trial.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(trial.pid, signal.SIGKILL)  # the ranks, too
         trial.communicate()
@@ -81,27 +81,27 @@ def run(command: Sequence[str] | None = None, timeout: float = 60.0) -> Answer:
             return Answer(bool(direct) and trial.returncode == 0, why)
     if trial.returncode < 0 or trial.returncode > 128:
         return Answer(False, f"the trial was killed by signal {abs(trial.returncode) % 128}")
-    words = [line for line in complaint.splitlines() if re.search(r"\w", line)] or ["it said nothing"]
-    return Answer(False, f"the trial failed with code {trial.returncode}: {words[-1][:200]}")
+    lines = [line for line in errors.splitlines() if re.search(r"\w", line)] or ["it said nothing"]
+    return Answer(False, f"the trial failed with code {trial.returncode}: {lines[-1][:200]}")
 
 
 def cache_file(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where the answer for this host, this MPI and this way of using it is kept."""
+    """Where the answer for this host, this MPI and its parameters is cached."""
     root = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    how = [f"{k}={v}" for k, v in sorted(environment.items()) if k.startswith("OMPI_MCA_") and k in _KEPT]
-    key = "\n".join([platform.node(), MPI.Get_library_version(), environment.get("LD_LIBRARY_PATH", ""), *how])
+    parameters = [f"{k}={v}" for k, v in sorted(environment.items()) if k.startswith("OMPI_MCA_") and k in _KEPT]
+    key = "\n".join([platform.node(), MPI.Get_library_version(), environment.get("LD_LIBRARY_PATH", ""), *parameters])
     return root / "agnmpi" / f"direct-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def remember(answer: Answer) -> None:
-    """Keep `answer` for later runs; raises OSError if it cannot be written."""
+    """Cache `answer` for later runs; raises OSError if it cannot be written."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(answer))  # half a file is no answer, and is read as none
+    path.write_text(json.dumps(answer))  # an incomplete file is read as no answer
 
 
 def recall() -> Answer | None:
-    """The kept answer; None if there is none that can be read."""
+    """The cached answer; None if there is none that can be read."""
     try:
         direct, why = json.loads(cache_file().read_text())
         return Answer(bool(direct), str(why))
@@ -110,7 +110,7 @@ def recall() -> Answer | None:
 
 
 def resolve(wire: str, environment: Mapping[str, str] = os.environ) -> Answer:
-    """What `wire` ("auto", "staged" or "direct") means here, and why. Raises ValueError for another word."""
+    """What `wire` ("auto", "staged" or "direct") means here, and why. Raises ValueError for any other value."""
     if wire in ("staged", "direct"):
         return Answer(wire == "direct", "as asked for")
     if wire != "auto":
@@ -124,20 +124,20 @@ def resolve(wire: str, environment: Mapping[str, str] = os.environ) -> Answer:
 
 
 def choose_wire(comm: MPI.Comm, x: Array, wire: str) -> str:
-    """The wire for vectors like `x`, the same on all ranks; collective. Rank 0 says what was chosen, and why.
+    """The wire for vectors like `x`, the same on all ranks; collective. Rank 0 prints the choice and the reason.
 
     Direct is chosen if all ranks with a device want it; then a vector with known numbers is sent and checked
     first. Raises ConfigError on all ranks if it arrives wrong.
     """
     try:
-        wish = [not on_host(x), *resolve(wire), ""]
+        choice = [not on_host(x), *resolve(wire), ""]
     except ValueError as error:
-        wish = [False, False, "", str(error)]
-    wishes = [json.loads(text) for text in allgather(comm, json.dumps(wish))]
-    refused = [text for *_, text in wishes if text]
-    if refused:
-        raise ConfigError(refused[0])
-    on_device = [(direct, why) for device, direct, why, _ in wishes if device]
+        choice = [False, False, "", str(error)]
+    choices = [json.loads(text) for text in allgather(comm, json.dumps(choice))]
+    errors = [text for *_, text in choices if text]
+    if errors:
+        raise ConfigError(errors[0])
+    on_device = [(direct, why) for device, direct, why, _ in choices if device]
     if not on_device:
         return "staged"
     direct, why = min(on_device)
@@ -155,7 +155,7 @@ def try_out(comm: MPI.Comm, xp: ModuleType) -> str:
     """Send known numbers from `xp` memory of every rank to rank 0, and back; collective.
 
     Two-sided to host memory and, where rank 0 has a device, to that; then one-sided. The vectors are allocated as
-    those of a run. Returns what went wrong, or an empty string.
+    those of a run. Returns which transfer went wrong, or an empty string.
     """
     sent = (np.arange(_SIZE) % 1021 + comm.rank).astype(np.float32)
     x = full_like(xp.empty(_SIZE, np.float32), xp.asarray(sent))
@@ -178,7 +178,7 @@ def try_out(comm: MPI.Comm, xp: ModuleType) -> str:
                 if not bool((y == x + 0.5).all()):
                     wrong = wrong or f"Recv on rank {comm.rank}"
     win.Lock_all()
-    for source in range(1, comm.size):  # one after the other: memory for one
+    for source in range(1, comm.size):  # one after the other: there is memory for one
         if comm.rank == source:
             y[...] = 0
             synchronize(y)

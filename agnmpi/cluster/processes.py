@@ -1,4 +1,4 @@
-"""Facts of the processes of a job: whether MPI survives a loss, and who is who on a host."""
+"""The processes of a job: whether MPI survives a lost rank, and how to identify ranks on a host."""
 
 import os
 import signal
@@ -13,23 +13,23 @@ def fault_tolerant(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def process() -> tuple[int, int, str]:
-    """What tells this process from all others: its number, its parent's, and where these numbers hold."""
-    where = ""
-    with suppress(OSError):  # not everywhere to be read; then nobody is taken for a sibling
-        where = Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/pid").readlink())
-    return os.getpid(), os.getppid(), where
+    """Identify this process: its pid, its parent's, and the boot and pid namespace in which these are valid."""
+    namespace = ""
+    with suppress(OSError):  # not readable everywhere; then no process counts as a sibling
+        namespace = Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/pid").readlink())
+    return os.getpid(), os.getppid(), namespace
 
 
-def end_sibling(pid: int, parent: int, where: str) -> None:
+def end_sibling(pid: int, parent: int, namespace: str) -> None:
     """Kill a rank that hangs, if it runs here under the same launcher.
 
-    With ULFM, Open MPI's MPI_Abort may spare it; without, MPI_Abort is better: the exit code is ours.
+    With ULFM, Open MPI's MPI_Abort may leave it running; without ULFM, MPI_Abort is better: it sets the exit code.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return  # it is of another host, or has ended
-    theirs = int(stat[stat.rindex(")") + 2 :].split()[1])
-    if where and (theirs, parent, where) == (os.getppid(), os.getppid(), process()[2]):
+        return  # on another host, or already ended
+    actual_parent = int(stat[stat.rindex(")") + 2 :].split()[1])
+    if namespace and (actual_parent, parent, namespace) == (os.getppid(), os.getppid(), process()[2]):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What a rank does in a session: it serves the center variable or a block of it, works, or is a peer among equals."""
+"""What a rank does in a session: it serves the center variable or a block of it, trains as a worker, or is a peer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ Facts = Mapping[str, Any]
 
 
 class Role:
-    """A rank's part in a session; the classes below are the kinds.
+    """A rank's role in a session; the classes below are the kinds.
 
     Args:
         center: the center's state, where this rank applies commits; else an empty one.
@@ -33,7 +33,7 @@ class Role:
 
     def __init__(self, center: Center, workers: Sequence[Worker], count: int) -> None:
         self.center, self.workers, self.count = center, list(workers), count
-        self.session = 0  # sessions begun; the last with these:
+        self.session = 0  # sessions begun; of the last one:
         self.total: int | None = None
         self.period = 1
         self._resumed: Facts | None = None
@@ -49,7 +49,7 @@ class Role:
         return slice(None)
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
-        """Go on, in the next session, from a checkpoint, whose facts are those of the first center; on every rank.
+        """Continue, in the next session, from a checkpoint, whose facts are those of the first center; on every rank.
 
         Args:
             arrays: of this rank's `span`, where it holds any of the center variable.
@@ -60,10 +60,10 @@ class Role:
         """
         self._resumed = facts
         for worker in self.workers:
-            worker.sequence = max(worker.sequence, *facts["applied"], 0)  # what is applied is told from what will be
+            worker.sequence = max(worker.sequence, *facts["applied"], 0)  # new commits differ from applied ones
 
     def begin(self, total: int | None, period: int) -> None:
-        """Lay out the work of a session: `total` steps over all workers (None: no end), λ = `period`; collective."""
+        """Prepare the work of a session: `total` steps over all workers (None: no end), λ = `period`; collective."""
         resumed, self._resumed = self._resumed, None
         self.session, self.total, self.period = self.session + 1, total, period
         self.center.session = self.session
@@ -71,23 +71,23 @@ class Role:
         if resumed:
             done = int(resumed["steps"])
             leases.restore(resumed["leases"] or {"next": done, "free": []})
-        self._lay_out(total, period, leases)
+        self._prepare(total, period, leases)
         for worker in self.workers:
             worker.total, worker.session = total, self.session
 
-    def _lay_out(self, total: int | None, period: int, leases: Leases) -> None:
+    def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         for end in self.ends():
             end.begin(total, period, leases.next)
 
     def ends(self) -> list[WorkerEnd | CenterEnd]:
-        """All ends of this rank, in the order in which the centers come."""
+        """All ends of this rank, in order of the centers."""
         ends: list[WorkerEnd | CenterEnd] = []
         for worker in self.workers:
             ends += worker.end.ends if isinstance(worker.end, ShardedWorker) else [worker.end]
         return ends
 
     def copy_center(self) -> Callable[[], Array | None]:
-        """Begin to copy the center variable; call what is returned, now and then, until it gives the copy (n,)."""
+        """Begin to copy the center variable; call the result repeatedly until it returns the copy (n,)."""
         copy = to_host(self.c).copy()
         return lambda: copy
 
@@ -106,9 +106,9 @@ class CenterRole(Role):
 
     Args:
         end: of the center.
-        apply: what a message does.
+        apply: processes a message.
         observer: of the session.
-        grants: whether this center grants the work; else the ends share it out, or another center does.
+        grants: whether this center grants the work; else the ends or another center do.
     """
 
     serves = True
@@ -125,16 +125,16 @@ class CenterRole(Role):
         return self.end.c
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
-        """As of any role; the vectors move the center variable and its slots."""
+        """As `Role.resume`; restores the center variable and its slots."""
         super().resume(arrays, facts)
         center = self.center
         center.restore(arrays, facts, self.end.c)
         self.end.resume(center.clock, center.steps, (center.staleness_sum, center.staleness_max), center.refused)
 
-    def _lay_out(self, total: int | None, period: int, leases: Leases) -> None:
+    def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         if self._grants:
             self.center.leases = leases
-        super()._lay_out(total, period, leases)
+        super()._prepare(total, period, leases)
 
     def ends(self) -> list[WorkerEnd | CenterEnd]:
         """The center's end."""
@@ -152,7 +152,7 @@ class ShardRole(CenterRole):
         centers: communicator of the center ranks.
         whole: (n,) host memory for the whole center variable.
         spans: the block of each center rank.
-        others: at rank 0, ends by which it reads the other centers' blocks.
+        others: at rank 0, ends for reading the other centers' blocks.
     """
 
     def __init__(
@@ -162,8 +162,8 @@ class ShardRole(CenterRole):
         super().__init__(center, count, end, apply, observer, grants and centers.rank == 0)
         self.centers = centers
         self._whole, self._spans, self._others = whole, spans, others
-        self.before_leaving: Callable[[], None] | None = None  # at the first center, when its workers have left
-        self._copied: list[Handle] = []  # pulls of the copy begun last
+        self.before_leaving: Callable[[], None] | None = None  # called at the first center when its workers have left
+        self._copied: list[Handle] = []  # pulls of the last copy
 
     @property
     def c(self) -> Array:
@@ -176,7 +176,7 @@ class ShardRole(CenterRole):
         return self._spans[self.centers.rank]
 
     def ends(self) -> list[WorkerEnd | CenterEnd]:
-        """The end of this center, and those by which it reads the others."""
+        """The end of this center, and those for reading the others."""
         return [self.end, *self._others]
 
     def serve(self) -> None:
@@ -185,17 +185,17 @@ class ShardRole(CenterRole):
         if self.centers.rank == 0:
             if self.before_leaving is not None:
                 self.before_leaving()
-            # Before the farewells: what comes for one would else be taken for another.
+            # Before leaving: else a reply to one exchange would be received by another.
             for handle in self._copied:
                 handle.wait()
-            farewells = [end.leave(None, self._whole[span]) for end, span in zip(self._others, self._spans[1:])]
-            for farewell in farewells:
-                farewell.wait()
+            handles = [end.leave(None, self._whole[span]) for end, span in zip(self._others, self._spans[1:])]
+            for handle in handles:
+                handle.wait()
             self._whole[self._spans[0]] = to_host(self.end.c)
         bcast_in_pieces(self.centers, self._whole)
 
     def copy_center(self) -> Callable[[], Array | None]:
-        """As of any role: the blocks are pulled, each is whole."""
+        """As `Role.copy_center`: the blocks are pulled, each is whole."""
         whole: Array = empty_like(self._whole)
         whole[self._spans[0]] = to_host(self.end.c)
         self._copied = handles = [end.pull(whole[span]) for end, span in zip(self._others, self._spans[1:])]
@@ -220,12 +220,12 @@ class PeerRole(Role):
         return self._end.c
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
-        """As of any role; every rank restores its replica."""
+        """As `Role.resume`; every rank restores its replica."""
         super().resume(arrays, facts)
         self.center.restore(arrays, facts, self._end.c)
         self._end.clock, self._end.steps = self.center.clock, self.center.steps
 
-    def _lay_out(self, total: int | None, period: int, leases: Leases) -> None:
+    def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         self._end.begin_rounds(total, rounds(total, period, self._end.comm.rank, self.count, leases.next, leases.free))
 
 
@@ -242,7 +242,7 @@ class LocalRole(Role):
         return self._end.c
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
-        """As of any role."""
+        """As `Role.resume`."""
         super().resume(arrays, facts)
         self.center.restore(arrays, facts, self._end.c)
 
@@ -250,6 +250,6 @@ class LocalRole(Role):
         """The end of a worker."""
         return self._end.worker_end(worker)
 
-    def _lay_out(self, total: int | None, period: int, leases: Leases) -> None:
+    def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         self.center.leases = leases
         self._end.open()

@@ -1,4 +1,4 @@
-"""How workers and centers exchange in a session, and whether a rule and a world fit that."""
+"""How workers and centers exchange in a session, and checks that rule, transport and world fit together."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
-from ..transport.registry import Transport, p2p, words
+from ..transport.registry import Transport, names_with, p2p
 from .processes import fault_tolerant
 
 
@@ -23,13 +23,13 @@ class Setup(NamedTuple):
     overlap: bool = False
     dylu: bool = False
 
-    def outliving(self) -> "Setup":
-        """The same, with the center's state replicated if workers and the center are to outlive each other."""
+    def with_replication(self) -> "Setup":
+        """The same, with the center's state replicated if workers and the center survive each other's loss."""
         return self._replace(transport=replace(self.transport, replicates_state=outlives_loss(self.transport)))
 
 
 def outlives_loss(transport: Transport) -> bool:
-    """Whether workers and the center outlive each other: MPI says who has died, and there is one center."""
+    """Whether workers and the center survive each other's loss: MPI reports failed ranks, and there is one center."""
     return transport.capabilities.outlives_loss and transport.centers == 1 and fault_tolerant()
 
 
@@ -39,7 +39,7 @@ def check_setup(
     """Refuse a rule on a transport, or a world of `size` ranks, that lacks what the rule needs.
 
     Raises:
-        ConfigError: on every rank, since all give the same.
+        ConfigError: on every rank, since all pass the same.
     """
     for refused, message in _refusals(rule, setup, size, optimizer, center_optimizer):
         if refused:
@@ -49,29 +49,29 @@ def check_setup(
 def _refusals(
     rule: Rule, setup: Setup, size: int, optimizer: Optimizer | None, center_optimizer: Optimizer | None
 ) -> list[tuple[bool, str]]:
-    transport, given = setup.transport, setup.transport.capabilities
+    transport, caps = setup.transport, setup.transport.capabilities
     name, centers = transport.name, transport.centers
-    fitting = words("together") if rule.allreduce else words("center_ranks")
-    in_one_process = not (given.center_ranks or given.together)
+    suitable = names_with("together") if rule.allreduce else names_with("center_ranks")
+    in_one_process = not (caps.center_ranks or caps.together)
     ranks = "1 rank" if size == 1 else f"{size} ranks"
-    whole = f"transport {name!r} adds commits as they are"
+    adds_only = f"transport {name!r} adds commits as they are"
     return [
-        (rule.allreduce != given.together, f"rule {rule.name} cannot use transport {name!r}; use {fitting}, or 'auto'"),
-        (rule.weighs and not given.single_commits, f"rule {rule.name} weighs commits, but {whole}"),
+        (rule.allreduce != caps.together, f"rule {rule.name} cannot use transport {name!r}; use {suitable}, or 'auto'"),
+        (rule.weighs and not caps.single_commits, f"rule {rule.name} weighs commits, but {adds_only}"),
         (
-            (center_optimizer is not None or rule.accumulates) and not given.single_commits,
-            f"{whole}: no center optimizer; leave use_locking on",
+            (center_optimizer is not None or rule.accumulates) and not caps.single_commits,
+            f"{adds_only}: no center optimizer; leave use_locking on",
         ),
         (
-            setup.dylu and (given.together or not given.single_commits),
+            setup.dylu and (caps.together or not caps.single_commits),
             f"dylu needs a center that grants the work, which transport {name!r} has not",
         ),
         (
-            centers > 1 and not given.shards,
-            f"centers = {centers} needs transport {words('shards')}; {name!r} has no center ranks",
+            centers > 1 and not caps.shards,
+            f"centers = {centers} needs transport {names_with('shards')}; {name!r} has no center ranks",
         ),
         (
-            given.center_ranks and size < centers + 1,
+            caps.center_ranks and size < centers + 1,
             f"rule {rule.name} needs {'a center' if centers == 1 else f'{centers} centers'} and at least one worker, "
             f"but the world has {ranks}: start it with mpiexec -n {centers + 3} (or more), or train in one process "
             "with transport local",
@@ -85,7 +85,7 @@ def _refusals(
             "variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'",
         ),
         (
-            setup.overlap and not given.overlap,
+            setup.overlap and not caps.overlap,
             f"overlap has no meaning on transport {name}: its exchanges take no time",
         ),
     ]

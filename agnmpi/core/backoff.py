@@ -1,4 +1,4 @@
-"""Waiting that gives the core away: with more ranks than cores, whoever spins steals the time of others."""
+"""Waiting that yields the core: with more ranks than cores, spinning takes time from other ranks."""
 
 import os
 import time
@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 
 class Orphaned(Exception):
-    """The launcher of this rank has ended: nobody will ever answer."""
+    """The launcher of this rank has ended: no reply will ever come."""
 
 
 class _Launcher:
-    """The process that started this rank; 0 as long as nobody watches it."""
+    """The process that started this rank; 0 while it is not watched."""
 
     pid = 0
 
 
 def watch_launcher() -> None:
-    """From now on whoever waits for more than a second raises Orphaned once the process that started this one ends.
+    """From now on a wait of more than a second raises Orphaned once the process that started this one has ended.
 
     With ULFM Open MPI 5.0's mpiexec may end and leave ranks behind.
     """
@@ -24,10 +24,10 @@ def watch_launcher() -> None:
 
 
 class Backoff:
-    """Waiting that yields the core: first `sched_yield`, then sleeps that grow with the quiet, up to a cap.
+    """Waiting that yields the core: first `sched_yield`, then sleeps that grow with the idle time, up to a cap.
 
-    A sleep is an eighth of the quiet so far, so waiting adds at most that part, and never more than `cap`
-    seconds and the kernel's wake-up.
+    A sleep is an eighth of the idle time so far, so waiting adds at most that fraction, and never more than `cap`
+    seconds and the kernel's wake-up latency.
     """
 
     def __init__(self, cap: float = 1e-3, spin: float = 1e-3) -> None:
@@ -35,24 +35,24 @@ class Backoff:
         self._since = time.perf_counter()
 
     def reset(self) -> None:
-        """Something happened."""
+        """There was progress."""
         self._since = time.perf_counter()
 
     def wait(self) -> None:
-        """Nothing happened: give the core away for a moment."""
-        quiet = time.perf_counter() - self._since
-        if quiet < self.spin:
+        """There was no progress: yield the core for a moment."""
+        idle = time.perf_counter() - self._since
+        if idle < self.spin:
             os.sched_yield()
             return
-        if quiet > 1.0 and _Launcher.pid and os.getppid() != _Launcher.pid:
+        if idle > 1.0 and _Launcher.pid and os.getppid() != _Launcher.pid:
             raise Orphaned("the launcher has ended and left this rank behind")
-        time.sleep(min(self.cap, quiet / 8))
+        time.sleep(min(self.cap, idle / 8))
 
 
 def wait_until(test: Callable[[], bool], progress: Callable[[], int] = int, spin: float = 1e-3) -> None:
-    """Call `test` until it is true, yielding the core in between; a change of `progress()` is no quiet.
+    """Call `test` until it is true, yielding the core in between; a change of `progress()` resets the backoff.
 
-    `spin`: seconds of quiet before it sleeps in between.
+    `spin`: idle seconds before it sleeps in between.
     """
     backoff, seen = Backoff(spin=spin), progress()
     while not test():

@@ -1,8 +1,8 @@
-"""Which samples a step takes.
+"""Which samples belong to a step.
 
 Steps are numbered over the whole run and all workers. Step t of an epoch takes the t-th batch of that epoch's
-seeded permutation; so whoever is granted step t knows its samples, and each sample of an epoch is used once. The
-permutation is computed where it is asked for: its memory does not grow with the number of samples.
+seeded permutation; so a worker with step t knows its samples, and each sample of an epoch is used once. The
+permutation is computed element by element: its memory does not grow with the number of samples.
 """
 
 from math import isqrt
@@ -14,7 +14,7 @@ from .leases import Lease
 
 Integers: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 _Words: TypeAlias = np.ndarray[tuple[int], np.dtype[np.uint64]]
-_ROUNDS = 8  # even: the digits end where they began
+_ROUNDS = 8  # even, so that the two digits end in their places
 # The multipliers of the finalizer of splitmix64 (Steele, Lea, Flood, OOPSLA 2014).
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _HALF = np.uint64(32)
@@ -24,11 +24,11 @@ class Permutation:
     """A keyed bijection of 0 … size−1.
 
     A Feistel network on the digits of i = l + a·r, l < a, r < b, a·b just above `size`: each round adds to one digit,
-    modulo a or b, a hash of the other. What comes out beyond `size` goes through once more (cycle walking).
+    modulo a or b, a hash of the other. A result of `size` or more goes through again (cycle walking).
 
     Args:
         size: number of elements, at least 1.
-        key: non-negative integers; each other key gives another permutation.
+        key: non-negative integers; each key gives a permutation of its own.
 
     Source: Black, Rogaway, CT-RSA 2002 (generalised Feistel ciphers on arbitrary domains).
 
@@ -43,11 +43,11 @@ class Permutation:
         self._keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
 
     def __call__(self, positions: range) -> Integers:
-        """What stands at `positions`, shape (len(positions),)."""
-        there = self._encrypt(np.arange(positions.start, positions.stop, positions.step, dtype=np.uint64))
-        while (beyond := there >= self.size).any():
-            there[beyond] = self._encrypt(there[beyond])
-        return there.astype(np.int64)
+        """The elements at `positions`, shape (len(positions),)."""
+        values = self._encrypt(np.arange(positions.start, positions.stop, positions.step, dtype=np.uint64))
+        while (beyond := values >= self.size).any():
+            values[beyond] = self._encrypt(values[beyond])
+        return values.astype(np.int64)
 
     def _encrypt(self, numbers: _Words) -> _Words:
         a, b = self._digits

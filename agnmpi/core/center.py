@@ -30,7 +30,7 @@ from .rules import CommitInfo, Rule, center_step
 
 
 class Center:
-    """All that the center knows beside the center variable itself, which its end holds.
+    """The center's state beside the center variable itself, which its end holds.
 
     Args:
         rule: how commits are weighed.
@@ -57,16 +57,18 @@ class Center:
         self.state: Any = optimizer.init(like) if optimizer else None
         self.clock = 0
         self.applied = [0] * workers  # last sequence, by worker
-        self.processed = dict[int, int]()  # the same with what was refused or dropped: where a cut over all shards lies
+        self.processed = dict[
+            int, int
+        ]()  # the same, refused and dropped commits included: defines a consistent cut over shards
         self.on_block: Callable[[int], None] | None = None  # called after each block of a step, with its end
-        self.leases: Leases | None = None  # None: the work is shared out elsewhere
-        self.now: Callable[[], float] | None = None  # what measures the workers' speeds, where λ_k goes by them
-        self.idle_workers_wait = False  # who asks in vain is answered when others have given back, or committed, all
-        self.waiting = set[int]()  # workers that are not answered yet
+        self.leases: Leases | None = None  # None: the work is divided elsewhere
+        self.now: Callable[[], float] | None = None  # clock for the workers' speeds, where λ_k depends on them
+        self.idle_workers_wait = False  # a request that finds no work is answered later
+        self.waiting = set[int]()  # workers whose request for work is not answered yet
         self.staleness_sum = self.staleness_max = 0
         self.steps = 0  # local steps in all applied commits
-        self.given_up = 0  # steps that nobody is to take again
-        self.on_given_up: Callable[[Lease], None] | None = None  # told of each such piece of work
+        self.given_up = 0  # steps that are never granted again
+        self.on_given_up: Callable[[Lease], None] | None = None  # called with each such piece of work
         self.refused = 0  # commits
         self.dropped = 0  # commits that weighed nothing
         self._refused_in_a_row = set[int]()  # periods, by first step, since the last commit that was not refused
@@ -74,7 +76,7 @@ class Center:
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
         self.served = self.session = 0  # messages; sessions begun
-        self.replicates_state = False  # all that it knows travels with c: workers are to outlive this center
+        self.replicates_state = False  # its state is sent with c: a worker may have to take over
 
     @property
     def staleness_mean(self) -> float:
@@ -87,35 +89,35 @@ class Center:
         return self.steps + self.given_up
 
     def apply(self, commit: Commit, c: Array) -> Reply | None:
-        """Apply `commit` to `c` in place, once, and answer what it asks for.
+        """Apply `commit` to `c` in place, once, and return the reply to its requests.
 
-        A commit that is not finite, or not to this model, is refused, and one that weighs nothing dropped: nothing of
-        it is applied, and its steps are free again, or given up where it has failed before (see Leases).
+        A commit that is not finite, or not to this model, is refused, and one of weight 0 dropped: nothing of it is
+        applied, and its steps are free again, or given up where they have failed before (see Leases).
 
         Args:
             commit: a message; its payload is not changed.
             c: (n,) the center variable.
 
         Returns:
-            The reply; None where a worker waits for work that others hold: its end asks again with the same message
-            when another was served or a worker was lost.
+            The reply; None where a worker waits for work that others hold: its end tries the same message again after
+            another is served or a worker is lost.
 
         Raises:
-            RuntimeError: `patience` is at its end, or all steps were given up.
-            ValueError: the ranks differ in the number of steps, or the commit is none that this worker may send.
+            RuntimeError: `patience` is exhausted, or all steps were given up.
+            ValueError: the ranks differ in the number of steps, or this worker may not send this commit.
         """
         status, leases = OK, self.leases
         self.waiting.discard(commit.worker)
-        brings = commit.payload is not None or bool(commit.flags & MISFIT)
-        if brings:
+        has_delta = commit.payload is not None or bool(commit.flags & MISFIT)
+        if has_delta:
             status = self._receive(commit, c)
-        elif leases and commit.requests & WORK and commit.total != leases.total_word:
+        elif leases and commit.requests & WORK and commit.total != leases.encoded_total:
             raise ValueError(
-                f"worker {commit.worker} asks for {_number(commit.total)}, the center for "
-                f"{_number(leases.total_word)}: all ranks must give the same number of steps"
+                f"worker {commit.worker} asks for {_describe_total(commit.total)}, the center for "
+                f"{_describe_total(leases.encoded_total)}: all ranks must give the same number of steps"
             )
         control, work = self._grant(commit)
-        if control == WAIT and commit.requests & IDLE and not brings:
+        if control == WAIT and commit.requests & IDLE and not has_delta:
             self.waiting.add(commit.worker)
             return None
         self.served += 1
@@ -132,17 +134,17 @@ class Center:
         )
 
     def _grant(self, commit: Commit) -> tuple[int, Lease]:
-        """What the reply tells its worker to do, and the lease that it gives, if the commit asks for one."""
+        """The reply's control, and the lease that it grants, if the commit asks for one."""
         leases = self.leases
         if leases and commit.requests & LEAVE:
             leases.forget(commit.worker)
         elif leases and commit.requests & IDLE:
-            leases.release(commit.worker)
+            leases.release_all(commit.worker)
         if not leases or not commit.requests & WORK or self.control == STOP:
             return self.control, NONE
-        # Who may wait leaves to the others what it has failed at, as long as there are others at work.
-        patient = self.idle_workers_wait and (leases.held or not commit.requests & IDLE)
-        work = leases.grant(commit.worker, patient)
+        # A worker that may wait leaves steps at which it has failed to the others, as long as others are at work.
+        skip_failed = self.idle_workers_wait and (leases.held or not commit.requests & IDLE)
+        work = leases.grant(commit.worker, skip_failed)
         waits = work == NONE and self.idle_workers_wait and (leases.held or leases.free)
         return WAIT if waits else self.control, work
 
@@ -166,7 +168,7 @@ class Center:
             return DUPLICATE
         done = Lease(commit.first_step, commit.steps)
         if commit.worker in self._released and self.leases and not self.leases.holds(commit.worker, done):
-            self.dropped += 1  # it was silent for so long that its steps went to others
+            self.dropped += 1  # its lease went to another worker while it was silent
             return DROPPED
         if commit.flags & (NOT_FINITE | MISFIT):
             self._refuse(commit, done, c.nbytes)
@@ -176,10 +178,10 @@ class Center:
         if not weight:
             self.dropped += 1
             if self.leases:
-                self.leases.give_back(commit.worker, done)
+                self.leases.release(commit.worker, done)
             return DROPPED
         if self.leases:
-            self.leases.commit(commit.worker, done)  # first: what nobody has granted does not move c
+            self.leases.commit(commit.worker, done)  # before the step: a commit without a lease must not move c
         self._step(commit, c, weight)
         if not self.rule.allreduce:
             self.applied[commit.worker] = commit.sequence
@@ -188,10 +190,10 @@ class Center:
     def _refuse(self, commit: Commit, done: Lease, nbytes: int) -> None:
         leases = self.leases
         self.refused += 1
-        if self.rule.allreduce:  # all ranks refuse alike, and go on to the next round; each has steps of its own
+        if self.rule.allreduce:  # all ranks refuse alike, and go on to the next round
             self.steps += commit.steps
             self._refused_in_a_row.add(self.refused)
-        elif commit.steps:  # a period that fails again and again is one; without steps it is another that has failed
+        elif commit.steps:  # a period that fails repeatedly counts once; without steps another one has failed
             self._refused_in_a_row.add(commit.first_step)
         if leases and leases.refuse(commit.worker, done):
             self.given_up += done.steps
@@ -212,24 +214,24 @@ class Center:
         )
 
     def worker_lost(self, worker: int) -> None:
-        """A worker is gone, for good or for a while: what it has not committed is free for the others."""
+        """A worker is lost, for good or for a while: its uncommitted steps are free for the others."""
         self.worker_released(worker)
         self.waiting.discard(worker)
         if self.leases:
             self.leases.forget(worker)
 
     def worker_released(self, worker: int) -> None:
-        """This worker may commit steps that are others' by now: these commits are dropped."""
+        """This worker may commit steps that now belong to others: such commits are dropped."""
         self._released.add(worker)
 
     def move(self, like: Array) -> None:
-        """Bring the slots to where `like` (n,) lies."""
+        """Move the slots to where `like` (n,) lies."""
         if self.optimizer is not None:
             slots = {f"slot/{name}": slot for name, slot in self.optimizer.slots(self.state).items()}
             self.state = self.optimizer.restore(self.optimizer.init(like), slots, self.state.step)
 
     def save(self, c: Array) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Copy what a checkpoint keeps, to the host: `c` (n,) and the slots, and the facts about them."""
+        """Copy to the host what a checkpoint stores: `c` (n,), the slots, and their metadata."""
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
         arrays = {"c": host_copy(c)} | {f"slot/{name}": host_copy(slot) for name, slot in slots.items()}
         return arrays, {
@@ -249,7 +251,7 @@ class Center:
         }
 
     def restore(self, arrays: Mapping[str, Array], facts: Mapping[str, Any], c: Array) -> None:
-        """Go on from what `save` has kept; the vectors are those of this center. Raises ValueError for what differs."""
+        """Restore what `save` returned; vectors are of this center. Raises ValueError for another optimizer."""
         name = self.optimizer.name if self.optimizer else "add"
         if facts["center_optimizer"] != name:
             raise ValueError(f"the checkpoint's center optimizer is {facts['center_optimizer']}, not {name}")
@@ -262,7 +264,7 @@ class Center:
             self.state = self.optimizer.restore(self.state, arrays, int(facts["center_optimizer_step"]))
 
     def weight(self, commit: Commit) -> float:
-        """The weight of `commit` by the rule, were it applied now; 0: it is to be dropped.
+        """The weight of `commit` by the rule, were it applied now; 0: drop it.
 
         Raises ValueError for a pull from the future.
         """
@@ -281,15 +283,15 @@ class Center:
         self.staleness_max = max(self.staleness_max, staleness)
 
 
-def _number(total: int) -> str:
+def _describe_total(total: int) -> str:
     return "steps without end" if total < 0 else f"{total} steps"
 
 
-def serve(end: CenterEnd, apply: Apply, on_turn: Callable[[], None] | None = None) -> None:
-    """Serve the workers until all have left; yield the core while nothing arrives.
+def serve(end: CenterEnd, apply: Apply, between_messages: Callable[[], None] | None = None) -> None:
+    """Serve the workers until all have left; yield the core while no message arrives.
 
-    `apply`: what a message does, usually `Center.apply`; `on_turn`: called after each message and, while it is
-    quiet, at each wake-up; it must not block.
+    `apply`: processes a message, usually `Center.apply`; `between_messages`: called after each message and, while there
+    is none, at each wake-up; it must not block.
     """
     end.open()
     backoff, seen = Backoff(), 0
@@ -299,5 +301,5 @@ def serve(end: CenterEnd, apply: Apply, on_turn: Callable[[], None] | None = Non
             backoff.reset()
         if not served:
             backoff.wait()
-        if on_turn:
-            on_turn()
+        if between_messages:
+            between_messages()

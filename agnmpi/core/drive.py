@@ -1,4 +1,4 @@
-"""The loops that drive workers: over MPI, several in one thread, or with a clock of the driver's own."""
+"""The loops that drive workers: over MPI, several in one thread, or with a virtual clock."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -9,7 +9,7 @@ from .worker import Worker
 
 
 def drive(loops: list[Iterator[int]]) -> None:
-    """Run the loops of several workers in one thread, a step of each in turn."""
+    """Run the loops of several workers in one thread, round-robin by steps."""
     while loops:
         loops = [loop for loop in loops if next(loop, None) is not None]
 
@@ -30,9 +30,9 @@ def train(
 
 
 def session(worker: Worker, gradient: Callable[[int], tuple[float, Array]]) -> Generator[int | Handle, None, None]:
-    """As `train`, for a driver that must not wait: a step's number when it is computed, each handle to wait for.
+    """As `train`, for a driver that must not block: yields each step's number once computed, and each handle to await.
 
-    The driver goes on after a step when the step's time is over, and after a handle when that is done.
+    The driver resumes it when the step's time is over, or when the handle is done.
     """
     yield from worker.waits_to_begin()
     while (yield from worker.waits_for_work()):

@@ -1,4 +1,4 @@
-"""The contract between a worker, a center and whatever carries their messages."""
+"""The contract between a worker, a center and the transport of their messages."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
@@ -12,28 +12,30 @@ from .messages import Commit, Reply
 
 
 class Elected(Exception):
-    """Raised by a handle: the center is lost, and this rank is to serve now instead of training."""
+    """Raised by a handle: the center is lost, and this rank was elected to serve instead of training."""
 
 
 class Capabilities(NamedTuple):
-    """What a transport gives; setup refuses what does not fit, and the conformance suite tests what is declared."""
+    """What a transport offers; setup refuses what does not fit, and the conformance suite tests what is declared."""
 
     center_ranks: bool = False  # some ranks serve the center variable, and do not train
     together: bool = False  # all ranks train, and exchange at the same time
-    whole_pulls: bool = True  # no pull holds a part of a commit
+    whole_pulls: bool = True  # no pull sees part of a commit
     exact_clock: bool = True  # the clock that comes with a pull counts the commits in it
-    single_commits: bool = True  # the center sees each commit: it weighs, refuses, optimizes, and grants the work
+    single_commits: bool = (
+        True  # the center sees each commit: it weighs them, refuses them, steps an optimizer, grants leases
+    )
     message_order: bool = False  # the order of messages at the center repeats a run
     shards: bool = False  # several center ranks may hold a block each
     silent_workers: bool = False  # the center can go on without a worker that is silent
-    outlives_loss: bool = False  # where MPI tells who has died, workers and center go on without them
+    outlives_loss: bool = False  # where MPI reports failed ranks, workers and center go on without them
     device_center: bool = False  # the center variable may lie on a GPU
     direct: bool = False  # device pointers may be handed to MPI
     overlap: bool = True  # exchanges take time, in which a worker can compute
 
 
-# Applies a commit (or serves a request) to the center variable c, in place, and answers. None: not yet, the worker
-# waits for work that others hold; its end asks again with the same message when another was served or a worker lost.
+# Applies a commit (or serves a request) to the center variable c, in place, and returns the reply. None: not yet, the
+# worker waits for work that others hold; the end tries the same message again after another is served or a worker lost.
 Apply: TypeAlias = Callable[[Commit, Array], Reply | None]
 
 
@@ -48,7 +50,7 @@ class Handle(Protocol):
 
 
 T = TypeVar("T")
-Waits: TypeAlias = Generator[Handle, None, T]  # what must wait, as a generator of the handles to wait for
+Waits: TypeAlias = Generator[Handle, None, T]  # a coroutine: yields the handles that it must wait for
 
 
 class WorkerEnd(ABC):
@@ -67,7 +69,7 @@ class WorkerEnd(ABC):
 
     @abstractmethod
     def leave(self, commit: Commit | None, out: Array) -> Handle:
-        """End this worker's part with a last commit, if any, without blocking.
+        """Leave the session with a last commit, if any, without blocking.
 
         The handle is done when all workers have left, with the final center in `out`.
         """
@@ -77,7 +79,7 @@ class WorkerEnd(ABC):
 
 
 class Summed(NamedTuple):
-    """Counts of a center into which the workers sum by themselves."""
+    """Counters of a center into which the workers sum their deltas themselves."""
 
     refused: int = 0  # commits that their workers did not sum, since they were not finite
     staleness_sum: int = 0
@@ -87,11 +89,11 @@ class Summed(NamedTuple):
 class CenterEnd(ABC):
     """The center's side; it owns the memory of the center variable."""
 
-    hold: Callable[[Commit], bool] | None = None  # a commit that it names is not taken up now
-    on_loss: Callable[[int], None] | None = None  # told of each worker that has died; else the error is raised
+    hold: Callable[[Commit], bool] | None = None  # commits for which it is true are not processed now
+    on_loss: Callable[[int], None] | None = None  # called with each worker that has died; None: the error is raised
 
     lost: AbstractSet[int] = frozenset()  # workers that have died
-    silent: AbstractSet[int] = frozenset()  # workers that nobody waits for, until they are heard of again
+    silent: AbstractSet[int] = frozenset()  # workers that nobody waits for, until they send something
 
     @property
     def deserted(self) -> bool:
@@ -115,43 +117,43 @@ class CenterEnd(ABC):
     @property
     @abstractmethod
     def progress(self) -> int:
-        """A number that changes whenever a message, or a piece of one, has come or gone."""
+        """A number that changes whenever a message, or a piece of one, was received or sent."""
 
     @property
-    def in_hand(self) -> int:
-        """Deltas whose receive has begun, and that are not applied yet."""
+    def in_flight_deltas(self) -> int:
+        """Deltas whose receive has begun and that are not applied yet."""
         return 0
 
     def begin(self, total: int | None, period: int, start: int) -> None:
         """Begin a session, as `WorkerEnd.begin`; collective."""
 
     def resume(self, clock: int, steps: int, staleness: tuple[int, int], refused: int) -> None:
-        """Go on from the counts of a checkpoint; `staleness`: sum and maximum."""
+        """Restore the counts of a checkpoint; `staleness`: sum and maximum."""
 
     @property
     def summed(self) -> Summed:
-        """What the workers have summed by themselves so far."""
+        """Counters that the workers keep themselves."""
         return Summed()
 
     def open(self) -> None:
-        """Begin to serve a session: all workers are expected."""
+        """Begin to serve a session of all workers."""
 
     @abstractmethod
     def serve_one(self, apply: Apply) -> bool:
         """Make progress and serve at most one message; whether one was served."""
 
     def move_on(self, stop: int) -> None:
-        """While a commit is applied, and c is done up to `stop`: see to the other messages."""
+        """While a commit is being applied, and c is done up to `stop`: make progress on other messages."""
 
-    def tell(self, control: int, checkpoint: int) -> None:
-        """What the replies to come shall say, where the center gives no reply itself."""
+    def announce(self, control: int, checkpoint: int) -> None:
+        """Set `control` and `checkpoint` of later replies, where the center does not write replies itself."""
 
     def close(self) -> None:
         """Free what the end holds; collective."""
 
 
 def run_waits(waits: Waits[T]) -> T:
-    """Run `waits` to its end, waiting for each handle."""
+    """Run `waits` to its end, waiting on each handle."""
     while True:
         try:
             handle = next(waits)
@@ -161,8 +163,8 @@ def run_waits(waits: Waits[T]) -> T:
         handle.wait()
 
 
-class InTurn:
-    """Several exchanges of one worker, sent one behind the other; the reply is the last one's."""
+class Chained:
+    """Several exchanges of one worker, sent in order; the reply is that of the last."""
 
     def __init__(self, *handles: Handle) -> None:
         self._handles = handles
@@ -177,23 +179,23 @@ class InTurn:
 
 
 class Polled:
-    """A handle that asks `attempt(patient)` until it gives the reply; patient is who has nothing else to do."""
+    """A handle that calls `attempt(blocking)` until it returns the reply; blocking: the caller only waits."""
 
     def __init__(self, attempt: Callable[[bool], Reply | None]) -> None:
         self._attempt = attempt
         self._reply: Reply | None = None
 
-    def _try(self, patient: bool) -> bool:
+    def _try(self, blocking: bool) -> bool:
         if self._reply is None:
-            self._reply = self._attempt(patient)
+            self._reply = self._attempt(blocking)
         return self._reply is not None
 
     def test(self) -> bool:
-        """Ask once more, if need be; whether the reply is there."""
+        """Try again, unless done; whether the reply is there."""
         return self._try(False)
 
     def wait(self) -> Reply:
-        """Ask until the reply is there."""
+        """Try until the reply is there."""
         wait_until(partial(self._try, True))
         assert self._reply is not None
         return self._reply

@@ -1,4 +1,4 @@
-"""Which steps a worker takes: leases, granted by the center, or in equal rounds where all exchange together."""
+"""Which steps a worker computes: leases, granted by the center, or in equal rounds where all exchange together."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,21 +13,21 @@ class Lease(NamedTuple):
 
 
 NONE = Lease(-1, 0)  # no work is left
-# λ_k for a worker that has done so many steps since it was asked last.
+# λ_k of a worker, given its steps since the last call.
 Pace: TypeAlias = Callable[[int, int], int]
 
 
 class SpeedProportional:
     """DyLU: λ_k = max(1, round(λ v_k / max v)), v_k the steps per second of worker k, exchanges included.
 
-    Steps and seconds of the past count half as much with each commit. Equal speeds give λ to all.
+    Earlier steps and seconds count half as much with each commit. Equal speeds give λ to all.
 
     Args:
         period: λ of the fastest worker, in steps.
         now: the clock to measure with, in seconds.
 
-    Source: dynamic local updates of Liu et al. 2024 (arXiv:2401.09135), rounded to the nearest, and measured while it
-    runs.
+    Source: dynamic local updates of Liu et al. 2024 (arXiv:2401.09135), rounded to the nearest, and measured during the
+    run.
 
     >>> clock = iter([0, 0, 10, 20])
     >>> pace = SpeedProportional(10, lambda: next(clock))
@@ -41,7 +41,7 @@ class SpeedProportional:
         self._speeds: dict[int, float] = {}
 
     def __call__(self, worker: int, steps: int) -> int:
-        """λ_k of `worker`, which has done `steps` since it was asked last."""
+        """λ_k of `worker`, which has done `steps` since the last call."""
         time = self._now()
         last, done, seconds = self._measured.get(worker, (time, 0.0, 0.0))
         if steps:
@@ -49,50 +49,50 @@ class SpeedProportional:
         self._measured[worker] = last, done, seconds
         if seconds > 0:
             self._speeds[worker] = done / seconds
-        own = self._speeds.get(worker)
-        return self.period if own is None else max(1, round(self.period * own / max(self._speeds.values())))
+        speed = self._speeds.get(worker)
+        return self.period if speed is None else max(1, round(self.period * speed / max(self._speeds.values())))
 
     def forget(self, worker: int) -> None:
-        """`worker` is gone: the others are no longer measured by its speed."""
+        """`worker` is lost: the others are no longer compared with its speed."""
         self._measured.pop(worker, None)
         self._speeds.pop(worker, None)
 
 
 class Leases:
-    """The center's book of work: which steps are free, leased, committed, or given up.
+    """The center's record of the work: which steps are free, leased, committed, or given up.
 
-    Steps whose commits were refused are granted again, if possible to another worker; when two workers have failed at
-    them, or one three times, they are given up.
+    Steps whose commits were refused are granted again, if possible to another worker; when they have failed on two
+    workers, or on one three times, they are given up.
 
     Args:
         total: steps over all workers, None for no end.
         period: λ, the steps of a lease.
-        pace: gives each worker a λ_k of its own; None: all have λ.
+        pace: λ_k of each worker; None: λ for all.
 
-    >>> book = Leases(total=5, period=2)
-    >>> [book.grant(worker) for worker in (0, 1, 0, 1)]
+    >>> leases = Leases(total=5, period=2)
+    >>> [leases.grant(worker) for worker in (0, 1, 0, 1)]
     [Lease(first=0, steps=2), Lease(first=2, steps=2), Lease(first=4, steps=1), Lease(first=-1, steps=0)]
-    >>> book.refuse(0, Lease(0, 2)), book.grant(1), book.refuse(1, Lease(0, 2)), book.given_up
+    >>> leases.refuse(0, Lease(0, 2)), leases.grant(1), leases.refuse(1, Lease(0, 2)), leases.given_up
     (False, Lease(first=0, steps=2), True, 2)
     """
 
     def __init__(self, total: int | None, period: int, pace: Pace | None = None) -> None:
         self.total, self.period, self.pace = total, period, pace
-        self.total_word = -1 if total is None else total  # as it travels
+        self.encoded_total = -1 if total is None else total  # as in a Commit
         self.given_up = 0  # steps that are neither committed nor granted again
         self._next = 0
-        self._free = deque[Lease]()  # given back: the next is granted from the right; what was refused comes last
+        self._free = deque[Lease]()  # returned: granted from the right; refused ones go to the left
         self._held: dict[int, list[Lease]] = {}
         self._done: dict[int, int] = {}  # steps of a worker since its last grant
-        self._refusals: dict[Lease, list[int]] = {}  # steps whose commits were refused, and of which workers
+        self._refusals: dict[Lease, list[int]] = {}  # by steps: the workers whose commits were refused
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: what is committed and given up; whatever is leased is free for who resumes."""
+        """What a checkpoint stores: what is committed and given up; whatever is leased is free after a resume."""
         free = [list(lease) for lease in sorted(self._open())]
         return {"next": self._next, "free": free, "committed": self.committed, "given_up": self.given_up}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; leases longer than λ are cut."""
+        """Restore `state`; leases longer than λ are cut."""
         self._next, self.given_up = int(state["next"]), int(state.get("given_up", 0))
         for first, steps in reversed(state["free"]):
             for at in reversed(range(first, first + steps, self.period)):
@@ -105,34 +105,34 @@ class Leases:
         claims: Sequence[tuple[int, Lease]],
         given_up: int = 0,
     ) -> list[bool]:
-        """Go on from the book of a lost center, and from what the workers hold by their own word.
+        """Continue from the snapshot of a lost center and the leases that its workers report.
 
-        What nobody claims is free. Refusals are counted anew.
+        Steps that nobody claims are free. Refusals are counted from 0.
 
         Args:
-            next_step, open_steps, given_up: as that center has told them last.
+            next_step, open_steps, given_up: of that center's last snapshot.
             claims: (worker, lease); a lease granted later lies beyond `next_step`.
 
         Returns:
-            Which claims hold: one does not whose steps are committed, given up, or claimed before.
+            For each claim whether it is valid: its steps are not committed, given up, or claimed before.
 
-        >>> book = Leases(total=None, period=2)
-        >>> book.take_over(4, [Lease(0, 4)], [(0, Lease(2, 2)), (1, Lease(6, 2)), (2, Lease(6, 2))])
+        >>> leases = Leases(total=None, period=2)
+        >>> leases.take_over(4, [Lease(0, 4)], [(0, Lease(2, 2)), (1, Lease(6, 2)), (2, Lease(6, 2))])
         [True, True, False]
-        >>> [book.grant(0) for _ in range(3)]
+        >>> [leases.grant(0) for _ in range(3)]
         [Lease(first=0, steps=2), Lease(first=4, steps=2), Lease(first=8, steps=2)]
         """
         end = max([next_step, *(_end(lease) for _, lease in claims)])
         unclaimed = _merged([*open_steps, Lease(next_step, end - next_step)])
-        hold = []
+        valid = []
         for worker, lease in claims:
             around = next((i for i in unclaimed if i.first <= lease.first and _end(lease) <= _end(i)), None)
-            hold.append(around is not None)
+            valid.append(around is not None)
             if around is not None:
                 unclaimed = [piece for i in unclaimed for piece in (_without(i, lease) if i == around else [i])]
                 self._held.setdefault(worker, []).append(lease)
         self.restore({"next": end, "free": sorted(unclaimed), "given_up": given_up})
-        return hold
+        return valid
 
     @property
     def next(self) -> int:
@@ -141,7 +141,7 @@ class Leases:
 
     @property
     def free(self) -> list[Lease]:
-        """Leases that were given back."""
+        """Leases that were returned."""
         return list(self._free)
 
     @property
@@ -169,28 +169,28 @@ class Leases:
     def _open(self) -> list[Lease]:
         return [*self._free, *(lease for held in self._held.values() for lease in held)]
 
-    def grant(self, worker: int, patient: bool = False) -> Lease:
+    def grant(self, worker: int, skip_failed: bool = False) -> Lease:
         """Lease the next free steps to `worker`, NONE if there are none.
 
-        Steps at which this worker has failed before come last; `patient`: leave them to others.
+        Steps at which this worker has failed before come last; `skip_failed`: leave them to others.
         """
         period = self.pace(worker, self._done.pop(worker, 0)) if self.pace else self.period
-        lease = self._take_free(worker, failed=False)
+        lease = self._pop_free(worker, failed=False)
         if lease is None:
             left = period if self.total is None else self.total - self._next
             lease = Lease(self._next, max(0, min(period, left)))
             self._next += lease.steps
-        if not lease.steps and not patient:
-            lease = self._take_free(worker, failed=True) or NONE
+        if not lease.steps and not skip_failed:
+            lease = self._pop_free(worker, failed=True) or NONE
         if not lease.steps:
             return NONE
-        self._give_back(Lease(lease.first + period, lease.steps - period))
+        self._add_free(Lease(lease.first + period, lease.steps - period))
         lease = Lease(lease.first, min(period, lease.steps))
         self._held.setdefault(worker, []).append(lease)
         return lease
 
-    def _take_free(self, worker: int, failed: bool) -> Lease | None:
-        """A free lease at which `worker` has, or has not, failed before."""
+    def _pop_free(self, worker: int, failed: bool) -> Lease | None:
+        """Remove and return a free lease at which `worker` has, or has not, failed before."""
         for i in reversed(range(len(self._free))):
             if (worker in self._failed_at(self._free[i])) == failed:
                 lease = self._free[i]
@@ -199,7 +199,7 @@ class Leases:
         return None
 
     def commit(self, worker: int, done: Lease) -> None:
-        """Book `done`, the first steps of a lease of `worker`; what is left of that lease becomes free.
+        """Record `done`, the first steps of a lease of `worker`, as committed; the rest of that lease becomes free.
 
         Raises ValueError if the worker holds no such lease.
         """
@@ -208,19 +208,19 @@ class Leases:
         lease = self._end_lease(worker, done)
         assert lease is not None
         self._forget_refusals(done)
-        self._give_back(Lease(_end(done), lease.steps - done.steps))
+        self._add_free(Lease(_end(done), lease.steps - done.steps))
 
-    def give_back(self, worker: int, done: Lease) -> None:
-        """Take back the lease whose steps `done` weighed nothing."""
+    def release(self, worker: int, done: Lease) -> None:
+        """Free the lease of `worker` that begins with `done`, whose commit was dropped."""
         lease = self._end_lease(worker, done)
         if lease is not None:
-            self._give_back(lease)
+            self._add_free(lease)
 
     def refuse(self, worker: int, done: Lease) -> bool:
-        """Take back the lease whose steps `done` were refused; whether they are given up.
+        """Free the lease whose steps `done` were refused; returns whether they are given up.
 
         They are if another worker has failed at them, too, or this one for the third time. `done` without steps: the
-        lease was lost by no fault of its own.
+        lease was lost, but its steps did not fail.
         """
         lease = self._end_lease(worker, done)
         if lease is None:
@@ -230,27 +230,27 @@ class Leases:
         self._forget_refusals(done)
         if done.steps and (len(failed) >= 3 or len(set(failed)) > 1):
             self.given_up += done.steps
-            self._give_back(Lease(_end(done), lease.steps - done.steps))
+            self._add_free(Lease(_end(done), lease.steps - done.steps))
             return True
         if done.steps:
             self._refusals[done] = failed
         self._free.appendleft(lease)
         return False
 
-    def release(self, worker: int) -> None:
-        """Take back all that `worker` holds."""
+    def release_all(self, worker: int) -> None:
+        """Free all leases of `worker`."""
         for lease in self._held.pop(worker, []):
-            self._give_back(lease)
+            self._add_free(lease)
 
     def forget(self, worker: int) -> None:
-        """`worker` is gone: take back what it holds, and forget how fast it was."""
-        self.release(worker)
+        """`worker` is lost: free its leases, and forget its speed."""
+        self.release_all(worker)
         self._done.pop(worker, None)
         if isinstance(self.pace, SpeedProportional):
             self.pace.forget(worker)
 
     def _end_lease(self, worker: int, done: Lease) -> Lease | None:
-        """The lease of `worker` that begins with the steps `done`, which it holds no longer; None if there is none."""
+        """Remove and return the lease of `worker` that begins with the steps `done`; None if there is none."""
         held = self._held.get(worker, [])
         lease = next((lease for lease in held if lease.first == done.first), None)
         if lease is not None:
@@ -260,12 +260,12 @@ class Leases:
                 del self._held[worker]
         return lease
 
-    def _give_back(self, lease: Lease) -> None:
+    def _add_free(self, lease: Lease) -> None:
         if lease.steps > 0:
             self._free.append(lease)
 
     def _failed_at(self, steps: Lease) -> list[int]:
-        """The workers whose commits of any of `steps` were refused, as often as that was."""
+        """The workers whose commits of any of `steps` were refused, once per refusal."""
         return [
             worker
             for refused, workers in self._refusals.items()
@@ -284,7 +284,7 @@ def _end(lease: Lease) -> int:
 
 
 def _without(lease: Lease, steps: Lease) -> list[Lease]:
-    """What is left of `lease` without `steps`, in order."""
+    """The rest of `lease` without `steps`, in order."""
     before = Lease(lease.first, min(_end(lease), steps.first) - lease.first)
     last = max(lease.first, _end(steps))
     after = Lease(last, _end(lease) - last)
@@ -305,11 +305,11 @@ def _merged(leases: Sequence[Lease]) -> list[Lease]:
 def rounds(
     total: int | None, period: int, worker: int, workers: int, start: int = 0, free: Sequence[Lease] = ()
 ) -> Iterator[Lease]:
-    """The leases of `worker` where all workers exchange together: equal rounds, the last shared out evenly.
+    """The leases of `worker` where all workers exchange together: equal rounds, the last divided evenly.
 
     A round takes λ consecutive steps for each worker. Every worker sees the same number of rounds; in the last
     one its lease may be empty, and it takes part all the same. `start`: steps that were granted before, of which
-    those of `free` were not taken: they come first.
+    those in `free` were not done: they come first.
 
     >>> [list(rounds(8, 3, worker, 2)) for worker in (0, 1)]
     [[Lease(first=0, steps=3), Lease(first=6, steps=1)], [Lease(first=3, steps=3), Lease(first=7, steps=1)]]

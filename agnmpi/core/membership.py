@@ -1,10 +1,10 @@
-"""Who is alive, and who serves: the one record of it on each rank."""
+"""Who is alive and who serves: the one record of it on each rank."""
 
 from collections.abc import Sequence
 
 
 class Membership:
-    """The ranks of a session, by the numbers that they had when it began.
+    """The ranks of a session, by their numbers when it began.
 
     Args:
         size: ranks of the communicator.
@@ -17,10 +17,10 @@ class Membership:
 
     def __init__(self, size: int, centers: int = 1) -> None:
         self.centers = centers
-        self.ranks = list(range(size))  # by rank of the communicator of now; the dead are in it until it is shrunk
-        self.serving = self.ranks  # likewise, of the communicator that center and workers exchange by
-        self.lost: list[int] = []  # in the order in which it was found out
-        self.hung: list[int] = []  # of these, the ones that live, but do not answer
+        self.ranks = list(range(size))  # by rank of the current communicator; includes the dead until it is shrunk
+        self.serving = self.ranks  # by rank of the communicator of center and workers
+        self.lost: list[int] = []  # in order of detection
+        self.hung: list[int] = []  # of these, alive but unresponsive
 
     @property
     def alive(self) -> list[int]:
@@ -29,15 +29,15 @@ class Membership:
 
     @property
     def count(self) -> int:
-        """Number of workers n in the communicator by which they exchange."""
+        """Number of workers n in the communicator of the center."""
         return len(self.serving) - self.centers
 
     def rank_of(self, worker: int) -> int:
-        """The rank of a worker of the center of now."""
+        """The rank of a worker of the current center."""
         return self.serving[worker + self.centers]
 
     def workers(self) -> list[int]:
-        """Ranks of the workers of the center of now, by worker."""
+        """Ranks of the current center's workers, by worker."""
         return self.serving[self.centers :]
 
     def worker_lost(self, worker: int) -> int:
@@ -47,19 +47,19 @@ class Membership:
         return rank
 
     def shrunk(self, ranks: Sequence[int]) -> list[int]:
-        """These are left, in the order of a new communicator; returns those newly known to be lost."""
+        """`ranks` survive, in the order of a new communicator; returns those newly known to be lost."""
         before, self.ranks = self.ranks, list(ranks)
         return self._lose(sorted(set(before) - set(ranks)))
 
     def left_behind(self, ranks: Sequence[int]) -> None:
-        """These go on without those that do not answer."""
+        """`ranks` continue without those that do not respond."""
         self.hung += self.shrunk(ranks)
 
     def elected(self, ranks: Sequence[int]) -> list[int]:
-        """The first of `ranks`, which are left, serves the others from now on; returns the newly lost."""
-        gone = self.shrunk(ranks)
+        """The first of the surviving `ranks` serves the others from now on; returns the newly lost."""
+        newly_lost = self.shrunk(ranks)
         self.serving = self.ranks
-        return gone
+        return newly_lost
 
     def _lose(self, ranks: Sequence[int]) -> list[int]:
         new = [rank for rank in ranks if rank not in self.lost]

@@ -1,4 +1,4 @@
-"""What travels between a worker and a center: commits, replies, and what a center knows beside c."""
+"""The messages between a worker and a center: commits, replies, and the snapshot of a center's state beside c."""
 
 import struct
 from collections.abc import Iterable
@@ -13,23 +13,23 @@ from .leases import NONE, Lease
 # IDLE: this worker holds no steps, whatever the center thinks; it waits for work, if others hold some.
 PULL, WORK, LEAVE, IDLE = 1, 2, 4, 8
 # Commit.flags: what is known of the payload.
-# NOT_FINITE: its worker has looked, so that the center need not read it once more.
-# MISFIT: no commit to this model; set by the center's end.
+# NOT_FINITE: its worker has checked it, so that the center need not read it again.
+# MISFIT: not a commit to this model; set by the center's end.
 NOT_FINITE, MISFIT = 1, 2
 # Reply.status
-# refused: not finite, or no commit to this model; dropped: of no weight, such as too old
+# refused: not finite, or not a commit to this model; dropped: of weight 0, such as too old
 OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3
-# Reply.control; STOP: give back the work in hand, commit what is done, leave. WAIT: no work is free now, but others
-# hold some that may become free: who asks with IDLE is answered then.
+# Reply.control; STOP: commit the steps done, return the rest of the lease, leave. WAIT: no work is free now, but other
+# workers hold leases that may become free: a request with IDLE is answered then.
 CONTINUE, STOP, WAIT = 0, 1, 2
 _COMMIT = struct.Struct("<11qd")
 _REPLY = struct.Struct("<9q")
 _SNAPSHOT = struct.Struct("<8q")
-_LARGEST = 1 << 42  # bytes of a vector
+_MAX_BYTES = 1 << 42  # of a vector
 
 
 class Commit(NamedTuple):
-    """A message from a worker; without payload a mere request (pull, work, leave).
+    """A message from a worker; without payload only a request (pull, work, leave).
 
     Args:
         worker: index of the sender, 0 … n−1.
@@ -42,9 +42,9 @@ class Commit(NamedTuple):
         flags: NOT_FINITE, MISFIT.
         encoding: of the payload; 0: the vector as it is.
         nbytes: of the payload.
-        total: with WORK and no payload, the steps of the session that this rank knows of; -1 without end.
+        total: with WORK and no payload, this rank's number of steps in the session; -1 without end.
         loss: mean training loss over the steps.
-        payload: the delta (n,); it travels on its own, behind the header.
+        payload: the delta (n,); sent separately, after the header.
 
     >>> Commit.decode(Commit(1, sequence=5, steps=3, loss=0.5).encode()).steps
     3
@@ -65,25 +65,25 @@ class Commit(NamedTuple):
     payload: Array | None = None
 
     def encode(self) -> bytes:
-        """The header, as it travels."""
+        """The header, as it is sent."""
         return _COMMIT.pack(*self[:-1])
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Commit":
-        """Read a header; the payload follows on its own. Raises ValueError for another length."""
+        """Read a header; the payload is a message of its own. Raises ValueError for another length."""
         if len(header) != _COMMIT.size:
             raise ValueError(f"a commit's header has {_COMMIT.size} bytes, not {len(header)}")
         return cls(*_COMMIT.unpack(header))
 
-    def taken_from(self, worker: int, nbytes: int) -> "Commit":
-        """This header as it came from `worker`: with MISFIT if it brings neither nothing nor a vector of `nbytes`.
+    def received_from(self, worker: int, nbytes: int) -> "Commit":
+        """This header as it came from `worker`: with MISFIT unless its payload is empty or a vector of `nbytes`.
 
-        Raises ValueError for a length that cannot be: what follows the header cannot be told from later messages.
+        Raises ValueError for an impossible length: then the payload cannot be told from later messages.
         """
-        if not 0 <= self.nbytes <= _LARGEST:
+        if not 0 <= self.nbytes <= _MAX_BYTES:
             raise ValueError(f"worker {worker} announces {self.nbytes} bytes")
-        whole = self.nbytes in (0, nbytes) and not self.encoding
-        if self.worker == worker and whole and self.steps >= 0 and self.commits == 1:
+        fits = self.nbytes in (0, nbytes) and not self.encoding
+        if self.worker == worker and fits and self.steps >= 0 and self.commits == 1:
             return self
         return self._replace(worker=worker, steps=max(self.steps, 0), commits=1, flags=self.flags | MISFIT)
 
@@ -92,7 +92,7 @@ COMMIT_BYTES = _COMMIT.size
 
 
 class Snapshot(NamedTuple):
-    """What a center knows beside c, clock and `applied`: with these it makes a worker able to take over.
+    """A center's state beside c, clock and `applied`: with all of these a worker can take over as center.
 
     Args:
         served: messages; of two snapshots the later has more.
@@ -100,7 +100,7 @@ class Snapshot(NamedTuple):
         next: first step that was never granted.
         staleness_sum, staleness_max: of the applied commits.
         refused, dropped: commits.
-        given_up: steps of this session that nobody is to take again.
+        given_up: steps of this session that are never granted again.
         open: steps before `next` that are neither committed nor given up.
     """
 
@@ -116,12 +116,12 @@ class Snapshot(NamedTuple):
 
 
 def max_open_leases(workers: int) -> int:
-    """Most intervals of a snapshot that travels; with more it stays, and nobody can go on from there."""
+    """Most intervals of a snapshot that is sent; one with more is left out, and nobody can take over from it."""
     return 4 * workers + 64
 
 
 class Reply(NamedTuple):
-    """The center's answer: the clock of the center that travels with it, and what to do next.
+    """The center's answer: the clock of the center that comes with it, and what to do next.
 
     Args:
         clock: commits applied so far.
@@ -130,7 +130,7 @@ class Reply(NamedTuple):
         work: the lease granted, NONE without.
         steps: local steps in all commits so far.
         checkpoint: steps at the newest checkpoint; workers save their state for it.
-        applied: last sequence applied, by worker; with c, and only where workers are to outlive their center.
+        applied: last sequence applied, by worker; sent with c, and only where a worker may have to take over.
         snapshot: likewise.
 
     >>> Reply.decode(Reply(3, work=Lease(4, 2)).encode())[:4]
@@ -147,26 +147,26 @@ class Reply(NamedTuple):
     snapshot: Snapshot | None = None
 
     def encode(self) -> bytes:
-        """The header, as it travels."""
+        """The header, as it is sent."""
         snapshot = self.snapshot
         if snapshot is not None and len(snapshot.open) > max_open_leases(len(self.applied)):
             snapshot = None
         intervals = -1 if snapshot is None else len(snapshot.open)
         fixed = (self.clock, self.status, self.control, *self.work, self.steps, self.checkpoint)
-        header = _REPLY.pack(*fixed, len(self.applied), intervals) + _words(self.applied)
+        header = _REPLY.pack(*fixed, len(self.applied), intervals) + _int64s(self.applied)
         if snapshot is None:
             return header
-        return header + _SNAPSHOT.pack(*snapshot[:-1]) + _words(n for lease in snapshot.open for n in lease)
+        return header + _SNAPSHOT.pack(*snapshot[:-1]) + _int64s(n for lease in snapshot.open for n in lease)
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Reply":
-        """Read a header at the beginning of `header`. Raises ValueError for what no header can be."""
+        """Read a header at the beginning of `header`. Raises ValueError for an invalid header."""
         if len(header) < _REPLY.size:
             raise ValueError(f"a reply's header cannot have {len(header)} bytes")
         clock, status, control, first, count, steps, checkpoint, workers, intervals = _REPLY.unpack_from(header)
-        words = workers if intervals < 0 else workers + _SNAPSHOT.size // 8 + 2 * intervals
-        if workers < 0 or _REPLY.size + 8 * words > len(header):
-            raise ValueError(f"a reply's header of {len(header)} bytes cannot tell of {workers} workers")
+        count64 = workers if intervals < 0 else workers + _SNAPSHOT.size // 8 + 2 * intervals
+        if workers < 0 or _REPLY.size + 8 * count64 > len(header):
+            raise ValueError(f"a reply's header of {len(header)} bytes cannot describe {workers} workers")
         applied = struct.unpack_from(f"<{workers}q", header, _REPLY.size)
         reply = cls(clock, status, control, Lease(first, count), steps, checkpoint, applied)
         if intervals < 0:
@@ -177,13 +177,13 @@ class Reply(NamedTuple):
         return reply._replace(snapshot=snapshot._replace(open=tuple(map(Lease, numbers[::2], numbers[1::2]))))
 
 
-def _words(numbers: Iterable[int]) -> bytes:
+def _int64s(numbers: Iterable[int]) -> bytes:
     numbers = tuple(numbers)
     return struct.pack(f"<{len(numbers)}q", *numbers)
 
 
 def reply_bytes(workers: int, replicates_state: bool) -> int:
-    """Most bytes of an encoded Reply; `replicates_state`: workers are to outlive their center."""
+    """Most bytes of an encoded Reply; `replicates_state`: a worker may have to take over."""
     if not replicates_state:
         return _REPLY.size
     return _REPLY.size + 8 * workers + _SNAPSHOT.size + 16 * max_open_leases(workers)

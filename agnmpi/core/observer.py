@@ -1,4 +1,4 @@
-"""What an observer of a session is told, on the ranks where it happens."""
+"""The events of a session that an observer sees, on the ranks where they happen."""
 
 from collections.abc import Sequence
 
@@ -8,39 +8,39 @@ from .messages import Commit, Reply
 
 
 class Observer:
-    """Told of what happens in a session; given once, and every method does nothing unless overridden.
+    """Callbacks for the events of a session; every method does nothing unless overridden.
 
     All are called on the thread that serves or trains: they must not block.
     """
 
     def committed(self, commit: Commit, c: Array) -> None:
-        """A commit was applied, and made the center `c` (n,); on each rank that applies."""
+        """A commit was applied, and the center is now `c` (n,); on each rank that applies commits."""
 
     def served(self, commit: Commit, reply: Reply) -> None:
-        """The center has answered a message, whatever it asks."""
+        """The center has replied to a message of any kind."""
 
     def waiting(self) -> None:
         """Between two messages, and at each wake-up of a center that waits for one."""
 
     def left(self) -> None:
-        """All have left; who is there is about to be found out."""
+        """All workers have left; a check of which ranks are alive follows."""
 
     def lost(self, rank: int, held: Sequence[Lease]) -> None:
-        """A worker has died: `rank` as it was at the beginning; what it `held` uncommitted goes to the others."""
+        """A worker has died: `rank` as at the beginning; its uncommitted leases `held` go to the others."""
 
     def given_up(self, lease: Lease) -> None:
-        """The commits of these steps were refused again and again: nobody takes them any more."""
+        """The commits of these steps were refused repeatedly: they are never granted again."""
 
     def alone(self) -> None:
         """This rank was elected, has lost all of its workers, and trains on alone."""
 
     def missing(self, ranks: Sequence[int]) -> None:
-        """When all had left, these ranks were found to be lost."""
+        """After all workers had left, these ranks were found to be lost."""
 
-    def new_center(self, source: str, gone: Sequence[int]) -> None:
-        """The center was lost, and another rank serves; on every rank that is left.
+    def new_center(self, source: str, newly_lost: Sequence[int]) -> None:
+        """The center was lost, and another rank serves; on every surviving rank.
 
         Args:
-            source: where it has begun, in words; told to the new center alone.
-            gone: ranks that were not known to be lost.
+            source: where the new center's state comes from, as text; on the new center alone.
+            newly_lost: ranks that were not known to be lost.
         """

@@ -25,7 +25,7 @@ OnBlock: TypeAlias = Callable[[int], None]
 
 
 class Update(Protocol):
-    """What moves x: see `Optimizer`."""
+    """The type of `Optimizer.update`."""
 
     def __call__(
         self,
@@ -45,19 +45,19 @@ class Optimizer(NamedTuple):
     """A pair of functions over one flat vector; make your own for a worker or for the center.
 
     Args:
-        name: One word, kept in checkpoints: a state is read back by an optimizer of the same name only.
+        name: One word, kept in checkpoints: a state is restored by an optimizer of the same name only.
         init: `init(x) -> state` for the vector x (n,), which it does not change. The state is a NamedTuple; its first
             field is `step`, the int 0, its other fields are the slots: vectors (n,) where x lies (`zeros_like(x)`).
             Checkpoints, fail-over and `get_slot` see slots by these names.
         update: `update(g, state, x, *, step, scale, ranges, on_block) -> state`: one step against the gradient
             scale·g. It moves x and the slots in place, leaves g (n,) as it is, and returns the state with `step` one
             higher.
-            `step`: int, the position of a rate schedule (None, the default: the own count); `scale`: float
+            `step`: int, the position of a rate schedule (None, the default: its own count); `scale`: float
             (default 1.0), −weight at the center, where g is a delta; `ranges`: the pieces (start, stop) of x that
-            have a gradient, in order (None: all of x), the rest and its slots keep still; `on_block`: None, or to be
-            called as `on_block(stop)` whenever x[:stop] will move no more in this step, lastly with the end of the
-            last range: workers are answered from there on.
-        numbers: Its numbers in words, such as "rate 0.1, beta 0.9": ranks whose numbers differ are refused.
+            have a gradient, in order (None: all of x), the rest and its slots do not change; `on_block`: None, or to be
+            called as `on_block(stop)` whenever x[:stop] is final for this step, lastly with the end of the last
+            range: replies are sent from there on.
+        numbers: Its hyperparameters as text, such as "rate 0.1, beta 0.9"; they must be equal on all ranks.
 
     Source: the order of arguments is that of optax (`GradientTransformation`), which returns updates instead.
 
@@ -83,7 +83,7 @@ class Optimizer(NamedTuple):
     numbers: str = ""
 
     def slots(self, state: State) -> dict[str, Array]:
-        """Name the slot vectors of `state`, each (n,). Raises TypeError for what is no state as described above."""
+        """Name the slot vectors of `state`, each (n,). Raises TypeError for a state of another form."""
         names = getattr(state, "_fields", ())
         if names[:1] != ("step",):
             raise TypeError(
@@ -92,7 +92,7 @@ class Optimizer(NamedTuple):
         return {name: getattr(state, name) for name in names[1:]}
 
     def restore(self, state: State, arrays: Mapping[str, Array], step: int) -> State:
-        """Give `state` the slots of a checkpoint, and its count of steps.
+        """Restore the slots and the step count of `state` from a checkpoint.
 
         Args:
             state: of this optimizer, for a vector like the one that was saved; its slots are written to.
@@ -117,7 +117,7 @@ def _fraction(**values: float) -> None:
 
 
 class _Method(NamedTuple):
-    """What tells one of our optimizers from another, and the numbers that all have."""
+    """What distinguishes one of our optimizers from another, and the numbers that all have."""
 
     name: str
     kernel: str  # in HOST and in KERNELS
@@ -126,7 +126,7 @@ class _Method(NamedTuple):
     schedule: Schedule
     weight_decay: float
     clip: float
-    decoupled: bool  # weight decay moves x, and is not seen by the slots
+    decoupled: bool  # weight decay acts on x directly, not on the gradient
 
     def init(self, x: Array) -> State:
         return self.state(0, *(full_like(x, 0) for _ in self.state._fields[1:]))
@@ -217,9 +217,9 @@ def _make(
     if not clip >= 0:
         raise ValueError(f"clip must not be negative, but is {clip!r} (0 means no clipping)")
     method = _Method(name, kernel, state, scalars, schedule, weight_decay, clip, decoupled)
-    told = ["rate schedule" if callable(rate) else f"rate {rate:g}"]
-    told += [f"{key} {value:g}" for key, value in {"weight_decay": weight_decay, "clip": clip, **numbers}.items()]
-    return Optimizer(name, method.init, method.update, ", ".join(told))
+    texts = ["rate schedule" if callable(rate) else f"rate {rate:g}"]
+    texts += [f"{key} {value:g}" for key, value in {"weight_decay": weight_decay, "clip": clip, **numbers}.items()]
+    return Optimizer(name, method.init, method.update, ", ".join(texts))
 
 
 class SgdState(NamedTuple):
@@ -428,19 +428,19 @@ def _adam_like(
     positive("epsilon", epsilon)
 
     def scalars(eta: float, t: int, dtype: np.dtype[Any]) -> Sequence[float]:
-        held1, held2 = _held(beta1, dtype), _held(beta2, dtype)
-        # η m̂/(√v̂ + ε) with both bias corrections drawn into two scalars.
-        root = sqrt(1 - held2**t)
-        return held1, 1 - held1, held2, 1 - held2, epsilon * root, eta * root / (1 - held1**t)
+        b1, b2 = _as_stored(beta1, dtype), _as_stored(beta2, dtype)
+        # η m̂/(√v̂ + ε) with both bias corrections folded into two scalars.
+        root = sqrt(1 - b2**t)
+        return b1, 1 - b1, b2, 1 - b2, epsilon * root, eta * root / (1 - b1**t)
 
     numbers = {"beta1": beta1, "beta2": beta2, "epsilon": epsilon}
     return _make(name, "adam", AdamState, scalars, rate, weight_decay, clip, decoupled, **numbers)
 
 
-def _held(beta: float, dtype: np.dtype[Any]) -> float:
-    """β as `dtype` holds it: of the float32 next to 0.999, 1 − β is not 0.001 but 1.3e-5 of it less."""
-    held = float(dtype.type(beta))
-    return held if held < 1 else beta
+def _as_stored(beta: float, dtype: np.dtype[Any]) -> float:
+    """β rounded to `dtype`: for the float32 nearest 0.999, 1 − β is smaller than 0.001 by 1.3e-5 of it."""
+    stored = float(dtype.type(beta))
+    return stored if stored < 1 else beta
 
 
 def adam(

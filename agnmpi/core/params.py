@@ -14,8 +14,8 @@ Params = Mapping[str, Any]
 def named(params: Any) -> dict[str, Array]:
     """Return `params` as a dict: a mapping as it is, a sequence or one array under the names "0", "1", …
 
-    Raises TypeError for what is no array, or of a dtype that NumPy lacks (bfloat16); ValueError if there is nothing, or
-    for an array on another device than this rank's.
+    Raises TypeError for what is not an array, or of a dtype that NumPy lacks (bfloat16); ValueError if there is
+    nothing, or for an array on another device than this rank's.
 
     >>> list(named([np.zeros(2), np.zeros(3)]))
     ['0', '1']

@@ -1,4 +1,4 @@
-"""The rules of exchange: what a worker commits, when it pulls, how it adopts, how the center weighs.
+"""The rules of exchange: what a worker commits, when it pulls, how it adopts the pull, how the center weighs commits.
 
 Letters: x parameters of the worker; o the center as last pulled; a sum of the raw gradients since then;
 k local steps since then; c center; s staleness; n workers; λ period; η rate; α elastic rate. A rule is pure: it knows
@@ -38,7 +38,7 @@ def _adopt_elastic(x: Array, _sent: Array, delta: Array, _c: Array) -> None:
 
 
 class CommitInfo(NamedTuple):
-    """What a weight may look at: a commit as the center sees it, just before it is applied.
+    """What a weight depends on: a commit as the center sees it, just before it is applied.
 
     Args:
         staleness: s, commits that the center has applied since this worker pulled, at least 0.
@@ -61,19 +61,19 @@ def _full(_commit: CommitInfo) -> float:
 
 
 class Rule(NamedTuple):
-    """A rule of exchange: four small functions, and what it needs. Make your own, or take those of this module.
+    """A rule of exchange: four small functions, and what they need. Write your own, or use those of this module.
 
     The vectors are those of one worker, each (n,) of one dtype, on the host or on its device.
 
     Args:
-        name: One word, for people and for checkpoints.
+        name: One word, for logs and checkpoints.
         delta: `delta(x, o, a, k, out)` writes the commit into `out`: x parameters, o the center as last pulled,
             a the sum of the raw gradients since then (x itself unless `accumulates`), k local steps since then, an int.
         pulls: "after" (default): commit, then pull and adopt; "before": pull, then form the delta against that pull.
         adopt: `adopt(x, sent, delta, c)` moves x after the pull: sent is x when the delta was formed (x itself
             without overlap), c what was pulled. Default: x ← c + (x − sent).
         weight: `weight(commit) -> float` of a `CommitInfo`: the center adds weight·delta, or gives −weight·delta to
-            its optimizer as gradient. A commit of weight 0 is dropped, its worker told, its steps are free again.
+            its optimizer as gradient. A commit of weight 0 is dropped: its reply says so, and its steps are free again.
             Default: 1.
         accumulates: Whether `delta` needs a, a vector of its own at each worker (default False).
         allreduce: Whether all ranks commit together and each keeps the center (default False).
@@ -97,7 +97,7 @@ class Rule(NamedTuple):
 
     @property
     def weighs(self) -> bool:
-        """Whether the center has to weigh commits."""
+        """Whether commits have weights other than 1."""
         return self.weight is not _full
 
 
@@ -122,12 +122,12 @@ def agn(variant: str = "displacement") -> Rule:
     """Accumulated Gradient Normalization: commit (x − o)/k, c ← c + commit, then x ← c.
 
     With constant-rate SGD x − o = Σ −η∇L, so this is the paper's a/λ; with any other local optimizer the accumulator is
-    the displacement, as in the authors' code. k = λ, or fewer steps in the last period. What a round of n commits does
-    to c is n/λ mean displacements: keep n/λ at 2 or below, or use `outer_rate`.
+    the displacement, as in the authors' code. k = λ, or fewer steps in the last period. A round of n commits moves
+    c by n/λ mean displacements: keep n/λ at 2 or below, or use `outer_rate`.
 
     Args:
-        variant: "displacement" (default), or "gradient": commit −a/k with a = Σ∇L, a pseudo-gradient that an optimizer
-            at the center takes, of the same kind as the local one unless another is given.
+        variant: "displacement" (default), or "gradient": commit −a/k with a = Σ∇L, a pseudo-gradient for an optimizer
+            at the center, of the same kind as the local one unless another is given.
 
     Returns:
         The rule.
@@ -199,10 +199,10 @@ def _elastic(name: str, alpha: float) -> Rule:
 def aeasgd(alpha: float) -> Rule:
     """Asynchronous elastic averaging: pull c, d = α(x − c), x ← x − d, c ← c + d.
 
-    Workers keep parameters of their own; x + c is the same before and after an exchange.
+    Each worker keeps its own parameters; an exchange conserves x + c.
 
     Args:
-        alpha: α = ηρ, the part of the way to each other that x and c go in an exchange; in (0, 1].
+        alpha: α = ηρ, the fraction of their distance that x and c move in an exchange; in (0, 1].
 
     Returns:
         The rule.
@@ -222,7 +222,7 @@ def aeasgd(alpha: float) -> Rule:
 
 
 def eamsgd(alpha: float) -> Rule:
-    """AEASGD for workers with Nesterov momentum: the exchange is `aeasgd`'s, the name asks for that local optimizer.
+    """AEASGD for workers with Nesterov momentum: the exchange is that of `aeasgd`; the local optimizer is Nesterov's.
 
     Args:
         alpha: α = ηρ in (0, 1], as of `aeasgd`.
@@ -234,7 +234,7 @@ def eamsgd(alpha: float) -> Rule:
         ValueError: For an α outside of (0, 1].
 
     Source: Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, algorithm 2. There v ← δv − η∇L(x + δv), x ← x + v; our
-    `nesterov` is the same trajectory seen from x + δv, so between two exchanges the two agree.
+    `nesterov` follows the same trajectory in x + δv, so between two exchanges the two agree.
     """
     return _elastic("eamsgd", alpha)
 
@@ -246,7 +246,7 @@ def _mean(commit: CommitInfo) -> float:
 def synchronous() -> Rule:
     """Synchronous: c ← c + the mean of x − o over all ranks, then x ← c.
 
-    λ = 1 is data-parallel SGD, a longer period is local SGD. All ranks work, none serves.
+    λ = 1 is data-parallel SGD, a longer period is local SGD. All ranks train, none serves.
 
     Returns:
         The rule.
@@ -278,8 +278,8 @@ RULES: dict[str, Callable[..., Rule]] = {
 def outer_rate(r: float) -> Weight:
     """Weight rk/n of AGN's commits (x − o)/k: c ← c + (r/n)(x − o).
 
-    k is the commit's own number of steps, so that λ may differ between workers, and the last period counts for what
-    it is.
+    k is the commit's own number of steps, so that λ may differ between workers, and a shorter last period counts
+    less.
 
     Args:
         r: Effective outer rate of a round of n commits, whatever n and λ are; positive. r = 1 averages the
@@ -306,7 +306,7 @@ def outer_rate(r: float) -> Weight:
 
 
 def staleness_power(a: float) -> Weight:
-    """Weight min(1, ((1 + E[s])/(1 + s))^a), E[s] = n − 1: commits of ordinary staleness stay whole.
+    """Weight min(1, ((1 + E[s])/(1 + s))^a), E[s] = n − 1: commits of ordinary staleness keep weight 1.
 
     Args:
         a: The power, at least 0; 0 is AGN, 1 halves a commit of twice the ordinary staleness.
@@ -334,9 +334,9 @@ def staleness_power(a: float) -> Weight:
 
 
 def staleness_cap(cap: int) -> Weight:
-    """Weight 1 up to staleness `cap`, 0 above: what is too old is dropped, and its worker pulls afresh.
+    """Weight 1 up to staleness `cap`, 0 above: a staler commit is dropped, and its worker pulls again.
 
-    The steps of what is dropped are free again.
+    The steps of a dropped commit are free again.
 
     Args:
         cap: Largest staleness that counts, in commits, at least 0; equal workers have n − 1.
@@ -372,7 +372,7 @@ def weighted(rule: Rule, *weights: Weight) -> Rule:
         A rule of the same name; `rule` itself without any weights.
 
     Raises:
-        ValueError: For an elastic rule, which takes from x what it adds to c, and for one that goes by Allreduce.
+        ValueError: For an elastic rule, which subtracts from x what it adds to c, and for one that uses Allreduce.
 
     >>> weighted(agn(), outer_rate(1.0), staleness_cap(8)).weight(CommitInfo(9, steps=10, workers=4))
     0.0
@@ -380,7 +380,7 @@ def weighted(rule: Rule, *weights: Weight) -> Rule:
     if not weights:
         return rule
     if rule.pulls == "before" or rule.allreduce:
-        raise ValueError(f"rule {rule.name} takes no further weights; they are of agn, downpour and dynsgd")
+        raise ValueError(f"rule {rule.name} takes no further weights; only agn, downpour and dynsgd do")
     factors = (rule.weight, *weights)
 
     def weight(commit: CommitInfo) -> float:
@@ -400,9 +400,9 @@ def center_step(
 ) -> Any:
     """Move the center in place: c ← c + weight·delta, or one step of `optimizer` on −weight·delta.
 
-    `c`, `delta`: (n,); `delta` is not changed; `steps`: local steps in all earlier commits, where the schedule of
-    the center's rate stands; `on_block`: called after each block, with its end, up to where c moves no more. Returns
-    the new state of the optimizer.
+    `c`, `delta`: (n,); `delta` is not changed; `steps`: local steps in all earlier commits, the position of the
+    center's rate schedule; `on_block`: called after each block with its end: c is final up to there. Returns the new
+    state of the optimizer.
     """
     if optimizer is not None:
         return optimizer.update(delta, state, c, scale=-weight, step=steps, on_block=on_block)
@@ -411,7 +411,7 @@ def center_step(
         if on_block:
             on_block(c.size)
         return state
-    plain = weight == 1.0  # then nothing is read twice, and blocks are there for `on_block` alone
+    plain = weight == 1.0  # then nothing is read twice, and blocks serve `on_block` alone
     (s,) = (c,) if plain else scratch(c, 1)
     size = (_LONG if on_block else c.size) if plain else None
     for part in blocks(c, size=size):

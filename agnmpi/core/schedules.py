@@ -1,6 +1,6 @@
-"""Rate schedules: η by the number of the step, which counts the steps of all workers together, from 0.
+"""Learning-rate schedules: η by the number of the step, counted over all workers together, from 0.
 
-A schedule is a function `schedule(step) -> rate`; write your own, or put these together. Every rank must give the same.
+A schedule is a function `schedule(step) -> rate`; write your own, or combine these. It must be the same on every rank.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ SCHEDULES = ("constant", "step", "cosine")
 
 
 def positive(name: str, value: float) -> None:
-    """Raise ValueError for what is no positive, finite number."""
+    """Raise ValueError unless `value` is a positive, finite number."""
     if not (value > 0 and isfinite(value)):
         raise ValueError(f"{name} must be a positive number, not {value!r}")
 
 
 def constant(rate: float) -> Schedule:
-    """The rate η at every step; what a number in place of a schedule means.
+    """The rate η at every step; what a number in place of a schedule stands for.
 
     Args:
         rate: η, positive.
@@ -37,12 +37,12 @@ def constant(rate: float) -> Schedule:
 
 
 def step_decay(rate: float, every: int, factor: float = 0.1) -> Schedule:
-    """η·factor^⌊step/every⌋: the rate falls by a factor after each `every` steps.
+    """η·factor^⌊step/every⌋: the rate drops by a factor after every `every` steps.
 
     Args:
         rate: η, the rate at first; positive.
-        every: Steps between two falls, counted over all workers; positive.
-        factor: What is left of the rate at each fall; positive (default 0.1).
+        every: Steps between two drops, counted over all workers; positive.
+        factor: The rate is multiplied by it at each drop; positive (default 0.1).
 
     Returns:
         The schedule.
@@ -86,7 +86,7 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
     """`schedule` times min(1, (step + 1)/steps): its first steps rise linearly.
 
     Args:
-        schedule: What to begin gently; it goes on counting from step 0.
+        schedule: The schedule to warm up; it, too, counts from step 0.
         steps: Length of the rise in steps, counted over all workers; positive.
 
     Returns:

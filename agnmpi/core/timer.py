@@ -1,4 +1,4 @@
-"""When something is due."""
+"""Periodic events."""
 
 import time
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Every:
 
     def __call__(self, step: float = 0) -> bool:
         """Whether an interval has ended since the last time this was true."""
-        at = step if self._now is None else self._now() - self._start
-        count = int(at / self._interval + 1e-9)
+        elapsed = step if self._now is None else self._now() - self._start
+        count = int(elapsed / self._interval + 1e-9)
         due, self._seen = count > self._seen, count
         return due

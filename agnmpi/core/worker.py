@@ -1,7 +1,7 @@
-"""A worker: a value and its three steps, and the one loop that drives them.
+"""A worker: its state and three steps, and the one loop that drives them.
 
-What must wait is written as a generator of the handles to wait for: over MPI each is waited for at once; a driver with
-a clock of its own (`simulate`) takes it up again when the handle is done.
+Code that must wait is a generator of the handles to wait for: over MPI each is waited for at once; a driver with a
+virtual clock (`simulate`) resumes it when the handle is done.
 """
 
 from collections import deque
@@ -20,40 +20,40 @@ from .rules import Rule
 
 
 class Phase(Enum):
-    """Where a worker is in its life."""
+    """The phase of a worker."""
 
     NEW = auto()  # has not begun
     RESUMED = auto()  # likewise, with the state of a checkpoint
     TRAINING = auto()  # has begun from the center
-    LEAVING = auto()  # has said farewell; the others go on
+    LEAVING = auto()  # has sent its last message; the others go on
     LEFT = auto()  # has the final center; may begin another session
     ELECTED = auto()  # this rank serves now
 
 
 class _Buffers:
-    """The vectors (n,) of the exchanges, beside x and o.
+    """The vectors (n,) of an exchange, beside x and o.
 
-    `sent` is x when the delta was formed, x itself where nothing moves it meanwhile; MPI writes into `pulled`, which is
-    o itself where o need not stay whole.
+    `sent` is x when the delta was formed, x itself where nothing changes it meanwhile; MPI writes into `pulled`, which
+    is o itself where o may be overwritten during a pull.
     """
 
-    def __init__(self, x: Array, o: Array, keeps_sent: bool, keeps_o: bool) -> None:
+    def __init__(self, x: Array, o: Array, copy_sent: bool, double_buffer: bool) -> None:
         self.delta = empty_like(x)
-        self.sent = empty_like(x) if keeps_sent else x
-        self.pulled = empty_like(x) if keeps_o else o
+        self.sent = empty_like(x) if copy_sent else x
+        self.pulled = empty_like(x) if double_buffer else o
 
 
 class Worker:
-    """Parameters, what they were at the last pull, and the work in hand.
+    """The parameters x, the center o as last pulled, and the leases of a worker.
 
     Args:
         x: (n,) parameters, moved in place.
         rule: of the exchange.
         optimizer: the local optimizer, None if the caller moves x.
-        end: by which the center is reached.
+        end: the connection to the center.
         index: 0 … n−1.
         overlap: compute the next period while the exchange of the last is under way.
-        double_buffer: keep `o` whole while the next pull comes in: if the center is lost, another may go on from there.
+        double_buffer: keep `o` intact during the next pull: if the center is lost, this rank may take over with it.
 
     Raises:
         ValueError: the rule needs gradients, and there is no optimizer.
@@ -92,33 +92,33 @@ class Worker:
         self.x, self.rule, self.optimizer, self.end, self.index = x, rule, optimizer, end, index
         self.overlap, self.phase = overlap, Phase.NEW
         self.state: Any = optimizer.init(x) if optimizer else None
-        self.parted = x  # what x was when this worker left, before it took the final center
+        self.x_at_leave = x  # x when this worker left, before the final center replaced it
         self.o = empty_like(x)  # the center as last pulled
         self.a = namespace(x).zeros_like(x) if rule.accumulates else x
         self._buffers = _Buffers(x, self.o, overlap, overlap or double_buffer)
-        self.last_reply: Reply | None = None  # with o
-        self.pulls = 0  # times that o was pulled
+        self.last_reply: Reply | None = None  # to the last pull
+        self.pulls = 0  # number of pulls
         self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
-        self.before = 0  # steps of all workers in earlier sessions: schedules go on
+        self.before = 0  # steps of all workers in earlier sessions: schedules continue
         self.sequence = 0  # commits sent
-        self.checkpoint = 0  # steps at the newest checkpoint: this worker's state belongs to it
-        self.leases: deque[Lease] = deque()  # the first is under way
-        self.done = 0  # steps of it since the last exchange was started
+        self.checkpoint = 0  # steps at the newest checkpoint: this worker's state is saved for it
+        self.leases: deque[Lease] = deque()  # the first is being computed
+        self.done = 0  # steps of the first lease since the last exchange was started
         self._loss = 0.0  # of these, summed
-        self.dropped = 0  # steps that no round took, because another rank broke off
-        self._work_may_come = False  # others hold some
+        self.dropped = 0  # steps that entered no round, because another rank left early
+        self._work_may_come = False  # other workers hold leases
         self._commit: Commit | None = None
-        self._handle: Handle | None = None  # of the exchange under way, or of the farewell
+        self._handle: Handle | None = None  # of the exchange under way, or of leaving
 
     @property
     def clock(self) -> int:
-        """The center's when it was last pulled."""
+        """The center's clock at the last pull."""
         return self.last_reply.clock if self.last_reply else 0
 
     @property
     def elected(self) -> bool:
-        """Whether this rank serves now, and trains no more."""
+        """Whether this rank serves now, instead of training."""
         return self.phase is Phase.ELECTED
 
     @property
@@ -128,12 +128,12 @@ class Worker:
 
     @property
     def under_way(self) -> Commit | None:
-        """The commit that was formed, and not answered yet."""
+        """The commit that was formed and has no reply yet."""
         return self._commit
 
     @property
     def step_number(self) -> int:
-        """Number, over all workers, of the step to take next."""
+        """Number of the next step, counted over all workers."""
         return self.leases[0].first + self.done
 
     def local_step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
@@ -160,7 +160,7 @@ class Worker:
         self._loss += loss
 
     def step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
-        """The loop's body: a `local_step`, and the exchange when the period is full."""
+        """The loop's body: a `local_step`, and the exchange when the period is complete."""
         self.local_step(g, loss, ranges)
         try:
             run_waits(self.waits_after_step())
@@ -168,7 +168,7 @@ class Worker:
             self._retire()
 
     def waits_after_step(self) -> Waits[None]:
-        """After a local step: the exchange, if the period is full; else take in one that is done."""
+        """After a local step: the exchange, if the period is complete; else finish the previous one, if it is done."""
         if self.done == self.leases[0].steps:
             yield from self._exchange()
         elif self._handle is not None and self._handle.test():
@@ -190,7 +190,7 @@ class Worker:
         lease, steps, loss = self.leases.popleft(), self.done, self._loss
         if self.rule.pulls == "after":
             flags = self._form_delta(steps)
-        else:  # the delta is formed when the pull is there; with overlap x has moved on by then
+        else:  # the delta is formed after the pull; with overlap x has changed by then
             flags = NOT_FINITE if self.overlap and not all_finite(self.x) else 0
         if self.rule.accumulates:
             self.a[...] = 0
@@ -207,7 +207,7 @@ class Worker:
         return 0 if all_finite(delta) else NOT_FINITE
 
     def finish_exchange(self) -> None:
-        """Wait for the exchange under way, if any, and adopt what it brings."""
+        """Wait for the exchange under way, if any, and adopt its pull."""
         if self._handle is not None:
             run_waits(self._finish_exchange())
 
@@ -217,32 +217,34 @@ class Worker:
         handle, self._handle = self._handle, None
         yield handle
         reply = handle.wait()
-        self._keep_pull(reply)
+        self._swap_in_pull(reply)
         if self.rule.pulls == "before":
             commit, flags = self._commit, self._form_delta(self._commit.steps)
-            if self.overlap and flags and not commit.flags:  # the steps since have spoiled x: these were good
+            if (
+                self.overlap and flags and not commit.flags
+            ):  # x became non-finite in later steps: this commit's were fine
                 commit = commit._replace(steps=0)
             self._commit = commit._replace(clock=self.clock, flags=flags)
             handle = self.end.exchange(self._commit, None)
             yield handle
             reply = handle.wait()
         if reply.status == REFUSED:
-            self._start_afresh()
-        else:  # where the commit was dropped, what the reply has brought is adopted all the same
+            self._reset()
+        else:  # the pull is adopted even where the commit was dropped
             self.rule.adopt(self.x, self._buffers.sent, self._buffers.delta, self.o)
         self._commit = None
-        self._follow(reply)
+        self._obey(reply)
 
-    def _keep_pull(self, reply: Reply) -> None:
-        """A pull is there, whole: it is o from now on."""
+    def _swap_in_pull(self, reply: Reply) -> None:
+        """A pull is complete: it becomes o."""
         self.o, self._buffers.pulled = self._buffers.pulled, self.o
         self.last_reply = reply
         self.pulls += 1
 
-    def _start_afresh(self) -> None:
-        """The last commit was refused: neither x nor the slots can be trusted, nor what was computed since."""
+    def _reset(self) -> None:
+        """The last commit was refused: x, the slots and all steps since are discarded."""
         self.x[...] = self.o
-        self.done, self._loss = 0, 0.0  # with overlap: the lease in hand is begun anew
+        self.done, self._loss = 0, 0.0  # with overlap: the current lease starts again
         if self.rule.accumulates:
             self.a[...] = 0
         if self.optimizer is not None:
@@ -252,24 +254,24 @@ class Worker:
     def _exchange(self) -> Waits[None]:
         if self._handle is not None:
             yield from self._finish_exchange()
-        if not self.leases or self.done < self.leases[0].steps:  # the center said stop, or refused, meanwhile
+        if not self.leases or self.done < self.leases[0].steps:  # the reply was STOP or REFUSED
             return
         self.start_exchange()
         if not self.overlap or not self.leases:
             yield from self._finish_exchange()
 
-    def _follow(self, reply: Reply) -> None:
-        """Do what the center says: stop, or go on with the work that it has granted."""
+    def _obey(self, reply: Reply) -> None:
+        """Do what the center says: stop, or go on with the lease that it grants."""
         self.checkpoint = max(self.checkpoint, reply.checkpoint)
         self._work_may_come = reply.control == WAIT
-        if reply.control == STOP and self.rule.allreduce:  # there is no further round: with overlap, steps are dropped
+        if reply.control == STOP and self.rule.allreduce:  # no further round: with overlap, steps are dropped
             self.leases.clear()
             self.dropped += self.done
             self.done, self._loss = 0, 0.0
         elif reply.control == STOP:
             while len(self.leases) > (self.done > 0):
                 self.leases.pop()
-            if self.leases:  # commit what is done of it
+            if self.leases:  # commit its steps done so far
                 self.leases[0] = Lease(self.leases[0].first, self.done)
         elif reply.work.first >= 0:
             self.leases.append(reply.work)
@@ -277,34 +279,34 @@ class Worker:
     # --- a session ---
 
     def begin(self) -> None:
-        """Start from the center, whatever x was, and ask for work (for two periods with overlap)."""
+        """Start from the center, whatever x was, and request work (for two periods with overlap)."""
         run_waits(self.waits_to_begin())
 
     def waits_to_begin(self) -> Waits[None]:
         """As `begin`."""
         yield from self.waits_to_settle()
-        self.parted = self.x
+        self.x_at_leave = self.x
         handle = self.end.exchange(self._request(), self._buffers.pulled)
         yield handle
         reply = handle.wait()
-        self._keep_pull(reply)
+        self._swap_in_pull(reply)
         if not (self.phase is Phase.RESUMED and self.rule.pulls == "before"):
             self.x[...] = self.o
         self.phase = Phase.TRAINING
-        self._follow(reply)
+        self._obey(reply)
         if self.overlap and self.leases:
             handle = self.end.exchange(self._request(), None)
             yield handle
-            self._follow(handle.wait())
+            self._obey(handle.wait())
 
     def _request(self, requests: int = 0) -> Commit:
-        """A message that asks for work, and brings nothing."""
+        """A message that requests work, without a delta."""
         return Commit(self.index, requests=WORK | requests, total=-1 if self.total is None else self.total)
 
     def waits_for_work(self) -> Waits[bool]:
-        """Until there is a step to take; false if there is none left for this worker."""
+        """Wait for a step to compute; false if there is none left for this worker."""
         while not self.leases or self.done >= self.leases[0].steps:
-            if self.leases:  # a lease of nothing in a round of all, or one cut short by STOP
+            if self.leases:  # an empty lease of an Allreduce round, or one cut short by STOP
                 yield from self._exchange()
             elif self._handle is not None:
                 yield from self._finish_exchange()
@@ -315,21 +317,21 @@ class Worker:
         return True
 
     def _wait_for_work(self) -> Waits[None]:
-        """Others hold work that may become free: by a break, a refusal, or the loss of a rank. Ask once, and wait."""
+        """Other workers hold leases that a break, a refusal or a lost rank may free: ask once, and wait."""
         handle = self.end.exchange(self._request(IDLE | PULL), self._buffers.pulled)
         yield handle
         reply = handle.wait()
-        self._keep_pull(reply)
+        self._swap_in_pull(reply)
         if self.rule.pulls == "after":  # nothing was computed since the last pull
             self.x[...] = self.o
-        self._follow(reply)
+        self._obey(reply)
 
     def steps(self) -> Generator[int, None, None]:
         """Yield the number of each step granted to this worker; the caller then calls `step`, once.
 
         Begins from the center; at the end commits a partial period and leaves, with the final center in x. After
-        a `break` the same, but the final center is there after `settle`. Ends early where this rank is elected to
-        serve.
+        a `break` the same, but x is the final center only after `settle`. Ends early where this rank is elected
+        to serve.
         """
         try:
             self.begin()
@@ -337,8 +339,8 @@ class Worker:
                 while run_waits(self.waits_for_work()):
                     yield self.step_number
             except GeneratorExit:
-                # A break, or an exception in the caller's loop on its way up: do not wait for the others here, or the
-                # traceback would show when they are done. `settle` waits.
+                # A break, or an exception in the caller's loop: do not wait for the others here, or its traceback would
+                # appear only when they are done. `settle` waits.
                 self.leave()
                 raise
             self.leave()
@@ -354,7 +356,7 @@ class Worker:
         self._handle = self._commit = None
 
     def leave(self) -> None:
-        """Finish the exchange under way, commit what is done, and say farewell, without waiting for the answer."""
+        """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply."""
         try:
             run_waits(self.waits_to_leave())
         except Elected:
@@ -365,13 +367,13 @@ class Worker:
         if self.elected or self.leaving:
             return
         if self._commit is not None and self._handle is None:
-            return  # an exchange has failed: its exception is on its way up, and nothing may hold it back
+            return  # an exchange has failed: its exception is propagating, and must not be delayed
         if self._handle is not None:
             yield from self._finish_exchange()
         last: Commit | None = None
         if self.done and self.rule.pulls == "before":
             self.start_exchange()
-            yield from self._finish_exchange()  # the work that it was granted goes back with the farewell
+            yield from self._finish_exchange()  # leaving returns the lease that it was granted
         elif self.done:
             self._commit = last = self._form_commit(0)
         self.leases.clear()
@@ -379,7 +381,7 @@ class Worker:
         self.phase = Phase.LEAVING
 
     def settle(self) -> None:
-        """After leaving: wait until all workers have left, and take the final center into x and o.
+        """After leaving: wait until all workers have left, and copy the final center to x and o.
 
         Or until this rank is elected to serve the others.
         """
@@ -395,22 +397,22 @@ class Worker:
         assert self._handle is not None
         yield self._handle
         reply = self._handle.wait()
-        self._keep_pull(reply)
+        self._swap_in_pull(reply)
         self.before = reply.steps
         self._handle = self._commit = None
         self.phase = Phase.LEFT
-        self.parted = self.x.copy() if self.rule.pulls == "before" else self.x
+        self.x_at_leave = self.x.copy() if self.rule.pulls == "before" else self.x
         self.x[...] = self.o
 
     # --- a checkpoint ---
 
     def save(self, copied: bool = True) -> tuple[dict[str, Array], dict[str, Any]]:
-        """What a checkpoint keeps of this worker, between two periods: x, o and the slots, and facts.
+        """What a checkpoint stores of this worker, between two periods: x, o, the slots, and metadata.
 
-        `copied`: to the host, for a thread that writes while training goes on; else the vectors themselves.
+        `copied`: to the host, for a thread that writes while training continues; else the vectors themselves.
         """
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
-        arrays = {"x": self.parted, "o": self.o} | {f"slot/{name}": slot for name, slot in slots.items()}
+        arrays = {"x": self.x_at_leave, "o": self.o} | {f"slot/{name}": slot for name, slot in slots.items()}
         if copied:
             arrays = {name: host_copy(x) for name, x in arrays.items()}
         return arrays, {
@@ -421,7 +423,7 @@ class Worker:
         }
 
     def restore(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
-        """Go on from what `save` has kept. Raises ValueError for another optimizer or another model."""
+        """Restore what `save` returned. Raises ValueError for another optimizer or another model."""
         name = self.optimizer.name if self.optimizer else None
         if facts["optimizer"] != name or arrays["x"].shape != self.x.shape:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a new center is restored from: the last pull of the rank that was elected, or a checkpoint."""
+"""The state that a new center is restored from: the last pull of the elected rank, or a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -12,25 +12,25 @@ Saved: TypeAlias = tuple[Mapping[str, Array], Mapping[str, Any]]  # a checkpoint
 
 
 class CenterState(NamedTuple):
-    """A center at some moment of the past."""
+    """The state of a center at an earlier time."""
 
     c: Array  # (n,)
     clock: int
     steps: int
-    served: int  # messages served: of two states the later has more; -1: of the beginning
+    served: int  # messages served: of two states the later has more; -1: the initial state
     session: int
     refused: int
     dropped: int
     given_up: int
     staleness: tuple[int, int]  # sum, maximum
-    checkpoint: int  # steps at the newest checkpoint of then
+    checkpoint: int  # steps at its newest checkpoint
     applied: Mapping[int, int]  # last sequence applied, by rank
     leases: Mapping[str, Any]  # next step never granted; steps before it that are not committed
-    source: str  # in words
+    source: str  # description
 
     @classmethod
     def pulled(cls, worker: Worker, ranks: Sequence[int]) -> "CenterState":
-        """The center as `worker` has pulled it last, its own x if it never has; `ranks`: of the workers of then."""
+        """The center as last pulled by `worker`, its own x if it never has; `ranks`: of that center's workers."""
         reply = worker.last_reply or Reply(0)
         snapshot = reply.snapshot or Snapshot(served=-1)
         source = f"its last pull, clock {reply.clock}" if worker.last_reply else "the beginning"
@@ -52,7 +52,7 @@ class CenterState(NamedTuple):
 
     @classmethod
     def saved(cls, saved: Saved) -> "CenterState":
-        """The center of a checkpoint, which names workers by rank: another center may have numbered them anew."""
+        """The center of a checkpoint, which names workers by rank: another center may number them differently."""
         arrays, facts = saved
         return cls(
             c=arrays["c"],
@@ -72,14 +72,14 @@ class CenterState(NamedTuple):
 
 
 def with_slots(
-    state: CenterState, optimizer: Optimizer | None, own: Any, saved: Saved | None
+    state: CenterState, optimizer: Optimizer | None, initial: Any, saved: Saved | None
 ) -> tuple[dict[str, Array], dict[str, Any], str]:
-    """Arrays and facts as `Center.restore` takes them, and where they come from, in words.
+    """Arrays and facts for `Center.restore`, and a description of their source.
 
-    A pull brings c alone: the slots of the center optimizer come from the newest checkpoint, or else are those of
-    its `own` state, which is new.
+    A pull holds c alone: the slots of the center optimizer come from the newest checkpoint, or else from its `initial`
+    state.
     """
-    slots, step, source = optimizer.slots(own) if optimizer else {}, 0, state.source
+    slots, step, source = optimizer.slots(initial) if optimizer else {}, 0, state.source
     if saved is not None and all(f"slot/{name}" in saved[0] for name in slots):
         slots = {name: saved[0][f"slot/{name}"] for name in slots}
         step = saved[1]["center_optimizer_step"]

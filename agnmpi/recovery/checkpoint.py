@@ -1,4 +1,4 @@
-"""Checkpoints: folders of sealed files, one for each center and worker."""
+"""Checkpoints: folders of files with checksums, one for each center and worker."""
 
 import hashlib
 import json
@@ -16,21 +16,21 @@ from .files import chunks, load, load_facts, save, signature
 
 
 def seal(path: Path, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
-    """Write arrays and facts (whatever JSON has words for) with a checksum over all of it; copies no array."""
+    """Write arrays and facts (any JSON) with a checksum over all of it; copies no array."""
     text = json.dumps(dict(facts), sort_keys=True)
     save(path, arrays, {"agnmpi": text}, hashlib.sha256(text.encode()))
 
 
 def unseal(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read what `seal` wrote. Raises ValueError if it is not whole, OSError if it cannot be read."""
-    arrays, said = load(path)
-    text = said.get("agnmpi", "")
+    arrays, metadata = load(path)
+    text = metadata.get("agnmpi", "")
     digest = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         digest.update(signature(name, arrays[name]))
         for chunk in chunks(arrays[name]):
             digest.update(chunk)
-    if said.get("sha256") != digest.hexdigest():
+    if metadata.get("sha256") != digest.hexdigest():
         raise ValueError(f"{path} does not match its checksum")
     return arrays, dict(json.loads(text))
 
@@ -52,14 +52,14 @@ def _is_layout(value: Any) -> bool:
 
 
 def _is_leases(value: Any) -> bool:
-    if value is None:  # the work is shared out elsewhere
+    if value is None:  # the work is divided elsewhere
         return True
     counts = isinstance(value, dict) and all(_whole_number(value.get(key)) for key in ("next", "committed"))
     free = value.get("free") if counts else None
     return isinstance(free, list) and all(_whole_numbers(lease) and len(lease) == 2 for lease in free)
 
 
-# What the facts of a center's file must say, and what makes each right.
+# Facts that a center's file must have, and a check of each.
 _FACTS: Mapping[str, Callable[[Any], bool]] = {
     "centers": lambda value: _whole_number(value) and value > 0,
     "workers": _whole_number,
@@ -74,13 +74,13 @@ _FACTS: Mapping[str, Callable[[Any], bool]] = {
     "center_optimizer_step": _whole_number,
     "leases": _is_leases,
 }
-# And those of the first, which grants the work.
+# Further ones of the first center, which grants the work.
 _PROGRESS: Mapping[str, Callable[[Any], bool]] = {
     "samples": _whole_number,
     "seconds": lambda value: isinstance(value, int | float) and value >= 0,
 }
 
-# What may be missing: files of earlier releases do not have it.
+# Optional: files of earlier releases do not have them.
 _OPTIONAL: Mapping[str, Callable[[Any], bool]] = {
     "data": lambda value: isinstance(value, dict),
     "processed": _whole_numbers,
@@ -89,7 +89,7 @@ _OPTIONAL: Mapping[str, Callable[[Any], bool]] = {
 
 
 def check_facts(facts: Mapping[str, Any], name: str, first: bool = True) -> None:
-    """Raise ValueError, naming the first that is wrong, unless `facts` are those of a center's file.
+    """Raise ValueError, naming the first wrong one, unless `facts` are those of a center's file.
 
     Args:
         facts: as read.
@@ -97,21 +97,21 @@ def check_facts(facts: Mapping[str, Any], name: str, first: bool = True) -> None
         first: whether of the first center.
     """
     needed = {**_FACTS, **(_PROGRESS if first else {})}
-    for fact, right in {**needed, **_OPTIONAL}.items():
+    for fact, is_valid in {**needed, **_OPTIONAL}.items():
         if fact not in facts and fact in needed:
             raise ValueError(f"{name} does not say {fact!r}: it is no checkpoint of a center")
-        if fact in facts and not right(facts[fact]):
-            said = repr(facts[fact])
-            raise ValueError(f"{name} says that {fact!r} is {said[:80]}, which cannot be")
+        if fact in facts and not is_valid(facts[fact]):
+            value = repr(facts[fact])
+            raise ValueError(f"{name} says that {fact!r} is {value[:80]}, which cannot be")
 
 
 def folder(run: Path, steps: int) -> Path:
-    """Where the checkpoint after `steps` local steps lies."""
+    """Directory of the checkpoint after `steps` local steps."""
     return run / "checkpoints" / f"step-{steps:012d}"
 
 
 def folders(run: Path) -> list[Path]:
-    """All checkpoints of a run, the newest first, whole or not."""
+    """All checkpoints of a run, the newest first, complete or not."""
     return sorted((run / "checkpoints").glob("step-*"), reverse=True)
 
 
@@ -126,14 +126,14 @@ def worker_file(folder: Path, worker: int) -> Path:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Read what the first center has said, without its vectors, and see that all its blocks are of one cut.
+    """Read the facts of the first center, without its vectors, and check that all blocks are of one cut.
 
-    Raises ValueError for facts that cannot be, or blocks of different commits; OSError for missing files.
+    Raises ValueError for invalid facts, or blocks of different commits; OSError for missing files.
     """
     facts = _facts_of(center_file(folder), first=True)
     for i in range(1, facts["centers"]):
         other = _facts_of(center_file(folder, i), first=False)
-        # Equal where the cut is one; where no cut can be made, they say so themselves.
+        # Equal in a consistent cut; where there can be none, the facts say so.
         if facts.get("consistent", True) and _cut(other) != _cut(facts):
             raise ValueError(f"{folder}: the blocks of centers 0 and {i} do not hold the same commits")
     return facts
@@ -151,23 +151,23 @@ def _facts_of(path: Path, first: bool) -> dict[str, Any]:
 
 
 def _cut(facts: Mapping[str, Any]) -> Any:
-    """Which commits a block holds, or has refused: last sequence, by worker."""
+    """The commits that a block contains, or has refused: last sequence, by worker."""
     return facts.get("processed", facts["applied"])
 
 
 def read_span(folder: Path, facts: Mapping[str, Any], span: slice) -> dict[str, Array]:
-    """Read c and the slots, from element `span.start` to `span.stop`; each file that holds a part of it, once.
+    """Read c and the slots, from element `span.start` to `span.stop`; each file that contains part of it, once.
 
     Args:
         folder: of the checkpoint.
-        facts: what `read_facts` found there.
-        span: of the whole vectors; open ends are their ends.
+        facts: from `read_facts`.
+        span: of the whole vectors; open ends are theirs.
 
     Returns:
-        The arrays of one center, by name: those of the file itself if it holds just this span.
+        The arrays of one center, by name: those of the file itself if it contains just this span.
 
     Raises:
-        ValueError: a file is not whole, or not of the length that the others leave it.
+        ValueError: a file is incomplete, or of another length than the others imply.
         OSError: a file cannot be read.
     """
     size = facts["layout"]["offsets"][-1]
@@ -185,11 +185,13 @@ def read_span(folder: Path, facts: Mapping[str, Any], span: slice) -> dict[str, 
             )
         whole = (low, high) == (block.start, block.stop)
         for name, x in arrays.items():
-            part = x if whole else x[low - block.start : high - block.start].copy()  # what is not needed may go
+            part = (
+                x if whole else x[low - block.start : high - block.start].copy()
+            )  # a copy, so that the rest can be freed
             pieces.setdefault(name, []).append(part)
-    if "c" not in pieces or len({len(found) for found in pieces.values()}) > 1:
+    if "c" not in pieces or len({len(blocks) for blocks in pieces.values()}) > 1:
         raise ValueError(f"{folder}: the blocks of the centers do not fit together")
-    return {name: found[0] if len(found) == 1 else np.concatenate(found) for name, found in pieces.items()}
+    return {name: blocks[0] if len(blocks) == 1 else np.concatenate(blocks) for name, blocks in pieces.items()}
 
 
 def read_center(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -202,7 +204,7 @@ def read_center(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Array], dict[str, Any]] | None:
-    """The newest whole checkpoint of a run, None if there is none; `say` is told of each that is broken."""
+    """The newest complete checkpoint of a run, None if there is none; `say` is called for each broken one."""
     for candidate in folders(run):
         try:
             return candidate, *read_center(candidate)
@@ -212,13 +214,13 @@ def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Array
 
 
 def left_out(candidate: Path, why: object) -> str:
-    """What is said of a checkpoint that is not whole."""
+    """The warning about a checkpoint that is incomplete."""
     return f"WARNING: checkpoint {candidate.name} is left out: {why}"
 
 
 def prune(run: Path, keep: int, centers: int = 1) -> None:
-    """Keep the newest `keep` checkpoints that have the files of all centers; remove all that is older."""
-    complete = [found for found in folders(run) if all(center_file(found, i).is_file() for i in range(centers))]
+    """Keep the newest `keep` checkpoints that have the files of all centers; remove all older ones."""
+    complete = [path for path in folders(run) if all(center_file(path, i).is_file() for i in range(centers))]
     if len(complete) < keep:
         return
     for old in folders(run):
@@ -227,9 +229,9 @@ def prune(run: Path, keep: int, centers: int = 1) -> None:
 
 
 def set_aside(run: Path, newest: Path | None) -> None:
-    """Rename what is newer than the newest whole checkpoint: it is broken, and would hide those to come.
+    """Rename folders newer than the newest complete checkpoint: they are broken, and would hide later checkpoints.
 
-    Of the broken ones the newest stays, for whoever wants to look at it.
+    The newest broken one is kept for inspection.
     """
     for broken in folders(run):
         if newest is None or broken > newest:

@@ -1,11 +1,11 @@
 """One consistent cut over several centers: a checkpoint in which all blocks hold the same commits.
 
-Each center has a block of the center variable and takes the workers' commits in an order of its own. For a cut rank 0
-has all of them start no further delta (HOLD). Each applies those that it has in hand, and says which commits it has
-processed (PROCESSED), by worker. The largest number of each worker is the target: a commit that one center has
-processed is on its way to all others. With the target each center lets those up to it through, holds the later ones,
-copies its block when it has reached it, and goes on. Nobody waits for the disk, and a worker whose commit is held does
-not know it: its reply comes later.
+Each center has a block of the center variable and applies the workers' commits in its own order. For a cut rank 0 asks
+all of them to start no further delta (HOLD). Each applies those in flight, and reports which commits it has processed
+(PROCESSED), by worker. The largest number of each worker is the target: a commit that one center has processed is on
+its way to all others. With the target (TARGET) each center processes commits up to it, holds later ones, copies its
+block when it has reached the target, and goes on. Nobody waits for the disk, and a worker whose commit is held only
+gets its reply later.
 
 No further message is needed at the end of a session: rank 0 leaves the other centers last, and until then they serve.
 """
@@ -29,7 +29,7 @@ _TAG = 11
 
 
 class Mail(Protocol):
-    """Messages of a few numbers between the centers; those of one to another come in order."""
+    """Messages of a few numbers between the centers; ordered per pair of centers."""
 
     @property
     def rank(self) -> int:
@@ -43,7 +43,7 @@ class Mail(Protocol):
         """Send to a center, or to itself, without blocking."""
 
     def receive(self) -> tuple[int, Sequence[int]] | None:
-        """A message that has come, and from whom; None if there is none."""
+        """The source of a message that has arrived, and the message; None if there is none."""
 
 
 class MPIMail:
@@ -64,7 +64,7 @@ class MPIMail:
         self._under_way.append((self._comm.Isend(buffer, rank, _TAG), buffer))
 
     def receive(self) -> tuple[int, Sequence[int]] | None:
-        """Receive what has come."""
+        """Receive a message that has arrived."""
         self._under_way = [sent for sent in self._under_way if not sent[0].Test()]
         if self._to_self:
             return self.rank, self._to_self.popleft()
@@ -77,17 +77,17 @@ class MPIMail:
 
 
 class Holding(Protocol):
-    """What is asked of a center's end."""
+    """The part of a center's end that a cut uses."""
 
     hold: Callable[[Commit], bool] | None
 
     @property
-    def in_hand(self) -> int:
+    def in_flight_deltas(self) -> int:
         """Deltas received, or being received, but not applied."""
 
 
 class Counting(Protocol):
-    """What is asked of a center."""
+    """The part of a center that a cut uses."""
 
     workers: int
     processed: dict[int, int]
@@ -99,19 +99,19 @@ def everything(_commit: Commit) -> bool:
 
 
 class ConsistentCut:
-    """A center's part in the cuts; at rank 0 also what leads them. Nothing here blocks but `finish`.
+    """A center's part in the cuts; at rank 0 also their coordinator. Only `finish` blocks.
 
     Args:
         mail: between the centers.
-        end: this center's; None where commits cannot be held (accumulate): each center then saves what it has, and the
-            checkpoint is no cut.
+        end: this center's; None where commits cannot be held (accumulate): each center then saves its current block,
+            and the checkpoint is not consistent.
         center: whose `processed` counts.
-        save: copies this center's block for the checkpoint of that number, and has it written.
-        writing: whether that is under way still.
-        say: is told of a cut that is given up.
+        save: copies this center's block for the checkpoint of that number, and starts to write it.
+        writing: whether that is still under way.
+        say: called with a warning when a cut is given up.
         patience: seconds without a commit after which a cut is given up, and the workers go on: one of them has
-            stopped amid its messages to the centers.
-        now: measures them.
+            stopped between its messages to the centers.
+        now: the clock.
     """
 
     def __init__(
@@ -128,52 +128,52 @@ class ConsistentCut:
         self._mail, self._end, self._center, self._say = mail, end, center, say
         self._save, self._writing, self._patience, self._now = save, writing, patience, now
         self._number: int | None = None  # of the cut that this center is in, until its block is written
-        self._phase: Callable[[], None] | None = None  # what the next tick looks at
+        self._phase: Callable[[], None] | None = None  # called at each tick
         self._target: Mapping[int, int] = {}  # last commit to apply before the cut, by worker
-        self._since, self._quiet = 0.0, self._progress()
+        self._since, self._last_progress = 0.0, self._progress()
         # Rank 0:
-        self._led: int | None = None  # number of the cut that it leads, until all blocks are written or given up
+        self._active: int | None = None  # the cut that it coordinates, until all blocks are written or given up
         self._processed: dict[int, Sequence[int]] = {}  # by center
-        self._ended = set[int]()  # centers that are through
+        self._ended = set[int]()  # centers that have finished
         self._gave_up = False
 
     @property
     def busy(self) -> bool:
         """At rank 0: whether a cut is under way, or a block of it is still being written."""
-        return self._led is not None
+        return self._active is not None
 
     def begin(self, number: int) -> None:
         """At rank 0, while it is not busy: begin a cut; each center will call `save(number)`."""
         if self.busy:
-            raise ValueError(f"the cut for checkpoint {self._led} is still under way")
-        self._led, self._gave_up = number, False
+            raise ValueError(f"the cut for checkpoint {self._active} is still under way")
+        self._active, self._gave_up = number, False
         self._processed.clear()
         self._ended.clear()
-        self._tell_all(_HOLD, number)
+        self._send_all(_HOLD, number)
 
     def tick(self) -> None:
-        """Take in messages, and go on as far as can be now. Call it between two messages of workers, ever again."""
+        """Receive messages, and make progress. Call it repeatedly, between two messages of workers."""
         while (message := self._mail.receive()) is not None:
             source, (kind, number, *words) = message
             if kind in (_HOLD, _TARGET, _GIVE_UP):
-                self._follow(kind, number, words)
-            elif number == self._led:
-                self._lead(source, kind, words)
+                self._participate(kind, number, words)
+            elif number == self._active:
+                self._coordinate(source, kind, words)
         if self._phase is not None:
             self._phase()
 
     def finish(self) -> None:
-        """At rank 0, when its workers have left, and before it leaves the other centers: bring a cut to its end."""
+        """At rank 0, when its workers have left, and before it leaves the other centers: complete a cut."""
 
-        def through() -> bool:
+        def done() -> bool:
             self.tick()
             return not self.busy
 
-        wait_until(through)
+        wait_until(done)
 
     # Every center.
 
-    def _follow(self, kind: int, number: int, words: Sequence[int]) -> None:
+    def _participate(self, kind: int, number: int, words: Sequence[int]) -> None:
         if kind == _HOLD:
             self._number = number
             if self._end is None:
@@ -190,22 +190,22 @@ class ConsistentCut:
             self._enter(self._reach)
         elif kind == _GIVE_UP:
             self._release()
-            self._phase = self._drop
+            self._phase = self._abandon
 
     def _beyond(self, commit: Commit) -> bool:
         """Whether `commit` comes after the cut."""
         return commit.sequence > self._target.get(commit.worker, 0)
 
     def _enter(self, phase: Callable[[], None] | None) -> None:
-        self._phase, self._since, self._quiet = phase, self._now(), self._progress()
+        self._phase, self._since, self._last_progress = phase, self._now(), self._progress()
 
     def _progress(self) -> int:
         return sum(self._center.processed.values())
 
     def _drain(self) -> None:
         assert self._end is not None
-        if self._end.in_hand:
-            self._lose_patience()
+        if self._end.in_flight_deltas:
+            self._check_patience()
             return
         assert self._number is not None
         processed = self._center.processed
@@ -213,11 +213,11 @@ class ConsistentCut:
         self._enter(self._await_target)
 
     def _await_target(self) -> None:
-        """It comes by mail."""
+        """It arrives by mail."""
 
     def _reach(self) -> None:
         if any(self._center.processed.get(worker, 0) < last for worker, last in self._target.items()):
-            self._lose_patience()
+            self._check_patience()
             return
         self._copy()
 
@@ -239,17 +239,17 @@ class ConsistentCut:
             self._answer(_WRITTEN, self._number)
             self._number = self._phase = None
 
-    def _drop(self) -> None:
-        """Given up; a block that was copied already is written all the same, and goes with its checkpoint."""
+    def _abandon(self) -> None:
+        """Given up; a block that was already copied is still written, and pruned with its checkpoint."""
         if not self._writing():
             assert self._number is not None
             self._answer(_GIVEN_UP, self._number)
             self._number = self._phase = None
 
-    def _lose_patience(self) -> None:
+    def _check_patience(self) -> None:
         progress = self._progress()
-        if progress != self._quiet:
-            self._since, self._quiet = self._now(), progress
+        if progress != self._last_progress:
+            self._since, self._last_progress = self._now(), progress
         elif self._now() - self._since > self._patience:
             assert self._number is not None
             self._answer(_STUCK, self._number)
@@ -260,25 +260,25 @@ class ConsistentCut:
 
     # Rank 0.
 
-    def _lead(self, source: int, kind: int, words: Sequence[int]) -> None:
-        assert self._led is not None
+    def _coordinate(self, source: int, kind: int, words: Sequence[int]) -> None:
+        assert self._active is not None
         if kind == _PROCESSED:
             self._processed[source] = words
             if len(self._processed) == self._mail.size and not self._gave_up:
-                self._tell_all(_TARGET, self._led, [max(column) for column in zip(*self._processed.values())])
+                self._send_all(_TARGET, self._active, [max(column) for column in zip(*self._processed.values())])
         elif kind == _STUCK and not self._gave_up:
             self._gave_up = True
             self._ended.clear()
             self._say(
-                f"WARNING: no checkpoint at step {self._led}: for {self._patience:g} s center {source} has waited for "
-                "a commit that another center has; training goes on"
+                f"WARNING: no checkpoint at step {self._active}: for {self._patience:g} s center {source} has waited "
+                "for a commit that another center has; training goes on"
             )
-            self._tell_all(_GIVE_UP, self._led)
+            self._send_all(_GIVE_UP, self._active)
         elif kind == (_GIVEN_UP if self._gave_up else _WRITTEN):
             self._ended.add(source)
             if len(self._ended) == self._mail.size:
-                self._led = None
+                self._active = None
 
-    def _tell_all(self, kind: int, number: int, words: Sequence[int] = ()) -> None:
+    def _send_all(self, kind: int, number: int, words: Sequence[int] = ()) -> None:
         for rank in range(self._mail.size):
             self._mail.send(rank, [kind, number, *words])

@@ -1,10 +1,10 @@
-"""A lost center: the survivors elect the one of them that has pulled last, and it serves on from there (ULFM).
+"""Fail-over from a lost center: the survivors elect the one with the latest pull, which serves from there (ULFM).
 
-A reply brings, with c, all that the center knows (`Snapshot`), and a worker keeps both until the next pull is whole. If
+A reply holds, with c, the state of the center (`Snapshot`), and a worker keeps both until the next pull is complete. If
 the center dies, each survivor notices in its own exchange, no later than at the end of its period. They shrink the
-communicator, tell each other what they hold, and elect. The elected rank restores a center from its last pull, or from
-the newest checkpoint if that is newer, and books what the others hold; these send again what was not answered, and
-`applied` keeps it from being applied twice. What is lost is what only the dead knew.
+communicator, exchange the leases that they hold, and elect. The elected rank restores a center from its last pull, or
+from the newest checkpoint if that is newer, and records the others' leases; these resend commits without a reply, and
+`applied` prevents that one is applied twice. Only what no survivor has seen is lost.
 """
 
 import json
@@ -21,21 +21,21 @@ from ..core.worker import Phase, Worker
 from ..transport.agreement import allgather
 from ..transport.local import LocalCenter
 from .center_state import CenterState, Saved, with_slots
-from .election import Witness, elect, take_over
+from .election import SurvivorReport, elect, take_over
 from .resend import ResendingEnd
 
 
 class Failover:
-    """Goes on without lost ranks, with another center if need be; on every rank of a session.
+    """Continues without lost ranks, with another center if necessary; on every rank of a session.
 
     Args:
         comm: of the center (rank 0) and its workers.
         role: of this rank.
         members: who is alive.
-        connector: makes the role of a rank that takes the place of the center.
+        connector: builds the role of a rank that replaces the center.
         x: (n,) a vector like those that are exchanged.
-        saved: gives the newest checkpoint that this rank can read, None if there is none.
-        on_role: told, on every rank, the role of this rank when there is a new center.
+        saved: returns the newest checkpoint that this rank can read, None if there is none.
+        on_role: called, on every rank, with its role when there is a new center.
     """
 
     def __init__(
@@ -56,25 +56,25 @@ class Failover:
             self.worker.end = self._end
 
     def regroup(self) -> bool:
-        """Find out who is left; collective over those. Whether the center was lost, and another elected."""
+        """Find out who is alive; collective over those. Whether the center was lost, and another elected."""
         while True:
             comm: MPI.Intracomm = self.comm.Shrink()  # type: ignore[assignment]  # Ishrink fails in Open MPI 5.0.11: internal error
-            left, before = comm.Get_group(), self.comm.Get_group()
-            old = list(left.Translate_ranks(list(range(left.size)), before))
+            alive, before = comm.Get_group(), self.comm.Get_group()
+            old = list(alive.Translate_ranks(list(range(alive.size)), before))
             ranks = [self.members.ranks[rank] for rank in old]
             if len(old) == self.comm.size:
                 comm.Free()
                 return False
             if old[0] == 0:
                 self.comm = comm
-                if gone := self.members.shrunk(ranks):
-                    self._connector.observer.missing(gone)
+                if newly_lost := self.members.shrunk(ranks):
+                    self._connector.observer.missing(newly_lost)
                 return False
             if self._elect(comm, ranks):
                 return True
 
     def alone(self) -> LocalRole:
-        """At an elected center that has lost all its workers: it trains on, within this process."""
+        """At an elected center that has lost all its workers: it goes on training, within this process."""
         assert self.worker is not None
         assert isinstance(self._role, CenterRole)
         worker, serving = self.worker, self._role
@@ -88,53 +88,55 @@ class Failover:
         return role
 
     def _elect(self, comm: MPI.Intracomm, ranks: list[int]) -> bool:
-        """Elect a center among `ranks`, which are left; False if another rank has died meanwhile."""
+        """Elect a center among the surviving `ranks`; False if another rank has died meanwhile."""
         assert self.worker is not None
-        own, agreed = Witness.of(self.worker, self.members.ranks[self.comm.rank]), 1
+        report, agreed = SurvivorReport.of(self.worker, self.members.ranks[self.comm.rank]), 1
         try:
-            witnesses = [Witness.read(text) for text in allgather(comm, json.dumps(own))]
-            winner = elect(witnesses)
-            made: MPI.Intracomm = comm.Split(0, 0 if comm.rank == winner else comm.rank + 1)  # type: ignore[assignment]
+            reports = [SurvivorReport.read(text) for text in allgather(comm, json.dumps(report))]
+            winner = elect(reports)
+            reordered: MPI.Intracomm = comm.Split(0, 0 if comm.rank == winner else comm.rank + 1)  # type: ignore[assignment]
         except MPI.Exception:
             comm.Revoke()
             agreed = 0
         try:
             agreed = comm.Agree(agreed)
         except MPI.Exception:
-            return False  # all hear of it here
+            return False  # Agree reports the failure on all ranks
         if not agreed:
             return False
         order = [winner, *(i for i in range(comm.size) if i != winner)]
-        self.comm = made
+        self.comm = reordered
         serving_before = self.members.workers()
-        gone = self.members.elected([ranks[i] for i in order])
-        source = self.take_role([witnesses[i] for i in order], serving_before)
-        self._connector.observer.new_center(source, gone)
+        newly_lost = self.members.elected([ranks[i] for i in order])
+        source = self.take_role([reports[i] for i in order], serving_before)
+        self._connector.observer.new_center(source, newly_lost)
         return True
 
-    def take_role(self, witnesses: Sequence[Witness], workers_before: Sequence[int]) -> str:
-        """Serve, if this rank was elected, else work for the new center; returns from where that has begun.
+    def take_role(self, reports: Sequence[SurvivorReport], workers_before: Sequence[int]) -> str:
+        """Serve, if this rank was elected, else become a worker of the new center; returns the source of its state.
 
         Args:
-            witnesses: by rank of now; the first is elected.
+            reports: by rank of the new communicator; the first is elected.
             workers_before: ranks of the workers of the lost center.
         """
         assert self.worker is not None
         worker, source = self.worker, ""
         if self.comm.rank:
             worker.index = self.comm.rank - 1
-            if worker.last_reply:  # by the indices of now, for the next time
+            if worker.last_reply:  # by the new indices, for the next fail-over
                 applied = worker.last_reply.applied
-                worker.last_reply = worker.last_reply._replace(applied=tuple(applied[w.worker] for w in witnesses[1:]))
+                worker.last_reply = worker.last_reply._replace(applied=tuple(applied[w.worker] for w in reports[1:]))
             self._end.replace(self._connector.worker_end(self.comm, self._x))
             self._role.count = self._role.center.workers = self.comm.size - 1
         else:
-            self._role, source = self._restore(worker, witnesses, workers_before)
+            self._role, source = self._restore(worker, reports, workers_before)
         self._on_role(self._role)
         return source
 
-    def _restore(self, worker: Worker, witnesses: Sequence[Witness], workers_before: Sequence[int]) -> tuple[Role, str]:
-        """The role of the new center, from the last pull of this rank or from the newest checkpoint; and from where."""
+    def _restore(
+        self, worker: Worker, reports: Sequence[SurvivorReport], workers_before: Sequence[int]
+    ) -> tuple[Role, str]:
+        """The role of the new center, from the last pull of this rank or from the newest checkpoint; and its source."""
         before, saved = self._role, self._saved()
         state = CenterState.pulled(worker, workers_before)
         if saved is not None and (checkpointed := CenterState.saved(saved)).served > state.served:
@@ -145,10 +147,10 @@ class Failover:
         role.session = before.session - 1
         role.begin(before.total, before.period)
         role.center.checkpoint = state.checkpoint
-        leases = state.leases if state.session == before.session else Leases(None, 1).state()  # else: none seen
-        own = take_over(role.center, leases, state.applied, witnesses, first=0 if self.comm.size == 1 else 1)
-        if own is not None:
-            self._apply_own(role, own)
+        leases = state.leases if state.session == before.session else Leases(None, 1).state()  # else: no leases seen
+        extra_worker = take_over(role.center, leases, state.applied, reports, first=0 if self.comm.size == 1 else 1)
+        if extra_worker is not None:
+            self._apply_own_commit(role, extra_worker)
         if isinstance(role, LocalRole):
             self._train_within(role, worker)
         return role, source
@@ -158,12 +160,12 @@ class Failover:
         on_device = self._connector.setup.transport.center_device == "gpu"
         return self._connector.center(self.comm, bring(c, self.worker.x) if on_device else c)
 
-    def _apply_own(self, role: Role, index: int) -> None:
-        """The commit of this rank that was under way when the center died: it counts as a worker's, `index`."""
+    def _apply_own_commit(self, role: Role, index: int) -> None:
+        """Apply this rank's commit that was under way when the center died, as that of worker `index`."""
         center, commit = role.center, self._end.sending
         if commit is None or commit.payload is None:
             assert center.leases is not None
-            center.leases.release(index)
+            center.leases.release_all(index)
             return
         center.applied.append(commit.sequence - 1)
         payload = bring(commit.payload, role.c)
@@ -176,5 +178,5 @@ class Failover:
         self._end.replace(role.worker_end())
 
     def _center_lost(self) -> bool:
-        """Called by an exchange that has found the center dead: whether this rank is to serve now."""
+        """Called by an exchange when the center has died: whether this rank was elected to serve."""
         return self.regroup() and self.comm.rank == 0 and self.comm.size > 1

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, flushed to disk, renamed."""
+"""Atomic files: written under a temporary name, flushed to disk, renamed."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..arrays.backend import Array, current, on_host, to_host
 
-_CHUNK = 8 << 20  # bytes written at once: long enough to be rarely in want of the interpreter's lock
+_CHUNK = 8 << 20  # bytes per write: large, so that the interpreter's lock is rarely needed
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
 
 
@@ -21,7 +21,7 @@ class Digest(Protocol):
     """A running checksum (`hashlib`)."""
 
     def update(self, data: bytes | memoryview, /) -> None:
-        """Go on with `data`."""
+        """Continue with `data`."""
 
     def hexdigest(self) -> str:
         """The checksum so far."""
@@ -29,9 +29,9 @@ class Digest(Protocol):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` at the end; whoever reads sees the old file or the new one.
+    """A file to write, which replaces `path` at the end; readers see the old file or the new one.
 
-    If the block raises, `path` stays as it was. The temporary name cannot be guessed, and no link is followed there.
+    If the block raises, `path` is unchanged. The temporary name cannot be guessed, and links are not followed.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -47,38 +47,38 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _flush_directory(directory: Path) -> None:
-    """Without this the new name may be lost with the power, though the file's bytes are on disk."""
+    """Without this a power failure may lose the new name, though the file's bytes are on disk."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # there are file systems that do not flush directories
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush directories
             raise
     finally:
         os.close(descriptor)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` to `path`; whoever reads sees the old file or the whole new one."""
+    """Write `content` to `path` atomically: readers see the old file or the new one."""
     with replacing(path) as file:
         file.write(content)
 
 
 def save(path: Path, arrays: Mapping[str, Array], facts: Mapping[str, str], digest: Digest | None = None) -> None:
-    """Write named arrays, and `facts` about them, as a safetensors file, without a second copy of any array.
+    """Write named arrays, and `facts` as metadata, to a safetensors file, without a second copy of any array.
 
-    The safetensors package is not used here: some of its versions copy each array first, and it replaces the file that
-    it is given by one of its own. In a thread this holds the interpreter's lock only between two chunks.
+    The safetensors package is not used here: some of its versions copy each array first, and it replaces the given
+    file by another. In a thread this holds the interpreter's lock only between two chunks.
 
     Args:
         path: the file.
-        arrays: contiguous ones are written from where they lie, those on a device chunk by chunk.
+        arrays: contiguous ones are written in place, those on a device chunk by chunk.
         facts: the metadata.
-        digest: goes on, in the order of their names, with name, type, shape and bytes of each array; what it comes to
-            is written among the facts, as `sha256`.
+        digest: updated, in order of the names, with name, type, shape and bytes of each array; the result is stored
+            in the metadata, as `sha256`.
 
     Raises:
-        OSError: what the file system says; a former file stays.
+        OSError: from the file system; an earlier file stays.
     """
     names = sorted(arrays)
     with replacing(path) as file:
@@ -91,13 +91,13 @@ def save(path: Path, arrays: Mapping[str, Array], facts: Mapping[str, str], dige
                 file.write(chunk)
                 if digest:
                     digest.update(chunk)
-        if digest:  # known only now; as long as what stood there
+        if digest:  # known only now; of the same length as the placeholder
             file.seek(0)
             file.write(_header(arrays, names, {**facts, "sha256": digest.hexdigest()}))
 
 
 def signature(name: str, x: Array) -> bytes:
-    """What a checksum takes in of an array beside its bytes."""
+    """What a checksum covers of an array beside its bytes."""
     return f"{name} {x.dtype} {x.shape}".encode()
 
 
@@ -105,26 +105,26 @@ def chunks(x: Array) -> Iterator[memoryview]:
     """The bytes of `x`, in order, some megabytes at a time; a device's are copied to the host one by one."""
     flat = np.ascontiguousarray(x).reshape(-1) if on_host(x) else x.reshape(-1)
     step = max(1, _CHUNK // x.itemsize)
-    with current(x):  # a thread has a current device of its own
+    with current(x):  # each thread has its own current device
         for start in range(0, flat.size, step):
             yield to_host(flat[start : start + step]).view(np.uint8).data
 
 
 def _header(arrays: Mapping[str, Array], names: list[str], facts: Mapping[str, str]) -> bytes:
-    """The format's beginning: the length of a JSON text, and that text."""
-    said: dict[str, object] = {"__metadata__": dict(facts)}
+    """The header of a safetensors file: the length of a JSON text, and that text."""
+    header: dict[str, object] = {"__metadata__": dict(facts)}
     start = 0
     for name in names:
         x = arrays[name]
-        said[name] = {"dtype": _DTYPES[x.dtype.name], "shape": x.shape, "data_offsets": [start, start + x.nbytes]}
+        header[name] = {"dtype": _DTYPES[x.dtype.name], "shape": x.shape, "data_offsets": [start, start + x.nbytes]}
         start += x.nbytes
-    text = json.dumps(said).encode()
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def load(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Read back what `save` wrote: the arrays and the facts. Raises ValueError for a file that is not whole."""
+    """Read what `save` wrote: the arrays and the facts. Raises ValueError for a file that is not whole."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""A worker's end that begins an exchange anew, with another center, where the one of now is lost (ULFM)."""
+"""A worker's end that repeats an exchange with another center where the current one is lost (ULFM)."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -9,65 +9,65 @@ from ..arrays.backend import Array, empty_like
 from ..core.ends import Elected, Handle, WorkerEnd
 from ..core.messages import Commit, Reply
 from ..core.worker import Worker
-from ..transport.p2p import gone
+from ..transport.p2p import peer_failed
 
 Begin: TypeAlias = Callable[[WorkerEnd, Array | None], Handle]
 
 
 class ResendingEnd(WorkerEnd):
-    """What a worker speaks with, whichever center serves; its handles may raise Elected.
+    """A worker's end that outlives a center; its handles may raise Elected.
 
     Args:
-        end: with the center of now.
-        worker: whose index goes into each commit; it changes from center to center.
-        center_lost: finds another center; True if this rank is to serve now.
+        end: to the current center.
+        worker: whose index goes into each commit; it changes with the center.
+        center_lost: finds another center; True if this rank was elected to serve.
     """
 
     def __init__(self, end: WorkerEnd, worker: Worker, center_lost: Callable[[], bool]) -> None:
         self.end, self.center_lost = end, center_lost
-        self.sending: Commit | None = None  # what the exchange under way brings
+        self.sending: Commit | None = None  # of the exchange under way
         self._worker = worker
-        self._buried: list[object] = []  # exchanges with the dead: MPI may still touch their memory
+        self._kept: list[object] = []  # exchanges with dead centers: MPI may still access their memory
 
     def replace(self, end: WorkerEnd) -> None:
-        """Speak with another center from now on."""
+        """Use another center from now on."""
         self.end = end
 
-    def bury(self, handle: object) -> None:
-        """Keep what belongs to an exchange with a dead center."""
-        self._buried.append(handle)
+    def keep(self, handle: object) -> None:
+        """Keep the memory of an exchange with a dead center alive."""
+        self._kept.append(handle)
 
     def begin(self, total: int | None, period: int, start: int) -> None:
-        """As of the end within."""
+        """As the wrapped end."""
         self.end.begin(total, period, start)
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
-        """As of the end within."""
-        return _Resent(self, lambda end, into: end.exchange(self._own(commit), into), out, commit)
+        """As the wrapped end."""
+        return _ResendingHandle(self, lambda end, into: end.exchange(self._with_index(commit), into), out, commit)
 
     def pull(self, out: Array) -> Handle:
-        """As of the end within."""
-        return _Resent(self, lambda end, into: end.pull(out if into is None else into), out)
+        """As the wrapped end."""
+        return _ResendingHandle(self, lambda end, into: end.pull(out if into is None else into), out)
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
-        """As of the end within."""
+        """As the wrapped end."""
 
         def begin(end: WorkerEnd, into: Array | None) -> Handle:
-            return end.leave(None if commit is None else self._own(commit), out if into is None else into)
+            return end.leave(None if commit is None else self._with_index(commit), out if into is None else into)
 
-        return _Resent(self, begin, out, commit)
+        return _ResendingHandle(self, begin, out, commit)
 
     def close(self) -> None:
-        """As of the end within."""
+        """As the wrapped end."""
         self.end.close()
 
-    def _own(self, commit: Commit) -> Commit:
-        """The commit, of the index that this worker has at the center of now."""
+    def _with_index(self, commit: Commit) -> Commit:
+        """The commit with this worker's index at the current center."""
         return commit._replace(worker=self._worker.index)
 
 
-class _Resent(Handle):
-    """An exchange that is begun anew where the center is lost."""
+class _ResendingHandle(Handle):
+    """An exchange that is repeated if the center is lost."""
 
     def __init__(self, end: ResendingEnd, begin: Begin, out: Array | None, commit: Commit | None = None) -> None:
         self._end, self._begin, self._out, self._into = end, begin, out, out
@@ -95,20 +95,20 @@ class _Resent(Handle):
                 self._lost(error)
 
     def _lost(self, error: MPI.Exception) -> None:
-        if not gone(error):
+        if not peer_failed(error):
             raise error
-        self._end.bury((self._handle, self._into))
+        self._end.keep((self._handle, self._into))
         self._handle = None
         before = self._end.end
         if self._end.center_lost():
             raise Elected
-        if self._end.end is before:  # the center lives: what was lost is a peer that nothing can be sent to
+        if self._end.end is before:  # the center is alive: another peer was lost
             raise error
         if self._out is not None:
-            self._into = empty_like(self._out)  # what the dead has sent may still arrive in the other, for a moment
+            self._into = empty_like(self._out)  # messages of the dead center may still arrive in the other
 
     def _attempt(self, finished: Callable[[Handle], bool]) -> bool:
-        """Whether the exchange is done, once `finished` has been asked."""
+        """Whether the exchange is done, by `finished`."""
         if self._reply is None:
             assert self._handle is not None
             try:

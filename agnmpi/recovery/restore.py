@@ -1,4 +1,4 @@
-"""Taking up a run from its newest whole checkpoint, with the same or another number of workers and centers."""
+"""Resuming a run from its newest complete checkpoint, with the same or another number of workers and centers."""
 
 import json
 import sys
@@ -25,44 +25,46 @@ def resume(
     required: bool,
     say: Callable[[str], None],
 ) -> Mapping[str, Any] | None:
-    """Restore `role` from the newest whole checkpoint; collective. Returns its facts, None if there is none.
+    """Restore `role` from the newest complete checkpoint; collective. Returns its facts, None if there is none.
 
-    `total`: steps of the run; `data`: what says which samples a step has (samples, batch, seed); `run()`: its
-    directory, on rank 0; `required`: refuse if there is no checkpoint; `say` is told what is left out, and where the
-    run goes on.
+    `total`: steps of the run; `data`: what determines the samples of a step (samples, batch, seed); `run()`: its
+    directory, on rank 0; `required`: refuse if there is no checkpoint; `say` is called with what is skipped, and with
+    the checkpoint used.
     """
 
     candidates: list[Path] = []
 
-    def look() -> str:
+    def list_candidates() -> str:
         if run is None:
             return ""
-        where = run()
-        candidates[:] = folders(where)
-        return str(where)
+        directory = run()
+        candidates[:] = folders(directory)
+        return str(directory)
 
-    where = raise_on_all(comm, look)
+    directory = raise_on_all(comm, list_candidates)
     while True:
         name, facts = json.loads(
             allgather(
                 comm,
-                json.dumps(raise_on_all(comm, lambda: _choose(where, candidates, layout, total, data, required, say))),
+                json.dumps(
+                    raise_on_all(comm, lambda: _choose(directory, candidates, layout, total, data, required, say))
+                ),
             )[0]
         )
         if not name:
             return None
-        found = Path(name)
-        arrays, wrong = raise_on_all(comm, lambda: _read(comm, role, found, facts))  # noqa: B023
+        checkpoint = Path(name)
+        arrays, wrong = raise_on_all(comm, lambda: _read(comm, role, checkpoint, facts))  # noqa: B023
         broken = [text for text in allgather(comm, wrong) if text]
         if not broken:
             break
         del arrays
         if candidates:
             say(left_out(candidates.pop(0), broken[0]))
-    local = raise_on_all(comm, lambda: _take_up(role, found, arrays, facts))
+    local = raise_on_all(comm, lambda: _restore_rank(role, checkpoint, arrays, facts))
     everywhere = all(json.loads(text) for text in allgather(comm, json.dumps(local)))
     say(
-        f"resumed from {found.name}: {facts['steps']} of {total} steps, clock {facts['clock']}"
+        f"resumed from {checkpoint.name}: {facts['steps']} of {total} steps, clock {facts['clock']}"
         + ("" if everywhere else "; not all workers find their local state: their optimizers start anew there")
     )
     if not facts.get("consistent", True):
@@ -74,7 +76,7 @@ def resume(
 
 
 def _choose(
-    where: str,
+    directory: str,
     candidates: list[Path],
     layout: Layout,
     total: int,
@@ -82,11 +84,11 @@ def _choose(
     required: bool,
     say: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
-    """At rank 0: the newest of `candidates` that may be whole, after its facts; the others leave the list.
+    """At rank 0: the newest of `candidates` that looks complete by its facts; newer ones are removed from the list.
 
-    Raises ValueError for one that is of another run than this, and if there is none and one is `required`.
+    Raises ValueError for one of another run, and if there is none and one is `required`.
     """
-    if not where:
+    if not directory:
         return "", {}
     while candidates:
         try:
@@ -94,9 +96,9 @@ def _choose(
             break
         except (OSError, ValueError) as error:
             say(left_out(candidates.pop(0), error))
-    set_aside(Path(where), candidates[0] if candidates else None)
+    set_aside(Path(directory), candidates[0] if candidates else None)
     if not candidates and required:
-        raise ValueError(f"{where} has no whole checkpoint to resume from")
+        raise ValueError(f"{directory} has no whole checkpoint to resume from")
     if not candidates:
         return "", {}
     name = str(candidates[0])
@@ -112,15 +114,15 @@ def _choose(
     return str(candidates[0].resolve()), facts
 
 
-def _read(comm: MPI.Comm, role: Role, found: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Array], str]:
-    """The arrays that this rank holds a part of, or what is wrong with their files.
+def _read(comm: MPI.Comm, role: Role, checkpoint: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Array], str]:
+    """The arrays of this rank's span, or what is wrong with their files.
 
-    Raises OSError where they cannot be read here, though rank 0 sees them.
+    Raises OSError where they cannot be read here, though rank 0 can.
     """
     if isinstance(role, WorkerRole):
         return {}, ""
     try:
-        return read_span(found, facts, role.span), ""
+        return read_span(checkpoint, facts, role.span), ""
     except ValueError as error:
         return {}, str(error)
     except OSError as error:
@@ -129,15 +131,15 @@ def _read(comm: MPI.Comm, role: Role, found: Path, facts: Mapping[str, Any]) -> 
         return {}, str(error)
 
 
-def _take_up(role: Role, found: Path, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> bool:
-    """Restore this rank; whether its workers, if any, have found their local state."""
+def _restore_rank(role: Role, checkpoint: Path, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> bool:
+    """Restore this rank; whether its workers, if any, could restore their local state."""
     role.resume(arrays, facts)
     if facts["workers"] != role.count:
         return False
     for worker in role.workers:
         worker.checkpoint = int(facts["steps"])
         try:
-            worker.restore(*unseal(worker_file(found, worker.index)))
+            worker.restore(*unseal(worker_file(checkpoint, worker.index)))
         except (OSError, ValueError, KeyError) as error:
             print(f"agnmpi: worker {worker.index} starts anew: {error}", file=sys.stderr, flush=True)
             return False
@@ -146,17 +148,17 @@ def _take_up(role: Role, found: Path, arrays: Mapping[str, Array], facts: Mappin
 
 def check_model(layout: Layout, facts: Mapping[str, Any], name: str) -> None:
     """Raise ValueError, with the differences, for a checkpoint of another model."""
-    theirs = facts["layout"]
-    ours = dict(zip(layout.names, layout.shapes))
-    saved = {n: tuple(shape) for n, shape in zip(theirs["names"], theirs["shapes"])}
+    other = facts["layout"]
+    shapes = dict(zip(layout.names, layout.shapes))
+    saved = {n: tuple(shape) for n, shape in zip(other["names"], other["shapes"])}
     differ = [
-        f"{n!r} is {saved.get(n, 'missing')} there and {ours.get(n, 'missing')} here"
-        for n in dict.fromkeys([*saved, *ours])
-        if saved.get(n) != ours.get(n)
+        f"{n!r} is {saved.get(n, 'missing')} there and {shapes.get(n, 'missing')} here"
+        for n in dict.fromkeys([*saved, *shapes])
+        if saved.get(n) != shapes.get(n)
     ]
-    if theirs["dtype"] != layout.dtype:
-        differ.append(f"dtype is {theirs['dtype']} there and {layout.dtype} here")
-    if not differ and list(saved) != list(ours):
-        differ.append(f"the order is {', '.join(saved)} there and {', '.join(ours)} here")
+    if other["dtype"] != layout.dtype:
+        differ.append(f"dtype is {other['dtype']} there and {layout.dtype} here")
+    if not differ and list(saved) != list(shapes):
+        differ.append(f"the order is {', '.join(saved)} there and {', '.join(shapes)} here")
     if differ:
         raise ValueError(f"{name} is of another model: {'; '.join(differ[:5])}")

@@ -20,32 +20,32 @@ Say = Callable[[str], None]
 Files: TypeAlias = tuple[Mapping[str, Array], Mapping[str, Any]]  # arrays and facts
 
 # Bytes of all workers' states up to which "auto" writes them with each checkpoint, and of one worker's up to which it
-# is copied for a thread, so that training goes on.
+# is copied for a thread, so that training continues.
 SMALL = 256 << 20
 
 
 class Cut(Protocol):
-    """What makes a checkpoint of several centers one cut (`cut.ConsistentCut`)."""
+    """Makes a checkpoint of several centers one consistent cut (`cut.ConsistentCut`)."""
 
     @property
     def busy(self) -> bool:
         """Whether one is under way."""
 
     def begin(self, number: int) -> None:
-        """Begin one; every center saves when it is there."""
+        """Begin one; every center saves when it has reached it."""
 
 
 class CenterSaver:
-    """Saves what a center holds. The service pauses for one copy of c and the slots; a thread writes them.
+    """Saves a center. Serving pauses for one copy of c and the slots; a thread writes them.
 
     Args:
         run: directory of the run.
         center: its counts and slots.
-        facts: what else belongs into a checkpoint (layout, configuration, progress); called when one is begun.
-        say: is told what goes wrong; training goes on.
+        facts: further metadata of a checkpoint (layout, configuration, progress); called when one is begun.
+        say: called with each warning; training goes on.
         every_seconds: between two checkpoints; 0: not by time.
         every_commits: the same by commits.
-        keep: number of checkpoints that stay.
+        keep: number of checkpoints to keep.
         index: of this center.
     """
 
@@ -67,18 +67,18 @@ class CenterSaver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._wanted = False  # due, but the last one was still being written
-        self.cut: Cut | None = None  # at the first of several centers: what has all of them save
-        self.pause = 0.0  # seconds for which the service has stood still, the longest
-        self.last: Path | None = None  # newest checkpoint of which this center's file is whole
+        self.cut: Cut | None = None  # at the first of several centers: makes all of them save
+        self.pause = 0.0  # longest pause of serving, in seconds
+        self.last: Path | None = None  # newest checkpoint with a complete file of this center
 
     def writing(self) -> bool:
-        """Report what has been written, without waiting; whether one is still being written."""
+        """Collect a finished write, without waiting; whether one is still under way."""
         if self._pending is not None and self._pending.done():
             self._settle()
         return self._pending is not None
 
     def tick(self, c: Array) -> None:
-        """Save if it is time. Call it when a commit has been applied, before that is answered."""
+        """Save if one is due. Call it when a commit has been applied, before the reply to it."""
         due = [self._due()] if self._due else []
         due += [self._due_commits(self._center.clock)] if self._due_commits else []
         self._wanted = self._wanted or any(due)
@@ -87,12 +87,12 @@ class CenterSaver:
         if self.cut is None:
             self.save(c)
         elif not self.cut.busy:
-            # Announced now, so that this worker saves what it is now. Its number stays, whatever the cut takes in.
+            # Announced now, so that this worker saves its state of now. The number does not change with the cut.
             self._wanted, self._center.checkpoint = False, self._center.steps
             self.cut.begin(self._center.steps)
 
     def save(self, c: Array, steps: int | None = None) -> None:
-        """Copy everything now, and have it written; `steps`: the checkpoint's number, if not this center's steps."""
+        """Copy everything now, and start to write it; `steps`: the checkpoint's number, if not this center's steps."""
         if self._pending is not None:
             self._settle()
         self._wanted = False
@@ -104,14 +104,14 @@ class CenterSaver:
             self._failed(error)
             return
         self.pause = max(self.pause, time.perf_counter() - start)
-        where = folder(self._run, number)
-        self._pending = self._pool.submit(self._write, where, arrays, {**self._facts(), **facts})
+        directory = folder(self._run, number)
+        self._pending = self._pool.submit(self._write, directory, arrays, {**self._facts(), **facts})
         self._center.checkpoint = number
 
-    def _write(self, where: Path, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
-        where.mkdir(parents=True, exist_ok=True)
-        seal(center_file(where, self._index), arrays, facts)
-        self.last = where
+    def _write(self, directory: Path, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        seal(center_file(directory, self._index), arrays, facts)
+        self.last = directory
         if self._index == 0:
             prune(self._run, self._keep, int(facts["centers"]))
 
@@ -124,18 +124,18 @@ class CenterSaver:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        kept = f"the last good one is {self.last.name}" if self.last else "there is none so far"
-        self._say(f"WARNING: the checkpoint could not be written ({_reason(error)}); {kept}; training goes on")
+        last_good = f"the last good one is {self.last.name}" if self.last else "there is none so far"
+        self._say(f"WARNING: the checkpoint could not be written ({_reason(error)}); {last_good}; training goes on")
 
     def finish(self) -> None:
-        """Wait until what was begun is written."""
+        """Wait until the last checkpoint is written."""
         if self._pending is not None:
             self._settle()
         self._pool.shutdown()
 
 
 def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__  # a MemoryError may have no words
+    return str(error) or type(error).__name__  # a MemoryError may have no message
 
 
 def state_bytes(model: int, optimizer: Optimizer | None) -> int:
@@ -159,7 +159,7 @@ def workers_saved(option: str, nbytes: int, workers: int) -> tuple[str, str]:
         workers: n.
 
     Returns:
-        "all", "end" or "none", and a line that says so, empty where nothing was chosen.
+        "all", "end" or "none", and a message about the choice, empty where there was none.
     """
     if option != "auto":
         return option, ""
@@ -179,18 +179,18 @@ def _size(nbytes: int) -> str:
 class WorkerSaver:
     """Writes a worker's local state when the center has written a checkpoint.
 
-    A small state is copied to the host, and training goes on while a thread writes it. A large one is written as it
-    lies, on a device chunk by chunk: the worker waits, and no memory is needed. The workers do not write at the same
-    moment: each waits for its part of a tenth of the time between two checkpoints, worker 0 not at all.
+    A small state is copied to the host, and training goes on while a thread writes it. A large one is written in
+    place, from a device chunk by chunk: the worker waits, and no memory is needed. The workers do not all write at
+        once:
+    each is delayed by its part of a tenth of the time between two checkpoints, worker 0 not at all.
 
     Args:
-        run: directory of the run. Where it is not to be seen (no shared file system), a resumed run starts this
-            worker's optimizer anew.
+        run: directory of the run. Without a shared file system a resumed run restarts this worker's optimizer.
         worker: whose state.
         workers: n.
         when: "all", "end" or "none", as chosen by `workers_saved`.
-        say: is told what goes wrong; training goes on.
-        progress: called while the worker waits, so that others' messages move on (`comm.Iprobe`).
+        say: called with each warning; training goes on.
+        progress: called while the worker waits, so that others' messages make progress (`comm.Iprobe`).
         small: bytes up to which a state is copied.
     """
 
@@ -215,7 +215,7 @@ class WorkerSaver:
         self._pending: Future[None] | None = None
 
     def tick(self) -> None:
-        """Save if a checkpoint asks for it. Call it after each step of the worker."""
+        """Save if there is a new checkpoint. Call it after each step of the worker."""
         worker, now = self.worker, time.monotonic()
         if self._when != "all":
             return
@@ -280,9 +280,9 @@ class WorkerSaver:
 
 
 def write_worker(run: Path, index: int, steps: int, files: Files) -> None:
-    """Write the local state of worker `index` for the checkpoint after `steps` steps, unless that has gone already."""
-    where = folder(run, steps)
-    if not where.is_dir() and any(other > where for other in folders(run)):
-        return  # too late: it has been removed for newer ones
-    where.mkdir(parents=True, exist_ok=True)
-    seal(worker_file(where, index), *files)
+    """Write the local state of worker `index` for the checkpoint after `steps` steps, unless that was removed."""
+    directory = folder(run, steps)
+    if not directory.is_dir() and any(other > directory for other in folders(run)):
+        return  # too late: pruned for newer ones
+    directory.mkdir(parents=True, exist_ok=True)
+    seal(worker_file(directory, index), *files)

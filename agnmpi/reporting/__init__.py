@@ -1,1 +1,1 @@
-"""What a person looks at."""
+"""Reports for users: terminal, events, records, advice."""

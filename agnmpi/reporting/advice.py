@@ -1,10 +1,10 @@
-"""What the numbers of a run mean, in words."""
+"""Explanations and warnings about the numbers of a run."""
 
 from ..core.rules import CommitInfo, Rule
 
 
 def advice(rule: Rule, workers: int, period: int) -> list[str]:
-    """What n/λ, or the effective outer rate in its place, means for this run; empty for other rules than agn.
+    """Advice about n/λ, or the effective outer rate instead, for this run; empty for other rules than agn.
 
     Source: arXiv:1710.02368, section 4 (unstable above 2); slow where a round moves the center by less than a mean
     displacement: ours, in virtual time.

@@ -1,4 +1,4 @@
-"""A file of one JSON object a line."""
+"""A file of one JSON object per line."""
 
 import json
 import time
@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 
-def finite(value: Any) -> Any:
-    """Return `value` with NaN and infinities, which JSON has no words for, as None.
+def json_safe(value: Any) -> Any:
+    """Return `value` with NaN and infinities, which JSON lacks, as None.
 
-    >>> finite({"loss": float("nan"), "steps": [1, 2.5]})
+    >>> json_safe({"loss": float("nan"), "steps": [1, 2.5]})
     {'loss': None, 'steps': [1, 2.5]}
     """
     if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
+        return {key: json_safe(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
+        return [json_safe(inner) for inner in value]
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
 class JsonLines:
-    """A file of one JSON object a line; each line is flushed, so a killed run leaves whole lines."""
+    """A file of one JSON object per line; each line is flushed, so a killed run leaves complete lines."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
@@ -30,7 +30,7 @@ class JsonLines:
     def write(self, event: str, **values: Any) -> None:
         """Append an event with the time (seconds since 1970) and the seconds since the start."""
         stamp = {"event": event, "time": round(time.time(), 3), "seconds": self.seconds()}
-        self._file.write(json.dumps(finite(stamp | values), allow_nan=False) + "\n")
+        self._file.write(json.dumps(json_safe(stamp | values), allow_nan=False) + "\n")
         self._file.flush()
 
     def seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""The mean of what is measured on the way."""
+"""A running mean over recent values."""
 
 from collections import deque
 from math import fsum, isfinite, nan
@@ -8,7 +8,7 @@ _BINS = 1000
 
 
 class _Bin(NamedTuple):
-    """Values side by side: their weighted sum, the weight of those that are finite, and of all."""
+    """Adjacent values: their weighted sum, the weight of the finite ones, and of all."""
 
     total: float
     finite: float
@@ -16,9 +16,9 @@ class _Bin(NamedTuple):
 
 
 class RecentMean:
-    """The weighted mean over the last `span` of weight, to a thousandth of it: memory and time have a bound.
+    """The weighted mean over the last `span` of weight, to a thousandth of it, in bounded memory and time.
 
-    A value that is not finite is missing: it takes its place in the span, but not in the mean.
+    A value that is not finite counts as missing: it takes part of the span, but not in the mean.
 
     Args:
         span: weight to look back on, such as the steps of an epoch.
@@ -36,7 +36,7 @@ class RecentMean:
         self._weight = 0.0
 
     def add(self, value: float, weight: float) -> None:
-        """Add `value`; what then lies more than the span back is forgotten."""
+        """Add `value`; values further back than the span are forgotten."""
         if not weight:
             return
         new = _Bin(value * weight, weight, weight) if isfinite(value) else _Bin(0.0, 0.0, weight)
@@ -51,5 +51,5 @@ class RecentMean:
     @property
     def value(self) -> float:
         """The mean; NaN where nothing in the span was finite."""
-        weight = fsum(some.finite for some in self._bins)
-        return fsum(some.total for some in self._bins) / weight if weight else nan
+        weight = fsum(item.finite for item in self._bins)
+        return fsum(item.total for item in self._bins) / weight if weight else nan

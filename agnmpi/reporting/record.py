@@ -1,4 +1,4 @@
-"""The order in which a center served its messages: written while it happens, read to repeat it."""
+"""The order in which a center served its messages: recorded during a run, read to replay it."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ NAME = "order.jsonl"
 
 
 class Served(NamedTuple):
-    """A message that was served, and what it was answered; the pull, if it had one, was of `clock`."""
+    """A message that was served, and its reply; the pull, if any, was of `clock`."""
 
     kind: str  # ask, commit, pull, leave
     worker: int
@@ -26,7 +26,7 @@ class Served(NamedTuple):
 
     @classmethod
     def of(cls, commit: Commit, reply: Reply) -> "Served":
-        """Put a message and its reply into words."""
+        """Make the record of a message and its reply."""
         requests = "leave" if commit.requests & LEAVE else "ask" if commit.requests & WORK else "pull"
         kind = requests if commit.payload is None else "commit"
         done = (commit.sequence, commit.first_step, commit.steps) if kind == "commit" else (0, 0, 0)
@@ -34,9 +34,9 @@ class Served(NamedTuple):
 
 
 class Recorder:
-    """Appends what a center serves to RUN/order.jsonl, a list a line, each line flushed: it is there after a crash.
+    """Appends each served message to RUN/order.jsonl, one list per line, flushed each time: it survives a crash.
 
-    `facts`: what else a replay must know, such as the number of workers.
+    `facts`: further data for a replay, such as the number of workers.
     """
 
     def __init__(self, directory: Path, facts: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Recorder:
 
 
 def read(directory: Path) -> tuple[dict[str, Any], Iterator[Served]]:
-    """Read a record: its facts, and what was served, in order; a line that a crash cut short is left out.
+    """Read a record: its facts, and the served messages in order; a line that a crash cut short is skipped.
 
     Raises ValueError if there is none, or if it is of another version.
     """

@@ -21,7 +21,7 @@ from ..core.worker import Worker
 from ..recovery.files import write_atomic
 from ..reporting import record
 from ..reporting.advice import advice
-from ..reporting.events import finite
+from ..reporting.events import json_safe
 from ..training.config import Config
 from ..training.monitor import Monitor
 from ..training.outputs import conclude, repeatable, run_directory
@@ -129,7 +129,7 @@ class Stage:
         drive()
         if self._recorder is not None:
             self._recorder.close()
-        said_also = {"transport": "virtual", "centers": len(self.parts), **finite(also())}
+        said_also = {"transport": "virtual", "centers": len(self.parts), **json_safe(also())}
         result = conclude(directory, config, layout, role, self.c, monitor, said_also)
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
         monitor.say(

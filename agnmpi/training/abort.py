@@ -1,4 +1,4 @@
-"""How a failure of one rank ends the whole job."""
+"""A failure of one rank ends the whole job."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 
 def say(comm: MPI.Comm, error: BaseException) -> None:
-    """Print the error with this rank's name in one piece."""
+    """Print the error with this rank's name in one write."""
     text = "".join(traceback.format_exception(error))
     place_name = f"rank {comm.rank} on {MPI.Get_processor_name()}"
     sys.stdout.flush()
@@ -25,7 +25,7 @@ def say_and_abort(comm: MPI.Comm, error: BaseException) -> None:
 
 
 def abort(comm: MPI.Comm, code: int) -> None:
-    """End the whole job, after a moment for what has been printed."""
+    """End the whole job, after a moment for pending output."""
     time.sleep(0.5)  # MPICH 5.0.2's hydra may drop what a rank wrote just before MPI_Abort
     comm.Abort(code)
 
@@ -42,11 +42,11 @@ class AbortOnException:
     def _hook(self, kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
         if self._installed:
             say_and_abort(self._comm, error)
-        else:  # removed, while a later hook that stands before it goes on
+        else:  # removed, but still called by a hook installed later
             self._previous(kind, error, tb)
 
     def remove(self) -> None:
-        """Restore the hook that was there before."""
+        """Restore the previous hook."""
         if self._installed and sys.excepthook == self._hook:
             sys.excepthook = self._previous
         self._installed = False

@@ -1,4 +1,4 @@
-"""AGNOptimizer: for codes with a loop of their own."""
+"""AGNOptimizer: for programs with their own training loop."""
 
 import atexit
 import operator
@@ -30,32 +30,32 @@ Loss: TypeAlias = Callable[[Mapping[str, Array]], tuple[float, Gradients]]
 
 
 class AGNOptimizer:
-    """Train the parameters of a loop of your own with Accumulated Gradient Normalization over `comm`.
+    """Train the parameters of your own loop with Accumulated Gradient Normalization over `comm`.
 
     Each worker: λ local steps, then a ← (x − o)/λ, center c ← c + a, x ← c. The same script runs on every rank: on
     rank 0 the loop `for step in opt.steps(n)` serves and yields nothing.
 
     Args:
-        optimizer: from `agnmpi.sgd`, `adam`, …, or None if you move the parameters yourself and call `step()`.
+        optimizer: from `agnmpi.sgd`, `adam`, …, or None if you update the parameters yourself and call `step()`.
         params: arrays by name (or a sequence, or one array), copied; with `optimizer=None` your own arrays, which are
-            kept up to date at each exchange.
+            updated at each exchange.
         comm: any communicator; it is duplicated. Its rank 0 holds the center.
         communication_period: λ, local steps between exchanges; default 10.
-        use_locking: TensorFlow's word; False, with transport "rma", is transport "accumulate": commits are summed
-            straight into the center, element by element. Default True.
+        use_locking: TensorFlow's option; False, with transport "rma", is transport "accumulate": commits are summed
+            directly into the center, element by element. Default True.
         name: of this optimizer, in messages.
         rule: another rule of exchange than AGN, or one that weighs commits, such as
             `rules.weighted(rules.agn(), rules.outer_rate(1.0))`.
         variant: of AGN: "displacement" (default), or "gradient" as TensorFlow did.
-        center_optimizer: moves the center against each commit; None (default) adds.
+        center_optimizer: steps the center, with −delta as gradient; None (default) adds.
         transport: made by `agnmpi.transports`, such as `transports.p2p(message_buffers=8)`, or its name; "auto"
-            (default) is what the rule needs.
+            (default) depends on the rule.
         overlap: compute while an exchange is under way; default False.
-        dylu: λ is of the fastest worker, the others' are in proportion to their speeds; default False.
+        dylu: λ is that of the fastest worker, the others' are proportional to their speeds; default False.
 
     Raises:
-        TypeError: for what is no array or optimizer.
-        ValueError: for shapes, names and numbers, or where ranks differ.
+        TypeError: for what is not an array or optimizer.
+        ValueError: for invalid shapes, names or numbers, or where ranks differ.
         RuntimeError: for use after the end.
 
     Source: Hermans, Spanakis, Moeckel, ACML 2017, arXiv:1710.02368; vocabulary of TensorFlow 1.14's
@@ -94,36 +94,35 @@ class AGNOptimizer:
         self._comm = comm.Dup()
         self._hook = AbortOnException(self._comm)
         try:
-            wishes = _Wishes(optimizer, center_optimizer, params, communication_period, rule, variant, transport)
-            self._loop = self._set_up(wishes, use_locking, overlap, dylu)
+            arguments = _Arguments(optimizer, center_optimizer, params, communication_period, rule, variant, transport)
+            self._loop = self._set_up(arguments, use_locking, overlap, dylu)
         except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
             self._comm.Free()
             raise
         atexit.register(self._at_exit)  # before mpi4py finalizes MPI
 
-    def _set_up(self, wishes: "_Wishes", use_locking: bool, overlap: bool, dylu: bool) -> Loop:
-        """Agree with the other ranks, lay out the vector, and connect; refusals are raised on all ranks."""
-        comm, optimizer = self._comm, wishes.optimizer
-        checked = raise_on_all(comm, lambda: wishes.checked(use_locking))
-        rule, layout, period, transport = checked
+    def _set_up(self, arguments: "_Arguments", use_locking: bool, overlap: bool, dylu: bool) -> Loop:
+        """Compare with the other ranks, create the flat vector, and connect; errors are raised on all ranks."""
+        comm, optimizer = self._comm, arguments.optimizer
+        rule, layout, period, transport = raise_on_all(comm, lambda: arguments.checked(use_locking))
         facts = {
             "rule": f"{rule.name}, alpha {rule.alpha:g}",
-            "variant": wishes.variant,
+            "variant": arguments.variant,
             "communication_period": str(period),
-            "optimizer": _in_words(optimizer),
-            "center_optimizer": _in_words(wishes.center_optimizer),
+            "optimizer": _describe(optimizer),
+            "center_optimizer": _describe(arguments.center_optimizer),
             "transport": f"{transport.name}, centers {transport.centers}, center on {transport.center_device}",
             "overlap": str(overlap),
             "dylu": str(dylu),
         }
         require_equal_model(comm, layout, facts)
-        check_setup(rule, Setup(transport, overlap, dylu), comm.size, optimizer, wishes.center_optimizer)
-        # Of variant "gradient": "of the same kind", with slots of its own.
-        center_optimizer = wishes.center_optimizer or (optimizer if rule.accumulates else None)
-        self._layout, self._x = layout, layout.pack(wishes.params)
+        check_setup(rule, Setup(transport, overlap, dylu), comm.size, optimizer, arguments.center_optimizer)
+        # Of variant "gradient": of the same kind, with its own slots.
+        center_optimizer = arguments.center_optimizer or (optimizer if rule.accumulates else None)
+        self._layout, self._x = layout, layout.pack(arguments.params)
         self._views = layout.views(self._x)
-        self._own = named(wishes.params) if optimizer is None else {}
+        self._user_arrays = named(arguments.params) if optimizer is None else {}
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
         setup = Setup(replace(transport, wire=choose_wire(comm, self._x, transport.wire)), overlap, dylu)
         self._sharded = transport.centers > 1
@@ -131,14 +130,14 @@ class AGNOptimizer:
 
     @property
     def params(self) -> dict[str, Array]:
-        """The parameters by name: views of the flat vector, or with `optimizer=None` your own arrays. Never waits."""
-        return dict(self._own or self._views)
+        """The parameters by name: views of the flat vector, or with `optimizer=None` your own arrays. Never blocks."""
+        return dict(self._user_arrays or self._views)
 
     @property
     def center(self) -> dict[str, Array]:
         """A copy of the center variable, by name, as last pulled; after the loop the final one, on every rank.
 
-        It lies where the parameters of this rank lie. Never waits: after a `break`, call `finish` first.
+        It is on the device of this rank's parameters. Never blocks: after a `break`, call `finish` first.
         """
         return self._layout.views(bring(self._loop.session.role.c.copy(), self._x))
 
@@ -154,7 +153,7 @@ class AGNOptimizer:
 
     @property
     def comm(self) -> MPI.Intracomm:
-        """The communicator in use: a duplicate of yours, or what is left of it where ranks were lost (ULFM)."""
+        """The communicator in use: a duplicate of yours, without lost ranks (ULFM)."""
         return self._loop.session.comm
 
     @property
@@ -173,11 +172,11 @@ class AGNOptimizer:
         return self._loop.session.role.serves
 
     def steps(self, total: int | None = None) -> Generator[int, None, None]:
-        """Yield the number of each step that this worker is to take; each of 0 … total−1 is taken by one worker.
+        """Yield the number of each step granted to this worker; each of 0 … total−1 is granted to one worker.
 
-        On a center rank it serves until all workers are done, and yields nothing. May be used again: parameters, slots,
-        clock and schedules go on. At the end `params` and `center` are the final center on every rank; after a `break`
-        they are when `finish` has been called. The body calls `minimize`, `apply_gradients` or `step` once.
+        On a center rank it serves until all workers are done, and yields nothing. May be called again: parameters,
+        slots, clock and schedules continue. At the end `params` and `center` are the final center on every rank; after
+        a `break` they are once `finish` has been called. The body calls `minimize`, `apply_gradients` or `step` once.
 
         Args:
             total: steps over all workers; None (default) until the workers `break`.
@@ -187,20 +186,20 @@ class AGNOptimizer:
     def finish(self) -> None:
         """After a `break`: wait until all workers have left, and take the final center.
 
-        The next `steps`, and `close`, do this by themselves. A generator that you hold by a name must be closed first.
+        The next `steps`, and `close`, do this automatically. A generator that you still reference must be closed first.
         """
         self._loop.finish()
 
     def initialize(self) -> None:
-        """Start every worker from the center: rank 0's values, whatever it was given. Collective."""
+        """Start every worker from the center: rank 0's values, whatever its own were. Collective."""
         for _ in self.steps(0):
             raise AssertionError("no step was granted")
 
     def compute_gradients(self, loss: Loss, var_list: Iterable[Any] | None = None) -> list[tuple[Array | None, Array]]:
         """Return (gradient, variable) pairs of `loss`.
 
-        `loss(params) -> (value, gradients)`: gradients by name, or in the order of the parameters; None where
-        there is none. `var_list`: names or variables to keep, all if None. The value is in `self.loss`.
+        `loss(params) -> (value, gradients)`: gradients by name, or in the order of the parameters; None for
+        a variable without one. `var_list`: names or variables to return, all if None. The value is in `self.loss`.
         """
         self._loop.check()
         value, gradients = loss(self.params)
@@ -215,16 +214,16 @@ class AGNOptimizer:
                 raise ValueError(f"{len(listed)} gradients for {len(self._layout.names)} parameters")
             by_name = dict(zip(self._layout.names, listed))
         self.loss = float(value)
-        kept = self._layout.names if var_list is None else [self._name_of(v) for v in var_list]
-        return [(by_name[name], self._views[name]) for name in kept]
+        selected = self._layout.names if var_list is None else [self._name_of(v) for v in var_list]
+        return [(by_name[name], self._views[name]) for name in selected]
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> None:
         """Take a local step with (gradient, variable) pairs, and exchange when λ steps are done.
 
-        A gradient may be None: its variable, and the slots that go with it, keep still, as do variables that are
-        not listed. (With variant "gradient" its mean gradient is zero at the center, as in TensorFlow: there momentum
-        and weight decay may still move it.) Raises ValueError if none has a gradient, or for a shape; TypeError for
-        what is no variable.
+        A gradient may be None: its variable and the slots of it do not change, nor do variables that are not
+        listed. (With variant "gradient" its mean gradient is zero at the center, as in TensorFlow: there momentum
+        and weight decay may still change it.) Raises ValueError if none has a gradient, or for a wrong shape; TypeError
+        for what is not a variable.
         """
         self._loop.check()
         if self._optimizer is None:
@@ -243,8 +242,8 @@ class AGNOptimizer:
             ranges[name] = self._layout.span(name)
         if not ranges:
             raise ValueError(f"rank {self._comm.rank}: no gradients: None for every variable")
-        whole = len(ranges) == len(self._layout.names)
-        self._loop.step(self._g, self.loss, None if whole else list(ranges.values()))
+        all_given = len(ranges) == len(self._layout.names)
+        self._loop.step(self._g, self.loss, None if all_given else list(ranges.values()))
 
     def minimize(self, loss: Loss, var_list: Iterable[Any] | None = None) -> float:
         """Compute the gradients, apply them, and return the value of the loss before the step."""
@@ -252,11 +251,11 @@ class AGNOptimizer:
         return self.loss
 
     def step(self, loss: float = nan) -> None:
-        """With `optimizer=None`: count one step that you took, and exchange when λ are done."""
+        """With `optimizer=None`: count one step that you have taken, and exchange after λ."""
         self._loop.check()
         if self._optimizer is not None:
             raise RuntimeError(f"{self._name} has an optimizer: call minimize() or apply_gradients()")
-        self._layout.pack(self._own, out=self._x)
+        self._layout.pack(self._user_arrays, out=self._x)
         self._loop.step(None, loss)
         self._loop.refresh()
 
@@ -282,7 +281,7 @@ class AGNOptimizer:
     def get_slot_names(self) -> list[str]:
         """Names of the slots on this rank: the local optimizer's, on a center rank the center optimizer's.
 
-        None where several centers hold a block of them each.
+        Empty at several centers, which hold a block of each.
         """
         return list(self._slots())
 
@@ -306,11 +305,11 @@ class AGNOptimizer:
         self._hook.remove()
         session = self._loop.session
         session.close()
-        if not session.members.lost:  # with the dead it would not end
+        if not session.members.lost:  # with dead ranks it would not return
             self._comm.Free()
 
     def _at_exit(self) -> None:
-        """Nobody has closed it, perhaps for a sys.exit on this rank alone: the others come to their end, too."""
+        """It was not closed, perhaps after a sys.exit on this rank alone: leave, so that the others can end, too."""
         if not MPI.Is_finalized():
             self.close()
 
@@ -318,12 +317,12 @@ class AGNOptimizer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:  # after an error the other ranks do not come to a collective close
+        if kind is None:  # after an error the other ranks do not call the collective close
             self.close()
 
     def _slots(self) -> dict[str, Array]:
         worker, center = self._loop.worker, self._loop.session.role.center
-        if worker is None and self._sharded:  # a block of them: no views of whole variables
+        if worker is None and self._sharded:  # blocks of slots: no views of whole variables
             return {}
         optimizer, state = (worker.optimizer, worker.state) if worker else (center.optimizer, center.state)
         return optimizer.slots(state) if optimizer else {}
@@ -333,18 +332,18 @@ class AGNOptimizer:
             if variable in self._views:
                 return variable
             raise ValueError(f"no parameter {variable!r}; there are {list(self._views)}")
-        for name, view in (self._views | self._own).items():
+        for name, view in (self._views | self._user_arrays).items():
             if variable is view:
                 return name
         raise TypeError(f"{type(variable).__name__} is no variable of {self._name}: give one of `params`, or its name")
 
     def _copy_out(self) -> None:
-        for name, array in self._own.items():
+        for name, array in self._user_arrays.items():
             array[...] = bring(self._views[name], array)
 
 
-class _Wishes(NamedTuple):
-    """What a rank was given."""
+class _Arguments(NamedTuple):
+    """The arguments of AGNOptimizer on one rank."""
 
     optimizer: Optimizer | None
     center_optimizer: Optimizer | None
@@ -355,10 +354,10 @@ class _Wishes(NamedTuple):
     transport: str | Transport
 
     def checked(self, use_locking: bool) -> tuple[Rule, Layout, int, Transport]:
-        """The rule, the layout, λ and the transport. Raises TypeError or ValueError for what cannot be."""
-        for given in (self.optimizer, self.center_optimizer):
-            if given is not None and not isinstance(given, Optimizer):
-                raise TypeError(f"optimizer must come from agnmpi (sgd, adam, …) or be None, not {given!r}")
+        """The rule, the layout, λ and the transport. Raises TypeError or ValueError for invalid arguments."""
+        for optimizer in (self.optimizer, self.center_optimizer):
+            if optimizer is not None and not isinstance(optimizer, Optimizer):
+                raise TypeError(f"optimizer must come from agnmpi (sgd, adam, …) or be None, not {optimizer!r}")
         if self.rule is not None and not isinstance(self.rule, Rule):
             raise TypeError(f"rule must be made by agnmpi.rules, such as rules.downpour(), not {self.rule!r}")
         if self.rule is not None and self.variant != "displacement":
@@ -380,7 +379,7 @@ class _Wishes(NamedTuple):
 
 
 def _warn_of_threads(name: str) -> None:
-    """Under MPI_THREAD_MULTIPLE Open MPI 5.0's btl/tcp locks itself when a peer dies amid a large message."""
+    """Under MPI_THREAD_MULTIPLE Open MPI 5.0's btl/tcp deadlocks when a peer dies during a large message."""
     if fault_tolerant() and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
         warnings.warn(
             f"{name}: MPI runs fault tolerant and with MPI_THREAD_MULTIPLE, under which Open MPI may hang when a "
@@ -391,5 +390,5 @@ def _warn_of_threads(name: str) -> None:
         )
 
 
-def _in_words(optimizer: Optimizer | None) -> str:
+def _describe(optimizer: Optimizer | None) -> str:
     return f"{optimizer.name}({optimizer.numbers})" if optimizer else "none"

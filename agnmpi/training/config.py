@@ -19,13 +19,13 @@ _KNOWN_WITH = {"downpour": "sgd", "dynsgd": "sgd", "aeasgd": "sgd", "eamsgd": "n
 @documented
 @dataclass(frozen=True)
 class Config:
-    """A run, whole: its file repeats it.
+    """The complete configuration of a run: its file repeats the run.
 
-    `complete()` fills in what depends on others. Options that the command line and files know under another name,
-    too, such as `learning_rate`, have one name here.
+    `complete()` fills in defaults that depend on others. Options with aliases on the command line and in files, such as
+    `learning_rate`, have one name here.
 
     Raises:
-        ValueError: for what cannot be, with the value and the remedy.
+        ValueError: for an invalid value or combination, with the value and the remedy.
     """
 
     problem: str = option(
@@ -166,21 +166,21 @@ class Config:
         check(self, _REFUSALS)
 
     def complete(self) -> "Config":
-        """Return the configuration with each default that depends on others filled in, and tried out.
+        """Return the configuration with each default that depends on others filled in, and checked.
 
         Raises:
-            ValueError: for what cannot be, with the value and the remedy.
+            ValueError: for an invalid value or combination, with the value and the remedy.
         """
         optimizer = self.optimizer or _KNOWN_WITH.get(self.rule, "adam")
         rate = self.rate or (0.001 if optimizer.startswith("adam") else 0.01)
-        whole = replace(self, optimizer=optimizer, rate=rate)._with_center_optimizer()
-        whole = replace(whole, transport=whole.make_transport().name)
-        refuse(whole, (*_REFUSALS_OF_THE_WHOLE, *_TRANSPORT_RULES))
-        whole.make_rule(), whole.make_optimizer(1000), whole.make_center_optimizer(1000)
-        return whole
+        complete = replace(self, optimizer=optimizer, rate=rate)._with_center_optimizer()
+        complete = replace(complete, transport=complete.make_transport().name)
+        refuse(complete, (*_REFUSALS_OF_COMPLETE, *_TRANSPORT_RULES))
+        complete.make_rule(), complete.make_optimizer(1000), complete.make_center_optimizer(1000)
+        return complete
 
     def _with_center_optimizer(self) -> "Config":
-        """The configuration with the center's optimizer, and its numbers, where they are not given."""
+        """The configuration with defaults of the center's optimizer and its numbers."""
         center, rate, options = self.center_optimizer, self.center_rate, self.center_options
         if center is None and self.rule == "diloco":
             center, rate, options = "nesterov", rate or 0.7, {"beta": 0.9} | options
@@ -192,16 +192,16 @@ class Config:
         return replace(self, center_optimizer=center, center_rate=rate, center_options=options)
 
     def make_transport(self) -> registry.Transport:
-        """How commits travel, with its numbers."""
+        """The transport, with its options."""
         options = {name: getattr(self, name) for name in ("centers", "message_buffers", "wire", "center_device")}
         return registry.resolve(self.transport, self.make_rule().allreduce, workers=self.workers, **options)
 
     @property
-    def _gives(self) -> Capabilities:
+    def _capabilities(self) -> Capabilities:
         return self.make_transport().capabilities
 
     def make_rule(self) -> Rule:
-        """The rule, with its numbers; of a configuration that is complete."""
+        """The rule, with its numbers; of a complete configuration."""
         assert self.rate is not None
         alpha = self.rate * self.rho
         numbers: dict[str, list[Any]] = {"agn": [self.variant], "aeasgd": [alpha], "eamsgd": [alpha]}
@@ -256,7 +256,7 @@ class Config:
         return tomli_w.dumps({key: value for key, value in asdict(self).items() if value is not None})
 
 
-# Of any configuration.
+# For any configuration.
 _REFUSALS: tuple[Refusal[Config], ...] = (
     (lambda c: c.outer_rate is not None and c.rule != "agn", "outer_rate is of rule agn, not of {rule}"),
     (lambda c: c.variant != "displacement" and c.rule != "agn", "variant {variant!r} is of rule agn, not of {rule}"),
@@ -295,8 +295,8 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
     ),
 )
 
-# Of one that is complete.
-_REFUSALS_OF_THE_WHOLE: tuple[Refusal[Config], ...] = (
+# For a complete one.
+_REFUSALS_OF_COMPLETE: tuple[Refusal[Config], ...] = (
     (
         lambda c: c.variant == "gradient" and c.center_optimizer == "add",
         "variant 'gradient' commits gradients: it needs a center optimizer, not 'add'",
@@ -307,30 +307,30 @@ _REFUSALS_OF_THE_WHOLE: tuple[Refusal[Config], ...] = (
     ),
 )
 
-# Of its transport, which is not "auto" any more.
+# For its transport, which is no longer "auto".
 _TRANSPORT_RULES: tuple[Refusal[Config], ...] = (
     (
-        lambda c: c.workers != 1 and (c._gives.center_ranks or c._gives.together),
+        lambda c: c.workers != 1 and (c._capabilities.center_ranks or c._capabilities.together),
         "workers = {workers} is for --transport local; else the ranks are counted",
     ),
     (
-        lambda c: c.drop_stalled and (not c._gives.silent_workers or c.centers > 1),
+        lambda c: c.drop_stalled and (not c._capabilities.silent_workers or c.centers > 1),
         "drop_stalled needs transport p2p and one center, not {transport!r}, {centers}",
     ),
     (
-        lambda c: bool(c.stall_limit) and not c._gives.single_commits,
+        lambda c: bool(c.stall_limit) and not c._capabilities.single_commits,
         "stall_limit with transport {transport}: the center hears of no single worker; leave one of them",
     ),
     (
-        lambda c: c.record and (c.centers > 1 or not c._gives.single_commits),
+        lambda c: c.record and (c.centers > 1 or not c._capabilities.single_commits),
         "record is of one center that serves: with several each has an order of its own",
     ),
     (
-        lambda c: c.record and c._gives.together,
+        lambda c: c.record and c._capabilities.together,
         "record is of runs with a center; on transport {transport} every run repeats itself",
     ),
     (
-        lambda c: c.record and not c._gives.message_order,
+        lambda c: c.record and not c._capabilities.message_order,
         "record is of transport p2p: what {transport} does is not in the order of messages",
     ),
 )
@@ -341,12 +341,12 @@ def load(path: str | None = None, given: Mapping[str, Any] | None = None, sets: 
 
     Args:
         path: TOML file, if any; its table [simulation] is not read.
-        given: values that come on top of it. Epochs that are given override steps in the file.
-        sets: `KEY=VALUE` each, on top of all. A VALUE is read as TOML if it is any (3, 0.1, true, [1, 2]), else as a
+        given: values that override it; `epochs` among them override `steps` in the file.
+        sets: `KEY=VALUE` each, override both. A VALUE is read as TOML if it is any (3, 0.1, true, [1, 2]), else as a
             string; KEY may name a value in a table (options.hidden).
 
     Returns:
-        The configuration; other names of options, and other words for values, are replaced by those of Config.
+        The configuration; aliases of options and of values are replaced by those of Config.
 
     Raises:
         ValueError: for an unknown option or a bad value.
@@ -354,21 +354,21 @@ def load(path: str | None = None, given: Mapping[str, Any] | None = None, sets: 
     """
     values = _layer({} if path is None else read_toml(path))
     values.pop("simulation", None)  # of `simulate`, which reads it itself
-    over = _layer(given or {})
-    values |= over
-    asked = {*over, *overlay(Config, values, sets)}
-    if "epochs" in asked and "steps" not in asked:
+    overrides = _layer(given or {})
+    values |= overrides
+    named = {*overrides, *overlay(Config, values, sets)}
+    if "epochs" in named and "steps" not in named:
         values.pop("steps", None)  # the file's
     return Config(**known(Config, _locking(values, values.get("transport", "auto"))))
 
 
 def _layer(values: Mapping[str, Any]) -> dict[str, Any]:
-    found = canonical(Config, values)
-    return _locking(found, found["transport"]) if "transport" in found else found
+    result = canonical(Config, values)
+    return _locking(result, result["transport"]) if "transport" in result else result
 
 
 def _locking(values: dict[str, Any], transport: str) -> dict[str, Any]:
-    """Replace TensorFlow's `use_locking` by the transport that it means."""
+    """Replace TensorFlow's `use_locking` by the corresponding transport."""
     locking = values.pop("use_locking", None)
     if locking not in (None, True, False):
         raise ValueError(f"use_locking must be of type bool, not {locking!r}")

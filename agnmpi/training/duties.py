@@ -1,4 +1,4 @@
-"""What a rank that serves does beside serving: display, events, evaluations, record, checkpoints, silent workers."""
+"""A serving rank's other duties: display, events, evaluations, record, checkpoints, silent workers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -24,18 +24,18 @@ from .session import Session
 
 
 class Run(NamedTuple):
-    """A run, for what shows and writes it.
+    """A run, for those who display and write it.
 
     Args:
         config: complete.
         plan: its batches.
         layout: of the parameters.
-        data: what says which samples each step has.
-        directory: where it is written.
+        data: determines the samples of each step.
+        directory: of its files.
         session: of this rank.
-        whole: whether a checkpoint can be one cut over all centers.
+        consistent: whether a checkpoint can be one consistent cut over all centers.
         evaluate: metrics of a center variable (n,).
-        name: of a rank, in words.
+        name: describes a rank.
         say: prints a line.
     """
 
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     data: Mapping[str, int]
     directory: Path
     session: Session
-    whole: bool
+    consistent: bool
     evaluate: Evaluate
     name: Callable[[int], str]
     say: Callable[[str], None]
@@ -55,10 +55,10 @@ class Duties:
     """The duties of a center rank, or of rank 0 where all train.
 
     Args:
-        run: whose.
-        first: whether this rank grants the work, shows and writes the run; else it only saves its block.
+        run: the run.
+        first: whether this rank grants the work, displays and writes the run; else it only saves its block.
         begins: the run begins here, with these lines on the display and these BLAS threads of each worker; None where a
-            new center takes it over.
+            new center takes over.
     """
 
     monitor: Monitor  # of the first alone
@@ -72,7 +72,7 @@ class Duties:
         if first:
             self._open(*begins or (None, ()))
         if self._config.keep_checkpoints:
-            self._keep()
+            self._set_up_checkpoints()
 
     def committed(self, commit: Commit, c: Array) -> None:
         """A commit was applied."""
@@ -84,29 +84,29 @@ class Duties:
     def served(self, commit: Commit, reply: Reply) -> None:
         """A message was served."""
         if self._silent is not None:
-            self._silent.heard(commit.worker)
+            self._silent.seen(commit.worker)
             if commit.requests & LEAVE:
                 self._silent.excused(commit.worker)
         if self._recorder is not None:
             self._recorder(commit, reply)
 
-    def tick(self, asked: str | None) -> None:
-        """Between two messages; `asked`: the signal that asks the run to stop."""
+    def tick(self, stop_signal: str | None) -> None:
+        """Call between two messages; `stop_signal`: name of the signal that asks the run to stop."""
         role, center = self._role, self._role.center
         if self._cut is not None:
             self._cut.tick()
         if not self.first:
             return
         self.monitor.tick()
-        if asked and center.control != STOP:
+        if stop_signal and center.control != STOP:
             center.control = STOP
-            self._run.say(f"{asked}: the workers commit what they have done; then a checkpoint, and the end")
+            self._run.say(f"{stop_signal}: the workers commit what they have done; then a checkpoint, and the end")
         if self._silent is not None:
             self._silent.tick()
         if self._saver is not None:
             self._saver.writing()
         if isinstance(role, CenterRole):
-            role.end.tell(center.control, center.checkpoint)
+            role.end.announce(center.control, center.checkpoint)
 
     def save(self) -> None:
         """Begin a checkpoint now."""
@@ -121,7 +121,7 @@ class Duties:
             self._saver = None
 
     def prune(self) -> None:
-        """Remove what is older than the checkpoints to keep."""
+        """Remove checkpoints older than those to keep."""
         if self.first and self._config.keep_checkpoints:
             prune(self._run.directory, self._config.keep_checkpoints, max(1, self._run.session.members.centers))
 
@@ -131,8 +131,8 @@ class Duties:
             self._recorder.close()
             self._recorder = None
 
-    def follow(self, role: Role) -> None:
-        """This rank has another role from now on, with the same center."""
+    def change_role(self, role: Role) -> None:
+        """This rank changes its role; the center is the same."""
         self._role = self.monitor.role = role
         self._silent = None
 
@@ -153,8 +153,8 @@ class Duties:
             )
         self.monitor.start()
 
-    def _keep(self) -> None:
-        """Keep checkpoints."""
+    def _set_up_checkpoints(self) -> None:
+        """Prepare to write checkpoints."""
         config, role = self._config, self._role
         self._saver = CenterSaver(
             self._run.directory,
@@ -171,7 +171,7 @@ class Duties:
         saver = self._saver
         self._cut = ConsistentCut(
             MPIMail(role.centers),
-            role.end if self._run.whole else None,
+            role.end if self._run.consistent else None,
             role.center,
             lambda number: saver.save(role.end.c, number),
             saver.writing,
@@ -181,17 +181,17 @@ class Duties:
             saver.cut, role.before_leaving = self._cut, self._cut.finish
 
     def _own_center(self) -> Array:
-        """What this rank holds of the center variable."""
+        """This rank's block of the center variable, or all of it."""
         return self._role.end.c if isinstance(self._role, CenterRole) else self._role.c
 
     def _facts(self) -> dict[str, Any]:
-        """What a checkpoint says beside the center's own facts."""
+        """A checkpoint's facts beside those of the center."""
         run, session = self._run, self._run.session
         return {
             "agnmpi": __version__,
             "centers": max(1, session.members.centers),
             "workers": self._role.count,
-            "consistent": run.whole,
+            "consistent": run.consistent,
             "layout": run.layout._asdict(),
             "data": dict(run.data),
             "config": asdict(self._config),

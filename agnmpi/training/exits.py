@@ -1,15 +1,15 @@
-"""With which code a run ends, if not with 0 or 1."""
+"""Exit codes of a run other than 0 and 1."""
 
 # The exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL).
 INTERRUPTED = 75
-# That of a run which went to its end, but lost workers on the way.
+# The exit code of a run that was completed, but lost workers.
 DEGRADED = 76
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; what is committed is in its newest checkpoint.
+    """The run was asked to stop; all commits are in its newest checkpoint.
 
-    `abort`: other ranks hang, and have to be ended, too.
+    `abort`: other ranks hang, and must be ended, too.
     """
 
     def __init__(self, abort: bool) -> None:
@@ -20,7 +20,7 @@ class Interrupted(Exception):
 class Degraded(Exception):
     """Ranks were lost, and MPI cannot be finalized any more; leave with exit code `code`.
 
-    `abort`: other ranks hang, and have to be ended, too.
+    `abort`: other ranks hang, and must be ended, too.
     """
 
     def __init__(self, code: int, abort: bool) -> None:

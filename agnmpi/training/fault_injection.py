@@ -51,7 +51,7 @@ class Injection:
         self._steps = 0
 
     def step(self) -> None:
-        """To be called before each local step (on a center rank: before each commit)."""
+        """Call it before each local step (on a center rank: before each commit)."""
         for fault in self._faults:
             if fault.kind == "kill" and fault.at == self._steps:
                 _die()
@@ -62,12 +62,12 @@ class Injection:
         self._steps += 1
 
     def wrap(self, end: WorkerEnd) -> WorkerEnd:
-        """An end in whose exchanges this rank dies, or loses its commit, if any fault says so."""
+        """An end in whose exchanges this rank dies, or loses its commit, where a fault requires it."""
         faults = [fault for fault in self._faults if fault.kind in ("cut", "drop")]
         return _FaultyEnd(end, faults) if faults and not isinstance(end, _FaultyEnd) else end
 
-    def spoil(self, g: Array) -> None:
-        """To be called with the gradient of the step."""
+    def corrupt(self, g: Array) -> None:
+        """Call it with the gradient of the step."""
         if any(fault.kind == "corrupt" and fault.at == self._steps - 1 for fault in self._faults):
             g[0] = nan
 

@@ -1,10 +1,10 @@
-"""A loop over steps, turned inside out for training loops that take callbacks."""
+"""A loop over steps as callbacks, for training loops that take a hook."""
 
 from collections.abc import Generator
 
 
 class Hook:
-    """Begin, after each step, end: for training loops that take callbacks.
+    """Callbacks for a training loop: begin, after each step, end.
 
     >>> def loop(step, hook):
     ...     hook.begin()  # on a center rank: serves until the workers are done
@@ -23,7 +23,7 @@ class Hook:
         self.step_number = next(self._steps, None)
 
     def after_step(self) -> None:
-        """To be called after each `minimize`, `apply_gradients` or `step`."""
+        """Call it after each `minimize`, `apply_gradients` or `step`."""
         self.step_number = next(self._steps, None)
 
     def should_stop(self) -> bool:
@@ -31,6 +31,6 @@ class Hook:
         return self.step_number is None
 
     def end(self) -> None:
-        """Commit what is done, and leave."""
+        """Commit the steps done, and leave."""
         self.step_number = None
         self._steps.close()

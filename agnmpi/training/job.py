@@ -51,22 +51,22 @@ def train(config: Config, world: MPI.Intracomm, signals: Signals | None = None, 
     Args:
         config: the run.
         world: ranks that take part; it is duplicated.
-        signals: those that ask the run to stop; default: none do.
-        inject: tests give faults in the environment variable AGNMPI_FAULTS; default False.
+        signals: signals that ask the run to stop; default: none.
+        inject: inject the faults in the environment variable AGNMPI_FAULTS, for tests; default False.
 
     Returns:
         The result on rank 0, as in result.json; None elsewhere.
 
     Raises:
-        ConfigError: on every rank, for what is refused before training.
+        ConfigError: on every rank, for an invalid configuration, before training.
         Interrupted: on every rank, if one of `signals` has asked the run to stop.
-        Degraded: on every rank that is left, if the run ended with fewer.
+        Degraded: on every surviving rank, if ranks were lost.
     """
     return Job(config, world, signals or Signals(lambda _code: None), inject).run()
 
 
 class Job(Observer):
-    """A run of `agnmpi train` on this rank: a configuration, a session, and what is written of it."""
+    """A run of `agnmpi train` on this rank: a configuration, a session, and its output files."""
 
     def __init__(self, config: Config, world: MPI.Intracomm, signals: Signals, inject: bool = False) -> None:
         check_world(world)
@@ -87,7 +87,7 @@ class Job(Observer):
         numbers = self.problem.samples, config.batch, config.epochs, config.steps, config.seed
         self.plan = raise_on_all(self.world, lambda: Plan(*numbers))
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
-        # Where the run's directory lies is rank 0's affair.
+        # Only rank 0 uses the run's directory here.
         options = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run_dir", "resume")}
         require_equal_model(self.world, self.layout, {"samples": str(self.problem.samples), **options})
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
@@ -99,8 +99,8 @@ class Job(Observer):
         self.complete = self.interrupted = False  # complete: before it was resumed
         self.result: Result | None = None
         self._worker_savers: list[WorkerSaver] = []
-        self._announcements = list[str]()  # for the display, once it is there
-        self._began = 0.0  # time at which the training began, less what earlier runs of it took
+        self._announcements = list[str]()  # for the display, once it exists
+        self._began = 0.0  # start time, less the duration before a resume
 
     def run(self) -> Result | None:
         """Connect, resume, train, and write the result."""
@@ -109,13 +109,13 @@ class Job(Observer):
             for workers in self.session.rounds():
                 for worker in workers:
                     worker.end = self.injection.wrap(worker.end)
-                self._keep_workers(workers)
+                self._set_up_worker_savers(workers)
                 drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
             if self._concluded():
                 return self._end()
 
     def _connect(self) -> None:
-        """Set up the session, and begin it, or go on from a checkpoint."""
+        """Set up the session, and begin it or continue from a checkpoint."""
         config, plan = self.config, self.plan
         wire = choose_wire(self.world, self.x, self.setup.transport.wire)
         self.session = session = Session(
@@ -141,12 +141,12 @@ class Job(Observer):
             self.duties = Duties(self._run(), first=False)
 
     def _run(self) -> Run:
-        whole = self.serving_ranks < 2 or self.setup.transport.capabilities.single_commits
-        facts = self.config, self.plan, self.layout, self.data, self.directory, self.session, whole
+        consistent = self.serving_ranks < 2 or self.setup.transport.capabilities.single_commits
+        facts = self.config, self.plan, self.layout, self.data, self.directory, self.session, consistent
         return Run(*facts, self.evaluate, self.name, self.say)
 
     def _resume(self) -> Mapping[str, Any] | None:
-        """Begin, or go on from a checkpoint, whose facts are returned; and find out where the run is written."""
+        """Begin, or continue from a checkpoint and return its facts; determine the directory of the run."""
         config, role, resumed = self.config, self.session.role, None
         if config.resume is not None:
             directory = partial(run_directory, config) if self.rank == 0 else None
@@ -157,49 +157,49 @@ class Job(Observer):
             )  # fmt: skip
             self.complete = resumed is not None and role.center.settled >= self.plan.steps
         self.session.begin(self.plan.steps, config.period)
-        made = raise_on_all(self.world, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
-        self.directory = Path(allgather(self.world, made)[0])
+        path = raise_on_all(self.world, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
+        self.directory = Path(allgather(self.world, path)[0])
         return resumed
 
     def _newest(self) -> Saved | None:
-        found = newest(self.directory, self.say)
-        return found and found[1:]
+        checkpoint = newest(self.directory, self.say)
+        return checkpoint and checkpoint[1:]
 
     def _steps(self, worker: Worker, saver: WorkerSaver) -> Iterator[int]:
-        """The loop of a worker: saves its state when the center has, and stops where nobody else would stop it."""
+        """The loop of a worker: saves its state with the center, and stops on a signal where no center rank would."""
         gradient = gradient_of(self.problem, self.layout, self.plan, worker.x)
 
         def compute(step: int) -> tuple[float, Array]:
             self.injection.step()
             loss, g = gradient(step)
-            self.injection.spoil(g)
+            self.injection.corrupt(g)
             return loss, g
 
         loop = train_worker(worker, compute)
         for step in loop:
             saver.tick()
-            if self.signals.asked and (not self.serving_ranks or self.session.comm.size == 1):
+            if self.signals.received and (not self.serving_ranks or self.session.comm.size == 1):
                 loop.close()
                 worker.settle()
                 return
             yield step
 
-    def _keep_workers(self, workers: Sequence[Worker]) -> None:
-        """Have the local states of these workers written, as it was chosen."""
+    def _set_up_worker_savers(self, workers: Sequence[Worker]) -> None:
+        """Prepare to write the local states of these workers, as configured."""
         config, count = self.config, self.session.role.count
         option = config.checkpoint_workers if config.keep_checkpoints else "none"
         when, line = workers_saved(option, state_bytes(self.x.nbytes, config.make_optimizer(1)), count)
         if line and self.rank == 0:
             self.say(line)
-        for saver in self._worker_savers:  # of an earlier round, with a center that is lost
+        for saver in self._worker_savers:  # of an earlier round, with a lost center
             saver.finish(None)
         progress = self.session.comm.Iprobe
         self._worker_savers = [WorkerSaver(self.directory, w, count, when, self.say, progress) for w in workers]
 
-    # What is told by the session.
+    # Events of the session.
 
     def committed(self, commit: Commit, c: Array) -> None:
-        """Count, show, evaluate and save."""
+        """Count, display, evaluate and save."""
         if self.duties is None:
             return
         self.duties.committed(commit, c)
@@ -207,14 +207,14 @@ class Job(Observer):
             self.injection.step()
 
     def served(self, commit: Commit, reply: Reply) -> None:
-        """Record, and know that a worker lives."""
+        """Record; the worker is alive."""
         if self.duties is not None:
             self.duties.served(commit, reply)
 
     def waiting(self) -> None:
-        """See to display, signals, silent workers and checkpoints."""
+        """Update display and checkpoints; check for signals and silent workers."""
         if self.duties is not None:
-            self.duties.tick(self.signals.asked)
+            self.duties.tick(self.signals.received)
 
     def left(self) -> None:
         """Save before ranks are left behind."""
@@ -222,7 +222,7 @@ class Job(Observer):
             self.duties.save()  # Open MPI 5.0 may crash if a rank dies while others are left behind
 
     def lost(self, rank: int, held: Sequence[Lease]) -> None:
-        """Say which worker has died."""
+        """Report a worker that has died."""
         role, lost = self.session.role, self.session.members.lost
         others = sum(worker not in lost for worker in self.session.members.workers())
         self.say(
@@ -232,7 +232,7 @@ class Job(Observer):
         self.note("lost", rank=rank, host=self._ranks[rank][0], uncommitted=held)
 
     def given_up(self, lease: Lease) -> None:
-        """Say which steps nobody takes any more."""
+        """Report steps that are given up."""
         last = lease.first + lease.steps - 1
         self.say(
             f"WARNING: steps {lease.first} to {last} gave NaN or infinity again and again, and are given up; look at "
@@ -241,18 +241,18 @@ class Job(Observer):
         self.note("given_up", first=lease.first, steps=lease.steps)
 
     def missing(self, ranks: Sequence[int]) -> None:
-        """Say which ranks are lost, though their work was done."""
+        """Report ranks that were lost after their work was done."""
         if self.session.role.serves:
             for rank in ranks:
                 self.say(f"WARNING: {self.name(rank)} is lost, after its work was done")
 
     def alone(self) -> None:
-        """Say that nobody else is left."""
+        """Report that no other rank is left."""
         self.say(f"WARNING: all workers are lost; rank {self.rank}, which was one, trains on alone")
         if self.duties is not None:
-            self.duties.follow(self.session.role)
+            self.duties.change_role(self.session.role)
 
-    def new_center(self, source: str, gone: Sequence[int]) -> None:
+    def new_center(self, source: str, newly_lost: Sequence[int]) -> None:
         """Another center has been elected; if it is this rank, it takes over the files and the display, too."""
         session = self.session
         if session.comm.rank:
@@ -263,42 +263,42 @@ class Job(Observer):
         samples = self.plan.count(Lease(0, leases.next)) - sum(self.plan.count(lease) for lease in leases.open())
         self.duties.monitor.resume(samples, time.monotonic() - self._began)
         self.say(
-            f"WARNING: {' and '.join(map(self.name, gone))} {'is' if len(gone) == 1 else 'are'} lost, the center "
-            f"among them; {self.name(self.rank)} is the center now, from {source}, and goes on at step "
+            f"WARNING: {' and '.join(map(self.name, newly_lost))} {'is' if len(newly_lost) == 1 else 'are'} lost, "
+            f"the center among them; {self.name(self.rank)} is the center now, from {source}, and goes on at step "
             f"{center.steps}, clock {center.clock}, " + (f"workers: {role.count}" if role.serves else "alone")
         )
         self.note("failover", lost=sorted(session.members.lost), center=self.rank, begun_from=source)
 
-    # What is written.
+    # Output.
 
     @property
     def data(self) -> dict[str, int]:
-        """What says which samples each step has."""
+        """Determines the samples of each step."""
         return {"samples": self.problem.samples, "batch": self.config.batch, "seed": self.config.seed}
 
     def evaluate(self, c: Array) -> Mapping[str, float]:
-        """Evaluate `c` (n,) where the problem of this rank computes, wherever c lies; in any thread."""
+        """Evaluate `c` (n,), which may lie on any device, on this rank's device; in any thread."""
         with current(self.x):
             return self.problem.evaluate(self.layout.views(bring(c, self.x)))
 
     def name(self, rank: int) -> str:
-        """The rank, and where it runs."""
+        """The rank and its host, as text."""
         return f"rank {rank} on {self._ranks[rank][0]}"
 
     def say(self, line: str) -> None:
-        """Print a line: on the display where this rank has it."""
+        """Print a line: on the display where this rank has one."""
         if self.duties is not None and self.duties.first:
             self.duties.monitor.say(line)
         else:
             print(f"agnmpi: rank {self.rank}: {line}", file=sys.stderr, flush=True)
 
     def note(self, event: str, **facts: Any) -> None:
-        """Write an event, where this rank writes them."""
+        """Write an event, if this rank writes events."""
         if self.duties is not None and self.duties.first:
             self.duties.monitor.note(event, **facts)
 
     def _concluded(self) -> bool:
-        """Save and write what has been reached; whether all have come through this, the same on every rank."""
+        """Save and write the results; whether all ranks have succeeded, the same on every rank."""
         session = self.session
         if session.failover is None:
             self._conclude()
@@ -309,7 +309,7 @@ class Job(Observer):
         except MPI.Exception as raised:
             session.comm.Revoke()
             error, done = raised, 0
-        with suppress(MPI.Exception):  # a rank has died: all hear of it here
+        with suppress(MPI.Exception):  # a rank has died: Agree reports it on all
             if session.comm.Agree(done):
                 return True
         if error is not None and not session.comm.Get_failed().size:
@@ -322,32 +322,32 @@ class Job(Observer):
         if self.duties is not None and self.duties.first and not self.interrupted and not self._all_lost():
             self._write_result(self.duties.monitor)
         if session.failover is not None or session.members.lost:
-            wait_until(session.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another one writes it
+            wait_until(session.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another rank writes it
 
     def _last_checkpoint(self) -> None:
-        """Save what all have reached, if any has a place for it; and find out whether the run was asked to stop."""
+        """Save the final state, and find out whether the run was asked to stop."""
         comm, role = self.session.comm, self.session.role
         if self.duties is not None:
             self.duties.end_record()
-        own = [role.center.steps, role.center.settled, self.signals.asked]
-        told = [json.loads(text) for text in allgather(comm, json.dumps(own))]
-        steps, settled, _ = told[0]
-        # Where all train, any rank may have been the one that broke off.
-        asked = [name for *_, name in (told[:1] if self.serving_ranks else told) if name is not None]
-        self.interrupted = bool(asked) and settled < self.plan.steps
+        status = [role.center.steps, role.center.settled, self.signals.received]
+        statuses = [json.loads(text) for text in allgather(comm, json.dumps(status))]
+        steps, settled, _ = statuses[0]
+        # Where all train, any rank may have received the signal.
+        stopped_by = [name for *_, name in (statuses[:1] if self.serving_ranks else statuses) if name is not None]
+        self.interrupted = bool(stopped_by) and settled < self.plan.steps
         for saver in self._worker_savers:
             saver.finish(steps if saver.worker in role.workers else None)
         if self.duties is not None:
             self.duties.save_last(steps)
         wait_until(comm.Ibarrier().Test)
         if self.duties is not None:
-            self.duties.prune()  # once more: now the other centers have written theirs
+            self.duties.prune()  # again: now the other centers have written theirs
 
     def _write_result(self, monitor: Monitor) -> None:
         lost = sorted(self.session.members.lost)
         if self.result is None:
-            what = self.directory, self.config, self.layout, self.session.role
-            self.result = finish_run(*what, monitor, lost, self.complete)
+            run = self.directory, self.config, self.layout, self.session.role
+            self.result = finish_run(*run, monitor, lost, self.complete)
             return
         self.result["lost"] = lost  # a rank has died since
         write_result(self.directory, self.result)
@@ -357,9 +357,9 @@ class Job(Observer):
         return self.session.deserted and self.session.role.center.settled < self.plan.steps
 
     def _end(self) -> Result | None:
-        """Free what is held. Returns the result on rank 0."""
+        """Free communicators and ends. Returns the result on rank 0."""
         session, members = self.session, self.session.members
-        if session.failover is not None:  # else MPI_Abort does it, and the exit code is ours
+        if session.failover is not None:  # else MPI_Abort does it, with our exit code
             for rank in members.hung:
                 end_sibling(*self._ranks[rank][1])
         abort = bool(members.hung) and session.failover is None
@@ -370,15 +370,15 @@ class Job(Observer):
         if self.interrupted:
             if self.duties is not None and self.duties.first:
                 monitor, center = self.duties.monitor, session.role.center
-                monitor.stop("interrupted", signal=self.signals.asked or "another rank's")
-                how = (
+                monitor.stop("interrupted", signal=self.signals.received or "another rank's")
+                hint = (
                     f"--resume {self.directory}"
                     if self.config.keep_checkpoints
                     else "no checkpoint was kept (keep_checkpoints = 0)"
                 )
-                monitor.say(f"interrupted at step {center.steps} of {self.plan.steps}; {how}")
+                monitor.say(f"interrupted at step {center.steps} of {self.plan.steps}; {hint}")
             raise Interrupted(abort)
-        if members.lost:  # who has lost a rank cannot finalize MPI
+        if members.lost:  # MPI cannot be finalized after a rank was lost
             raise Degraded(DEGRADED, abort)
         session.comm.Free()
         return self.result

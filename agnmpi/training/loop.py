@@ -1,4 +1,4 @@
-"""A loop of your own over the steps: on its rank it trains or serves, however it ends, and whoever is lost."""
+"""The user's own loop over the steps: this rank trains or serves, however the loop ends and whatever ranks are lost."""
 
 import operator
 import warnings
@@ -19,7 +19,7 @@ from .session import Session
 
 
 class Loop(Observer):
-    """The sessions of a code with a loop of its own, on one rank.
+    """The sessions of a program with its own loop, on one rank.
 
     Args:
         comm: ours (duplicated); its ranks take part.
@@ -29,8 +29,8 @@ class Loop(Observer):
         center_optimizer: None adds.
         setup: how they exchange.
         period: λ.
-        name: of the optimizer, for what is said.
-        moved: called when x has become a center that was pulled, or the final one.
+        name: of the optimizer, in messages.
+        moved: called when x has become a pulled center, or the final one.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Loop(Observer):
         if not self._running:
             raise RuntimeError(f"{self._name}: steps are taken inside `for step in opt.steps(n)`, which is not running")
         if self._stepped:
-            raise RuntimeError(f"{self._name}: one step in each turn of the loop over steps(), not two")
+            raise RuntimeError(f"{self._name}: one step in each iteration of the loop over steps(), not two")
         return worker
 
     def step(self, g: Array | None, loss: float, ranges: Sequence[Range] | None = None) -> None:
-        """Let the worker take the step that it is at; see `Worker.step`."""
+        """Let the worker take its current step; see `Worker.step`."""
         self.check().step(g, loss, ranges)
         self._stepped = True
 
@@ -87,7 +87,7 @@ class Loop(Observer):
             self._moved()
 
     def end(self) -> None:
-        """Leave a loop that was broken off but is still held by a name, or a hook that was not ended; for good."""
+        """Leave a loop whose generator is still referenced after a break, or a hook that was not ended; for good."""
         for generator in list(self._generators):
             generator.close()
         self.finish()
@@ -95,10 +95,10 @@ class Loop(Observer):
 
     def _finish(self, worker: Worker) -> None:
         self.session.finish(worker)
-        self._take_final_center()
+        self._copy_final_center()
 
-    def _take_final_center(self) -> None:
-        """Where this rank serves, x is not moved by itself."""
+    def _copy_final_center(self) -> None:
+        """Where this rank serves, no worker does this."""
         if self.session.role.serves:
             self._x[...] = bring(self.session.role.c, self._x)
             self._moved()
@@ -123,11 +123,11 @@ class Loop(Observer):
                 dropped += worker.dropped
         if self.session.deserted:
             raise RuntimeError(f"{self._name}: all workers are lost")
-        self._take_final_center()
+        self._copy_final_center()
         self._report(total, self.session.role.center.settled - before, dropped)
 
     def _report(self, total: int | None, taken: int, dropped: int) -> None:
-        """Say, at the end of a loop, which of its steps were not taken."""
+        """Warn, at the end of a loop, of steps that were not taken."""
         role, rank = self.session.role, self.session.rank
         short = total is not None and taken < total
         if role.serves and rank == 0 and short:
@@ -143,10 +143,10 @@ class Loop(Observer):
             warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=3)
 
     def _train(self, worker: Worker) -> Generator[int, None, None]:
-        """The part of a worker in a loop."""
+        """A worker's steps in a loop."""
         self._running = True
         try:
-            # However it ends, commit the partial period and leave: who catches an error may keep this frame alive.
+            # However it ends, commit the partial period and leave: a caught error may keep this frame alive.
             with closing(worker.steps()) as steps:
                 for number in steps:
                     self.refresh()
@@ -171,19 +171,19 @@ class Loop(Observer):
     def given_up(self, lease: Lease) -> None:
         """Warn."""
         last = lease.first + lease.steps - 1
-        text = f"the commits of steps {lease.first} to {last} were refused again and again: they are given up"
+        text = f"the commits of steps {lease.first} to {last} were refused repeatedly: they are given up"
         warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=2)
 
-    def new_center(self, source: str, _gone: Sequence[int]) -> None:
+    def new_center(self, source: str, _newly_lost: Sequence[int]) -> None:
         """Warn; on every rank."""
-        what = f"ranks {sorted(self.session.members.lost)} are lost, the center among them"
+        change = f"ranks {sorted(self.session.members.lost)} are lost, the center among them"
         if self.session.comm.rank == 0:
-            what += f"; this rank {'serves' if self.session.role.serves else 'trains'} on, from {source}"
-        self._warn_of_loss(what)
+            change += f"; this rank {'serves' if self.session.role.serves else 'trains'} on, from {source}"
+        self._warn_of_loss(change)
 
-    def _warn_of_loss(self, what: str) -> None:
+    def _warn_of_loss(self, change: str) -> None:
         text = (
-            f"{self._name}: {what}. MPI cannot be finalized any more (Open MPI 5.0 hangs there): when all is done, end "
-            "each rank by os._exit, after a barrier on the `comm` of this optimizer"
+            f"{self._name}: {change}. MPI cannot be finalized any more (Open MPI 5.0 hangs there): when all is done, "
+            "end each rank by os._exit, after a barrier on the `comm` of this optimizer"
         )
         warnings.warn(text, RuntimeWarning, stacklevel=2)

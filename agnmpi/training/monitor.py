@@ -1,4 +1,4 @@
-"""What rank 0 shows and writes while a run goes on: progress, events, evaluations, the result."""
+"""Rank 0's display and log files of a run: progress, events, evaluations, the result."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from ..core.batches import Plan
 from ..core.leases import Lease
 from ..core.messages import Commit
 from ..core.timer import Every
-from ..reporting.events import JsonLines, finite
+from ..reporting.events import JsonLines, json_safe
 from ..reporting.recent_mean import RecentMean
 from ..reporting.terminal import Bar, console
 from .config import Config
@@ -26,9 +26,9 @@ class Monitor:
     """Watches the commits of a run at the rank that applies them.
 
     `commit` follows each applied commit, `tick` may be called at any time; neither blocks: evaluations run in
-    a thread, on a copy of the center, and the next is put off while one is under way. Where the rank trains, too
-    (`serves` is false), they run in turn with the steps, so that a problem need not be safe for threads. `stamp` gives
-    what each event shall carry besides.
+    a thread, on a copy of the center, and the next is postponed while one is under way. Where the rank also trains
+    (`serves` is false), they run between steps, so that a problem need not be thread-safe. `stamp` returns further
+    fields of each event.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Monitor:
         self._task = self._progress.add_task("train", total=plan.steps, epoch="0", facts="", left="")
 
     def say(self, line: str) -> None:
-        """Print a line, with the date where it is no terminal."""
+        """Print a line, with the date where the output is not a terminal."""
         stamp = "" if self._live else time.strftime("%Y-%m-%d %H:%M:%S ")
         style = "bold yellow" if line.startswith("WARNING") else None
         self.console.print(stamp + line, style=style, markup=False, soft_wrap=True)
@@ -80,10 +80,10 @@ class Monitor:
         self._events.write("start", workers=self.role.count, period=self._config.period)
         if self._live:
             self._progress.start()
-            self.console.show_cursor(True)  # a killed run must not leave the terminal without one
+            self.console.show_cursor(True)  # a killed run must not leave the cursor hidden
 
     def resume(self, samples: int, seconds: float) -> None:
-        """The run goes on, after `samples` and `seconds` of earlier turns."""
+        """The run continues, after `samples` and `seconds` before it was resumed."""
         self._samples = self._logged_samples = samples
         self._start -= seconds
         self._logged_clock = self._center.clock
@@ -93,7 +93,7 @@ class Monitor:
 
     @property
     def progress(self) -> dict[str, float]:
-        """What a checkpoint keeps of this run's progress."""
+        """The run's progress, for a checkpoint."""
         return {"samples": self._samples, "seconds": round(time.monotonic() - self._start, 3)}
 
     def note(self, event: str, **facts: Any) -> None:
@@ -109,7 +109,7 @@ class Monitor:
         self._events.close()
 
     def commit(self, commit: Commit, c: Array) -> None:
-        """A commit was applied, and made the center `c`."""
+        """A commit was applied, and the center is now `c`."""
         self._loss.add(commit.loss, commit.steps)
         self._samples += self._plan.count(Lease(commit.first_step, commit.steps))
         if self._due is not None and self._due(self._center.steps):
@@ -125,17 +125,17 @@ class Monitor:
         self.tick()
 
     def tick(self) -> None:
-        """Begin and take in evaluations; log and show if it is time."""
+        """Begin and collect evaluations; log and display if due."""
         if self._copying is not None and (copy := self._copying()) is not None:
             self._copying = None
             self._pending = self._pool.submit(self._evaluate, copy)
         if self._pending is not None and self._pending.done():
-            done, self._pending = self._pending, None
-            self._evaluated(done.result(), *self._pending_at)
+            finished, self._pending = self._pending, None
+            self._evaluated(finished.result(), *self._pending_at)
         if self._log():
             self._write_progress()
             if not self._live and self._line():
-                self.say(f"epoch {self._epochs()}  {self._facts(self._rates())}  {self._left()}")
+                self.say(f"epoch {self._epochs()}  {self._status(self._rates())}  {self._time_left()}")
 
     def finish(self, c: Array) -> dict[str, Any]:
         """The training is over: evaluate the final center, and return the result."""
@@ -160,10 +160,10 @@ class Monitor:
                 "mean": round(self._center.staleness_mean, 3),
                 "max": self._center.staleness_max,
             },
-            "dropped": self._center.dropped,  # commits of no weight, such as too old
-            "given_up": self._center.given_up,  # steps whose commits were refused again and again
+            "dropped": self._center.dropped,  # commits of weight 0, such as too old
+            "given_up": self._center.given_up,  # steps whose commits were refused repeatedly
         }
-        result = dict(finite(result))
+        result = dict(json_safe(result))
         self._events.write("end", result=result, **self._stamp())
         self._events.close()
         return result
@@ -180,7 +180,7 @@ class Monitor:
             **self._stamp(),
         )
         if not self._live:
-            self.say(f"evaluation at epoch {self._epoch(steps):.3g}: {_words(self.metrics)}")
+            self.say(f"evaluation at epoch {self._epoch(steps):.3g}: {_format_metrics(self.metrics)}")
 
     def _epoch(self, steps: int) -> float:
         return round(steps / self._plan.steps_per_epoch, 4)
@@ -213,18 +213,22 @@ class Monitor:
             **self._stamp(),
         )
         self._progress.update(
-            self._task, completed=self._center.steps, epoch=self._epochs(), facts=self._facts(rates), left=self._left()
+            self._task,
+            completed=self._center.steps,
+            epoch=self._epochs(),
+            facts=self._status(rates),
+            left=self._time_left(),
         )
 
-    def _left(self) -> str:
+    def _time_left(self) -> str:
         steps = self._center.steps
         if not steps:
             return "waiting for the first commit"
         seconds = (time.monotonic() - self._start) * (self._plan.steps - steps) / steps
         return f"{seconds:.0f} s left" if seconds < 600 else f"{seconds / 60:.0f} min left"
 
-    def _facts(self, rates: tuple[float, float]) -> str:
-        facts = [f"loss {self._loss.value:.4f}", _words(self.metrics)]
+    def _status(self, rates: tuple[float, float]) -> str:
+        facts = [f"loss {self._loss.value:.4f}", _format_metrics(self.metrics)]
         facts += [
             f"{rates[0]:.0f} commits/s",
             f"{rates[1]:.0f} samples/s",
@@ -233,5 +237,5 @@ class Monitor:
         return "  ".join(filter(None, facts))
 
 
-def _words(metrics: Mapping[str, float]) -> str:
+def _format_metrics(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

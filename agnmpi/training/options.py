@@ -1,4 +1,4 @@
-"""How options are declared: once, for files, the command line, their checks and their documentation."""
+"""Declarations of options, used by files, the command line, checks and documentation."""
 
 import difflib
 import tomllib
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
-# What cannot be: whether it is so, and a message, in which {name} is the value of an option.
+# An invalid combination: its predicate, and a message, in which {name} is the value of an option.
 Refusal: TypeAlias = tuple[Callable[[T], bool], str]
 
 
@@ -28,15 +28,15 @@ def option(
     """Declare a field of a dataclass that is an option.
 
     Args:
-        default: value where none is given; a dict makes a table.
-        group: under which title the command line shows it.
-        text: what the command line says of it.
+        default: default value; a dict makes a table.
+        group: its heading on the command line.
+        text: its help on the command line.
         kind: type of its values.
         choices: the only values, if any.
         least: smallest value.
         positive: whether values must be above 0.
-        also: other names under which it is accepted, and not shown.
-        aliases: other words for values, and what they stand for; accepted, and not shown.
+        also: hidden aliases of its name.
+        aliases: hidden aliases of values, and what they stand for.
 
     Returns:
         The field.
@@ -57,16 +57,16 @@ def option(
 
 
 def check(options: Any, refusals: Sequence[Refusal[Any]] = ()) -> None:
-    """Raise ValueError for a value that its field cannot hold, or the first of `refusals` that is so."""
+    """Raise ValueError for an invalid value of a field, or the first of `refusals` that applies."""
     for f in fields(options):
         _check_value(f.name, getattr(options, f.name), f.metadata)
     refuse(options, refusals)
 
 
 def refuse(options: Any, refusals: Sequence[Refusal[Any]]) -> None:
-    """Raise ValueError for the first of `refusals` that is so."""
-    for is_so, message in refusals:
-        if is_so(options):
+    """Raise ValueError for the first of `refusals` that applies."""
+    for applies, message in refusals:
+        if applies(options):
             raise ValueError(message.format_map(vars(options)))
 
 
@@ -78,8 +78,8 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         return
     if value is None:
         return
-    good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    if not good:
+    valid = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not valid:
         raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
     if kind is float and not isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value!r}")
@@ -92,26 +92,26 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def canonical(options: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` by the names, and with the words, that the dataclass `options` shows.
+    """Return `values` with aliases of names and values replaced by those of the dataclass `options`.
 
     Raises ValueError if one option is given under two names.
     """
     names = {other: f for f in fields(options) for other in (f.name, *f.metadata["also"])}
-    found, keys = dict[str, Any](), dict[str, str]()
+    result, keys = dict[str, Any](), dict[str, str]()
     for key, value in values.items():
         if key not in names:
-            found[key] = value
+            result[key] = value
             continue
         f = names[key]
-        if f.name in found:
+        if f.name in result:
             raise ValueError(f"{keys[f.name]} and {key} are one option: give one of them")
         keys[f.name] = key
-        found[f.name] = f.metadata["aliases"].get(value, value) if isinstance(value, str) else value
-    return found
+        result[f.name] = f.metadata["aliases"].get(value, value) if isinstance(value, str) else value
+    return result
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Read a file of options; raises ValueError if it is no TOML, OSError if there is none."""
+    """Read a file of options; raises ValueError if it is not TOML, OSError if there is none."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -119,7 +119,7 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def overlay(options: type, values: dict[str, Any], sets: Sequence[str]) -> list[str]:
-    """Lay each `KEY=VALUE` of `sets` over `values`, in place; returns the options that are named."""
+    """Apply each `KEY=VALUE` of `sets` to `values`, in place; returns the options that are named."""
     named = list[str]()
     for item in sets:
         key, equals, text = item.partition("=")
@@ -131,8 +131,8 @@ def overlay(options: type, values: dict[str, Any], sets: Sequence[str]) -> list[
             value = text
         table, dot, inner = key.partition(".")
         if not dot:
-            values |= (found := canonical(options, {key: value}))
-            named += found
+            values |= (changed := canonical(options, {key: value}))
+            named += changed
             continue
         before = values.get(table, {})
         if not isinstance(before, dict):
@@ -142,7 +142,7 @@ def overlay(options: type, values: dict[str, Any], sets: Sequence[str]) -> list[
 
 
 def known(options: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Return `values`; raises ValueError for one that is no option of the dataclass `options`."""
+    """Return `values`; raises ValueError for a key that is not an option of the dataclass `options`."""
     names = [f.name for f in fields(options)]
     for key in values:
         if key not in names:

@@ -1,4 +1,4 @@
-"""A run on disk: its directory, its configuration, its result."""
+"""A run on disk: its directory, configuration and result."""
 
 import json
 import time
@@ -23,7 +23,7 @@ from .problem import absolute
 
 
 def run_directory(config: Config) -> Path:
-    """Make the run's directory; raises FileExistsError rather than write over another run."""
+    """Create the run's directory; raises FileExistsError rather than overwrite another run."""
     if config.resume is not None:
         path = Path((config.run_dir or "") if config.resume == "auto" else config.resume)
         path.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def run_directory(config: Config) -> Path:
 
 
 def _new_directory(name: str) -> Path:
-    """Make a directory that nobody else has, also of runs that began in this second."""
+    """Create a new directory, even beside runs that began in the same second."""
     path, number = Path("runs") / name, 1
     path.parent.mkdir(exist_ok=True)
     while True:
@@ -50,7 +50,7 @@ def _new_directory(name: str) -> Path:
 
 
 def repeatable(config: Config) -> Config:
-    """The configuration without what must differ when it is repeated."""
+    """The configuration without the options that differ when it is repeated."""
     return replace(config, problem=absolute(config.problem), run_dir=None, resume=None)
 
 
@@ -66,9 +66,9 @@ def conclude(
     role: Role,
     c: Array,
     monitor: Monitor,
-    also: Mapping[str, Any],
+    extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write the final center `c` (n,), evaluate it, and write the result, with what it says `also`; returns it."""
+    """Write the final center `c` (n,), evaluate it, and write the result, with `extra` fields; returns it."""
     meta = {"agnmpi": __version__, "clock": str(role.center.clock), "rule": config.rule}
     # Before the evaluation, which may fail.
     save(directory / "center.safetensors", layout.views(c), meta)
@@ -80,7 +80,7 @@ def conclude(
         "workers": role.count,
         "period": config.period,
         **monitor.finish(c),
-        **also,
+        **extra,
         "agnmpi": __version__,
     }
     write_result(directory, result)
@@ -96,18 +96,18 @@ def finish_run(
     lost: list[int],
     complete: bool,
 ) -> dict[str, Any]:
-    """Evaluate the final center at rank 0, write it and the result, and say both. Returns the result.
+    """Evaluate the final center at rank 0, write and print it and the result. Returns the result.
 
-    `lost`: ranks that died; `complete`: the run had all its steps before it was resumed, and its result stays.
+    `lost`: ranks that died; `complete`: the run had all its steps before it was resumed, and keeps its result.
     """
-    written = directory / "result.json"
-    before = json.loads(written.read_text()) if complete and written.is_file() else {}
-    if before.get("steps") == role.center.steps:
+    path = directory / "result.json"
+    earlier = json.loads(path.read_text()) if complete and path.is_file() else {}
+    if earlier.get("steps") == role.center.steps:
         monitor.stop("complete")
         monitor.say(f"the run was complete, at step {role.center.steps}; its result stays, in {directory}/")
-        return dict(before)
-    also = {"refused": role.center.refused, "lost": lost, "mpi": mpi_library()}
-    result = conclude(directory, config, layout, role, role.c, monitor, also)
+        return dict(earlier)
+    extra = {"refused": role.center.refused, "lost": lost, "mpi": mpi_library()}
+    result = conclude(directory, config, layout, role, role.c, monitor, extra)
     if (result["loss"] is None and not complete) or None in result["metrics"].values():
         monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
     if lost:
@@ -129,7 +129,7 @@ def finish_run(
 
 
 def introduction(config: Config, layout: Layout, plan: Plan, workers: int, size: int) -> list[str]:
-    """What is said of a run before it begins."""
+    """Messages about a run before it begins."""
     ranks = f"{size} rank{'s' if size > 1 else ''}"
     return [
         f"agnmpi {__version__}: {config.problem}, {layout.size:,} parameters ({layout.dtype}), "

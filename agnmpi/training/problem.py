@@ -1,4 +1,4 @@
-"""What the command line trains: a problem, found by its name."""
+"""Problems that the command line trains, loaded by name."""
 
 import importlib
 import importlib.util
@@ -16,21 +16,21 @@ from ..core.params import Layout
 
 
 class Problem(Protocol):
-    """What `agnmpi train` trains: a model, its loss and its data, in one class of yours.
+    """What `agnmpi train` trains: a model, its loss and its data, in a class that you write.
 
-    Every rank makes it once, as `PROBLEM(xp, **options)`, and then calls its methods; it needs no base class, and
-    nothing in it knows of MPI. Write `module.py:PROBLEM` on the command line.
+    Every rank creates it once, as `PROBLEM(xp, **options)`, and then calls its methods; it needs no base class, and
+    it does not use MPI. Write `module.py:PROBLEM` on the command line.
 
     Args:
-        xp: numpy, or cupy where this rank computes on a GPU: the module to make arrays with.
-        **options: what `--set options.KEY=VALUE` gives, or the table [options] of a file.
+        xp: numpy, or cupy where this rank computes on a GPU: the module for creating arrays.
+        **options: from `--set options.KEY=VALUE`, or the table [options] of a file.
 
-    A whole one, the line y = 3x through noisy samples:
+    A complete example, the line y = 3x through noisy samples:
 
     >>> class Line:
     ...     samples = 1000
     ...     def __init__(self, xp, noise=0.1):
-    ...         rng = np.random.default_rng(0)  # every rank makes, or reads, the same data
+    ...         rng = np.random.default_rng(0)  # every rank creates, or reads, the same data
     ...         self.x = xp.asarray(rng.uniform(-1, 1, self.samples))
     ...         self.y = 3 * self.x + noise * xp.asarray(rng.normal(size=self.samples))
     ...     def init(self, rng):
@@ -58,11 +58,11 @@ class Problem(Protocol):
         """Make the initial parameters.
 
         Args:
-            rng: a generator that `--seed` seeds, in the same state on every rank.
+            rng: a generator seeded by `--seed`, in the same state on every rank.
 
         Returns:
             Arrays by name, of any shapes and one floating dtype (float32 or float64), numpy's or cupy's. Names,
-            shapes and dtype are the same on every rank; the values of rank 0 count.
+            shapes and dtype are the same on every rank; the values of rank 0 are used.
         """
 
     def gradient(self, params: Mapping[str, Array], indices: np.ndarray[Any, Any]) -> tuple[float, Mapping[str, Array]]:
@@ -80,18 +80,19 @@ class Problem(Protocol):
     def evaluate(self, params: Mapping[str, Array]) -> Mapping[str, float]:
         """Measure the model on held-out data.
 
-        On a center rank it runs in a thread beside the service: it must not call MPI, nor change what `gradient` uses.
+        On a center rank it runs in a thread while the center serves: it must not call MPI, nor change what `gradient`
+            uses.
 
         Args:
             params: a copy of the center variable, by name, shaped as `init` made the parameters.
 
         Returns:
-            Numbers by name, such as {"accuracy": 0.98}: what the display shows and the run's files hold.
+            Numbers by name, such as {"accuracy": 0.98}, for the display and the run's files.
         """
 
 
 def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any]) -> Problem:
-    """Make a problem.
+    """Create a problem.
 
     Args:
         spec: MODULE:PROBLEM; MODULE is a module's name or the path of a .py file.
@@ -99,7 +100,7 @@ def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any]) -> Probl
         options: its keyword arguments.
 
     Raises:
-        ValueError: with the remedy, if there is none; what the problem itself raises passes through.
+        ValueError: with the remedy, if there is no such problem; exceptions of the problem itself pass through.
     """
     module_name, _, attribute = spec.rpartition(":")
     if not module_name:
@@ -118,11 +119,11 @@ def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any]) -> Probl
 def prepare(
     spec: str, options: Mapping[str, Any], seed: int, device: str, local_index: int
 ) -> tuple[Problem, Layout, Array]:
-    """Make the problem `spec` and its initial parameters.
+    """Create the problem `spec` and its initial parameters.
 
     Args:
         spec: MODULE:PROBLEM.
-        options: what it is made with.
+        options: its keyword arguments.
         seed: of the parameters.
         device: "cpu", "gpu" or "auto".
         local_index: of this worker among those of its node, which share the devices.
@@ -169,7 +170,7 @@ def _module(name: str) -> ModuleType:
 def gradient_of(
     problem: Problem, layout: Layout, plan: Plan, x: Array, g: Array | None = None
 ) -> Callable[[int], tuple[float, Array]]:
-    """Return what gives loss and gradient of a step at what `x` (n,) is then; `g` (n,) holds it, or a new vector."""
+    """Return a function of a step: loss and gradient at the current `x` (n,); the gradient is written to `g` (n,)."""
     views, g = layout.views(x), x.copy() if g is None else g
 
     def gradient(step: int) -> tuple[float, Array]:

@@ -1,6 +1,6 @@
-"""How a rank takes part in training: set up, begin, train or serve, go on without lost ranks, end.
+"""A rank's part in training: set up, begin, train or serve, continue without lost ranks, end.
 
-Under `AGNOptimizer` and under `agnmpi train` alike.
+Used by `AGNOptimizer` and `agnmpi train` alike.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,9 +32,9 @@ class Session:
         optimizer: of the workers; None if the caller moves x.
         center_optimizer: None adds.
         setup: how they exchange.
-        observer: told what happens on this rank.
-        saved: gives the newest checkpoint that this rank can read, None if there is none.
-        drop_silent: at the end, go on without workers that do not answer.
+        observer: of events on this rank.
+        saved: returns the newest checkpoint that this rank can read, None if there is none.
+        drop_silent: at the end, continue without unresponsive workers.
     """
 
     def __init__(
@@ -49,30 +49,30 @@ class Session:
         saved: Callable[[], Saved | None] = lambda: None,
         drop_silent: bool = False,
     ) -> None:
-        setup = setup.outliving()
+        setup = setup.with_replication()
         self.rule, self.members = rule, Membership(comm.size, setup.transport.serving_ranks)
-        self.rank = comm.rank  # of all that began
+        self.rank = comm.rank  # at the beginning
         self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
         connector = Connector(rule, optimizer, center_optimizer, setup, observer)
         self.role = connector.connect(comm, x)
         self.failover: Failover | None = None
         if outlives_loss(setup.transport):
-            self.failover = Failover(comm, self.role, self.members, connector, x, saved, self._take_role)
+            self.failover = Failover(comm, self.role, self.members, connector, x, saved, self._set_role)
             self._watch_workers()
 
     @property
     def comm(self) -> MPI.Intracomm:
-        """The communicator in use: what is left of it where ranks were lost."""
+        """The communicator in use; without lost ranks."""
         if self.failover is None:
             return self._comm
         return self.failover.comm
 
     def resume(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
-        """Go on, in the next session, from a checkpoint; see `Role.resume`."""
+        """Continue, in the next session, from a checkpoint; see `Role.resume`."""
         self.role.resume(arrays, facts)
 
     def begin(self, total: int | None, period: int) -> None:
-        """Lay out the work: `total` steps over all workers (None: no end), λ = `period`; collective."""
+        """Prepare the work: `total` steps over all workers (None: no end), λ = `period`; collective."""
         self.role.begin(total, period)
 
     def rounds(self) -> Iterator[Sequence[Worker]]:
@@ -86,7 +86,7 @@ class Session:
                 yield self.role.workers
             if self.role.serves:
                 self.serve()
-            if not self.go_on():
+            if not self.must_continue():
                 return
 
     def serve(self) -> None:
@@ -100,25 +100,25 @@ class Session:
         while True:
             if self.role.serves:
                 self.serve()
-            if not self.go_on():
+            if not self.must_continue():
                 return
             for other in [] if self.role.serves else self.role.workers:
                 other.leave()
                 other.settle()
 
-    def go_on(self) -> bool:
-        """When all have left: find out who is there; collective. Whether workers are to begin again.
+    def must_continue(self) -> bool:
+        """When all have left: find out who is alive; collective. Whether workers must begin again.
 
-        They are with another center, elected because the last was lost at the very end, and on a rank that was a
-        worker, has been elected, and has lost all of its workers.
+        They must with another center, elected because the last was lost at the very end, and on a rank that was a
+        worker, was elected, and has lost all of its workers.
         """
         self._observer.left()
         if self._drop_silent:
-            living: MPI.Intracomm = leave_behind(self.comm, self.role, self.members, self.failover is not None)
+            remaining: MPI.Intracomm = leave_behind(self.comm, self.role, self.members, self.failover is not None)
             if self.failover is not None:
-                self.failover.comm = living
+                self.failover.comm = remaining
             else:
-                self._comm = living
+                self._comm = remaining
         if self.failover is None:
             return False
         elected = self.failover.regroup()
@@ -134,16 +134,16 @@ class Session:
         return isinstance(self.role, CenterRole) and self.role.end.deserted
 
     def close(self) -> None:
-        """Free what is held; collective, and not for who has lost a rank: with the dead it would not end."""
+        """Free ends and communicators; collective, so not where a rank was lost: it would not return."""
         if not self.members.lost:
             self.role.close()
 
-    def _take_role(self, role: Role) -> None:
+    def _set_role(self, role: Role) -> None:
         self.role = role
         self._watch_workers()
 
     def _watch_workers(self) -> None:
-        """At the center: hear of workers that die."""
+        """At the center: receive notice of workers that die."""
         if isinstance(self.role, CenterRole):
             self.role.end.on_loss = self._worker_lost
 

@@ -1,6 +1,6 @@
-"""The one-sided way without a server: workers sum their deltas straight into c, element by element.
+"""One-sided ends without a server: workers sum their deltas directly into c, element by element.
 
-TensorFlow's `use_locking=False`, for rules whose commits are added as they are. Leases are a counter, too.
+TensorFlow's `use_locking=False`, for rules whose commits are added unweighted. Leases are a counter, too.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from ..core.ends import Apply, Done, Handle, Polled, Summed
 from ..core.leases import NONE, Lease
 from ..core.messages import DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, WORK, Commit, Reply
 from .agreement import require_equal_total
-from .staging import MOST, Wire
+from .staging import MAX_CALL_BYTES, Wire
 from .windows import (
     CENTER,
     CHECKPOINT,
@@ -36,19 +36,19 @@ from .windows import (
 
 
 class AccumulateWorker(WindowsWorker):
-    """A worker's end of the accumulate way (TensorFlow's `use_locking=False`), for rules whose commits are added as
-    they are: an exchange is `Accumulate(SUM)` into c, and `Get`.
+    """A worker's end of transport accumulate (TensorFlow's `use_locking=False`), for rules whose commits are added
+    unweighted: an exchange is `Accumulate(SUM)` into c, and `Get`.
 
-    What it gives up: sums are atomic element by element, so a pull may hold a part of a commit under way;
-    commits are neither ordered nor weighed nor refused. Rank 0 need not be in MPI on a machine with shared memory.
-    `like`: a vector like x (n,); `most`: bytes that one call of MPI moves.
+    Its limits: sums are atomic per element only, so a pull may contain part of a commit under way; commits are neither
+    ordered nor weighed nor refused. Rank 0 need not be in MPI on a machine with shared memory.
+    `like`: a vector like x (n,); `most`: bytes per MPI call.
     """
 
-    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MOST) -> None:
+    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MAX_CALL_BYTES) -> None:
         super().__init__(Windows(comm, like, 0, most), wire)
         self._total: int | None = None
         self._period = 1
-        self._loss = np.empty(1)  # lives until a flush: across hosts an Accumulate is still to be sent when it returns
+        self._loss = np.empty(1)  # kept until a flush: across hosts an Accumulate is still to be sent when it returns
         self._sequence = self.sessions = 0
 
     def begin(self, total: int | None, period: int, _start: int = 0) -> None:
@@ -58,21 +58,21 @@ class AccumulateWorker(WindowsWorker):
         require_equal_total(self.windows.comm, total)
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
-        """Sum the payload into c at once; then pull."""
+        """Sum the payload into c, then pull."""
         windows, status = self.windows, OK
         if not windows.one_host:
-            windows.add(READERS, 1)  # the center stays awake while bytes are on the way
+            windows.add(READERS, 1)  # the center stays awake during the transfer
         if commit.payload is not None and commit.sequence <= self._sequence:
             status = DUPLICATE
         elif commit.payload is not None and not commit.flags & NOT_FINITE:
             self._add(commit, commit.payload)
-        elif commit.payload is not None:  # nobody else could refuse it
+        elif commit.payload is not None:  # the center cannot refuse it
             status = REFUSED
             windows.add(REFUSALS, 1)
             windows.add(STEPS, commit.steps)
         head = windows.get(0, COUNTS)
         if out is not None:
-            windows.pull(self.wire, out)  # an accepted race: others may be adding to c meanwhile
+            windows.pull(self.wire, out)  # a race by design: others may be adding to c
         if not windows.one_host:
             windows.add(READERS, -1)
         work = self._grant() if commit.requests & WORK and head[CONTROL] != STOP else NONE
@@ -97,7 +97,7 @@ class AccumulateWorker(WindowsWorker):
         return Lease(first, min(self._period, self._total - first)) if first < self._total else NONE
 
     def pull(self, out: Array) -> Handle:
-        """Get c, whoever is adding to it."""
+        """Get c, even while others add to it."""
         return self.exchange(Commit(self.worker), out)
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
@@ -107,21 +107,21 @@ class AccumulateWorker(WindowsWorker):
         self.windows.add(LEFT, 1)
         return Polled(partial(self._last_pull, self.sessions * self.windows.workers, out))
 
-    def _last_pull(self, until: int, out: Array, _patient: bool) -> Reply | None:
-        """The final center, as soon as `until` farewells have been said."""
+    def _last_pull(self, until: int, out: Array, _blocking: bool) -> Reply | None:
+        """The final center, as soon as `until` workers have left."""
         return self.pull(out).wait() if self.windows.read(LEFT) >= until else None
 
 
 class AccumulateCenter(WindowsCenter):
-    """The center's end of the accumulate way: holds the memory and reads the counters; memory: c alone.
+    """The center's end of transport accumulate: holds the memory and reads the counters; memory: c alone.
 
-    Nothing can be held back here: who commits, adds to c.
+    Nothing can be put on hold here: workers add to c themselves.
     """
 
-    def __init__(self, comm: MPI.Comm, c: Array, most: int = MOST) -> None:
+    def __init__(self, comm: MPI.Comm, c: Array, most: int = MAX_CALL_BYTES) -> None:
         super().__init__(Windows(comm, c, 0, most), c)
         self._left = self._sessions = 0
-        self._seen = [0, 0]  # clock and steps of which `apply` has been told
+        self._seen = [0, 0]  # clock and steps already reported to `apply`
         self._loss = 0.0
 
     @property
@@ -135,28 +135,28 @@ class AccumulateCenter(WindowsCenter):
         return Summed(*(self.windows.read(word) for word in (REFUSALS, STALENESS, STALEST)))
 
     def begin(self, total: int | None, _period: int, start: int = 0) -> None:
-        """Lay out the work of a session, `start` steps into it; collective."""
+        """Prepare the work of a session, of which `start` steps are done; collective."""
         self.windows.words[NEXT] = start
         self.windows.sync()
         require_equal_total(self.windows.comm, total)
 
-    def tell(self, control: int, checkpoint: int) -> None:
-        """What the replies to come shall say."""
+    def announce(self, control: int, checkpoint: int) -> None:
+        """Set `control` and `checkpoint` of later replies."""
         self.windows.words[[CONTROL, CHECKPOINT]] = control, checkpoint
         self.windows.sync()
 
     def resume(self, clock: int, steps: int, staleness: tuple[int, int], refused: int) -> None:
-        """Go on from the counts of a checkpoint; `staleness`: sum and maximum."""
+        """Restore the counts of a checkpoint; `staleness`: sum and maximum."""
         self.windows.words[[CLOCK, STEPS]] = self._seen = [clock, steps]
         self.windows.words[[STALENESS, STALEST, REFUSALS]] = *staleness, refused
         self.windows.sync()
 
     def open(self) -> None:
-        """All workers are expected; what they share out among themselves was laid out by `begin`."""
+        """Begin a session of all workers; `begin` has prepared its work."""
         self._sessions += 1
 
     def serve_one(self, apply: Apply) -> bool:
-        """Tell `apply` of what has been summed since the last time, as one commit without payload."""
+        """Report to `apply` what was summed since the last call, as one commit without payload."""
         windows = self.windows
         windows.comm.Iprobe()  # progress for what comes from other hosts
         if not windows.one_host and windows.read(READERS):
@@ -168,7 +168,7 @@ class AccumulateCenter(WindowsCenter):
             windows.sync()
             first, self._seen = self._seen[1], [clock, steps]
             mean = float("nan")
-            if done:  # else they were seen before their commits
+            if done:  # else they were counted before their commits
                 loss = float(windows.words.view(np.float64)[LOSS])
                 mean, self._loss = (loss - self._loss) / done, loss
             apply(Commit(0, steps=done, first_step=first, commits=commits, loss=mean), self._c)

@@ -1,7 +1,7 @@
-"""What ranks must agree on before training: refusals that every rank hears of, and facts that must be the same.
+"""What ranks must agree on before training: errors raised on every rank, and values that must be equal.
 
-Agreeing costs a few bytes a rank, however many there are and however long their words: digests are compared first, and
-words travel only where digests differ.
+This costs a few bytes per rank, whatever their number and the length of the texts: digests are compared first, and
+texts are sent only where digests differ.
 """
 
 import json
@@ -15,66 +15,65 @@ from mpi4py import MPI
 from ..core.backoff import wait_until
 
 T = TypeVar("T")
-Words = np.ndarray[Any, np.dtype[np.int64]]
-_FEW = 16  # so many different strings are sent one by one, each once
+_FEW = 16  # up to so many different strings are broadcast one by one, each once
 
 
 class ConfigError(ValueError):
-    """A refusal that every rank knows of, with the same text; raised before any training."""
+    """An invalid configuration, raised on every rank with the same text, before any training."""
 
 
 def digest(text: str) -> int:
-    """64 bits that tell a string from others, as a signed number."""
+    """A 64-bit hash of a string, as a signed number."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
 def _differ(comm: MPI.Comm, numbers: Sequence[int]) -> list[bool]:
     """Which of `numbers` differ between ranks; collective, with as many on every rank."""
-    mine = np.array(numbers, np.int64)
-    # ~ turns the order of all numbers around, and overflows with none: the greatest of ~k is that of the least k.
-    extremes = np.stack([mine, ~mine])
+    values = np.array(numbers, np.int64)
+    # ~ reverses the order of all int64 without overflow: the maximum of ~k belongs to the minimum of k.
+    extremes = np.stack([values, ~values])
     wait_until(comm.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX).Test)
     return [bool(most != ~least) for most, least in extremes.T]
 
 
 def equal_on_all(comm: MPI.Comm, text: str) -> bool:
-    """Whether all ranks hold the same string; collective, 16 bytes a rank."""
+    """Whether all ranks have the same string; collective, 16 bytes per rank."""
     return not any(_differ(comm, [digest(text)]))
 
 
 def allgather(comm: MPI.Comm, text: str) -> list[str]:
     """Gather a string of every rank, by rank; no pickles.
 
-    Where all are the same nothing travels but digests; where there are few different ones, each travels once.
+    Where all are equal only digests are sent; where there are few different ones, each is sent once.
     """
     if equal_on_all(comm, text):
         return [text] * comm.size
-    mine = np.frombuffer(text.encode(), np.uint8)
-    seen = np.empty((comm.size, 2), np.int64)
-    wait_until(comm.Iallgather(np.array([digest(text), mine.size]), seen).Test)
-    digests, sizes = seen.T.tolist()
-    first = {d: digests.index(d) for d in dict.fromkeys(digests)}  # the lowest rank that holds it
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    gathered = np.empty((comm.size, 2), np.int64)
+    wait_until(comm.Iallgather(np.array([digest(text), encoded.size]), gathered).Test)
+    digests, sizes = gathered.T.tolist()
+    first = {d: digests.index(d) for d in dict.fromkeys(digests)}  # the lowest rank that has it
     if len(first) <= _FEW:
-        words = {d: _broadcast(comm, mine, rank, sizes[rank]) for d, rank in first.items()}
-        return [words[d] for d in digests]
-    # Padded: mpi4py 4.1 lets go of the lists of counts that Iallgatherv may still read.
+        texts = {d: _broadcast(comm, encoded, rank, sizes[rank]) for d, rank in first.items()}
+        return [texts[d] for d in digests]
+    # Padded: mpi4py 4.1 does not keep the lists of counts that Iallgatherv may still read.
     padded = np.zeros(max(sizes), np.uint8)
-    padded[: mine.size] = mine
-    everything = np.empty((comm.size, padded.size), np.uint8)
-    wait_until(comm.Iallgather(padded, everything).Test)
-    return [row[:size].tobytes().decode() for row, size in zip(everything, sizes)]
+    padded[: encoded.size] = encoded
+    rows = np.empty((comm.size, padded.size), np.uint8)
+    wait_until(comm.Iallgather(padded, rows).Test)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes)]
 
 
-def _broadcast(comm: MPI.Comm, mine: np.ndarray[Any, np.dtype[np.uint8]], root: int, size: int) -> str:
-    text = mine.copy() if comm.rank == root else np.empty(size, np.uint8)
+def _broadcast(comm: MPI.Comm, encoded: np.ndarray[Any, np.dtype[np.uint8]], root: int, size: int) -> str:
+    text = encoded.copy() if comm.rank == root else np.empty(size, np.uint8)
     wait_until(comm.Ibcast(text, root).Test)
     return text.tobytes().decode()
 
 
-def ranks_in_words(ranks: list[int]) -> str:
-    """Name ranks.
+def format_ranks(ranks: list[int]) -> str:
+    """Ranks as text.
 
-    >>> ranks_in_words([2]), ranks_in_words([0, 1, 2, 5])
+    >>> format_ranks([2]), format_ranks([0, 1, 2, 5])
     ('rank 2', 'ranks 0-2, 5')
     """
     runs: list[list[int]] = []
@@ -83,71 +82,71 @@ def ranks_in_words(ranks: list[int]) -> str:
             runs[-1][1] = rank
         else:
             runs.append([rank, rank])
-    words = ", ".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {words}"
+    text = ", ".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
 
 
-def raise_on_all(comm: MPI.Comm, make: Callable[[], T]) -> T:
-    """Call `make` on every rank; if it refuses on any, raise the same ConfigError, naming ranks, on all.
+def raise_on_all(comm: MPI.Comm, call: Callable[[], T]) -> T:
+    """Run `call` on every rank; if it fails on any, raise the same ConfigError, naming ranks, on all.
 
-    A refusal is a ValueError, TypeError, OSError or ImportError; whatever else is raised passes through.
+    A failure is a ValueError, TypeError, OSError or ImportError; other exceptions pass through.
 
     Args:
         comm: the ranks; collective.
-        make: what may refuse.
+        call: what may fail.
 
     Returns:
-        What `make` returned on this rank.
+        What `call` returned on this rank.
 
     Raises:
-        ConfigError: with each text of a refusal, and the ranks that it is of unless all have it.
+        ConfigError: with each different message, and its ranks unless all have it.
     """
-    made, refusal = None, ""
+    result, failure = None, ""
     try:
-        made = make()
+        result = call()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        refusal = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
-        refusal = refusal or type(error).__name__
-    refusals = allgather(comm, refusal)
-    if any(refusals):
-        texts = dict.fromkeys(text for text in refusals if text)
-        everywhere = len(texts) == 1 and all(refusals)
+        failure = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+        failure = failure or type(error).__name__
+    failures = allgather(comm, failure)
+    if any(failures):
+        texts = dict.fromkeys(text for text in failures if text)
+        everywhere = len(texts) == 1 and all(failures)
         lines = [
-            text if everywhere else f"{text} ({ranks_in_words([r for r, t in enumerate(refusals) if t == text])})"
+            text if everywhere else f"{text} ({format_ranks([r for r, t in enumerate(failures) if t == text])})"
             for text in texts
         ]
         raise ConfigError("\n".join(lines))
-    return made  # type: ignore[return-value]
+    return result  # type: ignore[return-value]
 
 
 def require_equal(comm: MPI.Comm, facts: Mapping[str, str]) -> None:
-    """Refuse facts that differ between ranks.
+    """Raise ConfigError on all ranks if any of `facts` differs between them.
 
     Args:
         comm: the ranks; collective.
-        facts: values by what they are of.
+        facts: values by name.
 
     Raises:
-        ConfigError: the same on all ranks, with the values and the ranks that hold them.
+        ConfigError: the same on all ranks, with the values and the ranks that have them.
     """
     if equal_on_all(comm, json.dumps(dict(facts), sort_keys=True)):
         return
     names = sorted(facts)
-    if equal_on_all(comm, json.dumps(names)):  # then only those that differ need words
+    if equal_on_all(comm, json.dumps(names)):  # then only those that differ are sent
         differing = dict(zip(names, _differ(comm, [digest(facts[name]) for name in names])))
         facts = {name: value for name, value in facts.items() if differing[name]}
     holders = dict[str, list[int]]()
     for rank, text in enumerate(allgather(comm, json.dumps(dict(facts)))):
         holders.setdefault(text, []).append(rank)
-    everyone = [(json.loads(text), ranks) for text, ranks in holders.items()]
+    groups_of_facts = [(json.loads(text), ranks) for text, ranks in holders.items()]
     problems = []
-    for key in dict.fromkeys(key for theirs, _ in everyone for key in theirs):
+    for key in dict.fromkeys(key for values, _ in groups_of_facts for key in values):
         groups = dict[str, list[int]]()
-        for theirs, ranks in everyone:
-            groups.setdefault(theirs.get(key, "missing"), []).extend(ranks)
+        for values, ranks in groups_of_facts:
+            groups.setdefault(values.get(key, "missing"), []).extend(ranks)
         if len(groups) > 1:
-            said = [f"{value} on {ranks_in_words(sorted(ranks))}" for value, ranks in groups.items()]
-            problems.append(f"{key} differs between ranks: {'; '.join(_first(said))}")
+            texts = [f"{value} on {format_ranks(sorted(ranks))}" for value, ranks in groups.items()]
+            problems.append(f"{key} differs between ranks: {'; '.join(_first(texts))}")
     if problems:
         raise ConfigError("\n".join(_first(problems)))
 
@@ -158,8 +157,8 @@ def _first(lines: list[str], most: int = 5) -> list[str]:
 
 def require_equal_total(comm: MPI.Comm, total: int | None) -> None:
     """Raise ValueError on all ranks if they do not ask for the same number of steps."""
-    said = -1 if total is None else total
-    extremes = np.array([said, -said])
+    number = -1 if total is None else total
+    extremes = np.array([number, -number])
     wait_until(comm.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX).Test)
     if extremes[0] != -extremes[1]:
         raise ValueError(f"the ranks ask for different numbers of steps, from {-extremes[1]} to {extremes[0]}")

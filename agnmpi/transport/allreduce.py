@@ -1,9 +1,10 @@
 """The Allreduce end: every rank trains and holds a replica of the center; no server rank.
 
 A round is a nonblocking sum of counts and one of the deltas; after it each rank makes the same center step. A rank
-that breaks off takes part in one more round, with nothing and the word that it leaves: after it all ranks stop.
+that leaves early takes part in one more round, without a delta and with the flag that it leaves: after it all ranks
+    stop.
 
-All ranks make their step with the same arithmetic: on CPUs alone or on GPUs alone. A GPU rounds once where a CPU rounds
+All ranks must use the same arithmetic: only CPUs or only GPUs. A GPU rounds once where a CPU rounds
 twice (fused multiply-add), and the replicas would drift apart.
 """
 
@@ -19,13 +20,13 @@ from ..core.ends import Apply, Done, Handle, WorkerEnd
 from ..core.leases import NONE, Lease
 from ..core.messages import CONTINUE, NOT_FINITE, OK, STOP, WORK, Commit, Reply
 from ..version import mpi_library
-from .agreement import ConfigError, allgather, ranks_in_words, require_equal_total
+from .agreement import ConfigError, allgather, format_ranks, require_equal_total
 from .chunks import Stream, Ticks
 from .staging import CHUNK, Direct, Wire, cut
 
-# Bytes that are summed at once: MPICH 5.0 and Open MPI 5.0 sum 40 MB in such pieces 1.1 to 2.6 times as fast as in one,
-# and who waits sees them come one by one, and stays awake. What is sent is cut in chunks first (where it is staged),
-# what is received is not: the pieces of both must be the same.
+# Bytes summed per call: MPICH 5.0 and Open MPI 5.0 sum 40 MB in such pieces 1.1 to 2.6 times as fast as in one,
+# and a waiting rank sees progress piece by piece, and stays awake. The send side is cut into chunks first (where it is
+# staged), the receive side is not: the pieces of both must be the same.
 _PIECE = 1 << 18
 assert CHUNK % _PIECE == 0
 
@@ -37,7 +38,7 @@ class AllreduceEnd(WorkerEnd):
         comm: the ranks.
         c: (n,) this rank's replica of the center, moved in place.
         apply: the center step.
-        wire: how vectors travel; as they are by default.
+        wire: how vectors are handed to MPI; directly by default.
 
     Raises:
         ConfigError: on all ranks, if some hold their replica on a CPU and others on a GPU.
@@ -54,7 +55,7 @@ class AllreduceEnd(WorkerEnd):
         self._due = 0  # rounds that this rank has a lease for and has not started
 
     def begin_rounds(self, total: int | None, rounds: Iterator[Lease]) -> None:
-        """Begin a session of `total` steps; raises ValueError, on all ranks, if they do not say the same."""
+        """Begin a session of `total` steps; raises ValueError, on all ranks, if they differ."""
         require_equal_total(self.comm, total)
         self.rounds, self.stopped, self._due = rounds, False, 0
 
@@ -72,9 +73,9 @@ class AllreduceEnd(WorkerEnd):
         return self.exchange(Commit(self.comm.rank), out)
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
-        """Tell the others in a last round, if any is left; else make sure that the replicas agree."""
+        """Tell the others in a last round, if any is left; else check that the replicas are equal."""
         if self.stopped or not self._due:
-            return Farewell(self, out, check=not self.stopped)
+            return FinalCheck(self, out, check=not self.stopped)
         return Round(self, commit or Commit(self.comm.rank), out, leaving=True)
 
     def grant(self, requests: int) -> Lease:
@@ -85,16 +86,16 @@ class AllreduceEnd(WorkerEnd):
 
 
 def _require_one_kind(comm: MPI.Comm, c: Array) -> None:
-    held = allgather(comm, "CPU" if on_host(c) else "GPU")
-    if len(set(held)) > 1:
-        there = (f"{kind} on {ranks_in_words([r for r, k in enumerate(held) if k == kind])}" for kind in ("CPU", "GPU"))
+    kinds = allgather(comm, "CPU" if on_host(c) else "GPU")
+    if len(set(kinds)) > 1:
+        texts = (f"{kind} on {format_ranks([r for r, k in enumerate(kinds) if k == kind])}" for kind in ("CPU", "GPU"))
         raise ConfigError(
-            f"the parameters lie on CPUs and GPUs ({', '.join(there)}): their sums round differently, and the replicas "
+            f"the parameters lie on CPUs and GPUs ({', '.join(texts)}): their sums round differently, and the replicas "
             "of the center would drift apart; use one kind (--device cpu), or a rule with a center rank"
         )
 
 
-class Farewell:
+class FinalCheck:
     """The end of a session: after the last round the replicas are compared."""
 
     def __init__(self, end: AllreduceEnd, out: Array, check: bool) -> None:
@@ -129,16 +130,16 @@ class Round:
         loss = commit.loss * commit.steps if commit.steps else 0.0
         # A rank without steps adds nothing to the sum and does not count in the mean.
         bad = bool(commit.flags & NOT_FINITE)
-        checkpoint = end.checkpoint if end.comm.rank == 0 else 0  # rank 0 saves, and all hear of it
+        checkpoint = end.checkpoint if end.comm.rank == 0 else 0  # rank 0 saves, and all learn of it
         self._counts = np.array([commit.steps > 0, commit.steps, loss, leaving, checkpoint, bad], np.float64)
         # A send buffer on every rank: with MPI_IN_PLACE on some, Open MPI 5.0's ranks choose different algorithms.
         payload = commit.payload if commit.payload is not None and commit.steps else full_like(end.c, 0)
-        self._payload = payload  # alive until the end: mpi4py 4.1 lets go of the buffers of nonblocking reductions
+        self._payload = payload  # alive until the end: mpi4py 4.1 does not keep the buffers of nonblocking reductions
         self._requests = [end.comm.Iallreduce(MPI.IN_PLACE, self._counts)]
-        into = cut(end.wire.incoming(end.sum), _PIECE)
+        receive_pieces = cut(end.wire.incoming(end.sum), _PIECE)
         self._ticks = Ticks()
         self._sum = Stream(
-            lambda piece: end.comm.Iallreduce(piece, next(into)),
+            lambda piece: end.comm.Iallreduce(piece, next(receive_pieces)),
             (piece for chunk in end.wire.outgoing(payload) for piece in cut(chunk, _PIECE)),
             self._ticks,
             done=lambda part: end.wire.arrived(end.sum, part),
@@ -155,8 +156,8 @@ class Round:
     def wait(self) -> Reply:
         """Finish the round."""
         wait_until(lambda: self.test() or not self._requests)
-        # The counts are there, so all ranks are: bytes are on their way, and MPICH 5.0 moves few of them at a time. Who
-        # slept in between would hold up the others, who would then sleep, too.
+        # The counts have arrived, so all ranks take part: now bytes move, few at a time in MPICH 5.0. A rank that slept
+        # in between would delay the others, which would then sleep, too.
         wait_until(self.test, lambda: self._ticks.count, spin=0.05)
         assert self._reply is not None
         return self._reply
@@ -178,7 +179,7 @@ class Round:
                 payload=end.sum,
             )
             reply = end.apply(summed, end.c)
-            assert reply is not None  # a round is never put off
+            assert reply is not None  # a round is never postponed
             end.clock, end.steps, end.checkpoint, status = reply.clock, reply.steps, reply.checkpoint, reply.status
         if self._out is not None:
             self._out[...] = end.c

@@ -24,32 +24,33 @@ class Buffer:
 
 
 class Buffers:
-    """The message buffers of a center, made when they are first needed.
+    """The message buffers of a center, allocated when first needed.
 
-    `like`: (n,) c; `limit`: how many there may be, besides those that silent workers hold. `made`: how many there are.
+    `like`: (n,) c; `limit`: how many there may be, besides those in use by silent workers; `allocated`: how many there
+        are.
     """
 
     def __init__(self, like: Array, limit: int, wire: str) -> None:
         self._like, self._limit, self._wire = like, limit, wire
         self._free: list[Buffer] = []
-        self.made = 0
+        self.allocated = 0
 
-    def take(self, lent: int) -> Buffer | None:
-        """Return a buffer, or None if all are in use; `lent`: how many silent workers hold now."""
+    def acquire(self, lent: int) -> Buffer | None:
+        """Return a buffer, or None if all are in use; `lent`: how many are in use by silent workers."""
         if self._free:
             return self._free.pop()
-        if self.made - lent >= self._limit:
+        if self.allocated - lent >= self._limit:
             return None
-        self.made += 1
+        self.allocated += 1
         return Buffer(empty_like(self._like), make_wire(self._like, self._wire))
 
-    def give_back(self, buffer: Buffer, lent: int) -> None:
-        """Take `buffer` back; it is freed if it was one more, made in the place of one that is back by now."""
-        if self.made - lent > self._limit:
-            self.made -= 1
+    def release(self, buffer: Buffer, lent: int) -> None:
+        """Make `buffer` free again, or drop it if it only replaced one that a silent worker has returned since."""
+        if self.allocated - lent > self._limit:
+            self.allocated -= 1
         else:
             self._free.append(buffer)
 
-    def give_up(self) -> None:
-        """Count one no longer: it stays with a dead worker, and another may take its place."""
-        self.made -= 1
+    def abandon(self) -> None:
+        """Do not count one that stays with a dead worker; another may be allocated instead."""
+        self.allocated -= 1

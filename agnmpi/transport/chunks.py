@@ -1,4 +1,4 @@
-"""A vector on its way in pieces, a few at a time."""
+"""Transfers of a vector in pieces, a few at a time."""
 
 import time
 from collections import deque
@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array
 from ..core.backoff import wait_until
-from .staging import MOST, cut
+from .staging import MAX_CALL_BYTES, cut
 
 PIECE = 1 << 20  # bytes; ULFM: large sends under way when a rank dies can hang Open MPI 5.0's btl/tcp
 IN_FLIGHT = 4  # pieces
@@ -16,23 +16,23 @@ ALL = 1 << 60
 _STALLED = 0.05  # seconds without a piece
 
 
-def bcast_in_pieces(comm: MPI.Comm, x: Array, root: int = 0, most: int = MOST) -> None:
+def bcast_in_pieces(comm: MPI.Comm, x: Array, root: int = 0, most: int = MAX_CALL_BYTES) -> None:
     """Copy `x` (n,) of rank `root`, in host memory, into `x` of all ranks of `comm`; collective.
 
-    `most`: bytes of one call; the same on all ranks. Whoever waits yields the core.
+    `most`: bytes of one call; the same on all ranks. Waiting yields the core.
     """
     for piece in cut(x, most):
         wait_until(comm.Ibcast(piece, root).Test)
 
 
 class Ticks:
-    """Counts what has come and gone: headers, and pieces of vectors."""
+    """Counts messages received and sent: headers, and pieces of vectors."""
 
     count = 0
 
 
 class Stream:
-    """A vector on its way in pieces, `in_flight` at a time; `post` starts one piece, `done` is told of each.
+    """A transfer of a vector in pieces, `in_flight` at a time; `post` starts one piece, `done` is called after each.
 
     `limit`: no piece that begins at this element or later may start yet.
     """
@@ -61,14 +61,14 @@ class Stream:
             self._next += piece.size
 
     def extend(self, limit: int) -> None:
-        """Let the pieces before `limit` start, too."""
+        """Allow the pieces before `limit` to start."""
         self._limit = limit
         self.test()
         self._fill()
 
     @property
     def busy(self) -> bool:
-        """Whether this stream keeps its link busy for a while: it moves, and is not at its last pieces."""
+        """Whether this stream keeps its link busy: it makes progress, and has pieces that are not posted yet."""
         return not self._posted and time.perf_counter() - self._moved < _STALLED
 
     def test(self) -> bool:

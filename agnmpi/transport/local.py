@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 
 from ..arrays.backend import Array
-from ..core.ends import Apply, CenterEnd, Handle, InTurn, WorkerEnd
+from ..core.ends import Apply, CenterEnd, Chained, Handle, WorkerEnd
 from ..core.messages import LEAVE, PULL, Commit, Reply
 
 
@@ -14,7 +14,7 @@ class LocalCenter(CenterEnd):
     Args:
         c: (n,) center variable, moved in place.
         workers: their number.
-        apply: what a worker's `wait` serves with.
+        apply: processes the messages that a worker's `wait` serves.
     """
 
     live = progress = 0  # workers that have not left; nothing here takes time
@@ -44,7 +44,7 @@ class LocalCenter(CenterEnd):
         self.live = self._workers
 
     def serve_one(self, apply: Apply) -> bool:
-        """Serve the oldest message, and then the workers that wait for work, if there is some now."""
+        """Serve the oldest message, and then the workers that wait for work, if there is some."""
         if not self._queue:
             return False
         handle = self._queue.popleft()
@@ -88,7 +88,7 @@ class LocalHandle:
         """Serve until this message has been served; raises RuntimeError where that is up to other workers."""
         while self.reply is None:
             if not self._center.serve_one(self._center.apply):
-                raise RuntimeError("this worker waits for others in its own thread: go on when the handle is done")
+                raise RuntimeError("this worker waits for others in its own thread: resume it when the handle is done")
         return self.reply
 
 
@@ -109,6 +109,6 @@ class LocalWorker(WorkerEnd):
         return self.exchange(Commit(self._worker, requests=PULL), out)
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
-        """Queue the last commit and the farewell."""
+        """Queue the last commit and the message that it leaves."""
         last = [] if commit is None else [self.exchange(commit, None)]
-        return InTurn(*last, self.exchange(Commit(self._worker, requests=PULL | LEAVE), out))
+        return Chained(*last, self.exchange(Commit(self._worker, requests=PULL | LEAVE), out))

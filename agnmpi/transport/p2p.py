@@ -1,9 +1,9 @@
-"""Two-sided ends: Isend/Irecv, one round trip for an exchange, on any MPI.
+"""Two-sided ends: Isend/Irecv, one round trip per exchange, on any MPI.
 
-A worker sends a header and, right behind it, its delta; then it posts the receives of the reply. The center listens
-for headers with one probe, and receives deltas into a few message buffers, whatever the number of workers. It applies
-a delta when its last byte is there, and replies from c in place, block by block behind the apply; while that reply is
-on its way, the next apply works on a copy (copy on write, in a message buffer).
+A worker sends a header and then its delta, and posts the receives of the reply. The center polls for headers with one
+probe, and receives deltas into a few message buffers, whatever the number of workers. It applies a delta when it has
+arrived completely, and replies from c in place, block by block following the apply; while that reply is being sent, the
+next apply works on a copy (copy on write, in a message buffer).
 
 Requests of deltas and replies are tested one by one: Waitany's order starves high ranks, and Waitall hides which rank
 failed.
@@ -13,11 +13,11 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array
 from ..core.backoff import wait_until
-from ..core.ends import Handle, InTurn, WorkerEnd
+from ..core.ends import Chained, Handle, WorkerEnd
 from ..core.messages import LEAVE, PULL, Commit, Reply, reply_bytes
 from .chunks import ALL, PIECE, Stream, Ticks
 from .p2p_center import P2PCenter
-from .peers import CENTER_VARIABLE, DELTA, HEADER, REPLY, gone
+from .peers import CENTER_VARIABLE, DELTA, HEADER, REPLY, peer_failed
 from .staging import Direct, Wire, cut
 
 CENTER = 0  # rank
@@ -25,15 +25,15 @@ CENTER = 0  # rank
 # as long for 24 MB as with 16, and more gave nothing.
 _IN_FLIGHT = 16
 
-__all__ = ["P2PCenter", "P2PWorker", "gone"]
+__all__ = ["P2PCenter", "P2PWorker", "peer_failed"]
 
 
 class _Exchange:
-    """A worker's exchange under way; `headers`: room for replies, taken from and given back."""
+    """A worker's exchange under way; `headers`: a pool of buffers for headers of replies."""
 
     def __init__(
-        self, comm: MPI.Comm, wire: Wire, commit: Commit, out: Array | None, headers: list[bytearray], room: int,
-        in_flight: int = _IN_FLIGHT,
+        self, comm: MPI.Comm, wire: Wire, commit: Commit, out: Array | None, headers: list[bytearray],
+        header_bytes: int, in_flight: int = _IN_FLIGHT,
     ) -> None:  # fmt: skip
         self._wire, self._out, self._headers = wire, out, headers
         self._done: Reply | None = None
@@ -43,11 +43,11 @@ class _Exchange:
         requests, nbytes = commit.requests | (PULL if out is not None else 0), 0 if payload is None else payload.nbytes
         self._requests = [comm.Isend(commit._replace(requests=requests, nbytes=nbytes).encode(), CENTER, HEADER)]
         if payload is not None:
-            # A few pieces at a time: the center searches what waits there for its buffers, whoever sent it.
+            # A few pieces at a time: the center searches its unexpected messages from all workers for each receive.
             pieces = (piece for chunk in wire.outgoing(payload) for piece in cut(chunk, PIECE))
             self._streams.append(Stream(lambda x: comm.Isend(x, CENTER, DELTA), pieces, self._ticks, in_flight))
-        # The receives come after the sends, while these are under way.
-        self._header = headers.pop() if headers else bytearray(room)
+        # The receives are posted after the sends, while these are under way.
+        self._header = headers.pop() if headers else bytearray(header_bytes)
         self._requests.append(comm.Irecv(self._header, CENTER, REPLY))
         if out is not None:
             self._streams.append(
@@ -85,27 +85,27 @@ class P2PWorker(WorkerEnd):
 
     Args:
         comm: Communicator of the center (rank 0) and its workers, of our own.
-        wire: How vectors come to MPI; directly by default.
-        replicates_state: Whether replies bring all that the center knows, which takes more room with more workers.
+        wire: How vectors are handed to MPI; directly by default.
+        replicates_state: Whether replies hold the center's state, which grows with the number of workers.
     """
 
     def __init__(self, comm: MPI.Comm, wire: Wire | None = None, replicates_state: bool = False) -> None:
         self._comm, self._worker, self.wire = comm, comm.rank - 1, wire or Direct()
-        self._headers: list[bytearray] = []  # room for replies that none is under way to
-        self._room = reply_bytes(comm.size - 1, replicates_state)
+        self._headers: list[bytearray] = []  # free buffers for headers of replies
+        self._header_bytes = reply_bytes(comm.size - 1, replicates_state)
 
     def exchange(self, commit: Commit, out: Array | None) -> _Exchange:
         """Send `commit` and post the receives of its reply."""
-        return _Exchange(self._comm, self.wire, commit, out, self._headers, self._room)
+        return _Exchange(self._comm, self.wire, commit, out, self._headers, self._header_bytes)
 
     def pull(self, out: Array) -> _Exchange:
         """Ask for the center."""
         return self.exchange(Commit(self._worker), out)
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
-        """Say farewell, right behind the last commit; the reply comes when all have left."""
+        """Leave, right after the last commit; the reply comes when all have left."""
         last = []
         if commit is not None:
-            # All at once: after a break this rank may block in anything, and MPI brings what is posted.
-            last = [_Exchange(self._comm, self.wire, commit, None, self._headers, self._room, ALL)]
-        return InTurn(*last, self.exchange(Commit(self._worker, requests=LEAVE), out))
+            # All pieces at once: after a break this rank may block anywhere, and MPI still delivers what is posted.
+            last = [_Exchange(self._comm, self.wire, commit, None, self._headers, self._header_bytes, ALL)]
+        return Chained(*last, self.exchange(Commit(self._worker, requests=LEAVE), out))

@@ -1,4 +1,4 @@
-"""The center's two-sided end: hears workers, receives deltas into a few buffers, replies behind the apply."""
+"""The center's two-sided end: polls for headers, receives deltas into a few buffers, replies during the apply."""
 
 import time
 from collections import deque
@@ -14,36 +14,37 @@ from ..core.ends import Apply, CenterEnd
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
 from .buffers import Buffer, Buffers
 from .chunks import ALL, PIECE, Stream, Ticks
-from .peers import CENTER_VARIABLE, DELTA, REPLY, Answer, Listener, Peer, Peers, State, gone
+from .peers import CENTER_VARIABLE, DELTA, REPLY, Answer, Listener, Peer, Peers, State, peer_failed
 from .staging import cut, make_wire
 
 CENTER = 0  # rank
-_PAUSE = 2e-4  # seconds without a look at the messages while a commit is applied, at least
-_RETRY = 0.1  # seconds after which a parked request is looked at again
+_PAUSE = 2e-4  # least time between polls while a commit is applied, in seconds
+_RETRY = 0.1  # seconds after which a parked request is tried again
 
 
 class P2PCenter(CenterEnd):
     """The center's end: rank 0 of `comm`.
 
-    Deltas are received in the order of their headers, and messages served in the order in which they became whole: one
-    that comes slowly holds up none.
+    Deltas are received in the order of their headers, and messages served in the order in which they are complete: a
+        slow
+    one delays no other.
 
     Args:
         comm: Communicator of the center (rank 0) and its workers, of our own.
-        c: (n,) center variable, kept and changed in place.
-        message_buffers: Vectors beside c for deltas coming in and replies going out.
+        c: (n,) center variable, changed in place.
+        message_buffers: Vectors beside c for incoming deltas and outgoing replies.
         wire: "staged" or "direct", where c lies on a device.
 
     Attributes:
         lost: Workers that have died, with `on_loss` alone; else the error is raised.
-        silent: Workers that nobody waits for, until they are heard of again.
+        silent: Workers that nobody waits for, until they send something.
         on_loss: Called with each worker that has died, between two messages.
-        on_whole: Called with each message when its last byte is here, maybe amid an apply.
+        on_whole: Called with each message when it is complete, possibly during an apply.
         hold: While this is true of a commit with payload, the receive of its delta does not begin.
-        in_hand: Deltas whose receive has begun, and that are not applied yet.
+        in_flight_deltas: Deltas whose receive has begun and that are not applied yet.
     """
 
-    in_hand = 0
+    in_flight_deltas = 0
 
     def __init__(self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged") -> None:
         if message_buffers < 1:
@@ -52,13 +53,13 @@ class P2PCenter(CenterEnd):
         self._buffers = Buffers(c, message_buffers, wire)
         self._peers = Peers([Peer(rank - 1, comm, rank) for rank in range(1, comm.size)])
         self._listener = Listener(comm, self._peers.all)
-        self._waited_for = set[int]()  # workers that have not left, and are neither lost nor silent
-        self._farewell: Reply | None = None  # what those that have left are told in the end
+        self._expected = set[int]()  # workers that have not left, and are neither lost nor silent
+        self._farewell: Reply | None = None  # the reply to workers that have left
         self._left = 0  # workers that have left this session
         self._dying: deque[Peer] = deque()  # lost, but not reported yet
         self._serving: Peer | None = None  # whose message is being applied
         self._ticks = Ticks()
-        self._look_at = self._retry_at = 0.0  # times of the next look at the messages, and at what is parked
+        self._poll_at = self._retry_at = 0.0  # times of the next poll, and of the next try of parked requests
         self.lost: set[int] = set()
         self.silent: set[int] = set()
         self.on_loss: Callable[[int], None] | None = None
@@ -73,7 +74,7 @@ class P2PCenter(CenterEnd):
     @property
     def live(self) -> int:
         """Workers that have not left this session."""
-        return len(self._waited_for)
+        return len(self._expected)
 
     @property
     def deserted(self) -> bool:
@@ -82,42 +83,42 @@ class P2PCenter(CenterEnd):
 
     @property
     def progress(self) -> int:
-        """Changes whenever a header, or a piece of a vector, has come or gone."""
+        """Changes whenever a header, or a piece of a vector, was received or sent."""
         return self._ticks.count
 
     @property
-    def buffers_made(self) -> int:
-        """Vectors that there are beside c."""
-        return self._buffers.made
+    def buffers_allocated(self) -> int:
+        """Vectors allocated beside c."""
+        return self._buffers.allocated
 
     def open(self) -> None:
-        """Begin a session: listen to all workers."""
+        """Begin a session of all workers."""
         self._left = 0
-        self._waited_for = {peer.index for peer in self._peers.all if peer.state is not State.LOST} - self.silent
+        self._expected = {peer.index for peer in self._peers.all if peer.state is not State.LOST} - self.silent
         for peer in self._peers.at(State.LEFT):
             self._listen_to(peer)
 
     # One message, from its header to its reply.
 
     def serve_one(self, apply: Apply) -> bool:
-        """Serve the first message that is whole, and make progress on all others; not amid an apply.
+        """Serve the first complete message, and make progress on all others; not to be called during an apply.
 
-        A request without payload for which `apply` gives None is kept, and `apply` asked again after each later
-        message; it is answered when that gives a reply.
+        A request without payload for which `apply` returns None is parked, and tried again after each later message,
+        until `apply` returns a reply.
         """
-        assert self._serving is None, "serve_one was called amid an apply"
-        if self._peers.first(State.READY) is None or time.perf_counter() >= self._look_at:
-            self._look()
+        assert self._serving is None, "serve_one was called during an apply"
+        if self._peers.first(State.READY) is None or time.perf_counter() >= self._poll_at:
+            self._poll()
         self._report_lost()
         peer = self._peers.first(State.READY)
         if peer is None:
             return time.perf_counter() >= self._retry_at and self._serve_parked(apply)
-        if peer.buffer is not None and not self._own_center():
-            self._look_at = 0.0  # for the reply that reads c
+        if peer.buffer is not None and not self._writable_center():
+            self._poll_at = 0.0  # for the reply that reads c
             return False
         self._serve(peer, apply)
         self._serve_parked(apply)
-        self._report_lost()  # those that died while they were answered
+        self._report_lost()  # workers that died while they were answered
         return True
 
     def _serve(self, peer: Peer, apply: Apply) -> None:
@@ -126,34 +127,34 @@ class P2PCenter(CenterEnd):
         self._peers.move(peer, State.ANSWERING)
         reply = apply(commit if buffer is None else commit._replace(payload=buffer.x), self.c)
         self._serving = None
-        self.in_hand -= commit.nbytes > 0
+        self.in_flight_deltas -= commit.nbytes > 0
         if buffer is not None:
-            self._buffers.give_back(buffer, self._lent())
+            self._buffers.release(buffer, self._lent())
         if peer.state is State.LOST:
             return
         if reply is None:
             self._peers.move(peer, State.PARKED)
         elif commit.requests & LEAVE:
             self._peers.move(peer, State.LEFT)
-            self._waited_for.discard(peer.index)
+            self._expected.discard(peer.index)
             self._left, self._farewell = self._left + 1, reply
-            self._part()
+            self._answer_left()
         else:
             self._answer(peer, reply)
 
     def _serve_parked(self, apply: Apply) -> bool:
-        """Answer those that ask for work, as long as there is some; whether one was answered."""
+        """Answer the parked requests for work, as long as there is some; whether one was answered."""
         answered = False
         while (peer := self._peers.first(State.PARKED)) and (reply := apply(peer.commit, self.c)) is not None:
             self._peers.move(peer, State.ANSWERING)
             self._answer(peer, reply)
             answered = True
-        # Work also comes free without a message (a worker is lost), and all may be asked to stop.
+        # Work may also become free without a message (a lost worker), and all may be asked to stop.
         self._retry_at = time.perf_counter() + _RETRY
         return answered
 
     def _answer(self, peer: Peer, reply: Reply) -> None:
-        """Begin a reply, with c if that was asked for."""
+        """Begin a reply, with c if requested."""
 
         def begin() -> bool:
             if peer.commit.requests & PULL:
@@ -177,7 +178,7 @@ class P2PCenter(CenterEnd):
         return True
 
     def _push(self, peer: Peer) -> None:
-        """Make progress on a reply; once it is out, its worker may go on."""
+        """Make progress on a reply; once it is sent, go on with that worker's next message."""
         if peer.answer is None or not self._try(peer, peer.answer.test):
             return
         answer, peer.answer = peer.answer, None
@@ -191,58 +192,58 @@ class P2PCenter(CenterEnd):
         buffer = answer.buffer
         buffer.readers -= answer.stream is not None
         if answer.stream and not buffer.readers and buffer is not self._center:
-            self._buffers.give_back(buffer, self._lent())
+            self._buffers.release(buffer, self._lent())
 
-    def _own_center(self) -> bool:
-        """Make c safe to change: if a reply still reads it, go on with a copy; False if no buffer is free."""
+    def _writable_center(self) -> bool:
+        """Make c safe to change: if a reply still reads it, continue with a copy; False if no buffer is free."""
         if self._center.readers:
-            copy = self._buffers.take(len(self._held_by_silent()))
+            copy = self._buffers.acquire(len(self._used_by_silent()))
             if copy is None:
                 return False
             copy.x[...] = self._center.x
-            self._center = copy  # the old one becomes a message buffer when its last reply is out
+            self._center = copy  # the old one becomes a message buffer when its last reply is sent
         return True
 
-    def _held_by_silent(self) -> set[Buffer]:
-        return set[Buffer]().union(*(self._peers.all[worker].held for worker in self.silent))
+    def _used_by_silent(self) -> set[Buffer]:
+        return set[Buffer]().union(*(self._peers.all[worker].buffers_in_use for worker in self.silent))
 
     def _lent(self) -> int:
-        """Message buffers that wait for silent workers: the others get as many more, until these are back.
+        """Message buffers in use by silent workers: the others get as many extra, until these are returned.
 
-        If it is c that they read, one more may be made for the copy of it, but for nothing else: without one nobody
-        could be served.
+        If they read c itself, one extra may be allocated for its copy, but for nothing else: without it nobody could be
+        served.
         """
-        return len(self._held_by_silent() - {self._center})
+        return len(self._used_by_silent() - {self._center})
 
-    # A look at the messages: headers come in, deltas arrive, replies go out. Nothing is applied, reported or changed in
-    # c: so it may happen amid an apply.
+    # Polling: receives headers and deltas, sends replies. It applies and reports nothing and does not change c: so it
+    # may run during an apply.
 
     def move_on(self, stop: int) -> None:
-        """While a commit is applied, and c is done up to element `stop`: send that, and move on other messages.
+        """While a commit is being applied, and c is done up to element `stop`: send that part, and poll.
 
-        Whose commit it is may turn out to be dead here, as any other worker. It is reported by `serve_one`, later.
+        Its worker may turn out to be dead here, as any other. `serve_one` reports it later.
         """
         peer = self._serving
         if peer and peer.state is not State.LOST and peer.commit.requests & PULL:
             self._try(peer, partial(self._send, peer, stop))
-        if self.live > 1 and time.perf_counter() >= self._look_at:
-            self._look()
+        if self.live > 1 and time.perf_counter() >= self._poll_at:
+            self._poll()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         begin = time.perf_counter()
         self._listen()
         self._receive()
         self._flush()
         end = time.perf_counter()
-        self._look_at = end + max(_PAUSE, 10 * (end - begin))
+        self._poll_at = end + max(_PAUSE, 10 * (end - begin))
 
     def _listen(self) -> None:
-        """Take in the headers that have come."""
+        """Receive the headers that have arrived."""
         try:
-            while heard := self._listener.hear():
-                self._take_in(*heard)
+            while message := self._listener.poll():
+                self._received(*message)
         except MPI.Exception as error:
-            if self.on_loss is None or not gone(error):
+            if self.on_loss is None or not peer_failed(error):
                 raise
             dead = self._listener.dead()
             if not dead:  # revoked
@@ -250,17 +251,17 @@ class P2PCenter(CenterEnd):
             for peer in dead:
                 self._bury(peer)
 
-    def _take_in(self, peer: Peer, header: Commit) -> None:
+    def _received(self, peer: Peer, header: Commit) -> None:
         self._ticks.count += 1
         if peer.state is State.LOST:
             return
-        self._heard_of(peer)
-        peer.inbox.append(header.taken_from(peer.index, self.c.nbytes))
+        self._not_silent(peer)
+        peer.inbox.append(header.received_from(peer.index, self.c.nbytes))
         if peer.state is State.LISTENING:
             self._listen_to(peer)
 
     def _listen_to(self, peer: Peer) -> None:
-        """Go on with the next message of a worker, if it is there; its messages are served in order."""
+        """Go on with the next message of a worker, if it has arrived; its messages are served in order."""
         self._peers.move(peer, State.LISTENING)
         if not peer.inbox:
             return
@@ -268,18 +269,18 @@ class P2PCenter(CenterEnd):
         if peer.commit.nbytes:
             self._peers.move(peer, State.QUEUED)
         else:
-            self._whole(peer)
+            self._complete(peer)
 
-    def _whole(self, peer: Peer) -> None:
-        self._heard_of(peer)
+    def _complete(self, peer: Peer) -> None:
+        self._not_silent(peer)
         self._peers.move(peer, State.READY)
         if self.on_whole is not None:
             self.on_whole(peer.commit)
 
     def _receive(self) -> None:
-        """Give free buffers to waiting deltas, and move on those that have arrived."""
-        # One delta after the other, as long as it comes: while the next arrives, the reply to this one leaves, and both
-        # directions of the link stay busy. Together they would all arrive at the same time, and nothing leave before.
+        """Start receives of queued deltas in free buffers, and finish those that have arrived."""
+        # One delta at a time, while it makes progress: the reply to one is sent while the next arrives, so both
+        # directions of the link are busy. Received together, all would complete at the same time, with no reply before.
         busy = any(peer.delta and peer.delta.busy for peer in self._peers.at(State.RECEIVING))
         while not busy and (peer := self._next_delta()) and self._start(peer):
             busy = peer.delta is not None and peer.delta.busy
@@ -287,42 +288,43 @@ class P2PCenter(CenterEnd):
             if peer.delta and self._try(peer, peer.delta.test):
                 if peer.buffer is not None:
                     peer.buffer.wire.settle(peer.buffer.x)
-                self._whole(peer)
+                self._complete(peer)
 
     def _next_delta(self) -> Peer | None:
-        """The first that waits for a buffer, and is not held."""
+        """The first that waits for a buffer and is not on hold."""
         if self.hold is None:
             return self._peers.first(State.QUEUED)
         return next((peer for peer in self._peers.at(State.QUEUED) if not self.hold(peer.commit)), None)
 
     def _start(self, peer: Peer) -> bool:
-        """Begin to receive a delta; False if no buffer is free. What does not fit is received to no use."""
+        """Begin to receive a delta; False if no buffer is free. A misfit is received and discarded."""
         post = partial(peer.comm.Irecv, source=peer.rank, tag=DELTA)
         if peer.commit.flags & MISFIT:
             peer.delta = Stream(post, _scratch(peer.commit.nbytes), self._ticks, in_flight=1, limit=0)
         else:
-            buffer = peer.buffer = self._buffers.take(self._lent())
+            buffer = peer.buffer = self._buffers.acquire(self._lent())
             if buffer is None:
                 return False
             pieces = cut(buffer.wire.incoming(buffer.x), PIECE)
             arrived = partial(buffer.wire.arrived, buffer.x)
             peer.delta = Stream(post, pieces, self._ticks, done=arrived, limit=0)
         self._peers.move(peer, State.RECEIVING)
-        self.in_hand += 1
-        # It is the peer's by now: if the first receives are posted and the next fails, their memory is kept with it.
+        self.in_flight_deltas += 1
+        # The stream belongs to the peer already: if a later receive fails, the memory of the posted ones lives on
+        # there.
         self._try(peer, partial(peer.delta.extend, ALL))
         return True
 
     def _flush(self) -> bool:
-        """Push the replies; whether all are out, but for those to silent workers."""
+        """Make progress on replies; whether all are sent, but for those to silent workers."""
         for peer in self._peers.at(State.ANSWERING):
             self._push(peer)
         return all(peer.index in self.silent for peer in self._peers.at(State.ANSWERING) if peer.answer)
 
-    # Workers that leave, fall silent, come back or die.
+    # Workers that leave, become silent, return or die.
 
-    def _part(self) -> None:
-        """Answer the farewells if no worker is left."""
+    def _answer_left(self) -> None:
+        """Answer the workers that have left, once all have."""
         if self.live or self._farewell is None:
             return
         farewell, self._farewell = self._farewell, None
@@ -331,41 +333,41 @@ class P2PCenter(CenterEnd):
             self._answer(peer, farewell)
         wait_until(self._flush)
 
-    def _heard_of(self, peer: Peer) -> None:
+    def _not_silent(self, peer: Peer) -> None:
         if peer.index in self.silent:
             self.silent.discard(peer.index)
-            self._waited_for.add(peer.index)
+            self._expected.add(peer.index)
 
     def stop_waiting_for(self, worker: int) -> None:
-        """Wait for this silent worker no longer; it is one of the others again when it is heard of."""
-        if worker not in self._waited_for:
+        """Wait for this silent worker no longer; it takes part again when it sends something."""
+        if worker not in self._expected:
             return
-        # Its messages stay where they are; the others get as many buffers as these hold.
-        self._waited_for.discard(worker)
+        # Its messages keep their buffers; the others get as many extra.
+        self._expected.discard(worker)
         self.silent.add(worker)
-        self._part()
+        self._answer_left()
         self._report_lost()
 
     def _try(self, peer: Peer, call: Callable[[], bool | None]) -> bool:
-        """Call what speaks with a worker; if that is dead, forget it, and go on without."""
+        """Make an MPI call that involves one worker; if that is dead, discard its messages, and go on without."""
         try:
             return call() is not False
         except MPI.Exception as error:
-            if self.on_loss is None or not gone(error):
+            if self.on_loss is None or not peer_failed(error):
                 raise
             self._bury(peer)
             return False
 
     def _bury(self, peer: Peer) -> None:
-        """Forget the messages of a dead worker; it is reported between two messages, not amid an apply."""
+        """Discard the messages of a dead worker; it is reported between two messages, not during an apply."""
         if peer.state is State.LOST:
             return
         if peer.state in (State.RECEIVING, State.READY):
-            self.in_hand -= peer.commit.nbytes > 0
+            self.in_flight_deltas -= peer.commit.nbytes > 0
         if peer.buffer is not None and peer.state is State.READY:
-            self._buffers.give_back(peer.buffer, self._lent())
+            self._buffers.release(peer.buffer, self._lent())
         elif peer.buffer is not None:
-            self._buffers.give_up()
+            self._buffers.abandon()
         if peer.answer is not None:
             self._done_reading(peer.answer)
         self._peers.move(peer, State.LOST)
@@ -375,18 +377,18 @@ class P2PCenter(CenterEnd):
         while self._dying:
             worker = self._dying.popleft().index
             self.lost.add(worker)
-            self._waited_for.discard(worker)
+            self._expected.discard(worker)
             self.silent.discard(worker)
-            self._retry_at = 0.0  # what it held is free
+            self._retry_at = 0.0  # its leases are free
             if self.on_loss is not None:
                 self.on_loss(worker)
-            self._part()
+            self._answer_left()
 
     def close(self) -> None:
         """Nothing to free: no receive is posted once all workers have left."""
 
 
 def _scratch(nbytes: int) -> Iterator[Array]:
-    """Room for what is received to no use, again and again the same."""
+    """Receive buffers for discarded pieces, all in the same memory."""
     scratch = np.empty(min(PIECE, nbytes), np.uint8)
     return (scratch[: min(PIECE, nbytes - at)] for at in range(0, nbytes, PIECE))

@@ -1,4 +1,4 @@
-"""What a p2p center knows of each worker, and how it hears of them."""
+"""A p2p center's record of each worker, and how it receives their headers."""
 
 from collections import OrderedDict, deque
 from enum import Enum, auto
@@ -13,23 +13,23 @@ from .chunks import Stream
 HEADER, DELTA, REPLY, CENTER_VARIABLE = range(1, 5)  # tags, on a communicator of our own
 
 
-def gone(error: MPI.Exception) -> bool:
-    """Whether `error` tells of a dead peer (ULFM)."""
-    found: int = error.Get_error_class()
+def peer_failed(error: MPI.Exception) -> bool:
+    """Whether `error` reports a dead peer (ULFM)."""
+    error_class: int = error.Get_error_class()
     names = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
-    return found in [getattr(MPI, name) for name in names if hasattr(MPI, name)]
+    return error_class in [getattr(MPI, name) for name in names if hasattr(MPI, name)]
 
 
 class State(Enum):
-    """Where a worker's message is; one at a time, what comes behind it waits in `Peer.inbox`."""
+    """The state of a worker's message; one at a time, later ones wait in `Peer.inbox`."""
 
-    LISTENING = auto()  # nothing has come
+    LISTENING = auto()  # no message yet
     QUEUED = auto()  # the header is here, the delta waits for a buffer
     RECEIVING = auto()  # the delta is coming
-    READY = auto()  # it is whole
-    PARKED = auto()  # it asks for work, and is answered when there is some
+    READY = auto()  # the message is complete
+    PARKED = auto()  # it requests work, and is answered when there is some
     ANSWERING = auto()  # it is being applied, or its reply is on its way
-    LEFT = auto()  # it was a farewell, which is answered when all have left
+    LEFT = auto()  # the worker has left; it is answered when all have left
     LOST = auto()  # its worker is dead
 
 
@@ -42,35 +42,35 @@ class Answer(NamedTuple):
     buffer: Buffer
 
     def test(self) -> bool:
-        """Make progress; whether it is out."""
+        """Make progress; whether it is sent."""
         return self.request.Test() and (self.stream is None or self.stream.test())
 
 
 class Peer:
-    """A worker at the center: its rank in a communicator, and what is under way with it.
+    """A worker at the center: its rank in a communicator, and its messages under way.
 
-    A lost one keeps its vectors and requests for good: MPI may still write there.
+    A lost one keeps its vectors and requests for good: MPI may still write to them.
     """
 
     def __init__(self, index: int, comm: MPI.Comm, rank: int) -> None:
         self.index, self.comm, self.rank = index, comm, rank
         self.state = State.LISTENING
-        self.inbox: deque[Commit] = deque()  # headers behind the message of now
-        self.commit = Commit(index)  # the message of now
+        self.inbox: deque[Commit] = deque()  # headers after the current message
+        self.commit = Commit(index)  # the current message
         self.buffer: Buffer | None = None  # its delta, until it is applied
         self.delta: Stream | None = None
-        self.out: Stream | None = None  # c on its way, block by block, while the delta is applied
+        self.out: Stream | None = None  # c, sent block by block while the delta is applied
         self.answer: Answer | None = None
 
     @property
-    def held(self) -> set[Buffer]:
+    def buffers_in_use(self) -> set[Buffer]:
         """The vectors that wait for this worker."""
-        held = {self.buffer} if self.buffer else set()
-        return held | {self.answer.buffer} if self.answer and self.answer.stream else held
+        in_use = {self.buffer} if self.buffer else set()
+        return in_use | {self.answer.buffer} if self.answer and self.answer.stream else in_use
 
 
 class Peers:
-    """The workers of a center by state, in each state in the order in which they came to it."""
+    """The workers of a center by state, in each state in order of entry."""
 
     def __init__(self, peers: list[Peer]) -> None:
         self.all = peers
@@ -79,13 +79,13 @@ class Peers:
             self._by_state[peer.state][peer] = None
 
     def move(self, peer: Peer, state: State) -> None:
-        """Bring `peer` to a state, behind those that are there."""
+        """Move `peer` to a state, after those already in it."""
         del self._by_state[peer.state][peer]
         peer.state = state
         self._by_state[state][peer] = None
 
     def first(self, state: State) -> Peer | None:
-        """The one that has been in this state for longest."""
+        """The one that has been in this state longest."""
         return next(iter(self._by_state[state]), None)
 
     def at(self, state: State) -> list[Peer]:
@@ -94,22 +94,23 @@ class Peers:
 
 
 class Listener:
-    """Takes headers, one after the other, from whichever worker of a communicator.
+    """Receives headers, one after the other, from any worker of a communicator.
 
-    One probe, so that hearing that nothing has come costs the same whatever the number of workers. With ULFM it fails
-    once for each death, and goes on: so a worker that dies while nothing is under way with it is noticed, too.
+    One probe, so that the cost of an empty look does not depend on the number of workers. With ULFM the probe fails
+    once
+    for each death and works again: so a worker that dies without any message under way is noticed, too.
     """
 
-    # Other ways, as tried with Open MPI 5.0.11 and ULFM. A receive from any source that has once told of a death, and
-    # completes before it is tested again, fails at each test for ever: its header is lost. Testsome on a receive for
+    # Alternatives tried with Open MPI 5.0.11 and ULFM: a receive from any source that has once reported a death, and
+    # completes before it is tested again, fails at every later test: its header is lost. Testsome on a receive for
     # each worker takes 50-80 µs for 1,000, and where it raises, hides which others are done.
 
     def __init__(self, comm: MPI.Comm, peers: list[Peer]) -> None:
         self._comm, self._peers = comm, {peer.rank: peer for peer in peers}
         self._header, self._status = bytearray(COMMIT_BYTES), MPI.Status()
 
-    def hear(self) -> tuple[Peer, Commit] | None:
-        """Return the next header that has come, as its worker wrote it."""
+    def poll(self) -> tuple[Peer, Commit] | None:
+        """Return the next header that has arrived, unchanged."""
         message = self._comm.Improbe(MPI.ANY_SOURCE, HEADER, self._status)
         if message is None:
             return None
@@ -117,7 +118,7 @@ class Listener:
         return self._peers[self._status.Get_source()], Commit.decode(self._header)
 
     def dead(self) -> list[Peer]:
-        """Who has died, once `hear` has failed; from now on the others are heard again (ULFM)."""
+        """Who has died, after `poll` has failed; acknowledged, so that `poll` works again for the others (ULFM)."""
         failed, group = self._comm.Get_failed(), self._comm.Get_group()
         ranks = failed.Translate_ranks(list(range(failed.size)), group)
         self._comm.Ack_failed(failed.size)

@@ -1,4 +1,4 @@
-"""What a transport is: one entry each, with its name, its capabilities and the makers of its ends.
+"""The transports: one entry each, with its name, its capabilities and the factories of its ends.
 
 Nothing else compares transport names: rules, setup, configuration, bench and tests ask for capabilities. In Python a
 transport is an object, made by the function of its name, `agnmpi.transports.p2p(message_buffers=8)`; the command line
@@ -24,19 +24,19 @@ class Transport:
     """How commits travel, with its options.
 
     Args:
-        name: by which the command line and logs know it.
-        about: in a few words.
-        capabilities: what it gives.
+        name: on the command line and in logs.
+        about: a short description.
+        capabilities: what it offers.
         make_worker: `(comm, like, transport)`: the end of a worker; `like`: a vector like what it exchanges (n,).
         make_center: `(comm, c, transport)`: the end of the center, rank 0 of `comm`.
         make_peer: `(comm, c, apply)`: the end of a rank, where all exchange together.
-        floor: which bare MPI calls move the same bytes, for `agnmpi bench`.
+        floor: the bare MPI calls that transfer the same bytes, for `agnmpi bench`.
         centers: ranks 0 … k−1 hold a block of the center variable each.
-        message_buffers: vectors at the center for messages on their way.
+        message_buffers: vectors at the center for messages in flight.
         wire: of vectors on a device: "staged" through pinned host memory, "direct" with CUDA-aware MPI, or "auto".
         center_device: "gpu" keeps the center where rank 0's parameters lie, else "cpu".
-        workers: where all of them live in one process.
-        replicates_state: what the center knows travels with c, so that a worker can take over.
+        workers: where all of them run in one process.
+        replicates_state: replies hold the center's state beside c, so that a worker can take over.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Transport:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}")
         if self.center_device == "gpu" and not self.capabilities.device_center:
-            raise ValueError(f"a center on a GPU needs transport {words('device_center')}, not {self.name}")
+            raise ValueError(f"a center on a GPU needs transport {names_with('device_center')}, not {self.name}")
 
     @property
     def serving_ranks(self) -> int:
@@ -175,14 +175,14 @@ def entries() -> Iterator[Transport]:
 
 
 def names() -> list[str]:
-    """What the command line offers."""
+    """The names on the command line."""
     return ["auto", *_ENTRIES]
 
 
-def words(capability: str) -> str:
-    """The transports that give `capability`, for a message.
+def names_with(capability: str) -> str:
+    """The transports with `capability`, as text for a message.
 
-    >>> words("together")
+    >>> names_with("together")
     'allreduce'
     """
     return " or ".join(entry.name for entry in _ENTRIES.values() if getattr(entry.capabilities, capability))
@@ -191,16 +191,16 @@ def words(capability: str) -> str:
 def resolve(
     transport: str | Transport, together: bool = False, use_locking: bool = True, **options: int | str
 ) -> Transport:
-    """The transport that is meant.
+    """Look up a transport.
 
     Args:
         transport: an object, a name, or "auto": what the rule needs.
         together: whether the rule exchanges on all ranks at the same time.
-        use_locking: TensorFlow's word; False turns "rma" into "accumulate".
+        use_locking: TensorFlow's option; False turns "rma" into "accumulate".
         options: fields of `Transport` for a name; an object has its own.
 
     Raises:
-        ValueError: for an unknown name, options beside an object, or what the transport cannot.
+        ValueError: for an unknown name, options beside an object, or what the transport cannot do.
     """
     if isinstance(transport, Transport):
         if not use_locking:
@@ -234,7 +234,7 @@ def p2p(centers: int = 1, message_buffers: int = 4, wire: str = "auto", center_d
 
     Args:
         centers: k, ranks 0 … k−1 hold a block of the center variable each; a pull is then whole per block.
-        message_buffers: vectors at the center for deltas coming in and replies going out.
+        message_buffers: vectors at the center for incoming deltas and outgoing replies.
         wire: of vectors on a GPU: "staged", "direct" with CUDA-aware MPI, or "auto".
         center_device: "cpu", or "gpu" to keep the center where rank 0's parameters lie.
 
@@ -262,7 +262,8 @@ def rma(centers: int = 1, wire: str = "auto") -> Transport:
 def accumulate(centers: int = 1) -> Transport:
     """One-sided sums: workers add to the center variable themselves (TensorFlow's `use_locking=False`).
 
-    Nobody serves. Commits are neither whole, ordered, weighed nor refused by the center, and a pull may hold a part of
+    No rank serves. Commits are neither whole, ordered, weighed nor refused by the center, and a pull may contain part
+    of
     a commit: for rules whose commits are added as they are.
 
     Args:

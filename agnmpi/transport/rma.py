@@ -1,7 +1,7 @@
 """The one-sided mailbox: any rule, any center optimizer, whole pulls.
 
-A worker puts its delta into its own slot and raises a counter; the center applies slot by slot, and the worker
-gets c: on one machine behind the apply, block by block.
+A worker puts its delta into its own slot and increments a counter; the center applies slot by slot, and the worker
+gets c: on one machine block by block, following the apply.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ from ..arrays.backend import Array
 from ..core.ends import Apply, Handle, Polled
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
 from .readers_lock import ReadersLock
-from .staging import MOST, Wire
+from .staging import MAX_CALL_BYTES, Wire
 from .windows import (
     CENTER,
     CLOCK,
@@ -30,22 +30,22 @@ from .windows import (
     WindowsWorker,
 )
 
-_PIECE = 1 << 20  # bytes of c that are read at once behind the apply
+_PIECE = 1 << 20  # bytes of c per Get that follows the apply
 
 
 class RMAWorker(WindowsWorker):
     """A worker's end of the mailbox: every rank but 0 of `comm`.
 
-    `like`: a vector like x (n,); `most`: bytes that one call of MPI moves.
+    `like`: a vector like x (n,); `most`: bytes per MPI call.
 
-    Starting an exchange, and the pull at its end, block for as long as their bytes are on the way. Who waits, instead
-    of testing, may stay with an apply until that ends, and is let in before the next.
+    Starting an exchange, and the pull at its end, block for as long as their transfer takes. `wait`, unlike `test`, may
+    follow an apply until it ends, and reads before the next one.
     """
 
-    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MOST) -> None:
+    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MAX_CALL_BYTES) -> None:
         super().__init__(Windows(comm, like, comm.size - 1, most), wire)
         self.lock = ReadersLock(ControlWord(self.windows, READERS))
-        self._posted = 0  # odd while a message is being put, even when it is whole
+        self._posted = 0  # odd while a message is being put, even when it is complete
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Put `commit` into this worker's slot, which is free: one exchange at a time."""
@@ -57,7 +57,7 @@ class RMAWorker(WindowsWorker):
         windows.put(windows.header(self.worker), commit.encode())
         if payload is not None:
             if not windows.one_host:
-                # Odd: the center stays awake while bytes are coming, which need it inside MPI.
+                # Odd: the center stays awake while a transfer needs progress by it.
                 windows.add(windows.posted + self.worker, self._posted + 1, MPI.REPLACE)
             slots = windows.slots
             windows.push(
@@ -71,32 +71,32 @@ class RMAWorker(WindowsWorker):
         windows.add(windows.posted + self.worker, self._posted, MPI.REPLACE)
         return Polled(partial(self._answered, self._posted, out, bool(commit.requests & LEAVE)))
 
-    def _answered(self, posted: int, out: Array | None, leaving: bool, patient: bool) -> Reply | None:
-        """The reply to the message `posted`, with c in `out`, as soon as it has been taken and c can be read."""
+    def _answered(self, posted: int, out: Array | None, leaving: bool, blocking: bool) -> Reply | None:
+        """The reply to the message `posted`, with c in `out`, as soon as that is served and c can be read."""
         windows = self.windows
-        taken, done = windows.look(windows.taken(self.worker), 2).tolist()
-        if taken != posted:
-            return self._follow(posted, out) if done and patient and out is not None else None
-        pulled = self._answer() if out is None else self.try_pull(out, self._answer(), patient)
+        served, done = windows.read_each(windows.served(self.worker), 2).tolist()
+        if served != posted:
+            return self._follow(posted, out) if done and blocking and out is not None else None
+        pulled = self._answer() if out is None else self.try_pull(out, self._answer(), blocking)
         if leaving and pulled is not None:
             windows.add(LEFT, 1)  # the next session may change c
         return pulled
 
     def _follow(self, posted: int, out: Array) -> Reply | None:
-        """Get c behind the apply of the message `posted`; None if that has ended before we are counted as a reader."""
-        windows, word = self.windows, self.windows.taken(self.worker)
+        """Get c following the apply of the message `posted`; None if that ended before we were counted as a reader."""
+        windows, word = self.windows, self.windows.served(self.worker)
         self.lock.enter_behind()
         if not windows.read(word + 1):
             self.lock.leave()
             return None
-        # The center was still at it after we came in: it finds us when it wants to change c the next time, and waits.
+        # The apply was still under way after we were counted: before its next change the center finds us, and waits.
 
         def readable() -> int:
-            taken, done = windows.look(word, 2).tolist()
-            return out.size if taken == posted else int(done)
+            served, done = windows.read_each(word, 2).tolist()
+            return out.size if served == posted else int(done)
 
-        windows.pull(self.wire, out, readable)  # its last piece comes when the message is taken
-        reply = self._of_now(self._answer())
+        windows.pull(self.wire, out, readable)  # its last piece comes when the message is served
+        reply = self._with_counts(self._answer())
         self.lock.leave()
         return reply
 
@@ -104,26 +104,26 @@ class RMAWorker(WindowsWorker):
         windows = self.windows
         return Reply.decode(windows.get(windows.reply(self.worker), REPLY_WORDS).tobytes())
 
-    def _of_now(self, reply: Reply) -> Reply:
-        """`reply` with what belongs to c, which keeps still."""
+    def _with_counts(self, reply: Reply) -> Reply:
+        """`reply` with clock and steps of c, which does not change now."""
         counts = self.windows.get(0, COUNTS).tolist()
         return reply._replace(clock=counts[CLOCK], steps=counts[STEPS])
 
     def pull(self, out: Array) -> Handle:
-        """Get the center; needs nothing of the center rank but that it be in MPI now and then across hosts."""
+        """Get the center; needs nothing from the center rank but MPI progress now and then across hosts."""
         return Polled(partial(self.try_pull, out, Reply(0)))
 
-    def try_pull(self, out: Array, reply: Reply, patient: bool) -> Reply | None:
-        """Get c as one whole, unless it changes just now; returns `reply` with what belongs to c."""
-        if not self.lock.enter(patient):
+    def try_pull(self, out: Array, reply: Reply, blocking: bool) -> Reply | None:
+        """Get c as a whole, unless it is changing now; returns `reply` with clock and steps of c."""
+        if not self.lock.enter(blocking):
             return None
-        reply = self._of_now(reply)
-        self.windows.pull(self.wire, out)  # last: a long vector leaves nothing else in the cache
+        reply = self._with_counts(reply)
+        self.windows.pull(self.wire, out)  # last: a long vector evicts everything else from the cache
         self.lock.leave()
         return reply
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
-        """Put the last commit and the farewell as one message; it is taken when all have left."""
+        """Put the last commit, with LEAVE, as one message; it is served when all have left."""
         last = commit or Commit(self.worker)
         return self.exchange(last._replace(requests=last.requests | LEAVE), out)
 
@@ -131,21 +131,21 @@ class RMAWorker(WindowsWorker):
 class RMACenter(WindowsCenter):
     """The center's end of the mailbox: rank 0 of `comm`; memory: c and a slot for each worker.
 
-    `c`: (n,) center variable in host memory, copied into the window; `most`: bytes that one call of MPI moves.
+    `c`: (n,) center variable in host memory, copied into the window; `most`: bytes per MPI call.
 
-    One look finds all messages that are whole, and all of these are served before the next look: what a message costs
-    does not grow with the number of workers, and nobody is served twice while another waits.
+    One poll finds all complete messages, and all of these are served before the next poll: the cost of a message does
+    not grow with the number of workers, and nobody is served twice while another waits.
     """
 
-    def __init__(self, comm: MPI.Comm, c: Array, most: int = MOST) -> None:
+    def __init__(self, comm: MPI.Comm, c: Array, most: int = MAX_CALL_BYTES) -> None:
         super().__init__(Windows(comm, c, comm.size - 1, most), c)
         windows, workers = self.windows, comm.size - 1
         self._comm, self._workers = comm, workers
         self._slots = [windows.vector(windows.slots, worker) for worker in range(workers)]
-        self._seen = np.zeros(workers, np.int64)  # number of each worker's last message that was looked at
-        self._looked = b""  # what the last look has found
-        self._due: deque[Commit] = deque()  # headers of messages that were looked at and not served
-        self._parked: deque[Commit] = deque()  # requests for work that wait for what others hold
+        self._seen = np.zeros(workers, np.int64)  # number of each worker's last message that was polled
+        self._last_poll = b""  # the numbers at the last poll
+        self._due: deque[Commit] = deque()  # headers of messages that were polled and not served
+        self._parked: deque[Commit] = deque()  # requests for work that others hold
         self._retry = False  # whether a message was served since a parked request was tried in vain
         self.lock = ReadersLock(ControlWord(windows, READERS))
         self._readable = 0  # up to where c may be read behind the apply
@@ -166,41 +166,41 @@ class RMACenter(WindowsCenter):
         self._all_read = False
 
     def serve_one(self, apply: Apply) -> bool:
-        """Serve the first message that is whole and not held; before it, a parked request that can be answered now."""
+        """Serve the first complete message not on hold; before it, a parked request that can be answered now."""
         self._comm.Iprobe()  # progress for what comes from other hosts
         if self._serve_parked(apply):
             return True
         commit = self._first()
         if commit is None:
-            self._look()
+            self._poll()
             commit = self._first()
         if self.lock.locked and (commit is None or not _changes(commit)):
-            self.lock.unlock()  # the commit that it was for is held by now
+            self.lock.unlock()  # the commit that it was for is on hold now
         served = commit is not None and self._serve(commit, apply)
         if not served and not self.windows.one_host and self.lock.in_use():
             self.progress += 1
         return served
 
-    def _look(self) -> None:
-        """Take in the headers of all messages that are whole, and new."""
+    def _poll(self) -> None:
+        """Read the headers of all new complete messages."""
         windows = self.windows
-        posted = windows.look(windows.posted, self._workers)
-        if (words := posted.tobytes()) == self._looked and windows.one_host:
+        posted = windows.read_each(windows.posted, self._workers)
+        if (words := posted.tobytes()) == self._last_poll and windows.one_host:
             return
-        self._looked, synced = words, False
+        self._last_poll, synced = words, False
         for worker in (posted != self._seen).nonzero()[0].tolist():
-            if posted[worker] % 2:  # its bytes are still coming
+            if posted[worker] % 2:  # still being put
                 self.progress += 1
                 continue
             if not synced:
                 windows.sync()
                 synced = True
             header = windows.words[windows.header(worker) :][:COMMIT_WORDS].tobytes()
-            self._due.append(Commit.decode(header).taken_from(worker, self._c.nbytes))
+            self._due.append(Commit.decode(header).received_from(worker, self._c.nbytes))
             self._seen[worker] = posted[worker]
 
     def _first(self) -> Commit | None:
-        """The first message that is due and not held."""
+        """The first message that is due and not on hold."""
         if self.hold is None:
             return self._due[0] if self._due else None
         return next((commit for commit in self._due if not (commit.nbytes and self.hold(commit))), None)
@@ -222,7 +222,7 @@ class RMACenter(WindowsCenter):
             return False
         if self._readable:
             self._readable = 0
-            windows.add(windows.taken(commit.worker) + 1, 0, MPI.REPLACE)  # while new readers are still kept out
+            windows.add(windows.served(commit.worker) + 1, 0, MPI.REPLACE)  # while new readers are still refused
         if not commit.requests & LEAVE:
             self._answer([commit.worker], reply, changes)
         else:
@@ -240,7 +240,7 @@ class RMACenter(WindowsCenter):
         return self._all_read
 
     def _serve_parked(self, apply: Apply) -> bool:
-        """Try the request that was parked first, if a message was served since that was last done in vain."""
+        """Try the oldest parked request, if a message was served since the last unsuccessful try."""
         if not self._retry or not self._parked:
             return False
         reply = apply(self._parked[0], self._c)
@@ -251,7 +251,7 @@ class RMACenter(WindowsCenter):
         return True
 
     def _answer(self, workers: list[int], reply: Reply, unlock: bool) -> None:
-        """Give `workers` the reply: their messages are taken."""
+        """Write the reply for `workers`, and mark their messages as served."""
         windows, words = self.windows, self.windows.words
         answer = np.frombuffer(reply._replace(applied=(), snapshot=None).encode(), np.int64)
         words[CLOCK], words[STEPS] = reply.clock, reply.steps
@@ -261,19 +261,19 @@ class RMACenter(WindowsCenter):
         if unlock:
             self.lock.unlock()
         for worker in workers:
-            windows.add(windows.taken(worker), int(self._seen[worker]), MPI.REPLACE)
+            windows.add(windows.served(worker), int(self._seen[worker]), MPI.REPLACE)
         self._retry = True
 
     def move_on(self, stop: int) -> None:
-        """While a commit is applied, and c is done up to `stop`: let its worker read that."""
+        """While a commit is being applied, and c is done up to `stop`: let its worker read that part."""
         windows = self.windows
         if self._applied and (stop - self._readable) * self._c.itemsize >= _PIECE and stop < self._c.size:
             self._readable = stop
             windows.sync()
-            windows.add(windows.taken(self._applied.worker) + 1, stop, MPI.REPLACE)
+            windows.add(windows.served(self._applied.worker) + 1, stop, MPI.REPLACE)
 
     def close(self) -> None:
-        """Free the windows; collective. c lives on in memory of its own."""
+        """Free the windows; collective. c is copied to memory of its own."""
         self._slots.clear()
         super().close()
 

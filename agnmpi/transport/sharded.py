@@ -10,7 +10,7 @@ from ..core.ends import Handle, WorkerEnd
 from ..core.messages import WORK, Commit, Reply
 
 
-class _Together:
+class _AllShards:
     """Exchanges with all shards, under way at once; the reply is the first shard's."""
 
     def __init__(self, handles: Sequence[Handle], done: Callable[[list[Reply]], None]) -> None:
@@ -37,18 +37,18 @@ class ShardedWorker(WorkerEnd):
         self._clocks = [0] * len(ends)  # of each shard at the last pull
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
-        """Exchange with each center its block; a mere request for work goes to the first alone."""
+        """Exchange with each center its block; a request for work alone goes to the first alone."""
         if commit.payload is None and out is None:
             return self.ends[0].exchange(commit, None)
         handles = [
             end.exchange(self._part(commit, i), None if out is None else out[self.spans[i]])
             for i, end in enumerate(self.ends)
         ]
-        return _Together(handles, self._pulled if out is not None else lambda _replies: None)
+        return _AllShards(handles, self._pulled if out is not None else lambda _replies: None)
 
     def pull(self, out: Array) -> Handle:
         """Pull each block; each is whole."""
-        return _Together([end.pull(out[span]) for end, span in zip(self.ends, self.spans)], self._pulled)
+        return _AllShards([end.pull(out[span]) for end, span in zip(self.ends, self.spans)], self._pulled)
 
     def leave(self, commit: Commit | None, out: Array) -> Handle:
         """Leave all centers."""
@@ -56,7 +56,7 @@ class ShardedWorker(WorkerEnd):
             end.leave(None if commit is None else self._part(commit, i), out[self.spans[i]])
             for i, end in enumerate(self.ends)
         ]
-        return _Together(handles, self._pulled)
+        return _AllShards(handles, self._pulled)
 
     def _part(self, commit: Commit, i: int) -> Commit:
         payload = None if commit.payload is None else commit.payload[self.spans[i]]

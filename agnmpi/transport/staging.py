@@ -10,14 +10,14 @@ import numpy as np
 
 from ..arrays.backend import Array, namespace, on_host, synchronize
 
-CHUNK = 4 << 20  # bytes of a staged copy: one is copied while the one before is on the wire
+CHUNK = 4 << 20  # bytes of a staged copy: one is copied while the previous one is sent
 # Bytes of one call of MPI. Where a library lacks the calls of MPI-4 with large counts, a count is a C int, and one of
 # 2^31 elements or more is refused; below 1 GB no count can be, whatever the dtype.
-MOST = 1 << 30
+MAX_CALL_BYTES = 1 << 30
 
 
 class Wire(Protocol):
-    """Between a vector and the transfers of it."""
+    """The buffer that MPI uses in the transfers of a vector."""
 
     name: str
 
@@ -25,22 +25,22 @@ class Wire(Protocol):
         """Yield, piece by piece and in order, what MPI may send for `x`: all device work on it is done."""
 
     def incoming(self, x: Array) -> Array:
-        """Return where MPI may receive what is meant for `x`."""
+        """Return the memory into which MPI may receive data for `x`."""
 
     def cuts(self, x: Array) -> list[slice]:
-        """Where `outgoing` cuts `x`; the pieces in which `arrived` is best told."""
+        """Where `outgoing` cuts `x`; the best pieces for `arrived`."""
 
     def arrived(self, x: Array, part: slice) -> None:
-        """What is meant for `x[part]` is there: begin to put it in place."""
+        """The data for `x[part]` have arrived: begin to copy them into place."""
 
     def settle(self, x: Array) -> None:
-        """Wait until all that has arrived is in `x`."""
+        """Wait until all data that have arrived are in `x`."""
 
 
 class Direct:
     """The vector itself goes to MPI, on the host or (with CUDA-aware MPI) on the device.
 
-    The stream is synchronised first: MPI knows nothing of streams, and the failure is silent wrong data.
+    The stream is synchronised first: MPI ignores streams, and without it the data would be wrong silently.
     """
 
     name = "direct"
@@ -51,7 +51,7 @@ class Direct:
         yield x
 
     def incoming(self, x: Array) -> Array:
-        """Synchronise, lest a kernel still reads the old `x`, and return `x`."""
+        """Synchronise, since a kernel may still read the old `x`, and return `x`."""
         synchronize(x)
         return x
 
@@ -60,7 +60,7 @@ class Direct:
         return [slice(0, x.size)]
 
     def arrived(self, x: Array, part: slice) -> None:
-        """Nothing to do: it arrived in place."""
+        """Nothing to do: data arrive in place."""
 
     def settle(self, x: Array) -> None:
         """Nothing to do."""
@@ -80,8 +80,8 @@ class Staged:
     def outgoing(self, x: Array) -> Iterator[Array]:
         """Queue the copies of all chunks to pinned memory; yields each pinned chunk as soon as its copy is done.
 
-        Once this has returned, work queued later on the same stream may change `x`. The chunks are good, and are to be
-        asked for, until the next call.
+        Once this has returned, work queued later on the same stream may change `x`. The chunks are valid, and must be
+        consumed, until the next call.
         """
         if self._out is None or self._out.size < x.size:
             self._out = _pinned(x)
@@ -131,7 +131,7 @@ def cut(x: Array, nbytes: int) -> Iterator[Array]:
 
 
 def _pinned(x: Array) -> Array:
-    """Allocate page-locked host memory like `x`, and not a byte more: CuPy's pool rounds up to a power of two."""
+    """Allocate page-locked host memory of exactly the size of `x`: CuPy's pool rounds up to a power of two."""
     cuda = namespace(x).cuda
     memory: Any = cuda.PinnedMemoryPointer(cuda.PinnedMemory(x.nbytes), 0)
     return np.frombuffer(memory, x.dtype, x.size)

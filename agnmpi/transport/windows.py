@@ -1,8 +1,8 @@
-"""Memory at the center, rank 0 of the communicator, that every rank reaches by passive-target one-sided calls.
+"""Windows: memory at the center, rank 0 of the communicator, for passive-target one-sided calls of every rank.
 
-All windows stay locked (shared) from beginning to end: MPICH 5.0.2's Win_lock waits for the target to enter MPI even in
-shared memory (2 ms for a center that naps, 3 s for one that sleeps so long), and both MPIs spin in it. Whoever needs
-c as one whole keeps to a lock of our own, a word of the control window.
+All windows are locked (shared) throughout: MPICH 5.0.2's Win_lock waits for the target to enter MPI even in
+shared memory (2 ms for a center that sleeps for 2 ms, 3 s for one that sleeps for 3 s), and both MPIs spin in it. Whole
+pulls use a lock of our own, a word of the control window.
 """
 
 import shutil
@@ -17,62 +17,62 @@ from ..core.backoff import Backoff, wait_until
 from ..core.ends import CenterEnd, WorkerEnd
 from ..core.messages import COMMIT_BYTES, Reply
 from .agreement import ConfigError, allgather, require_equal
-from .staging import MOST, Direct, Wire, cut
+from .staging import MAX_CALL_BYTES, Direct, Wire, cut
 
 CENTER = 0  # rank
 _PAGE = 4096
 
-# Words (int64) of the control window: COUNTS of them that all read together; then for each worker what is posted, and,
-# side by side, what is taken and how far c is done; then the headers of messages and replies.
+# Words (int64) of the control window: COUNTS of them that all read together; then for each worker the number of its
+# last posted message, and, adjacent, the number of its last served message and how far c is done; then the headers.
 READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, LOSS, CONTROL, CHECKPOINT, REFUSALS, COUNTS = range(12)
 COMMIT_WORDS, REPLY_WORDS = COMMIT_BYTES // 8, len(Reply(0).encode()) // 8
 
 
 class ControlWord:
-    """One word of the control window, as a readers' lock wants it."""
+    """One word of the control window, for a readers' lock."""
 
     def __init__(self, windows: "Windows", word: int) -> None:
         self._windows, self._word = windows, word
 
     def add(self, value: int) -> int:
-        """Add `value` at once, and return the old value."""
+        """Add `value` atomically, and return the old value."""
         return self._windows.add(self._word, value)
 
     def read(self) -> int:
-        """The word, at once."""
+        """The word, read atomically."""
         return self._windows.read(self._word)
 
 
 class Windows:
-    """Memory at the center that every rank reaches; collective over `comm`.
+    """The windows at the center; collective over `comm`.
 
-    `like`: a vector like c (n,); `slots`: vectors beside c; `most`: bytes that one call moves. Raises ConfigError on
+    `like`: a vector like c (n,); `slots`: vectors beside c; `most`: bytes per MPI call. Raises ConfigError on
     all ranks if it does not fit.
     """
 
-    def __init__(self, comm: MPI.Comm, like: Array, slots: int, most: int = MOST) -> None:
+    def __init__(self, comm: MPI.Comm, like: Array, slots: int, most: int = MAX_CALL_BYTES) -> None:
         require_equal(comm, {"size of the vector": str(like.size), "dtype": str(like.dtype)})
         self.comm, self.dtype, self.size, self.workers = comm, like.dtype, like.size, comm.size - 1
-        self.stride = -(-like.nbytes // _PAGE) * _PAGE  # vectors begin at pages
+        self.stride = -(-like.nbytes // _PAGE) * _PAGE  # vectors are page-aligned
         self._most, workers = most, self.workers
-        self.posted = COUNTS  # first word of these
+        self.posted = COUNTS  # first word of the numbers of posted messages
         self.headers = self.posted + 3 * workers
         self.replies = self.headers + COMMIT_WORDS * workers
         sizes = self.stride, slots * self.stride, 8 * (self.replies + REPLY_WORDS * workers)
         _check_room(comm, sum(sizes))
-        here = comm.rank == CENTER
+        is_center = comm.rank == CENTER
         # Win.Allocate, not Win.Create: on one node both MPIs then use shared memory.
         self._all = [
-            MPI.Win.Allocate(size if here else 0, 1, MPI.INFO_NULL, comm)  # type: ignore[arg-type]
+            MPI.Win.Allocate(size if is_center else 0, 1, MPI.INFO_NULL, comm)  # type: ignore[arg-type]
             for size in sizes
         ]
         self.center, self.slots, self.control = self._all
-        if here:
+        if is_center:
             _reserve(self._all)
-        self.words = np.asarray(self.control.tomemory()).view(np.int64) if here else np.empty(0, np.int64)
+        self.words = np.asarray(self.control.tomemory()).view(np.int64) if is_center else np.empty(0, np.int64)
         self.words[:] = 0
         self._one, self._old = np.empty(1, np.int64), np.empty(1, np.int64)
-        self._nothing = np.zeros(max(2, workers), np.int64)
+        self._zeros = np.zeros(max(2, workers), np.int64)
         for win in self._all:
             win.Lock_all(MPI.MODE_NOCHECK)
             win.Sync()
@@ -81,8 +81,8 @@ class Windows:
         node.Free()
         wait_until(comm.Ibarrier().Test)
 
-    def taken(self, worker: int) -> int:
-        """The word that tells which message of a worker has been served; the next one, up to where c is done for it."""
+    def served(self, worker: int) -> int:
+        """First of two words: the number of a worker's last served message, and up to where c is done for it."""
         return self.posted + self.workers + 2 * worker
 
     def header(self, worker: int) -> int:
@@ -100,7 +100,7 @@ class Windows:
         return vector
 
     def add(self, word: int, value: int, op: MPI.Op = MPI.SUM) -> int:
-        """Change a word of the control window at once (`op`: SUM, MAX, REPLACE, NO_OP), and return the old value."""
+        """Change a word of the control window atomically (`op`: SUM, MAX, REPLACE, NO_OP), and return the old value."""
         self._one[0] = value
         # No type is named: numpy's int64 travels as MPI_LONG, and MPICH refuses to mix it with MPI_INT64_T.
         self.control.Fetch_and_op(self._one, self._old, CENTER, 8 * word, op)
@@ -108,37 +108,37 @@ class Windows:
         return int(self._old[0])
 
     def read(self, word: int) -> int:
-        """A word of the control window, at once."""
+        """A word of the control window, read atomically."""
         return self.add(word, 0, MPI.NO_OP)
 
-    def look(self, word: int, count: int) -> Array:
-        """`count` words, each at once."""
+    def read_each(self, word: int, count: int) -> Array:
+        """`count` words, each read atomically."""
         out = np.empty(count, np.int64)
-        self.control.Get_accumulate(self._nothing[:count], out, CENTER, 8 * word, MPI.NO_OP)
+        self.control.Get_accumulate(self._zeros[:count], out, CENTER, 8 * word, MPI.NO_OP)
         self.control.Flush(CENTER)
         return out
 
     def get(self, word: int, count: int) -> Array:
-        """`count` words that nobody changes now."""
+        """`count` words that no rank is changing."""
         out = np.empty(count, np.int64)
         self.control.Get(out, CENTER, 8 * word)
         self.control.Flush(CENTER)
         return out
 
     def put(self, word: int, values: bytes) -> None:
-        """Write words that nobody reads now."""
+        """Write words that no rank is reading."""
         self.control.Put(np.frombuffer(values, np.int64), CENTER, 8 * word)
         self.control.Flush(CENTER)
 
     def sync(self) -> None:
-        """Let this process see what others have written, and them what it has."""
+        """Make others' writes visible to this process, and its writes to them."""
         for win in self._all:
             win.Sync()
 
     def pull(self, wire: Wire, out: Array, done: Callable[[], int] | None = None) -> None:
         """Get c into `out`, piece by piece, so that a copy to the device and the wire overlap.
 
-        `done()`: elements of c that may be read by now, where these are not all; more and more, and at last all.
+        `done()`: number of elements of c that may be read so far, where that is not all; it grows to all.
         """
         buffer, backoff, at = wire.incoming(out), Backoff(), 0
         most = max(1, self._most // self.dtype.itemsize)
@@ -174,7 +174,7 @@ class Windows:
 
 
 class WindowsWorker(WorkerEnd):
-    """What the workers' ends over windows have in common; every rank but 0 of the windows' communicator."""
+    """Base of the workers' ends over windows; every rank but 0 of the windows' communicator."""
 
     def __init__(self, windows: Windows, wire: Wire | None) -> None:
         self.windows, self.worker, self.wire = windows, windows.comm.rank - 1, wire or Direct()
@@ -185,7 +185,7 @@ class WindowsWorker(WorkerEnd):
 
 
 class WindowsCenter(CenterEnd):
-    """What the center's ends over windows have in common; rank 0 of the windows' communicator.
+    """Base of the center's ends over windows; rank 0 of the windows' communicator.
 
     `c`: (n,) center variable in host memory, copied into the window.
     """
@@ -203,23 +203,23 @@ class WindowsCenter(CenterEnd):
         return self._c
 
     def close(self) -> None:
-        """Free the windows; collective. c lives on in memory of its own."""
+        """Free the windows; collective. c is copied to memory of its own."""
         self._c = self._c.copy()
         self.windows.free()
 
 
 def _reserve(wins: list[MPI.Win]) -> None:
-    """Touch every page: shared memory is taken when it is first written to, not when it is allocated.
+    """Touch every page: shared memory is committed when first written, not when allocated.
 
-    So whoever looks next, another center on this host or another job, sees what is left. The centers of one host do it
-    in turn, without a word between them: every worker makes its windows with one center after the other.
+    So the next check, by another center on this host or another job, sees what is left. The centers of one host do this
+    one after the other without communication: every worker creates its windows with one center after the other.
     """
     for win in wins:
         np.asarray(win.tomemory())[::_PAGE] = 0
 
 
 def _check_room(comm: MPI.Comm, nbytes: int) -> None:
-    """Refuse windows that shared memory has no room for: the first write beyond it would be a SIGBUS."""
+    """Refuse windows that do not fit into shared memory: the first write beyond it would be a SIGBUS."""
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared).free if comm.rank == CENTER and shared.is_dir() else nbytes
     free = int(allgather(comm, str(free))[CENTER])

@@ -446,7 +446,7 @@ def test_misuse_is_refused(comm):
             with pytest.raises(RuntimeError, match="one loop"):
                 next(opt.steps(1))
             opt.minimize(loss_of(-1))
-            with pytest.raises(RuntimeError, match="one step in each turn"):
+            with pytest.raises(RuntimeError, match="one step in each iteration"):
                 opt.minimize(loss_of(-1))
         if not opt.is_center:
             with pytest.raises(RuntimeError, match="inside"):

@@ -135,7 +135,7 @@ def test_memory_at_the_center_is_bounded(comm):
         end.leave(None, out).wait()
 
     MPIWorld(comm, message_buffers(3)).play(100_000, work, on_end=watch)
-    assert all(0 < end.buffers_made <= 3 for end in ends)
+    assert all(0 < end.buffers_allocated <= 3 for end in ends)
 
 
 def test_a_sleeping_center_costs_a_delay_and_nothing_else(comm):
@@ -226,7 +226,7 @@ def test_a_run_of_misfits_ends_with_the_reason(comm):
     lease, firsts = center.leases.grant(0), []
 
     def misfit():
-        return Commit(0, 1, lease.steps, lease.first, requests=WORK, nbytes=88).taken_from(0, 80)
+        return Commit(0, 1, lease.steps, lease.first, requests=WORK, nbytes=88).received_from(0, 80)
 
     for _ in range(2):
         reply = center.apply(misfit(), c)
@@ -237,7 +237,7 @@ def test_a_run_of_misfits_ends_with_the_reason(comm):
     with pytest.raises(RuntimeError, match="no commit to this model: 88 bytes, the center has 80"):
         center.apply(misfit(), c)
     with pytest.raises(ValueError, match="worker 0 announces -8 bytes"):
-        Commit(0, 1, nbytes=-8).taken_from(0, 80)
+        Commit(0, 1, nbytes=-8).received_from(0, 80)
 
 
 @pytest.mark.mpi(min_size=3)

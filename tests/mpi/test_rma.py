@@ -79,7 +79,7 @@ def test_a_worker_reads_c_behind_the_apply(comm):
 
         def wait_for_its_reader(stop):
             move_on(stop)
-            if any(windows.read(windows.taken(worker) + 1) for worker in range(comm.size - 1)):  # else none wants c
+            if any(windows.read(windows.served(worker) + 1) for worker in range(comm.size - 1)):  # else none wants c
                 until(lambda: windows.read(READERS) % WAITING, "nobody reads")
                 followed.append(stop)
 
@@ -147,7 +147,7 @@ def test_whoever_comes_after_the_apply_pulls_as_everybody(comm):
         def on_block(stop):
             move_on(stop)
             for worker in range(comm.size - 1):
-                if worker not in told and windows.read(windows.taken(worker) + 1):
+                if worker not in told and windows.read(windows.served(worker) + 1):
                     told.add(worker)
                     seen.recv(source=worker + 1)
 
@@ -160,7 +160,7 @@ def test_whoever_comes_after_the_apply_pulls_as_everybody(comm):
             if not late:
                 late.append(index)
                 seen.send(None, 0)
-                until(lambda: not windows.read(windows.taken(index) + 1), "the apply does not end")
+                until(lambda: not windows.read(windows.served(index) + 1), "the apply does not end")
             enter_behind()
 
         end.lock.enter_behind = come_late
@@ -177,12 +177,12 @@ def test_one_look_finds_all_messages(comm):
     looks, workers = [], comm.Split(min(comm.rank, 1))
 
     def count(end, center):
-        windows, look, serve_one = end.windows, end.windows.look, end.serve_one
+        windows, look, serve_one = end.windows, end.windows.read_each, end.serve_one
 
         def when_all_have_come(apply):
             end.serve_one = serve_one
             until(lambda: (look(windows.posted, comm.size - 1) == 2).all(), "a message does not come")
-            windows.look = lambda *where: looks.append(center.clock) or look(*where)
+            windows.read_each = lambda *where: looks.append(center.clock) or look(*where)
             return serve_one(apply)
 
         end.serve_one = when_all_have_come
@@ -239,7 +239,7 @@ def test_a_request_for_work_that_others_hold_is_answered_when_some_is_free(comm)
             for worker in range(1, comm.size - 1):  # they have asked
                 until(lambda worker=worker: windows.read(windows.posted + worker) == 2, "no request")
             for k in range(1, 4):
-                assert not any(windows.read(windows.taken(worker)) for worker in range(1, comm.size - 1)), "answered"
+                assert not any(windows.read(windows.served(worker)) for worker in range(1, comm.size - 1)), "answered"
                 end.exchange(Commit(index, k, steps=1, payload=np.ones(n)), out).wait()
         end.leave(None, out).wait()
 
@@ -268,14 +268,14 @@ def test_commits_that_are_held_wait_and_others_do_not(comm):
             return apply(commit, c)
 
         center.apply = log
-        assert end.in_hand == 0
+        assert end.in_flight_deltas == 0
 
     def work(end, index):
         out = np.empty(n)
         end.exchange(Commit(index, 1, payload=np.ones(n)), out).wait()
         workers.Barrier()
         if index == comm.size - 2 and index:
-            until(lambda: (end.windows.look(end.windows.posted, index) == 4).all(), "the others do not commit")
+            until(lambda: (end.windows.read_each(end.windows.posted, index) == 4).all(), "the others do not commit")
         if index == comm.size - 2:
             assert end.exchange(Commit(index), out).wait().clock == comm.size - 1
             assert (out == comm.size - 1).all(), "c may be pulled"

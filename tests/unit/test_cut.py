@@ -37,7 +37,7 @@ class FakeCenter:
         )
 
     @property
-    def in_hand(self):
+    def in_flight_deltas(self):
         return len(self.receiving)
 
     def save(self, number):

@@ -27,21 +27,21 @@ from agnmpi.core.messages import (
     max_open_leases,
     reply_bytes,
 )
-from agnmpi.recovery.election import Witness, elect, take_over
+from agnmpi.recovery.election import SurvivorReport, elect, take_over
 
 TOTAL = 40
 
 
-def witness(worker=0, session=1, clock=0, served=0, sequence=0, under_way=(), held=()):
-    return Witness(worker + 1, worker, session, clock, served, sequence, list(under_way), list(held))
+def report(worker=0, session=1, clock=0, served=0, sequence=0, under_way=(), held=()):
+    return SurvivorReport(worker + 1, worker, session, clock, served, sequence, list(under_way), list(held))
 
 
 def test_the_last_pull_is_elected():
-    assert elect([witness(served=3), witness(served=7), witness(served=7)]) == 1
-    assert elect([witness(served=-1), witness(served=-1)]) == 0
+    assert elect([report(served=3), report(served=7), report(served=7)]) == 1
+    assert elect([report(served=-1), report(served=-1)]) == 0
     with pytest.raises(RuntimeError, match="between two loops"):
-        elect([witness(session=1), witness(session=2)])
-    for told in ([witness(clock=5, served=-1), witness(clock=4, served=9)], [witness(clock=7, served=-1)]):
+        elect([report(session=1), report(session=2)])
+    for told in ([report(clock=5, served=-1), report(clock=4, served=9)], [report(clock=7, served=-1)]):
         with pytest.raises(RuntimeError, match="snapshot was too long"):
             elect(told)
 
@@ -99,7 +99,7 @@ class Trainee:
         sent = [Lease(commit.first_step, commit.steps)] if commit and not commit.flags & NOT_FINITE else []
         sequence = commit.sequence if commit else 0
         served = snapshot.served if snapshot else -1
-        return Witness(self.rank, self.index, 1, self.clock, served, sequence, sent, list(self.held))
+        return SurvivorReport(self.rank, self.index, 1, self.clock, served, sequence, sent, list(self.held))
 
 
 def made(c, workers):
@@ -114,9 +114,9 @@ def test_steps_that_two_claim_are_the_holders():
     center = made(np.zeros(1), 2)
     leases = {"next": 9, "free": [Lease(3, 6)]}
     told = [
-        witness(worker=2, served=9),
-        witness(worker=0, sequence=5, under_way=[Lease(3, 3)]),
-        witness(worker=1, sequence=8, under_way=[Lease(9, 3)], held=[Lease(3, 3)]),
+        report(worker=2, served=9),
+        report(worker=0, sequence=5, under_way=[Lease(3, 3)]),
+        report(worker=1, sequence=8, under_way=[Lease(9, 3)], held=[Lease(3, 3)]),
     ]
     assert take_over(center, leases, {1: 4, 2: 7, 3: 1}, told, 1) is None
     assert center.applied == [4, 7]
@@ -150,8 +150,8 @@ def test_after_any_history_each_step_is_taken_once(data):
             if fate != "unheard":
                 who.take(reply, c)
         # The center dies. (What it applied last may have been heard of by nobody.)
-        witnesses = [trainee.testify() for trainee in trainees]
-        winner = elect(witnesses)
+        reports = [trainee.testify() for trainee in trainees]
+        winner = elect(reports)
         elected = trainees[winner]
         snapshot = elected.last_reply.snapshot if elected.last_reply else Snapshot(session=1)
         steps = elected.last_reply.steps if elected.last_reply else 0
@@ -161,7 +161,7 @@ def test_after_any_history_each_step_is_taken_once(data):
         c, order = np.array([elected.c]), [winner, *(i for i in range(len(trainees)) if i != winner)]
         center = made(c, len(trainees) - 1)
         center.clock, center.steps, center.served = elected.clock, steps, snapshot.served
-        further = take_over(center, leases, applied, [witnesses[i] for i in order], 1)
+        further = take_over(center, leases, applied, [reports[i] for i in order], 1)
         if further is not None:
             center.applied.append(elected.commit.sequence - 1)
             center.apply(elected.commit._replace(worker=further, requests=0), c)

@@ -233,7 +233,7 @@ def test_whatever_is_refused_each_step_is_committed_or_given_up(data):
         assert turns < 5000
         worker = data.draw(st.integers(0, workers - 1)) if turns < 60 else turns % workers
         if not held[worker]:
-            lease = book.grant(worker, patient=turns < 60 and data.draw(st.booleans()))
+            lease = book.grant(worker, skip_failed=turns < 60 and data.draw(st.booleans()))
             if lease.steps:
                 held[worker].append(lease)
             elif not any(held.values()) and not book.free:
@@ -246,7 +246,7 @@ def test_whatever_is_refused_each_step_is_committed_or_given_up(data):
             if book.refuse(worker, done):
                 given_up += steps
         elif turns < 60 and data.draw(st.integers(0, 5)) == 0:
-            book.release(worker)
+            book.release_all(worker)
         else:
             book.commit(worker, done)
             committed += steps

@@ -30,7 +30,7 @@ from agnmpi.core.messages import OK, WORK, Commit, Reply, Snapshot
 from agnmpi.core.optimizers import OPTIMIZERS
 from agnmpi.core.params import Layout
 from agnmpi.core.worker import Worker
-from agnmpi.recovery.election import Witness
+from agnmpi.recovery.election import SurvivorReport
 from agnmpi.recovery.failover import Failover
 from agnmpi.training.job import Job
 from agnmpi.transport.local import LocalCenter
@@ -504,7 +504,7 @@ def test_a_sole_survivor_goes_on_on_its_device(xp):
     worker.last_reply, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), snapshot=snapshot), 2
     commit = Commit(2, 2, 3, 9, 2, requests=WORK, payload=xp.array(np.full(6, 1, "f4")))
     worker._commit = worker.end.sending = commit
-    failover.take_role([Witness.of(worker, 3)], members.workers())
+    failover.take_role([SurvivorReport.of(worker, 3)], members.workers())
     (alone,) = roles
     assert isinstance(alone.c, fake_cuda.Vector)
     out = xp.array(np.zeros(6, "f4"))

@@ -85,7 +85,7 @@ def test_leases_cover_the_run_once_whatever_happens(total, period, workers, seed
                 break
         elif act == "vanish" and vanished < 10:
             vanished += 1
-            book.release(worker)
+            book.release_all(worker)
             held[worker] = []
         else:
             lease = held[worker].pop(0)

@@ -170,7 +170,7 @@ def test_a_held_commit_is_not_begun_and_what_has_begun_is_applied():
     served.peers.hanging.add(0)
     served.delta(0, 5)
     served.run(2)
-    assert served.end.in_hand == 1
+    assert served.end.in_flight_deltas == 1
     asked = []
     served.end.hold = lambda commit: asked.append(commit) or commit.sequence > 5
     served.delta(1, 6)
@@ -179,7 +179,7 @@ def test_a_held_commit_is_not_begun_and_what_has_begun_is_applied():
     served.peers.hanging.clear()
     served.run()
     assert served.order == [(0, 5), (2, 4)], "neither the held one nor what its worker has sent behind it"
-    assert served.end.in_hand == 0
+    assert served.end.in_flight_deltas == 0
     assert all(commit.nbytes for commit in asked)
     served.end.hold = None
     served.run()
@@ -211,10 +211,10 @@ def test_buffers_lent_for_silent_workers_are_taken_back():
             served.run()
             assert served.end.silent == set()
             assert served.end.live == 3
-            assert served.end.buffers_made <= 2
+            assert served.end.buffers_allocated <= 2
     served.delta(1, 99)
     served.run()
-    assert served.end.buffers_made == 1
+    assert served.end.buffers_allocated == 1
 
 
 class FailingReceives(FakePeers):
@@ -244,7 +244,7 @@ def test_no_buffer_is_lost_with_a_worker_whose_receives_fail(at):
         served.run(3)
     assert sorted(served.lost) == [0, 1, 2]
     assert served.order == [(3, 1)]
-    assert served.end.in_hand == 0
+    assert served.end.in_flight_deltas == 0
 
 
 def in_state(served, state):
@@ -287,7 +287,7 @@ def test_a_worker_may_die_in_any_state(state):
         served.delta(worker, 7)
     served.run()
     assert served.order[-2:] == [(1, 7), (2, 7)]
-    assert served.end.in_hand == 0
+    assert served.end.in_flight_deltas == 0
     for worker in (1, 2):
         served.ask(worker, LEAVE | PULL)
     served.run()
@@ -313,7 +313,7 @@ def test_a_death_found_amid_an_apply_is_reported_after_it():
     assert served.end.live == 2
     served.answer = lambda commit: served.end.serve_one(served.apply)
     served.delta(1)
-    with pytest.raises(AssertionError, match="amid an apply"):
+    with pytest.raises(AssertionError, match="during an apply"):
         served.run()
 
 
