@@ -111,7 +111,10 @@ class Job(Observer):
                     worker.end = self.injection.wrap(worker.end)
                 self._keep_workers(workers)
                 drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
-            if self._concluded():
+            while not self._concluded():
+                if self.session.go_on():  # else nobody is to train again: another has died, after its work was done
+                    break
+            else:
                 return self._end()
 
     def _connect(self) -> None:
