@@ -196,7 +196,7 @@ class Job(Observer):
             self.say(line)
         for saver in self._worker_savers:  # of an earlier round, with a center that is lost
             saver.finish(None)
-        progress = self.session.comm.Iprobe
+        progress = MPI.COMM_SELF.Iprobe  # moves all on; where ranks may die, a probe among them fails
         self._worker_savers = [WorkerSaver(self.directory, w, count, when, self.say, progress) for w in workers]
 
     # What is told by the session.

@@ -156,6 +156,17 @@ def test_a_lost_center_is_followed_by_another(tmp_path, faults, lost, options):
 
 
 @ulfm
+def test_who_waits_for_its_large_state_to_be_written_outlives_another(tmp_path):
+    run = tmp_path / "run"
+    code, output = mpiexec(
+        4, sys.executable, ROOT / "tests/support/large_states.py", "train", DIGITS, "--period", "3", "--epochs", "3",
+        "--run", run, "--inject-faults", "--checkpoint-workers", "all", "--checkpoint-commits", "2", launcher=ULFM,
+        env={"AGNMPI_FAULTS": "kill:2@10"}, timeout=LIMIT, ended=partial(gone, run),
+    )  # fmt: skip
+    check(run, code, output, [2], 0.3, epochs=3)
+
+
+@ulfm
 @pytest.mark.parametrize("who", ["center", "1"])
 def test_who_dies_when_all_is_done_holds_up_nobody(tmp_path, who):
     run = tmp_path / "run"
