@@ -2,7 +2,8 @@
 
 Steps are numbered over the whole run and all workers. Step t of an epoch takes the t-th batch of that epoch's
 seeded permutation; so a worker with step t knows its samples, and each sample of an epoch is used once. The
-permutation is computed element by element: its memory does not grow with the number of samples.
+permutation is computed element by element: its memory does not grow with the number of samples (an epoch of up to 2 MB
+is kept, since one call costs 0.1 ms however few elements it gives).
 """
 
 from math import isqrt
@@ -18,6 +19,7 @@ _ROUNDS = 8  # even, so that the two digits end in their places
 # The multipliers of the finalizer of splitmix64 (Steele, Lea, Flood, OOPSLA 2014).
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _HALF = np.uint64(32)
+_KEPT = 1 << 18  # elements of a permutation that is kept
 
 
 class Permutation:
@@ -96,12 +98,17 @@ class Plan:
         if self.steps < 1:
             raise ValueError(f"the run has no steps: epochs {epochs}, steps {steps}")
         self._epoch, self._order = 0, Permutation(samples, (seed, 0))
+        self._kept: Integers | None = None  # the epoch, whole, if it is short
 
     def indices(self, step: int) -> Integers:
         """Indices of the samples of `step`, shape (batch,), shorter at an epoch's end."""
         epoch, t = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, Permutation(self.samples, (self.seed, epoch))
+            self._epoch, self._order, self._kept = epoch, Permutation(self.samples, (self.seed, epoch)), None
+        if self._kept is None and self.samples <= _KEPT:
+            self._kept = self._order(range(self.samples))
+        if self._kept is not None:
+            return self._kept[t * self.batch : (t + 1) * self.batch]
         return self._order(range(t * self.batch, min((t + 1) * self.batch, self.samples)))
 
     def count(self, lease: Lease) -> int:

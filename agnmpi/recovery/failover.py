@@ -174,7 +174,9 @@ class Failover:
         center.applied.pop()
 
     def _train_within(self, role: LocalRole, worker: Worker) -> None:
-        worker.index, worker.phase = 0, Phase.LEFT
+        worker.index = 0
+        if worker.elected:
+            worker.phase = Phase.LEFT
         self._end.replace(role.worker_end())
 
     def _center_lost(self) -> bool:

@@ -49,6 +49,11 @@ class RecentMean:
             self._weight -= self._bins.popleft().weight
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing was added."""
+        return not self._bins
+
+    @property
     def value(self) -> float:
         """The mean; NaN where nothing in the span was finite."""
         weight = fsum(item.finite for item in self._bins)

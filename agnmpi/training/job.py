@@ -111,7 +111,10 @@ class Job(Observer):
                     worker.end = self.injection.wrap(worker.end)
                 self._set_up_worker_savers(workers)
                 drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
-            if self._concluded():
+            while not self._concluded():
+                if self.session.go_on():  # else nobody is to train again: another has died, after its work was done
+                    break
+            else:
                 return self._end()
 
     def _connect(self) -> None:
@@ -193,7 +196,7 @@ class Job(Observer):
             self.say(line)
         for saver in self._worker_savers:  # of an earlier round, with a lost center
             saver.finish(None)
-        progress = self.session.comm.Iprobe
+        progress = MPI.COMM_SELF.Iprobe  # moves all on; where ranks may die, a probe among them fails
         self._worker_savers = [WorkerSaver(self.directory, w, count, when, self.say, progress) for w in workers]
 
     # Events of the session.

@@ -96,6 +96,11 @@ class Monitor:
         """The run's progress, for a checkpoint."""
         return {"samples": self._samples, "seconds": round(time.monotonic() - self._start, 3)}
 
+    @property
+    def trained(self) -> bool:
+        """Whether it has seen any step: a center that took over when all was done has not."""
+        return not self._loss.empty
+
     def note(self, event: str, **facts: Any) -> None:
         """Write an event."""
         self._events.write(event, step=self._center.steps, clock=self._center.clock, **facts)

@@ -108,7 +108,7 @@ def finish_run(
         return dict(earlier)
     extra = {"refused": role.center.refused, "lost": lost, "mpi": mpi_library()}
     result = conclude(directory, config, layout, role, role.c, monitor, extra)
-    if (result["loss"] is None and not complete) or None in result["metrics"].values():
+    if (result["loss"] is None and monitor.trained) or None in result["metrics"].values():
         monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
     if lost:
         monitor.say(f"WARNING: the run ended without ranks {lost}: exit code {DEGRADED}")

@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from launcher import ROOT, Job, agnmpi, mpi_kind
+from launcher import ROOT, Job, agnmpi, mpi_kind, mpiexec
 
 pytest.importorskip("mpi4py.MPI")
 
@@ -27,6 +27,7 @@ from agnmpi.training.fault_injection import Fault, read_faults
 DIGITS = f"{ROOT / 'examples/digits.py'}:Digits"
 EPOCHS, SAMPLES, STEPS = 40, 1437, 45  # of digits: samples and steps in an epoch
 LIMIT = 90
+ULFM = ("--with-ft", "ulfm")
 
 ulfm = pytest.mark.skipif(
     mpi_kind() != "openmpi", reason="MPICH 5.0 ends the whole job when a rank dies: no ULFM in the wheel"
@@ -154,6 +155,30 @@ def test_a_lost_center_is_followed_by_another(tmp_path, faults, lost, options):
         assert "no checkpoint has the slots" not in output
 
 
+@ulfm
+def test_who_waits_for_its_large_state_to_be_written_outlives_another(tmp_path):
+    run = tmp_path / "run"
+    code, output = mpiexec(
+        4, sys.executable, ROOT / "tests/support/large_states.py", "train", DIGITS, "--period", "3", "--epochs", "3",
+        "--run", run, "--inject-faults", "--checkpoint-workers", "all", "--checkpoint-commits", "2", launcher=ULFM,
+        env={"AGNMPI_FAULTS": "kill:2@10"}, timeout=LIMIT, ended=partial(gone, run),
+    )  # fmt: skip
+    check(run, code, output, [2], 0.3, epochs=3)
+
+
+@ulfm
+@pytest.mark.parametrize("who", ["center", "1"])
+def test_who_dies_when_all_is_done_holds_up_nobody(tmp_path, who):
+    run = tmp_path / "run"
+    code, output = mpiexec(
+        4, sys.executable, ROOT / "tests/support/dies_at_the_end.py", "train", DIGITS, "--period", "3", "--epochs", "2",
+        "--run", run, "--checkpoint-workers", "end", launcher=ULFM, env={"DIES_AT_THE_END": who}, timeout=LIMIT,
+        ended=partial(gone, run),
+    )  # fmt: skip
+    check(run, code, output, [0 if who == "center" else 2], 0.3, epochs=2)
+    assert "diverged" not in output, "a new center that sees no commit any more has no loss to show"
+
+
 @pytest.mark.long
 @ulfm
 def test_slots_that_no_checkpoint_has_start_anew(tmp_path):
@@ -183,9 +208,6 @@ def test_a_worker_that_stalls_is_reported(tmp_path):
     check(run, code, output, [])
     assert "WARNING: rank 2 on " in output
     assert " is silent for " in output
-
-
-ULFM = ("--with-ft", "ulfm")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +304,7 @@ def test_random_kill_schedules(tmp_path, seed):
     run = tmp_path / "run"
     code, output = train(run, ranks, faults, "--seed", seed)
     result = json.loads((run / "result.json").read_text())
-    check(run, code, output, result["lost"])
+    check(run, code, output, result["lost"], undisturbed() - 0.0201)  # one worker may be left, with another seed
     assert set(result["lost"]) <= set(lost)
     assert 0 in result["lost"] or not seed % 2
 
