@@ -14,8 +14,7 @@ from rich.table import Table
 
 from ..arrays.backend import device_count
 from ..cluster import probe
-from ..cluster.placement import check_world, place, unused_devices
-from ..cluster.processes import fault_tolerant
+from ..cluster.placement import check_world, fault_tolerant, place, unused_devices
 from ..core.backoff import wait_until
 from ..core.rules import agn
 from ..reporting.advice import advice

@@ -69,10 +69,9 @@ def _run(args: argparse.Namespace, world: Any) -> int:
     """Run a command, and end as the ranks of the job must."""
     from mpi4py import MPI
 
-    from ..cluster.processes import fault_tolerant
+    from ..cluster.placement import fault_tolerant
     from ..core.backoff import Orphaned, watch_launcher
-    from ..training.abort import abort, say, say_and_abort
-    from ..training.exits import INTERRUPTED, Degraded, Interrupted
+    from ..training.exits import INTERRUPTED, Degraded, Interrupted, abort, say, say_and_abort
     from ..transport.agreement import ConfigError
 
     if world.size > 1:
@@ -132,9 +131,8 @@ def _command(args: argparse.Namespace, world: Any) -> int:
         return bench.main(world, bench.Options(*(getattr(args, name) for name in bench.Options._fields)))
     if args.command == "simulate":
         return _simulate(args, world)
-    from ..training.abort import abort
+    from ..training.exits import Signals, abort
     from ..training.job import train
-    from ..training.signals import Signals
     from ..transport.agreement import ConfigError, raise_on_all
 
     not_config = {"command", "config", "sets", "inject_faults"}

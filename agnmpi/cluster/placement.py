@@ -1,14 +1,18 @@
-"""Where a rank runs, and which cores it may use."""
+"""Where the ranks run, on which cores, as which processes; and that they train the same model."""
 
 import json
 import os
+import signal
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from mpi4py import MPI
 
-from ..transport.agreement import ConfigError, allgather
-from ..version import mpi_library
+from ..core.params import Layout
+from ..transport.agreement import ConfigError, allgather, require_equal
+from ..version import __version__, mpi_library
 
 
 class Place(NamedTuple):
@@ -85,3 +89,38 @@ def unused_devices(devices: int, environment: Mapping[str, str] = os.environ) ->
         f"WARNING: SLURM gave this job {allocated} GPU(s) on this node, but CuPy finds none: the workers compute on "
         "the CPU; agnmpi doctor says what is missing"
     ]
+
+
+def fault_tolerant(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this MPI goes on when a rank dies: Open MPI's `mpiexec --with-ft ulfm`, or AGNMPI_FT=1 for others."""
+    return "1" in (environment.get("OMPI_MCA_mpi_ft_enable"), environment.get("AGNMPI_FT"))
+
+
+def process() -> tuple[int, int, str]:
+    """Identify this process: its pid, its parent's, and the boot and pid namespace in which these are valid."""
+    namespace = ""
+    with suppress(OSError):  # not readable everywhere; then no process counts as a sibling
+        namespace = Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/pid").readlink())
+    return os.getpid(), os.getppid(), namespace
+
+
+def end_sibling(pid: int, parent: int, namespace: str) -> None:
+    """Kill a rank that hangs, if it runs here under the same launcher.
+
+    With ULFM, Open MPI's MPI_Abort may leave it running; without ULFM, MPI_Abort is better: it sets the exit code.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return  # on another host, or already ended
+    actual_parent = int(stat[stat.rindex(")") + 2 :].split()[1])
+    if namespace and (actual_parent, parent, namespace) == (os.getppid(), os.getppid(), process()[2]):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def require_equal_model(comm: MPI.Comm, layout: Layout, facts: Mapping[str, str]) -> None:
+    """Refuse, on all ranks, parameters or `facts` that differ between them."""
+    shapes = {f"parameter {name!r}": f"shape {shape}" for name, shape in zip(layout.names, layout.shapes)}
+    require_equal(comm, {"agnmpi version": __version__, **facts, "dtype": layout.dtype, **shapes})
+    require_equal(comm, {"order of parameters": ", ".join(layout.names)})

@@ -7,7 +7,7 @@ from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
 from ..transport.registry import Transport, names_with, p2p
-from .processes import fault_tolerant
+from .placement import fault_tolerant
 
 
 class Setup(NamedTuple):

@@ -11,19 +11,16 @@ from typing import Any, NamedTuple, TypeAlias
 from mpi4py import MPI
 
 from ..arrays.backend import Array, as_array, bring, namespace
-from ..cluster.model import require_equal_model
-from ..cluster.placement import check_world
+from ..cluster.placement import check_world, fault_tolerant, require_equal_model
 from ..cluster.probe import choose_wire
-from ..cluster.processes import fault_tolerant
 from ..cluster.setup import Setup, check_setup
 from ..core.optimizers import Optimizer, Range
 from ..core.params import Layout, named
 from ..core.rules import Rule, agn
 from ..transport.agreement import raise_on_all
 from ..transport.registry import Transport, resolve
-from .abort import AbortOnException
-from .hook import Hook
-from .loop import Loop
+from .exits import AbortOnException
+from .loop import Hook, Loop
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
 Loss: TypeAlias = Callable[[Mapping[str, Array]], tuple[float, Gradients]]

@@ -14,10 +14,8 @@ from typing import Any, TypeAlias
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, current
-from ..cluster.model import require_equal_model
-from ..cluster.placement import blas_threads, check_world, limit_blas, place
+from ..cluster.placement import blas_threads, check_world, end_sibling, limit_blas, place, process, require_equal_model
 from ..cluster.probe import choose_wire
-from ..cluster.processes import end_sibling, process
 from ..cluster.setup import Setup, check_setup
 from ..core.backoff import wait_until
 from ..core.batches import Plan
@@ -34,13 +32,12 @@ from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
 from ..transport.agreement import ConfigError, allgather, raise_on_all
 from .config import Config
 from .duties import Duties, Run
-from .exits import DEGRADED, Degraded, Interrupted
+from .exits import DEGRADED, Degraded, Interrupted, Signals
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor
 from .outputs import finish_run, introduction, run_directory, write_result
 from .problem import gradient_of, prepare
 from .session import Session
-from .signals import Signals
 
 Result: TypeAlias = dict[str, Any]  # as in result.json
 
@@ -112,7 +109,7 @@ class Job(Observer):
                 self._set_up_worker_savers(workers)
                 drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
             while not self._concluded():
-                if self.session.go_on():  # else nobody is to train again: another has died, after its work was done
+                if self.session.regroup():  # else nobody is to train again: another has died, after its work was done
                     break
             else:
                 return self._end()

@@ -1,4 +1,4 @@
-"""The user's own loop over the steps: this rank trains or serves, however the loop ends and whatever ranks are lost."""
+"""A loop of your own over the steps: on its rank it trains or serves, however it ends, and whoever is lost."""
 
 import operator
 import warnings
@@ -187,3 +187,36 @@ class Loop(Observer):
             "end each rank by os._exit, after a barrier on the `comm` of this optimizer"
         )
         warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+class Hook:
+    """Callbacks for a training loop: begin, after each step, end.
+
+    >>> def loop(step, hook):
+    ...     hook.begin()  # on a center rank: serves until the workers are done
+    ...     while not hook.should_stop():
+    ...         step()
+    ...         hook.after_step()
+    ...     hook.end()
+    """
+
+    def __init__(self, steps: Generator[int, None, None]) -> None:
+        self._steps = steps
+        self.step_number: int | None = None
+
+    def begin(self) -> None:
+        """Start from the center."""
+        self.step_number = next(self._steps, None)
+
+    def after_step(self) -> None:
+        """Call it after each `minimize`, `apply_gradients` or `step`."""
+        self.step_number = next(self._steps, None)
+
+    def should_stop(self) -> bool:
+        """Whether no step is left for this rank."""
+        return self.step_number is None
+
+    def end(self) -> None:
+        """Commit the steps done, and leave."""
+        self.step_number = None
+        self._steps.close()

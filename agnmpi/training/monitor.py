@@ -14,8 +14,7 @@ from ..core.batches import Plan
 from ..core.leases import Lease
 from ..core.messages import Commit
 from ..core.timer import Every
-from ..reporting.events import JsonLines, json_safe
-from ..reporting.recent_mean import RecentMean
+from ..reporting.events import JsonLines, RecentMean, json_safe
 from ..reporting.terminal import Bar, console
 from .config import Config
 

@@ -86,7 +86,7 @@ class Session:
                 yield self.role.workers
             if self.role.serves:
                 self.serve()
-            if not self.must_continue():
+            if not self.regroup():
                 return
 
     def serve(self) -> None:
@@ -100,13 +100,13 @@ class Session:
         while True:
             if self.role.serves:
                 self.serve()
-            if not self.must_continue():
+            if not self.regroup():
                 return
             for other in [] if self.role.serves else self.role.workers:
                 other.leave()
                 other.settle()
 
-    def must_continue(self) -> bool:
+    def regroup(self) -> bool:
         """When all have left: find out who is alive; collective. Whether workers must begin again.
 
         They must with another center, elected because the last was lost at the very end, and on a rank that was a

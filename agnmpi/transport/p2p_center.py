@@ -12,9 +12,8 @@ from ..arrays.backend import Array
 from ..core.backoff import wait_until
 from ..core.ends import Apply, CenterEnd
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
-from .buffers import Buffer, Buffers
 from .chunks import ALL, PIECE, Stream, Ticks
-from .peers import CENTER_VARIABLE, DELTA, REPLY, Answer, Listener, Peer, Peers, State, peer_failed
+from .peers import CENTER_VARIABLE, DELTA, REPLY, Answer, Buffer, Buffers, Listener, Peer, Peers, State, peer_failed
 from .staging import cut, make_wire
 
 CENTER = 0  # rank

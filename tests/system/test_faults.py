@@ -18,7 +18,7 @@ pytest.importorskip("mpi4py.MPI")
 
 from mpi4py import MPI
 
-from agnmpi.cluster.processes import fault_tolerant
+from agnmpi.cluster.placement import fault_tolerant
 from agnmpi.recovery.checkpoint import newest
 from agnmpi.training import job
 from agnmpi.training.config import Config

@@ -6,7 +6,7 @@ from fake_comm import FakeWorld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agnmpi.cluster.model import require_equal_model
+from agnmpi.cluster.placement import require_equal_model
 from agnmpi.core.params import Layout
 from agnmpi.transport.agreement import ConfigError, allgather, digest, equal_on_all, raise_on_all, require_equal
 

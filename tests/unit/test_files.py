@@ -17,8 +17,7 @@ from agnmpi.core.worker import Worker
 from agnmpi.recovery.checkpoint import folder, folders, seal, unseal, worker_file
 from agnmpi.recovery.files import load, load_facts, save, write_atomic
 from agnmpi.recovery.saver import CenterSaver, WorkerSaver, state_bytes, workers_saved
-from agnmpi.reporting.events import JsonLines
-from agnmpi.reporting.recent_mean import RecentMean
+from agnmpi.reporting.events import JsonLines, RecentMean
 from agnmpi.training.config import Config
 from agnmpi.training.outputs import run_directory
 

@@ -6,7 +6,7 @@ import pytest
 from fake_device import Vector
 
 from agnmpi.arrays import backend
-from agnmpi.transport.buffers import Buffer
+from agnmpi.transport.peers import Buffer
 from agnmpi.transport.staging import Direct, Staged, cut, make_wire
 
 
