@@ -55,9 +55,10 @@ KERNELS = {
     "add": Body("T delta, T weight", "T c", "c = c + weight * delta;"),
 }
 
-# Reductions: each of `lanes` threads reduces every lanes-th element of x, and writes its partial result. CuPy's own
-# ReductionKernel would do, but without nvcc on the machine (pip's wheels need none) it reduces a vector to one number
-# by a single block of threads, on one of a hundred multiprocessors.
+# Reductions: each of `lanes` threads reduces every lanes-th element of x, and writes its partial result. By
+# CuPy's sources its own ReductionKernel, without nvcc on the machine (pip's wheels need none), reduces a vector to one
+# number by a single block of threads, on one of a hundred multiprocessors (not measured so far:
+# tests/support/gpu_reductions.py).
 _LANES = 1 << 16
 _LOOP = "for (ptrdiff_t j = i; j < x.size(); j += _ind.size())"
 REDUCTIONS = {
