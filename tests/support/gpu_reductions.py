@@ -1,4 +1,4 @@
-"""Reductions on a GPU against its own copy and against CuPy's ReductionKernel:   python tests/support/gpu_reductions.py [N]
+"""Reductions on a GPU against its own copy, and CuPy's:   python tests/support/gpu_reductions.py [N]
 
 Checks the results against the host, then times each over N float32 numbers (default 100 M).
 """
