@@ -1,10 +1,11 @@
 """Asynchronous training over MPI with Accumulated Gradient Normalization (arXiv:1710.02368).
 
-In a loop of your own: `AGNOptimizer`, with an optimizer (`sgd` … `adamw`, or your own `Optimizer`), a rule of exchange
+In your own training loop: `AGNOptimizer`, with an optimizer (`sgd` … `adamw`, or your own `Optimizer`), a rule of
+    exchange
 (`rules`), a rate schedule (`schedules`) and a transport (`transports`). As a whole run, as the command line does it:
 `train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`.
 
-`import agnmpi` needs only numpy. What speaks MPI is imported, and MPI initialised, when it is first asked for.
+`import agnmpi` needs only numpy. Modules that use MPI are imported, and MPI initialised, at first use.
 """
 
 import importlib
@@ -70,8 +71,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _LAZY[name]
-    found = importlib.import_module(module, __name__)
-    value = found if attribute is None else getattr(found, attribute)
+    imported = importlib.import_module(module, __name__)
+    value = imported if attribute is None else getattr(imported, attribute)
     globals()[name] = value
     return value
 

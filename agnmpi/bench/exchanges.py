@@ -1,6 +1,6 @@
 """Exchanges of agnmpi against the same bytes by bare mpi4py calls, and against memcpy: side by side in one run.
 
-The sides take turns in short rounds, so that the noise of the machine falls on all; medians are compared.
+The sides alternate in short rounds, so that noise of the machine affects all of them; medians are compared.
 """
 
 import json
@@ -25,7 +25,7 @@ from ..transport.agreement import allgather
 from ..transport.registry import Transport, resolve
 from .floors import FLOORS
 
-_BLOCKS = 20  # turns of each side
+_BLOCKS = 20  # rounds of each side
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -35,13 +35,13 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def meet(comm: MPI.Comm) -> None:
-    """Wait for the others without stealing their cores."""
+def barrier(comm: MPI.Comm) -> None:
+    """A barrier that yields the core while it waits."""
     wait_until(comm.Ibarrier().Test)
 
 
 def zeros(n: int, xp: ModuleType = np) -> Array:
-    """A float32 vector (n,), where a run would have it."""
+    """A float32 vector (n,), allocated as in a run."""
     return full_like(xp.empty(n, np.float32), 0)
 
 
@@ -79,7 +79,7 @@ def _entry(name: str) -> Transport:
 
 
 class Case(NamedTuple):
-    """What is measured: a transport, a wire, a size, a number of workers."""
+    """A case to measure: a transport, a wire, a size, a number of workers."""
 
     transport: str
     wire: str
@@ -89,55 +89,56 @@ class Case(NamedTuple):
 
 def exchanges(
     comm: MPI.Intracomm, transports: Sequence[str], wires: Sequence[str], sizes: Sequence[int], counts: Sequence[int],
-    turns: int, xp: ModuleType = np,
+    repeats: int, xp: ModuleType = np,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Time exchanges of float32 vectors; collective over `comm`, the rows are the same on every rank.
 
-    `counts`: numbers of workers beside the center, on the first ranks of `comm`; `turns`: exchanges of each worker and
+    `counts`: numbers of workers beside the center, on the first ranks of `comm`; `repeats`: exchanges of each worker
+        and
     side; `xp`: where the workers' vectors lie.
     """
     rows = []
     for workers in counts:
         for transport in transports:
-            ranks = workers + 1  # a collective rule has no center: one worker more
+            ranks = workers + 1  # an allreduce rule has no center: one worker more
             part: MPI.Intracomm = comm.Split(  # type: ignore[assignment]
                 0 if comm.rank < ranks else MPI.UNDEFINED, comm.rank
             )
-            mine: list[dict[str, Any]] = []
+            part_rows: list[dict[str, Any]] = []
             if part != MPI.COMM_NULL:
                 train = _entry(transport).workers_among(ranks)
                 for n in sizes:
                     for wire in wires if _entry(transport).capabilities.direct else wires[:1]:  # else always staged
-                        mine += _compare(part, Case(transport, wire, n, train), turns, xp)
+                        part_rows += _compare(part, Case(transport, wire, n, train), repeats, xp)
                 part.Free()
-            meet(comm)
-            rows += json.loads(allgather(comm, json.dumps(mine))[0])
+            barrier(comm)
+            rows += json.loads(allgather(comm, json.dumps(part_rows))[0])
     return rows
 
 
-def _compare(comm: MPI.Intracomm, case: Case, turns: int, xp: ModuleType) -> list[dict[str, Any]]:
+def _compare(comm: MPI.Intracomm, case: Case, repeats: int, xp: ModuleType) -> list[dict[str, Any]]:
     entry = _entry(case.transport)
     serves = comm.rank < entry.serving_ranks
     x = zeros(case.n, np if serves else xp)
     ours = _Ours(comm, replace(entry, wire=case.wire), x)
-    there = zeros(case.n)
+    target = zeros(case.n)
     with FLOORS[entry.floor](comm, zeros(case.n)) as floor:
         times: dict[str, list[float]] = {"agnmpi": [], "floor": [], "memcpy": []}
-        count = max(1, turns // _BLOCKS)
+        count = max(1, repeats // _BLOCKS)
         for block in range(_BLOCKS + 1):
-            meet(comm)
+            barrier(comm)
             sides = {"agnmpi": ours.exchanges(count)}
-            meet(comm)
+            barrier(comm)
             sides["floor"] = floor.exchanges(count)
-            meet(comm)
+            barrier(comm)
             # Delta and center: each is read and written once in any case.
-            sides["memcpy"] = [2 * timed(lambda: np.copyto(there, floor.x)) for _ in range(count)]
+            sides["memcpy"] = [2 * timed(lambda: np.copyto(target, floor.x)) for _ in range(count)]
             if block:  # the first only warms up
                 for side, seconds in sides.items():
                     times[side] += seconds
     ours.role.close()
-    everyone = [json.loads(text) for text in allgather(comm, json.dumps(times))]
-    merged = {side: [t for theirs in everyone for t in theirs[side]] for side in times}
+    by_rank = [json.loads(text) for text in allgather(comm, json.dumps(times))]
+    merged = {side: [t for other in by_rank for t in other[side]] for side in times}
     floor_median = statistics.median(merged["floor"])
     return [_row(case, side, seconds, floor_median) for side, seconds in merged.items()]
 

@@ -1,7 +1,7 @@
-"""Workers that are only played: a communicator of a center end that needs no ranks, and counts what is asked of it.
+"""Fake workers: a communicator for a center end that needs no ranks, and counts the calls to it.
 
-A worker's messages are put into `headers`; its delta is there at once, and what is sent to it is out at once, unless it
-`hangs`.
+A worker's messages are put into `headers`; its delta arrives and sends to it complete immediately, unless it is
+`hanging`.
 """
 
 from collections import Counter, deque
@@ -18,7 +18,7 @@ _NAMES = {HEADER: "header", DELTA: "delta", REPLY: "reply", CENTER_VARIABLE: "ce
 
 
 class Request:
-    """A request that is done when `attempt` says so."""
+    """A request that is done when `attempt` returns true."""
 
     def __init__(self, peers: "FakePeers", attempt: Callable[[], bool]) -> None:
         self._peers, self._attempt, self._done = peers, attempt, False
@@ -59,10 +59,10 @@ class FakePeers:
     """The communicator of a center with `workers` workers.
 
     Attributes:
-        headers: (worker, header) of the messages that have been sent, and that the center has not taken in.
-        hanging: Workers that neither send the rest of a delta nor take what is sent to them.
-        dying: Workers whose requests fail, as ULFM says it.
-        told: Those of them that the probe tells of no more.
+        headers: (worker, header) of the messages that were sent and that the center has not received.
+        hanging: Workers that neither send the rest of a delta nor receive replies.
+        dying: Workers whose requests fail, as with ULFM.
+        acknowledged: Those of them that the probe no longer reports.
         calls: Calls of each kind so far.
         nbytes: Bytes sent to workers so far, by kind.
         sent: The last reply's header to each worker.
@@ -73,7 +73,7 @@ class FakePeers:
     def __init__(self, workers: int) -> None:
         self.size = workers + 1
         self.headers: deque[tuple[int, bytes]] = deque()
-        self.hanging, self.dying, self.told = set[int](), set[int](), set[int]()
+        self.hanging, self.dying, self.acknowledged = set[int](), set[int](), set[int]()
         self.calls: Counter[str] = Counter()
         self.nbytes: Counter[str] = Counter()
         self.sent: dict[int, bytes] = {}
@@ -85,7 +85,7 @@ class FakePeers:
     def Improbe(self, _source: int, _tag: int, status: MPI.Status) -> Message | None:
         """Match a header."""
         self.calls["Improbe"] += 1
-        if self.dying - self.told:
+        if self.dying - self.acknowledged:
             raise MPI.Exception(MPI.ERR_PROC_FAILED)
         if not self.headers:
             return None
@@ -116,8 +116,8 @@ class FakePeers:
         return Group(list(range(self.size)))
 
     def Ack_failed(self, count: int) -> None:
-        """Hear of these deaths no more (ULFM)."""
-        self.told = set(sorted(self.dying)[:count])
+        """Report these deaths no more (ULFM)."""
+        self.acknowledged = set(sorted(self.dying)[:count])
 
     def _answers(self, worker: int) -> bool:
         if worker in self.dying:

@@ -1,4 +1,4 @@
-"""The floor under an exchange: the same bytes by bare mpi4py calls, as a good programmer would first write it."""
+"""The floor of an exchange: the same bytes by bare mpi4py calls, in the straightforward way."""
 
 from types import TracebackType
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from ..core.backoff import wait_until
 
 
 class Floor(Protocol):
-    """Made on every rank with `x`, the delta (n,) in host memory; rank 0 is the center."""
+    """Created on every rank with `x`, the delta (n,) in host memory; rank 0 is the center."""
 
     x: Array
 
@@ -81,7 +81,7 @@ class Mailbox(_Bare):
         super().__init__(comm, x)
         workers = comm.size - 1
         self.center, self.slots = self.window(x.nbytes), self.window(workers * x.nbytes)
-        self.control = self.window(16 * workers)  # posted, taken
+        self.control = self.window(16 * workers)  # posted, served
         self.flag, self.seen = np.zeros(1, np.int64), np.empty(1, np.int64)
         if comm.rank == 0:
             np.asarray(self.center.tomemory())[:] = 0
@@ -160,11 +160,11 @@ class Sums(_Bare):
         self.center.Unlock(0)
 
 
-class Collective(_Bare):
+class Allreduce(_Bare):
     """Allreduce, add."""
 
     def exchanges(self, count: int) -> list[float]:
-        """Every rank works."""
+        """Every rank takes part."""
         self.c = full_like(self.x, 0)
         return self.timed(count)
 
@@ -175,5 +175,5 @@ class Collective(_Bare):
         self.c += self.out
 
 
-# By what `Transport.floor` names.
-FLOORS: dict[str, Any] = {"two-sided": TwoSided, "mailbox": Mailbox, "sum": Sums, "allreduce": Collective}
+# By `Transport.floor`.
+FLOORS: dict[str, Any] = {"two-sided": TwoSided, "mailbox": Mailbox, "sum": Sums, "allreduce": Allreduce}

@@ -1,6 +1,6 @@
 """Optimizers against the bandwidth of a copy in the same run: on the host memcpy, on a device its own copy.
 
-The sides take turns in short rounds, so that the noise of the machine falls on all; medians are compared.
+The sides alternate in short rounds, so that noise of the machine affects all of them; medians are compared.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from ..core import optimizers, rules
 Row = dict[str, Any]
 Timer = Callable[[Callable[[], Any]], float]
 
-# Optimizer, and the words that it must read and write for each parameter.
+# Optimizer, and the words that it must read and write per parameter.
 _TRIED = {
     "sgd": (optimizers.sgd(1e-3), 3),
     "momentum": (optimizers.momentum(1e-3), 5),
@@ -35,7 +35,7 @@ def _wall(call: Callable[[], Any]) -> float:
 def _vectors(n: int, xp: Any) -> tuple[Array, Array]:
     rng = np.random.default_rng(0)
     x, g = (xp.asarray(rng.random(n, np.float32)) for _ in range(2))
-    return full_like(x, x), full_like(g, g)  # where the library's own vectors begin
+    return full_like(x, x), full_like(g, g)  # aligned as the library's vectors
 
 
 def _stepper(optimizer: optimizers.Optimizer, x: Array, g: Array) -> Callable[[], None]:
@@ -50,7 +50,7 @@ def _stepper(optimizer: optimizers.Optimizer, x: Array, g: Array) -> Callable[[]
 
 
 def _rows(sides: dict[str, tuple[Callable[[], Any], int]], rounds: int, timer: Timer, n: int, copy: str) -> list[Row]:
-    """Time each side, words per parameter beside it, in turn; the ratio is to the side `copy`."""
+    """Time the sides alternately, each with its words per parameter; the ratio is to the side `copy`."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, (call, _words) in sides.items():
@@ -92,7 +92,7 @@ def device_bandwidth(n: int, rounds: int = 20) -> list[Row]:
     sides |= torch_steps(x, g)
 
     def events(call: Callable[[], Any]) -> float:
-        # Several calls between the events: the device is never kept waiting by Python.
+        # Several calls between the events, so that the device never waits for Python.
         calls, start, end = 5, xp.cuda.Event(), xp.cuda.Event()
         start.record()
         for _ in range(calls):

@@ -1,4 +1,4 @@
-"""What `agnmpi bench` measures and shows: exchanges, waiting, what an exchange costs beside the wire, optimizers."""
+"""`agnmpi bench`: measures exchanges, waiting, the cost of an exchange beside the wire, and optimizers."""
 
 import json
 import statistics
@@ -20,13 +20,13 @@ from ..core.messages import Commit, Reply
 from ..core.worker import Worker
 from ..transport.agreement import ConfigError, allgather, raise_on_all
 from ..version import __version__, mpi_library
-from .exchanges import exchanges, meet, timed, zeros
+from .exchanges import barrier, exchanges, timed, zeros
 from .optimizers import device_bandwidth, optimizer_bandwidth
-from .waiting import quiet
+from .waiting import waiting_cost
 
 
 class _NoWire(WorkerEnd):
-    """An end that answers at once: what is left of an exchange is forming the delta and adopting the center."""
+    """An end that replies immediately: only forming the delta and adopting the center remain."""
 
     def exchange(self, _commit: Commit, _out: Array | None) -> Handle:
         return Done(Reply(0, work=Lease(0, 1)))
@@ -38,8 +38,8 @@ class _NoWire(WorkerEnd):
         return Done(Reply(0))
 
 
-def pack_only(sizes: Sequence[int], turns: int, xp: ModuleType = np) -> list[dict[str, Any]]:
-    """Time what a worker does for an exchange besides the wire, against memcpy of the vector."""
+def pack_only(sizes: Sequence[int], repeats: int, xp: ModuleType = np) -> list[dict[str, Any]]:
+    """Time a worker's part of an exchange besides the wire, against memcpy of the vector."""
     rows = []
     for n in sizes:
         x = zeros(n, xp)
@@ -56,7 +56,7 @@ def pack_only(sizes: Sequence[int], turns: int, xp: ModuleType = np) -> list[dic
             y[...] = x
             synchronize(y)
 
-        for _ in range(turns + 1):
+        for _ in range(repeats + 1):
             times["pack"].append(timed(pack))
             times["memcpy"].append(timed(copy))
         medians = {side: statistics.median(seconds[1:]) for side, seconds in times.items()}
@@ -79,39 +79,39 @@ class Options(NamedTuple):
     json: str | None
 
 
-def main(comm: MPI.Intracomm, given: Options) -> int:
+def main(comm: MPI.Intracomm, options: Options) -> int:
     """Measure, print tables on rank 0, and write JSON."""
-    if min(given.sizes) < 1 or given.rounds < 1 or given.quiet < 0 or given.optimizer_size < 0:
+    if min(options.sizes) < 1 or options.rounds < 1 or options.quiet < 0 or options.optimizer_size < 0:
         raise ConfigError("sizes and rounds must be at least 1, quiet and optimizer-size at least 0")
-    if comm.size == 1 and given.workers:
+    if comm.size == 1 and options.workers:
         raise ConfigError("one rank, and so no workers; type: mpiexec -n 2 python -m agnmpi bench")
-    counts = list(given.workers) or [comm.size - 1]
+    counts = list(options.workers) or [comm.size - 1]
     if comm.size > 1 and not 0 < min(counts) <= max(counts) < comm.size:
         raise ConfigError(f"workers must be 1 to {comm.size - 1} in a world of {comm.size}, not {counts}")
-    path = Path(given.json) if given.json and comm.rank == 0 else None
-    # Refused, if it must be, before anything is measured.
+    path = Path(options.json) if options.json and comm.rank == 0 else None
+    # An unwritable file is refused before anything is measured.
     raise_on_all(comm, lambda: path.open("a").close() if path else None)
     comm = comm.Dup()
     here = place(comm, comm.rank > 0)
-    xp = raise_on_all(comm, lambda: choose(given.device, here.worker_index))
+    xp = raise_on_all(comm, lambda: choose(options.device, here.worker_index))
     wires = ["direct"]
     if any(allgather(comm, "" if xp is np else "device")):
         wires = ["staged"] + ["direct"] * (choose_wire(comm, zeros(1, xp), "auto") == "direct")
     report: dict[str, Any] = {"agnmpi": __version__, "mpi": mpi_library(), "world": comm.size}
-    several = comm.size > 1 and not given.pack_only
+    several = comm.size > 1 and not options.pack_only
     report["exchanges"] = (
-        exchanges(comm, given.transports, wires, given.sizes, counts, given.rounds, xp) if several else []
+        exchanges(comm, options.transports, wires, options.sizes, counts, options.rounds, xp) if several else []
     )
-    report["quiet"] = quiet(comm, given.quiet) if several and given.quiet else {}
+    report["quiet"] = waiting_cost(comm, options.quiet) if several and options.quiet else {}
     alone = comm.rank == min(1, comm.size - 1)  # a worker
-    packed = pack_only(given.sizes, given.rounds, xp) if alone else []
-    meet(comm)
+    packed = pack_only(options.sizes, options.rounds, xp) if alone else []
+    barrier(comm)
     report["pack"] = json.loads(allgather(comm, json.dumps(packed))[min(1, comm.size - 1)])
     measured = []
-    if alone and given.optimizer_size:
-        measured = optimizer_bandwidth(given.optimizer_size) if xp is np else device_bandwidth(given.optimizer_size)
+    if alone and options.optimizer_size:
+        measured = optimizer_bandwidth(options.optimizer_size) if xp is np else device_bandwidth(options.optimizer_size)
     report["optimizers"] = json.loads(allgather(comm, json.dumps(measured))[min(1, comm.size - 1)])
-    meet(comm)
+    barrier(comm)
     if comm.rank == 0:
         _show(report)
         if path:
@@ -129,12 +129,12 @@ def _show(report: dict[str, Any]) -> None:
     console.print(f"agnmpi {report['agnmpi']}, {report['mpi']}, {report['world']} ranks")
 
     def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        made = Table(title=title, box=None, pad_edge=False, title_justify="left")
+        grid = Table(title=title, box=None, pad_edge=False, title_justify="left")
         for column in columns:
-            made.add_column(column, justify="left" if column in ("transport", "wire", "side", "name") else "right")
+            grid.add_column(column, justify="left" if column in ("transport", "wire", "side", "name") else "right")
         for row in rows:
-            made.add_row(*row)
-        console.print(made)
+            grid.add_row(*row)
+        console.print(grid)
 
     if report["exchanges"]:
         lines = []

@@ -1,6 +1,6 @@
-"""What more workers cost a p2p center: a look at the messages, a reply, a commit. `python -m agnmpi.bench.scaling`
+"""The cost of more workers at a p2p center: a poll, a reply, a commit. `python -m agnmpi.bench.scaling`
 
-The workers are played within this process, so the figures hold what Python does at the center, and nothing of MPI.
+The workers are fake, in this process, so the results include Python's work at the center, but not MPI's.
 """
 
 import statistics
@@ -20,8 +20,8 @@ from .fake_peers import FakePeers
 _ROUNDS = 300
 
 
-def played(workers: int, numbers: int = 1000) -> tuple[FakePeers, P2PCenter, Center]:
-    """A center variable of `numbers` float32, its end and its state, with so many workers to play."""
+def center_of_fakes(workers: int, numbers: int = 1000) -> tuple[FakePeers, P2PCenter, Center]:
+    """A center variable of `numbers` float32, its end and its state, with `workers` fake workers."""
     peers: Any = FakePeers(workers)
     end = P2PCenter(peers, np.zeros(numbers, np.float32))
     center = Center(rules.agn(), end.c, workers)
@@ -31,20 +31,20 @@ def played(workers: int, numbers: int = 1000) -> tuple[FakePeers, P2PCenter, Cen
 
 
 def commit_of(center: Center, worker: int) -> Commit:
-    """A commit, for which the worker has just been granted the steps; it asks for c and for more work."""
+    """A commit of steps just granted to the worker; it requests c and more work."""
     assert center.leases is not None
     lease, sequence = center.leases.grant(worker), center.applied[worker] + 1
     return Commit(worker, sequence, lease.steps, lease.first, center.clock, requests=WORK | PULL)
 
 
 def measure(workers: int) -> dict[str, float]:
-    """Cost with so many workers: medians of many, and the bytes of a reply's header.
+    """Cost with `workers` workers: medians, and the bytes of a reply's header.
 
     Returns:
-        `look_us`: microseconds of a look at the messages that finds nothing; `reply_bytes`; `commit_us`: of a commit
-        of 1,000 numbers, from its header to c on its way.
+        `look_us`: microseconds of a poll that finds nothing; `reply_bytes`; `commit_us`: of a commit
+        of 1,000 numbers, from its header to the sends of c.
     """
-    peers, end, center = played(workers)
+    peers, end, center = center_of_fakes(workers)
     looks = [_microseconds(lambda: end.serve_one(center.apply)) for _ in range(_ROUNDS)]
     commits, nbytes = [], []
     for i in range(_ROUNDS):

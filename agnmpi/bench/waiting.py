@@ -1,4 +1,4 @@
-"""What waiting costs: the CPU time of ranks that have nothing to do, and the first exchange after a pause."""
+"""The cost of waiting: CPU time of idle ranks, and latency of the first exchange after a pause."""
 
 import json
 import statistics
@@ -14,24 +14,24 @@ from ..core.center import Center, serve
 from ..core.messages import Commit
 from ..transport.agreement import allgather
 from ..transport.p2p import P2PCenter, P2PWorker
-from .exchanges import meet
+from .exchanges import barrier
 
 
-def quiet(comm: MPI.Intracomm, turns: int, pause: float = 0.2, n: int = 1000) -> dict[str, float]:
-    """What waiting costs: parts of a core while nothing happens, and the exchange after a pause of the workers.
+def waiting_cost(comm: MPI.Intracomm, repeats: int, pause: float = 0.2, n: int = 1000) -> dict[str, float]:
+    """The cost of waiting: fraction of a core while idle, and the exchange after a pause of the workers.
 
     `center_cpu`, `worker_cpu`: CPU time over wall time of a waiting center and of a waiting worker.
     """
     x = np.zeros(n, np.float32)
     end: Any = P2PCenter(comm, x.copy()) if comm.rank == 0 else P2PWorker(comm)
-    facts: dict[str, list[float]] = {"cpu": [], "busy": [], "quiet": []}
-    for _ in range(turns):
-        meet(comm)
+    samples: dict[str, list[float]] = {"cpu": [], "busy": [], "quiet": []}
+    for _ in range(repeats):
+        barrier(comm)
         # The workers pause: the center waits.
         start, cpu = time.perf_counter(), time.process_time()
         if comm.rank == 0:
             serve(end, Center(rules.agn(), x, comm.size - 1).apply)
-            facts["cpu"].append((time.process_time() - cpu) / (time.perf_counter() - start))
+            samples["cpu"].append((time.process_time() - cpu) / (time.perf_counter() - start))
         else:
             out = np.empty_like(x)
 
@@ -42,10 +42,10 @@ def quiet(comm: MPI.Intracomm, turns: int, pause: float = 0.2, n: int = 1000) ->
                 end.exchange(Commit(comm.rank - 1, sequence, steps=1, payload=x), out).wait()
                 seconds = time.perf_counter() - start
                 if sequence > 1:
-                    facts[kind].append(seconds)
+                    samples[kind].append(seconds)
             end.leave(None, out).wait()
         # The center pauses before it applies: the workers wait.
-        meet(comm)
+        barrier(comm)
         if comm.rank == 0:
             center = Center(rules.agn(), x, comm.size - 1)
 
@@ -58,15 +58,15 @@ def quiet(comm: MPI.Intracomm, turns: int, pause: float = 0.2, n: int = 1000) ->
         else:
             start, cpu = time.perf_counter(), time.process_time()
             end.exchange(Commit(comm.rank - 1, 1, steps=1, payload=x), out).wait()
-            facts["cpu"].append((time.process_time() - cpu) / (time.perf_counter() - start))
+            samples["cpu"].append((time.process_time() - cpu) / (time.perf_counter() - start))
             end.leave(None, out).wait()
-    everyone = [json.loads(text) for text in allgather(comm, json.dumps(facts))]
+    by_rank = [json.loads(text) for text in allgather(comm, json.dumps(samples))]
 
     def median(key: str) -> float:
-        return float(statistics.median(value for theirs in everyone[1:] for value in theirs[key]))
+        return float(statistics.median(value for other in by_rank[1:] for value in other[key]))
 
     return {
-        "center_cpu": statistics.median(everyone[0]["cpu"]),
+        "center_cpu": statistics.median(by_rank[0]["cpu"]),
         "worker_cpu": median("cpu"),
         "busy_seconds": median("busy"),
         "quiet_seconds": median("quiet"),

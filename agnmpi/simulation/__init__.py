@@ -1,1 +1,1 @@
-"""Virtual time."""
+"""Simulation in virtual time."""

@@ -29,13 +29,13 @@ from ..training.problem import gradient_of, prepare
 from ..transport.local import LocalCenter
 from ..version import __version__
 from .network import Agenda, Station, VirtualHandle, VirtualWorker
-from .timing import Timing, figures, timing_only
+from .timing import Timing, results, timing_only
 
 
 class Stage:
-    """What a simulation and a replay share: problem, centers, workers and files; they differ in what drives them.
+    """The common part of simulation and replay: problem, centers, workers and files; what drives them differs.
 
-    Raises ValueError for what cannot be.
+    Raises ValueError for an invalid configuration.
     """
 
     def __init__(self, config: Config) -> None:
@@ -43,12 +43,12 @@ class Stage:
         centers = config.centers
         self.rule, n = config.make_rule(), config.workers
         if self.rule.allreduce:
-            raise ValueError(f"rule {self.rule.name} has no center and no staleness: train it, there is no more to see")
+            raise ValueError(f"rule {self.rule.name} has no center and no staleness: train it instead")
         self.problem, layout, self.x = prepare(config.problem, config.options, config.seed, config.device, 0)
         self.layout = layout
         self.plan = Plan(self.problem.samples, config.batch, config.epochs, config.steps, config.seed)
         if centers > layout.size:
-            raise ValueError(f"{centers} centers for a model of {layout.size} numbers: each needs one at least")
+            raise ValueError(f"{centers} centers for a model of {layout.size} numbers: each needs at least one")
         self.c = full_like(self.x, self.x)
         self.parts = list(parts(layout.size, centers))
         optimizer = config.make_center_optimizer(self.plan.steps)
@@ -75,27 +75,28 @@ class Stage:
         return reply
 
     def sessions(self, end: Callable[[int], WorkerEnd]) -> list[Iterator[int | Handle]]:
-        """A session for each worker, on the end that `end(index)` makes."""
+        """A session for each worker, with the end `end(index)`."""
         optimizer, g = self.config.make_optimizer(self.plan.steps), self.x.copy()
         sessions = list[Iterator[int | Handle]]()
         for i in range(self.config.workers):
             worker = Worker(full_like(self.x, self.x), self.rule, optimizer, end(i), i, self.config.overlap)
             worker.total = self.plan.steps
-            # One vector for all gradients: a gradient is used up before another is computed.
+            # One vector for all gradients: each is used before the next is computed.
             sessions.append(session(worker, gradient_of(self.problem, self.layout, self.plan, worker.x, g)))
         return sessions
 
     def play(
         self,
         drive: Callable[[], None],
-        said: list[str],
-        also: Callable[[], dict[str, Any]],
+        lines: list[str],
+        extra_results: Callable[[], dict[str, Any]],
         table: str = "",
         stamp: Callable[[], dict[str, float]] = dict,
     ) -> dict[str, Any]:
         """Let `drive` run the workers, and write the result.
 
-        `said`: lines about the run; `also()`: further parts of the result; `table`: further lines of config.toml.
+        `lines`: messages about the run; `extra_results()`: further parts of the result; `table`: further lines of
+            config.toml.
         """
         config, layout, plan = self.config, self.layout, self.plan
         directory = self.directory
@@ -122,26 +123,26 @@ class Stage:
             f"samples, {plan.steps:,} steps of {plan.batch}; rule {config.rule}, {config.workers} workers, period "
             f"{config.period}, {config.optimizer} {config.rate:g}, center {config.center_optimizer}"
         )
-        for line in said + advice(self.rule, config.workers, config.period):
+        for line in lines + advice(self.rule, config.workers, config.period):
             monitor.say(line)
         self._monitor = monitor
         monitor.start()
         drive()
         if self._recorder is not None:
             self._recorder.close()
-        said_also = {"transport": "virtual", "centers": len(self.parts), **json_safe(also())}
-        result = conclude(directory, config, layout, role, self.c, monitor, said_also)
+        extra = {"transport": "virtual", "centers": len(self.parts), **json_safe(extra_results())}
+        result = conclude(directory, config, layout, role, self.c, monitor, extra)
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
         monitor.say(
             f"done: {metrics}; {result['samples']} samples, {result['commits']} commits in {result['seconds']} s"
         )
-        for line in in_words(result):
+        for line in summary_lines(result):
             monitor.say(line)
         monitor.say(f"written to {directory}/")
         return result
 
 
-def in_words(result: dict[str, Any]) -> list[str]:
+def summary_lines(result: dict[str, Any]) -> list[str]:
     """Lines about virtual time and staleness, as far as `result` has them."""
     lines = []
     if virtual := result.get("virtual"):
@@ -166,23 +167,23 @@ def simulate(config: Config, timing: Timing = Timing()) -> dict[str, Any]:  # no
 
     Args:
         config: the run, as for `train`; transport "local".
-        timing: what steps and messages take.
+        timing: durations of steps and messages.
 
     Returns:
         The result, as in result.json.
 
     Raises:
-        ValueError: before anything is written, for what cannot be.
+        ValueError: before anything is written, for an invalid configuration.
     """
     return run(config, timing)()
 
 
 def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
-    """Make ready n = `config.workers` workers and their center in virtual time; the call runs them to the result.
+    """Prepare n = `config.workers` workers and their center in virtual time; call the result to run them.
 
-    A worker's local step takes the time that `timing` draws; a message the latency, its bytes' time, its turn in the
-    center's queue (first come, first served) and its service. Bit for bit repeatable. Raises ValueError, before
-    anything is written, for what cannot be.
+    A worker's local step takes the time that `timing` draws; a message the latency, its transfer, its wait in the
+    center's queue (first come, first served) and its service. Bitwise reproducible. Raises ValueError, before anything
+    is written, for an invalid configuration.
     """
     stage, n = Stage(config), config.workers
     agenda = Agenda(timing.tie())
@@ -194,37 +195,37 @@ def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
     seconds, noise = (timing.step_time * timing.factors(n)).tolist(), timing.noise()
     computed = 0.0
 
-    def go_on(worker: int) -> None:
+    def advance(worker: int) -> None:
         nonlocal computed
-        for what in sessions[worker]:
-            if isinstance(what, int):
-                taken = seconds[worker] * next(noise)
-                computed += taken
-                agenda.at(agenda.now + taken, worker, partial(go_on, worker))
+        for item in sessions[worker]:  # a step's number, or a handle
+            if isinstance(item, int):
+                duration = seconds[worker] * next(noise)
+                computed += duration
+                agenda.at(agenda.now + duration, worker, partial(advance, worker))
                 return
-            assert isinstance(what, VirtualHandle)
-            if not what.test():
-                what.then = partial(go_on, worker)
+            assert isinstance(item, VirtualHandle)
+            if not item.test():
+                item.then = partial(advance, worker)
                 return
 
     def drive() -> None:
         for worker, start in enumerate(timing.starts(n).tolist()):
-            agenda.at(start, worker, partial(go_on, worker))
+            agenda.at(start, worker, partial(advance, worker))
         agenda.run()
 
-    def also() -> dict[str, Any]:
-        first = stations[0]  # the queues of all shards move in step
-        return figures(agenda.now, np.array(stage.staleness), computed, first.served, first.waits, first.longest, n)
+    def extra_results() -> dict[str, Any]:
+        first = stations[0]  # the queues of all shards evolve identically
+        return results(agenda.now, np.array(stage.staleness), computed, first.served, first.waits, first.longest, n)
 
     import tomli_w
 
     table = "\n" + tomli_w.dumps({"simulation": asdict(timing)})
-    said = [
+    lines = [
         f"virtual time: steps {timing.step_distribution} {timing.step_time:g} s, message {timing.latency:g} s + bytes "
         f"/ {timing.bandwidth:g}, service {timing.service:g} s + bytes / {timing.service_bandwidth:g}, centers "
         f"{config.centers}"
     ]
-    return lambda: stage.play(drive, said, also, table, lambda: {"virtual_seconds": agenda.now})
+    return lambda: stage.play(drive, lines, extra_results, table, lambda: {"virtual_seconds": agenda.now})
 
 
 def network(config: Config, timing: Timing) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What things take in virtual time, drawn from stated distributions, and what n, λ, bytes and shards make of it."""
+"""Durations in virtual time, drawn from given distributions, and the effect of n, λ, bytes and shards."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,10 +19,10 @@ TIES = ("worker", "random")
 @documented
 @dataclass(frozen=True)
 class Timing:
-    """The options that only a simulation has.
+    """The options of simulations alone.
 
     Raises:
-        ValueError: for what cannot be, with the value.
+        ValueError: for an invalid value, with the value.
     """
 
     step_time: float = option(0.01, "time", "seconds of a local step, mean", float, least=0)
@@ -68,13 +68,13 @@ class Timing:
     def factors(self, workers: int) -> Numbers:
         """Factor on the step times of each worker, (n,)."""
         try:
-            given = [float(word) for word in self.speed_factors.split(",") if word.strip()] or [1.0]
+            listed = [float(text) for text in self.speed_factors.split(",") if text.strip()] or [1.0]
         except ValueError:
-            given = [0.0]
-        if not all(factor > 0 and np.isfinite(factor) for factor in given):
+            listed = [0.0]
+        if not all(factor > 0 and np.isfinite(factor) for factor in listed):
             raise ValueError(f"speed_factors must be positive numbers such as 1,1,2.5, not {self.speed_factors!r}")
         rng = self.generator(0)
-        factors = np.resize(given, workers)
+        factors = np.resize(listed, workers)
         factors = factors * np.exp(self.speed_spread * rng.standard_normal(workers) - self.speed_spread**2 / 2)
         factors[rng.permutation(workers)[: round(self.stragglers * workers)]] *= self.straggler_factor
         return factors
@@ -98,20 +98,20 @@ class Timing:
             yield from draw[self.step_distribution]().tolist()
 
     def tie(self) -> Callable[[int], float]:
-        """What decides, the smaller first, between events at the same time: a function of the worker."""
+        """The order of events at the same time, smaller first, as a function of the worker."""
         rng = self.generator(3)
         return float if self.ties == "worker" else lambda _worker: rng.random()
 
     def transfer(self, nbytes: float) -> float:
-        """Seconds on the way: latency + bytes / bandwidth."""
+        """Seconds of a transfer: latency + bytes / bandwidth."""
         return self.latency + (nbytes / self.bandwidth if self.bandwidth else 0.0)
 
     def serving(self, nbytes: float) -> float:
-        """Seconds that a center takes for a message that brings and takes away `nbytes` in all."""
+        """Seconds that a center takes for a message of `nbytes` in and out together."""
         return self.service + (nbytes / self.service_bandwidth if self.service_bandwidth else 0.0)
 
     def generator(self, stream: int) -> np.random.Generator:
-        """A seeded generator of its own for each kind of thing drawn."""
+        """A seeded generator for each random quantity."""
         return np.random.default_rng([self.time_seed, stream])
 
 
@@ -125,7 +125,7 @@ _REFUSALS: tuple[Refusal[Timing], ...] = (
 
 
 def load_timing(path: str | None, given: dict[str, Any]) -> Timing:
-    """Read the table [simulation] of a TOML file, and lay the values `given` over it."""
+    """Read the table [simulation] of a TOML file, and override it with the values `given`."""
     values = read_toml(path).get("simulation", {}) if path else {}
     unknown = set(values) - {f.name for f in fields(Timing)}
     if unknown:
@@ -134,7 +134,7 @@ def load_timing(path: str | None, given: dict[str, Any]) -> Timing:
 
 
 def histogram(values: Numbers, bins: int = 50) -> dict[str, Any]:
-    """Counts of whole numbers in at most `bins` bins of equal width, from 0.
+    """Counts of integers in at most `bins` bins of equal width, from 0.
 
     >>> histogram(np.array([0, 1, 1, 3]))
     {'width': 1, 'counts': [1, 2, 0, 1]}
@@ -158,8 +158,8 @@ def timing_only(
 
     `nbytes`: of the model; `centers`: shards, each with an equal part of the bytes; `pulls`: "after", one message for
     an exchange, or "before", two. A worker asks for work, then computes λ steps, exchanges, and so on (with `overlap`
-    it computes meanwhile). The shards of a message leave and arrive together, so that their queues move in step: one
-    stands for all. The first fifth of the exchanges is left out of the figures. With exponential step times, many
+    it computes meanwhile). The shards of a message leave and arrive together, so that their queues evolve identically:
+    one stands for all. The first fifth of the exchanges is not counted. With exponential step times, many
     workers, λ = 1 and a low load this is M/D/1: the mean wait is Dρ/(2(1 − ρ)) (Pollaczek 1930, Khinchine 1932).
     Raises ValueError for an overlap that pulls before.
     """
@@ -168,31 +168,35 @@ def timing_only(
     ask, pull, commit = range(3)
     before = pulls == "before"
     part = -(-nbytes // centers)
-    there = [timing.latency, timing.latency, timing.transfer(part)]
+    outward = [timing.latency, timing.latency, timing.transfer(part)]
     back = [timing.transfer(part), timing.transfer(part), timing.latency if before else timing.transfer(part)]
     serving = [timing.serving(part), timing.serving(part), timing.serving(part if before else 2 * part)]
     first = pull if before else commit  # message of an exchange
     tie, noise = timing.tie(), timing.noise(period)
     seconds = (timing.step_time * timing.factors(workers)).tolist()
     pulled = [0] * workers  # clock at which each worker last pulled
-    heap = [(at + there[ask], tie(w), 3 * w + ask) for w, at in enumerate(timing.starts(workers).tolist())]
+    heap = [(at + outward[ask], tie(w), 3 * w + ask) for w, at in enumerate(timing.starts(workers).tolist())]
     heapify(heap)
     skipped = timing.exchanges // 5
     clock, free, computed, served, longest = 0, 0.0, 0.0, 0.0, 0
-    staleness, waits, line = list[int](), list[float](), deque[float]()  # line: when each message there is taken up
-    begun = (0.0, 0.0, 0.0, 0)  # as the figures begin
+    staleness, waits, queue = (
+        list[int](),
+        list[float](),
+        deque[float](),
+    )  # queue: begins of service
+    warm = (0.0, 0.0, 0.0, 0)  # state after the warm-up
     while clock < timing.exchanges:
         arrival, _, code = heap[0]
         worker, kind = divmod(code, 3)
-        taken = arrival if arrival > free else free
-        free = taken + serving[kind]
+        begin = arrival if arrival > free else free
+        free = begin + serving[kind]
         served += serving[kind]
-        waits.append(taken - arrival)
-        while line and line[0] <= arrival:
-            line.popleft()
-        if taken > arrival:
-            line.append(taken)
-            longest = max(longest, len(line))
+        waits.append(begin - arrival)
+        while queue and queue[0] <= arrival:
+            queue.popleft()
+        if begin > arrival:
+            queue.append(begin)
+            longest = max(longest, len(queue))
         answered = free + back[kind]
         if kind == pull:
             pulled[worker] = clock
@@ -202,17 +206,17 @@ def timing_only(
                 staleness.append(clock - pulled[worker])
                 clock += 1
                 if clock == skipped:
-                    begun = (free, computed, served, len(waits))
+                    warm = (free, computed, served, len(waits))
                     longest = 0
             pulled[worker] = clock
             work = seconds[worker] * next(noise)
             computed += work
             send = answered + work
             if overlap and kind == commit:
-                send = max(arrival - there[commit] + work, answered)
+                send = max(arrival - outward[commit] + work, answered)
             kind = first
-        heapreplace(heap, (send + there[kind], tie(worker), 3 * worker + kind))
-    span = free - begun[0]
+        heapreplace(heap, (send + outward[kind], tie(worker), 3 * worker + kind))
+    span = free - warm[0]
     late = np.array(staleness[skipped:])
     return {
         "workers": workers,
@@ -220,16 +224,16 @@ def timing_only(
         "centers": centers,
         "bytes": nbytes,
         "exchanges": late.size,
-        **figures(
-            span, late, computed - begun[1], served - begun[2], list(islice(waits, begun[3], None)), longest, workers
+        **results(
+            span, late, computed - warm[1], served - warm[2], list(islice(waits, warm[3], None)), longest, workers
         ),
     }
 
 
-def figures(
+def results(
     seconds: float, staleness: Numbers, computed: float, served: float, waits: list[float], longest: int, workers: int
 ) -> dict[str, Any]:
-    """What a simulation says of `seconds` of virtual time; by Little's law the mean queue is Σ waits / seconds."""
+    """Results of `seconds` of virtual time; by Little's law the mean queue is Σ waits / seconds."""
     span = seconds or 1.0
     return {
         "virtual": {

@@ -1,4 +1,4 @@
-"""A p2p center and its workers, played in one process: what more workers cost, who waits, who is lost."""
+"""A p2p center and its workers, center_of_fakes in one process: what more workers cost, who waits, who is lost."""
 
 import sys
 
@@ -10,7 +10,7 @@ pytest.importorskip("mpi4py.MPI")
 from mpi4py import MPI
 
 from agnmpi.bench.fake_peers import FakePeers
-from agnmpi.bench.scaling import commit_of, measure, played
+from agnmpi.bench.scaling import center_of_fakes, commit_of, measure
 from agnmpi.core.messages import IDLE, LEAVE, PULL, WAIT, WORK, Commit, Reply
 from agnmpi.transport.chunks import IN_FLIGHT, PIECE
 from agnmpi.transport.p2p import P2PCenter, P2PWorker
@@ -66,7 +66,7 @@ def calls_of(act):
 
 def costs(workers):
     """Of a look that finds nothing, of a commit with its reply, and of all farewells: calls of functions and of MPI."""
-    peers, end, center = played(workers)
+    peers, end, center = center_of_fakes(workers)
     end.serve_one(center.apply)
 
     def cost(act, times=1):
@@ -81,14 +81,14 @@ def costs(workers):
         while end.live:
             end.serve_one(center.apply)
 
-    figures = cost(lambda: end.serve_one(center.apply))
+    costs = cost(lambda: end.serve_one(center.apply))
     for worker in range(10):
         peers.send(commit_of(center, worker), end.c.nbytes)
-    figures += cost(serve, 10)
+    costs += cost(serve, 10)
     assert center.clock == 10
     for worker in range(workers):
         peers.send(Commit(worker, requests=LEAVE | PULL))
-    return figures + cost(leave, workers) + [peers.nbytes["reply"] / (10 + workers)]
+    return costs + cost(leave, workers) + [peers.nbytes["reply"] / (10 + workers)]
 
 
 def test_what_a_message_costs_does_not_grow_with_the_number_of_workers():
@@ -230,7 +230,7 @@ class FailingReceives(FakePeers):
         return super().Irecv(buffer, source, tag)
 
     def Improbe(self, source, tag, status):
-        self.told = self.dying  # the probe does not tell of them
+        self.acknowledged = self.dying  # the probe does not tell of them
         return super().Improbe(source, tag, status)
 
 
