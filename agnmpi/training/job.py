@@ -109,7 +109,7 @@ class Job(Observer):
                 self._set_up_worker_savers(workers)
                 drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
             while not self._concluded():
-                if self.session.regroup():  # else nobody is to train again: another has died, after its work was done
+                if self.session.regroup():  # else no worker trains again: a rank has died after its work was done
                     break
             else:
                 return self._end()
