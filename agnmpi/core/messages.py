@@ -78,7 +78,7 @@ class Commit(NamedTuple):
     def received_from(self, worker: int, nbytes: int) -> "Commit":
         """This header as it came from `worker`: with MISFIT unless its payload is empty or a vector of `nbytes`.
 
-        Raises ValueError for an impossible length: then the payload cannot be told from later messages.
+        Raises ValueError for an impossible length: then the payload cannot be separated from later messages.
         """
         if not 0 <= self.nbytes <= _MAX_BYTES:
             raise ValueError(f"worker {worker} announces {self.nbytes} bytes")

@@ -87,7 +87,7 @@ class CenterSaver:
         if self.cut is None:
             self.save(c)
         elif not self.cut.busy:
-            # Announced now, so that this worker saves its state of now. The number does not change with the cut.
+            # Announced now, so that this worker saves its current state. The number does not change with the cut.
             self._wanted, self._center.checkpoint = False, self._center.steps
             self.cut.begin(self._center.steps)
 

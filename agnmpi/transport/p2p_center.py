@@ -53,7 +53,7 @@ class P2PCenter(CenterEnd):
         self._peers = Peers([Peer(rank - 1, comm, rank) for rank in range(1, comm.size)])
         self._listener = Listener(comm, self._peers.all)
         self._expected = set[int]()  # workers that have not left, and are neither lost nor silent
-        self._farewell: Reply | None = None  # the reply to workers that have left
+        self._leave_reply: Reply | None = None  # the reply to workers that have left
         self._left = 0  # workers that have left this session
         self._dying: deque[Peer] = deque()  # lost, but not reported yet
         self._serving: Peer | None = None  # whose message is being applied
@@ -136,7 +136,7 @@ class P2PCenter(CenterEnd):
         elif commit.requests & LEAVE:
             self._peers.move(peer, State.LEFT)
             self._expected.discard(peer.index)
-            self._left, self._farewell = self._left + 1, reply
+            self._left, self._leave_reply = self._left + 1, reply
             self._answer_left()
         else:
             self._answer(peer, reply)
@@ -324,12 +324,12 @@ class P2PCenter(CenterEnd):
 
     def _answer_left(self) -> None:
         """Answer the workers that have left, once all have."""
-        if self.live or self._farewell is None:
+        if self.live or self._leave_reply is None:
             return
-        farewell, self._farewell = self._farewell, None
+        leave_reply, self._leave_reply = self._leave_reply, None
         for peer in self._peers.at(State.LEFT):
             self._peers.move(peer, State.ANSWERING)
-            self._answer(peer, farewell)
+            self._answer(peer, leave_reply)
         wait_until(self._flush)
 
     def _not_silent(self, peer: Peer) -> None:

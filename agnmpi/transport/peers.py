@@ -21,7 +21,7 @@ class Buffer:
 
     def __init__(self, x: Array, wire: Wire) -> None:
         self.x, self.wire, self.readers = x, wire, 0
-        self._copied: Iterator[Array] = iter(())  # what the wire gives out for the x of now, from the beginning
+        self._copied: Iterator[Array] = iter(())  # what the wire gives out for the current x, from the beginning
 
     def outgoing(self) -> Iterator[Array]:
         """Pieces to send; x keeps still while they are read."""

@@ -151,7 +151,7 @@ class RMACenter(WindowsCenter):
         self._readable = 0  # up to where c may be read behind the apply
         self._applied: Commit | None = None  # while it is, if its worker may read behind
         self._left = list(range(workers))  # no session has begun
-        self._read_by = -workers  # farewells that must have been read before c may change again
+        self._read_by = -workers  # final centers that must have been read before c may change again
         self._all_read = False
 
     @property
