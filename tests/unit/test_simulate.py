@@ -139,7 +139,7 @@ def test_a_pull_is_of_the_moment_of_its_service():
         out = np.full(size, np.nan)
         handle = ends[i].exchange(Commit(i, k, payload=np.ones(size)), out)
         assert not handle.test()
-        with pytest.raises(RuntimeError, match="nothing can wait"):
+        with pytest.raises(RuntimeError, match="nothing can block"):
             handle.wait()
 
         def then():
