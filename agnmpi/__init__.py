@@ -1,9 +1,8 @@
 """Asynchronous training over MPI with Accumulated Gradient Normalization (arXiv:1710.02368).
 
 In your own training loop: `AGNOptimizer`, with an optimizer (`sgd` … `adamw`, or your own `Optimizer`), a rule of
-    exchange
-(`rules`), a rate schedule (`schedules`) and a transport (`transports`). As a whole run, as the command line does it:
-`train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`.
+exchange (`rules`), a rate schedule (`schedules`) and a transport (`transports`). As a whole run, as the command line
+does it: `train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`.
 
 `import agnmpi` needs only numpy. Modules that use MPI are imported, and MPI initialised, at first use.
 """

@@ -71,7 +71,8 @@ def _run(args: argparse.Namespace, world: Any) -> int:
 
     from ..cluster.placement import fault_tolerant
     from ..core.backoff import Orphaned, watch_launcher
-    from ..training.exits import INTERRUPTED, Degraded, Interrupted, abort, say, say_and_abort
+    from ..training.abort import abort, say, say_and_abort
+    from ..training.exits import INTERRUPTED, Degraded, Interrupted
     from ..transport.agreement import ConfigError
 
     if world.size > 1:
@@ -131,7 +132,8 @@ def _command(args: argparse.Namespace, world: Any) -> int:
         return bench.main(world, bench.Options(*(getattr(args, name) for name in bench.Options._fields)))
     if args.command == "simulate":
         return _simulate(args, world)
-    from ..training.exits import Signals, abort
+    from ..training.abort import abort
+    from ..training.exits import Signals
     from ..training.job import train
     from ..transport.agreement import ConfigError, raise_on_all
 

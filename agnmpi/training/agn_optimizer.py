@@ -19,7 +19,7 @@ from ..core.params import Layout, named
 from ..core.rules import Rule, agn
 from ..transport.agreement import raise_on_all
 from ..transport.registry import Transport, resolve
-from .exits import AbortOnException
+from .abort import AbortOnException
 from .loop import Hook, Loop
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]

@@ -23,7 +23,7 @@ from .staging import Direct, Wire, cut
 CENTER = 0  # rank
 # Pieces of a delta on their way at once. With ULFM few: see PIECE. With 4 or 8 of them Open MPI 5.0.11 took 1.25 times
 # as long for 24 MB as with 16, and more gave nothing.
-_IN_FLIGHT = 16
+IN_FLIGHT = 16
 
 __all__ = ["P2PCenter", "P2PWorker", "peer_failed"]
 
@@ -33,7 +33,7 @@ class _Exchange:
 
     def __init__(
         self, comm: MPI.Comm, wire: Wire, commit: Commit, out: Array | None, headers: list[bytearray],
-        header_bytes: int, in_flight: int = _IN_FLIGHT,
+        header_bytes: int, in_flight: int = IN_FLIGHT,
     ) -> None:  # fmt: skip
         self._wire, self._out, self._headers = wire, out, headers
         self._done: Reply | None = None

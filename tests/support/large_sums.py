@@ -19,7 +19,7 @@ from agnmpi.cluster.connect import connect  # noqa: E402
 from agnmpi.cluster.setup import Setup  # noqa: E402
 from agnmpi.core import rules  # noqa: E402
 from agnmpi.core.messages import Commit  # noqa: E402
-from agnmpi.training.exits import say_and_abort  # noqa: E402
+from agnmpi.training.abort import say_and_abort  # noqa: E402
 from agnmpi.transport.registry import resolve  # noqa: E402
 
 

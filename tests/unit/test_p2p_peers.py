@@ -12,8 +12,8 @@ from mpi4py import MPI
 from agnmpi.bench.fake_peers import FakePeers
 from agnmpi.bench.scaling import center_of_fakes, commit_of, measure
 from agnmpi.core.messages import IDLE, LEAVE, PULL, WAIT, WORK, Commit, Reply
-from agnmpi.transport.chunks import IN_FLIGHT, PIECE
-from agnmpi.transport.p2p import P2PCenter, P2PWorker
+from agnmpi.transport.chunks import PIECE
+from agnmpi.transport.p2p import IN_FLIGHT, P2PCenter, P2PWorker
 from agnmpi.transport.peers import DELTA
 
 N = 10

@@ -1,0 +1,52 @@
+"""How a failure of one rank ends the whole job."""
+
+import sys
+import time
+import traceback
+from types import TracebackType
+
+from mpi4py import MPI
+
+
+def say(comm: MPI.Comm, error: BaseException) -> None:
+    """Print the error with this rank's name in one write."""
+    text = "".join(traceback.format_exception(error))
+    place_name = f"rank {comm.rank} on {MPI.Get_processor_name()}"
+    sys.stdout.flush()
+    sys.stderr.write(f"agnmpi: {place_name} failed, ending the job:\n{text}")
+    sys.stderr.flush()
+
+
+def say_and_abort(comm: MPI.Comm, error: BaseException) -> None:
+    """Print the error, and end the whole job; code 1, or that of a sys.exit."""
+    say(comm, error)
+    code = error.code if isinstance(error, SystemExit) else 1
+    abort(comm, code if isinstance(code, int) and code else 1)
+
+
+def abort(comm: MPI.Comm, code: int) -> None:
+    """End the whole job, after a moment for pending output."""
+    time.sleep(0.5)  # MPICH 5.0.2's hydra may drop what a rank wrote just before MPI_Abort
+    comm.Abort(code)
+
+
+class AbortOnException:
+    """While installed, an uncaught exception on this rank ends the job instead of leaving the others waiting."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm, self._previous = comm, sys.excepthook
+        self._installed = comm.size > 1
+        if self._installed:
+            sys.excepthook = self._hook
+
+    def _hook(self, kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
+        if self._installed:
+            say_and_abort(self._comm, error)
+        else:  # removed, but still called by a hook installed later
+            self._previous(kind, error, tb)
+
+    def remove(self) -> None:
+        """Restore the previous hook."""
+        if self._installed and sys.excepthook == self._hook:
+            sys.excepthook = self._previous
+        self._installed = False
