@@ -18,7 +18,7 @@ mpi4py.rc.thread_level = "funneled"  # as agnmpi's own command line
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-from agnmpi import AGNOptimizer, sgd  # noqa: E402
+from agnmpi import AGNOptimizer, rules, sgd  # noqa: E402
 
 TOTAL, LOOPS = 600, 2
 
@@ -35,17 +35,14 @@ def main(deaths):
         if at == mine:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    # Gradient -1 at a rate of 1: each step of a period moves the center by 1/λ.
-    opt = AGNOptimizer(sgd(1.0), {"w": np.zeros(3)}, MPI.COMM_WORLD, communication_period=3)
-    if opt.is_center:
-        apply = opt._loop.role._apply
-
-        def watched(commit, c):
-            reply = apply(commit, c)
+    def weigh(_commit):  # called at the center with each commit
+        if rank == 0:
             die_if_due()
-            return reply
+        return 1.0
 
-        opt._loop.role._apply = watched
+    # Gradient -1 at a rate of 1: each step of a period moves the center by 1/λ.
+    rule = rules.weighted(rules.agn(), weigh)
+    opt = AGNOptimizer(sgd(1.0), {"w": np.zeros(3)}, MPI.COMM_WORLD, communication_period=3, rule=rule)
     for loop in range(1, LOOPS + 1):
         at[:] = loop, 0
         for _step in opt.steps(TOTAL):
