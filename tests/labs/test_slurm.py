@@ -206,7 +206,7 @@ def test_nodes(slurm, tmp_path):
     problem = tmp_path / "problem.py"
     problem.write_text(
         "import os, sys, pathlib\n"
-        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests/support')!r})\n"
         "from problems import Quadratic\n"
         "class Here(Quadratic):\n"
         "    def __init__(self, xp):\n"
