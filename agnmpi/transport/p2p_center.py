@@ -106,9 +106,10 @@ class P2PCenter(CenterEnd):
         until `apply` returns a reply.
         """
         assert self._serving is None, "serve_one was called during an apply"
-        if self._peers.first(State.READY) is None or time.perf_counter() >= self._poll_at:
+        if not self._peers.any(State.READY) or time.perf_counter() >= self._poll_at:
             self._poll()
-        self._report_lost()
+        if self._dying:
+            self._report_lost()
         peer = self._peers.first(State.READY)
         if peer is None:
             return time.perf_counter() >= self._retry_at and self._serve_parked(apply)
@@ -116,8 +117,10 @@ class P2PCenter(CenterEnd):
             self._poll_at = 0.0  # for the reply that reads c
             return False
         self._serve(peer, apply)
-        self._serve_parked(apply)
-        self._report_lost()  # workers that died while they were answered
+        if self._peers.any(State.PARKED):
+            self._serve_parked(apply)
+        if self._dying:  # while they were answered
+            self._report_lost()
         return True
 
     def _serve(self, peer: Peer, apply: Apply) -> None:
@@ -204,6 +207,8 @@ class P2PCenter(CenterEnd):
         return True
 
     def _used_by_silent(self) -> set[Buffer]:
+        if not self.silent:
+            return set()
         return set[Buffer]().union(*(self._peers.all[worker].buffers_in_use for worker in self.silent))
 
     def _lent(self) -> int:
@@ -212,7 +217,7 @@ class P2PCenter(CenterEnd):
         If they read c itself, one extra may be allocated for its copy, but for nothing else: without it nobody could be
         served.
         """
-        return len(self._used_by_silent() - {self._center})
+        return len(self._used_by_silent() - {self._center}) if self.silent else 0
 
     # Polling: receives headers and deltas, sends replies. It applies and reports nothing and does not change c: so it
     # may run during an apply.
@@ -278,6 +283,8 @@ class P2PCenter(CenterEnd):
 
     def _receive(self) -> None:
         """Start receives of queued deltas in free buffers, and finish those that have arrived."""
+        if not (self._peers.any(State.QUEUED) or self._peers.any(State.RECEIVING)):
+            return
         # One delta at a time, while it makes progress: the reply to one is sent while the next arrives, so both
         # directions of the link are busy. Received together, all would complete at the same time, with no reply before.
         busy = any(peer.delta and peer.delta.busy for peer in self._peers.at(State.RECEIVING))
@@ -316,6 +323,8 @@ class P2PCenter(CenterEnd):
 
     def _flush(self) -> bool:
         """Make progress on replies; whether all are sent, but for those to silent workers."""
+        if not self._peers.any(State.ANSWERING):
+            return True
         for peer in self._peers.at(State.ANSWERING):
             self._push(peer)
         return all(peer.index in self.silent for peer in self._peers.at(State.ANSWERING) if peer.answer)
@@ -382,9 +391,6 @@ class P2PCenter(CenterEnd):
             if self.on_loss is not None:
                 self.on_loss(worker)
             self._answer_left()
-
-    def close(self) -> None:
-        """Nothing to free: no receive is posted once all workers have left."""
 
 
 def _scratch(nbytes: int) -> Iterator[Array]:
