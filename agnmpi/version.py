@@ -1,6 +1,6 @@
 """The versions: agnmpi's, which the build reads without importing the package, and the MPI library's."""
 
-__version__ = "0.4.0"
+__version__ = "0.5.0.dev0"
 
 
 def mpi_library() -> str:
