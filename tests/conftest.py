@@ -15,7 +15,8 @@ def pytest_ignore_collect(collection_path, config):
     """Tests that need ranks are collected under mpiexec alone; system/test_under_mpiexec.py starts it."""
     if collection_path.name == "mpi" and not config.getoption("--with-mpi", default=False):
         return True
-    return None
+    # What tests share, and scripts that they start: some do something when they are imported.
+    return True if collection_path == Path(__file__).parent / "support" else None
 
 
 def pytest_collection_modifyitems(config, items):
