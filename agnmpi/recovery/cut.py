@@ -19,6 +19,8 @@ import numpy as np
 from mpi4py import MPI
 
 from ..core.backoff import wait_until
+from ..core.center import Center
+from ..core.ends import CenterEnd
 from ..core.messages import Commit
 
 Say: TypeAlias = Callable[[str], None]
@@ -76,23 +78,6 @@ class MPIMail:
         return source, buffer.tolist()
 
 
-class Holding(Protocol):
-    """The part of a center's end that a cut uses."""
-
-    hold: Callable[[Commit], bool] | None
-
-    @property
-    def in_flight_deltas(self) -> int:
-        """Deltas received, or being received, but not applied."""
-
-
-class Counting(Protocol):
-    """The part of a center that a cut uses."""
-
-    workers: int
-    processed: dict[int, int]
-
-
 def everything(_commit: Commit) -> bool:
     """Hold all commits."""
     return True
@@ -117,8 +102,8 @@ class ConsistentCut:
     def __init__(
         self,
         mail: Mail,
-        end: Holding | None,
-        center: Counting,
+        end: CenterEnd | None,
+        center: Center,
         save: Callable[[int], None],
         writing: Callable[[], bool],
         say: Say = print,

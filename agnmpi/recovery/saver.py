@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from ..core.optimizers import Optimizer
 from ..core.timer import Every
 from ..core.worker import Worker
 from .checkpoint import center_file, folder, folders, prune, seal, worker_file
+from .cut import ConsistentCut
 
 Say = Callable[[str], None]
 Files: TypeAlias = tuple[Mapping[str, Array], Mapping[str, Any]]  # arrays and facts
@@ -22,17 +23,6 @@ Files: TypeAlias = tuple[Mapping[str, Array], Mapping[str, Any]]  # arrays and f
 # Bytes of all workers' states up to which "auto" writes them with each checkpoint, and of one worker's up to which it
 # is copied for a thread, so that training continues.
 SMALL = 256 << 20
-
-
-class Cut(Protocol):
-    """Makes a checkpoint of several centers one consistent cut (`cut.ConsistentCut`)."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether one is under way."""
-
-    def begin(self, number: int) -> None:
-        """Begin one; every center saves when it has reached it."""
 
 
 class CenterSaver:
@@ -67,7 +57,7 @@ class CenterSaver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._wanted = False  # due, but the last one was still being written
-        self.cut: Cut | None = None  # at the first of several centers: makes all of them save
+        self.cut: ConsistentCut | None = None  # at the first of several centers: makes all of them save
         self.pause = 0.0  # longest pause of serving, in seconds
         self.last: Path | None = None  # newest checkpoint with a complete file of this center
 
