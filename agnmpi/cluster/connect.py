@@ -104,7 +104,8 @@ class Connector(NamedTuple):
             if commit.payload is not None and reply.status == OK:
                 observer.committed(commit, c)
                 # If it has saved c, this worker's reply says so, and it saves its state of this moment.
-                reply = reply._replace(checkpoint=center.checkpoint)
+                if reply.checkpoint != center.checkpoint:
+                    reply = reply._replace(checkpoint=center.checkpoint)
             observer.served(commit, reply)
             return reply
 
