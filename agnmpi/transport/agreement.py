@@ -15,7 +15,6 @@ from mpi4py import MPI
 from ..core.backoff import wait_until
 
 T = TypeVar("T")
-_FEW = 16  # up to so many different strings are broadcast one by one, each once
 
 
 class ConfigError(ValueError):
@@ -41,10 +40,10 @@ def equal_on_all(comm: MPI.Comm, text: str) -> bool:
     return not any(_differ(comm, [digest(text)]))
 
 
-def allgather(comm: MPI.Comm, text: str) -> list[str]:
+def allgather(comm: MPI.Comm, text: str, few: int = 16) -> list[str]:
     """Gather a string of every rank, by rank; no pickles.
 
-    Where all are equal only digests are sent; where there are few different ones, each is sent once.
+    Where all are equal only digests are sent; up to `few` different ones are broadcast one by one, each once.
     """
     if equal_on_all(comm, text):
         return [text] * comm.size
@@ -53,7 +52,7 @@ def allgather(comm: MPI.Comm, text: str) -> list[str]:
     wait_until(comm.Iallgather(np.array([digest(text), encoded.size]), gathered).Test)
     digests, sizes = gathered.T.tolist()
     first = {d: digests.index(d) for d in dict.fromkeys(digests)}  # the lowest rank that has it
-    if len(first) <= _FEW:
+    if len(first) <= few:
         texts = {d: _broadcast(comm, encoded, rank, sizes[rank]) for d, rank in first.items()}
         return [texts[d] for d in digests]
     # Padded: mpi4py 4.1 does not keep the lists of counts that Iallgatherv may still read.

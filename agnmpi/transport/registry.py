@@ -124,6 +124,11 @@ def register(transport: Transport) -> None:
     _ENTRIES[transport.name] = transport
 
 
+def unregister(name: str) -> None:
+    """Forget a transport. Raises KeyError for an unknown name."""
+    del _ENTRIES[name]
+
+
 register(
     Transport(
         "p2p",

@@ -2,7 +2,6 @@
 
 import pytest
 
-from agnmpi.transport import agreement
 from agnmpi.transport.agreement import ConfigError, allgather, raise_on_all, require_equal
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -10,11 +9,10 @@ pytestmark = pytest.mark.mpi(min_size=2)
 
 @pytest.mark.parametrize("few", [16, 0], ids=["one by one", "all at once"])
 @pytest.mark.parametrize("text", ["", "λ", "long" * 10_000])
-def test_strings_are_gathered_by_rank(comm, text, few, monkeypatch):
-    monkeypatch.setattr(agreement, "_FEW", few)
-    assert allgather(comm, text) == [text] * comm.size
-    assert allgather(comm, text * (comm.rank % 2)) == [text * (rank % 2) for rank in range(comm.size)]
-    assert allgather(comm, text + str(comm.rank)) == [text + str(rank) for rank in range(comm.size)]
+def test_strings_are_gathered_by_rank(comm, text, few):
+    assert allgather(comm, text, few) == [text] * comm.size
+    assert allgather(comm, text * (comm.rank % 2), few) == [text * (rank % 2) for rank in range(comm.size)]
+    assert allgather(comm, text + str(comm.rank), few) == [text + str(rank) for rank in range(comm.size)]
 
 
 def test_refusals_are_heard_of_everywhere(comm):

@@ -5,6 +5,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -424,7 +425,7 @@ def test_memory_at_the_center(comm):
 
 
 def test_windows_beyond_shared_memory_are_refused(comm, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(2**20, 2**19, 2**19))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=2**19))
     with pytest.raises(ConfigError, match=r"MiB of shared memory.*transport p2p"):
         connect(comm, rules.agn(), np.zeros(10**6), None, setup=Setup(MAILBOX))
 
@@ -448,8 +449,8 @@ def test_windows_take_their_memory_before_the_next_center_looks(comm, monkeypatc
     monkeypatch.setattr(
         shutil,
         "disk_usage",
-        lambda _path: shutil._ntuple_diskusage(
-            0, 0, need * 3 // 2 - sum(shared_memory(pid) - before for pid, before in centers.items())
+        lambda _path: SimpleNamespace(
+            free=need * 3 // 2 - sum(shared_memory(pid) - before for pid, before in centers.items())
         ),
     )
     groups = [comm.Split(0 if comm.rank != other else MPI.UNDEFINED, (comm.rank - first) % comm.size)

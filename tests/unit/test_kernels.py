@@ -26,7 +26,7 @@ from agnmpi.core import rules
 from agnmpi.core.center import Center
 from agnmpi.core.leases import Lease
 from agnmpi.core.membership import Membership
-from agnmpi.core.messages import OK, WORK, Commit, Reply, Snapshot
+from agnmpi.core.messages import OK, Reply, Snapshot
 from agnmpi.core.optimizers import OPTIMIZERS
 from agnmpi.core.params import Layout
 from agnmpi.core.worker import Worker
@@ -491,9 +491,10 @@ def test_a_center_on_the_host_goes_on_from_a_pull_on_a_device_and_back(xp):
 
 
 def test_a_sole_survivor_goes_on_on_its_device(xp):
-    worker = Worker(xp.array(np.ones(6, "f4")), rules.agn(), OPTIMIZERS["sgd"](0.5), None, 2, double_buffer=True)
-    worker.end, roles = LocalCenter(worker.x, 3, None).worker_end(2), []
-    role = WorkerRole(Center(rules.agn(), worker.x[:0], 3), [worker], 3)
+    x, roles = xp.array(np.ones(6, "f4")), []
+    lost = LocalCenter(x, 3, None).worker_end(2)  # serves nothing any more
+    worker = Worker(x, rules.agn(), OPTIMIZERS["sgd"](0.5), lost, 2, double_buffer=True)
+    role = WorkerRole(Center(rules.agn(), x[:0], 3), [worker], 3)
     role.begin(20, 3)
     members = Membership(4)
     failover = Failover(
@@ -501,9 +502,13 @@ def test_a_sole_survivor_goes_on_on_its_device(xp):
     )  # fmt: skip
     worker.o[...] = 4
     snapshot = Snapshot(5, 1, 12, open=(Lease(6, 3), Lease(9, 3)))
-    worker.last_reply, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), snapshot=snapshot), 2
-    commit = Commit(2, 2, 3, 9, 2, requests=WORK, payload=xp.array(np.full(6, 1, "f4")))
-    worker._commit = worker.end.sending = commit
+    worker.last_reply, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), snapshot=snapshot), 1
+    worker.leases.append(Lease(9, 3))
+    worker.x[...] = 4
+    for _ in range(3):
+        worker.local_step(xp.array(np.full(6, -2, "f4")))
+    worker.start_exchange()  # commits 1, the mean of three steps of 1
+    commit = worker.under_way
     failover.take_role([SurvivorReport.of(worker, 3)], members.workers())
     (alone,) = roles
     assert isinstance(alone.c, fake_cuda.Vector)

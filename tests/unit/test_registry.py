@@ -22,13 +22,13 @@ from agnmpi.transport.agreement import ConfigError
 
 
 @pytest.fixture
-def carrier_pigeon(monkeypatch):
-    """Another name for messages within the process, with a capability of its own."""
-    entries = dict(registry._ENTRIES)
-    monkeypatch.setattr(registry, "_ENTRIES", entries)
+def carrier_pigeon():
+    """Another name for messages within the process."""
     made = replace(registry.local(), name="pigeon", about="by air")
     registry.register(made)
-    return made
+    yield made
+    registry.unregister("pigeon")
+    assert "pigeon" not in registry.names()
 
 
 def test_one_entry_is_enough(carrier_pigeon):
