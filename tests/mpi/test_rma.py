@@ -501,10 +501,10 @@ def test_what_no_transport_can_be_is_refused(comm, name, options, text):
         resolve(name, **options)
 
 
-@pytest.mark.parametrize("how", [{}, {"use_locking": False}], ids=["rma", "accumulate"])
+@pytest.mark.parametrize("locking", [True, False], ids=["rma", "accumulate"])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_loops_follow_each_other_and_may_be_broken_off(comm, how, overlap):
-    with AGNOptimizer(sgd(0.1), np.zeros(20), comm, 3, transport="rma", overlap=overlap, **how) as opt:
+def test_loops_follow_each_other_and_may_be_broken_off(comm, locking, overlap):
+    with AGNOptimizer(sgd(0.1), np.zeros(20), comm, 3, locking, transport="rma", overlap=overlap) as opt:
         for session in range(1, 5):
             for count, _ in enumerate(opt.steps(12 * opt.num_worker)):
                 opt.minimize(lambda p: (0.0, -np.ones(20)))
