@@ -72,8 +72,8 @@ def test_golden_one_worker(comm, case, transport):
                 close(flat(opt.center), center_after.get(t - period, start))
             if t == len(gradients):
                 break
-        if len(gradients) % period == 0:
-            close(flat(opt.center), center_after[max(center_after)])
+        opt.finish()
+        close(flat(opt.center), center_after[len(gradients)])
     part.Free()
 
 
