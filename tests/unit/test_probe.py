@@ -62,11 +62,6 @@ def test_the_launchers_variables_do_not_reach_the_trial():
     assert not {"PMI_RANK", "PMIX_RANK", "PRTE_LAUNCHED", "OMPI_COMM_WORLD_SIZE", "SLURM_JOB_ID"} & set(kept)
 
 
-def test_the_real_trial_runs_and_answers():
-    answer = probe.run()
-    assert "no CUDA device" in answer.why or "tried on" in answer.why
-
-
 def test_a_fake_device_is_staged_with_one_line(capfd):
     assert probe.choose_wire(MPI.COMM_SELF, fake_device.Vector([1, 2]), "auto") == "staged"
     assert capfd.readouterr().err == (
