@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +24,40 @@ Files: TypeAlias = tuple[Mapping[str, Array], Mapping[str, Any]]  # arrays and f
 # Bytes of all workers' states up to which "auto" writes them with each checkpoint, and of one worker's up to which it
 # is copied for a thread, so that training continues.
 SMALL = 256 << 20
+
+
+class _Writer:
+    """Writes files in a thread, one after the other; `failed`: called with the error of a write that has failed."""
+
+    def __init__(self, name: str, failed: Callable[[Exception], None]) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._failed = failed
+        self._pending: Future[None] | None = None
+
+    def begin(self, write: Callable[[], None]) -> None:
+        """Call `write` in the thread; waits for the last one."""
+        self.wait()
+        self._pending = self._pool.submit(write)
+
+    def busy(self) -> bool:
+        """Collect a finished write, without waiting; whether one is still under way."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        return self._pending is not None
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except (OSError, MemoryError) as error:
+            self._failed(error)
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self.wait()
+        self._pool.shutdown()
 
 
 class CenterSaver:
@@ -54,8 +89,7 @@ class CenterSaver:
         self._index = index
         self._due = Every(seconds=every_seconds) if every_seconds else None
         self._due_commits = Every(steps=every_commits) if every_commits else None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._writer = _Writer("checkpoint", self._failed)
         self._wanted = False  # due, but the last one was still being written
         self.cut: ConsistentCut | None = None  # at the first of several centers: makes all of them save
         self.pause = 0.0  # longest pause of serving, in seconds
@@ -63,9 +97,7 @@ class CenterSaver:
 
     def writing(self) -> bool:
         """Collect a finished write, without waiting; whether one is still under way."""
-        if self._pending is not None and self._pending.done():
-            self._settle()
-        return self._pending is not None
+        return self._writer.busy()
 
     def tick(self, c: Array) -> None:
         """Save if one is due. Call it when a commit has been applied, before the reply to it."""
@@ -83,8 +115,7 @@ class CenterSaver:
 
     def save(self, c: Array, steps: int | None = None) -> None:
         """Copy everything now, and start to write it; `steps`: the checkpoint's number, if not this center's steps."""
-        if self._pending is not None:
-            self._settle()
+        self._writer.wait()
         self._wanted = False
         number = self._center.steps if steps is None else steps
         start = time.perf_counter()
@@ -95,7 +126,7 @@ class CenterSaver:
             return
         self.pause = max(self.pause, time.perf_counter() - start)
         directory = folder(self._run, number)
-        self._pending = self._pool.submit(self._write, directory, arrays, {**self._facts(), **facts})
+        self._writer.begin(partial(self._write, directory, arrays, {**self._facts(), **facts}))
         self._center.checkpoint = number
 
     def _write(self, directory: Path, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
@@ -105,23 +136,13 @@ class CenterSaver:
         if self._index == 0:
             prune(self._run, self._keep, int(facts["centers"]))
 
-    def _settle(self) -> None:
-        assert self._pending is not None
-        pending, self._pending = self._pending, None
-        try:
-            pending.result()
-        except (OSError, MemoryError) as error:
-            self._failed(error)
-
     def _failed(self, error: Exception) -> None:
         last_good = f"the last good one is {self.last.name}" if self.last else "there is none so far"
         self._say(f"WARNING: the checkpoint could not be written ({_reason(error)}); {last_good}; training goes on")
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written."""
-        if self._pending is not None:
-            self._settle()
-        self._pool.shutdown()
+        self._writer.close()
 
 
 def _reason(error: Exception) -> str:
@@ -170,8 +191,7 @@ class WorkerSaver:
     """Writes a worker's local state when the center has written a checkpoint.
 
     A small state is copied to the host, and training goes on while a thread writes it. A large one is written in
-    place, from a device chunk by chunk: the worker waits, and no memory is needed. The workers do not all write at
-        once:
+    place, from a device chunk by chunk: the worker waits, and no memory is needed. The workers do not all write at once:
     each is delayed by its part of a tenth of the time between two checkpoints, worker 0 not at all.
 
     Args:
@@ -201,8 +221,7 @@ class WorkerSaver:
         self._wanted: int | None = None  # number of the checkpoint to write for
         self._announced = time.monotonic()
         self._due = 0.0
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
+        self._writer = _Writer("worker-state", self._failed)
 
     def tick(self) -> None:
         """Save if there is a new checkpoint. Call it after each step of the worker."""
@@ -212,7 +231,7 @@ class WorkerSaver:
         if worker.checkpoint != self._seen:
             self._seen = self._wanted = worker.checkpoint
             self._due, self._announced = now + self._part * (now - self._announced), now
-        if self._wanted is None or worker.done or now < self._due or self._writing():
+        if self._wanted is None or worker.done or now < self._due or self._writer.busy():
             return
         number, self._wanted = self._wanted, None
         self._begin(number)
@@ -225,29 +244,13 @@ class WorkerSaver:
             self._failed(error)
             return
         synchronize(worker.x)  # before another thread reads it
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="worker-state")
-        self._pending = self._pool.submit(write_worker, self._run, worker.index, number, files)
+        self._writer.begin(partial(write_worker, self._run, worker.index, number, files))
         if files[0]["o"] is worker.o:
             wait_until(self._written)
 
     def _written(self) -> bool:
         self._progress()
-        return not self._writing()
-
-    def _writing(self) -> bool:
-        if self._pending is not None and self._pending.done():
-            self._settle()
-        return self._pending is not None
-
-    def _settle(self) -> None:
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        try:
-            pending.result()
-        except (OSError, MemoryError) as error:
-            self._failed(error)
+        return not self._writer.busy()
 
     def _failed(self, error: Exception) -> None:
         self._say(
@@ -257,10 +260,7 @@ class WorkerSaver:
 
     def finish(self, steps: int | None) -> None:
         """At the end: wait for what is being written, and save for the checkpoint after `steps` steps (None: none)."""
-        self._settle()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        self._writer.close()
         if steps is None or self._when == "none":
             return
         try:
