@@ -94,8 +94,7 @@ def exchanges(
     """Time exchanges of float32 vectors; collective over `comm`, the rows are the same on every rank.
 
     `counts`: numbers of workers beside the center, on the first ranks of `comm`; `repeats`: exchanges of each worker
-        and
-    side; `xp`: where the workers' vectors lie.
+    and side; `xp`: where the workers' vectors lie.
     """
     rows = []
     for workers in counts:

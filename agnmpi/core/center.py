@@ -57,9 +57,8 @@ class Center:
         self.state: Any = optimizer.init(like) if optimizer else None
         self.clock = 0
         self.applied = [0] * workers  # last sequence, by worker
-        self.processed = dict[
-            int, int
-        ]()  # the same, refused and dropped commits included: defines a consistent cut over shards
+        # The same, refused and dropped commits included: defines a consistent cut over shards.
+        self.processed = dict[int, int]()
         self.on_block: Callable[[int], None] | None = None  # called after each block of a step, with its end
         self.leases: Leases | None = None  # None: the work is divided elsewhere
         self.now: Callable[[], float] | None = None  # clock for the workers' speeds, where λ_k depends on them

@@ -22,9 +22,8 @@ class Capabilities(NamedTuple):
     together: bool = False  # all ranks train, and exchange at the same time
     whole_pulls: bool = True  # no pull sees part of a commit
     exact_clock: bool = True  # the clock that comes with a pull counts the commits in it
-    single_commits: bool = (
-        True  # the center sees each commit: it weighs them, refuses them, steps an optimizer, grants leases
-    )
+    # The center sees each commit: it weighs them, refuses them, steps an optimizer, grants leases.
+    single_commits: bool = True
     message_order: bool = False  # the order of messages at the center repeats a run
     shards: bool = False  # several center ranks may hold a block each
     silent_workers: bool = False  # the center can go on without a worker that is silent

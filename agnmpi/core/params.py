@@ -8,8 +8,6 @@ import numpy as np
 
 from ..arrays.backend import Array, as_array, bring, empty, namespace, on_host
 
-Params = Mapping[str, Any]
-
 
 def named(params: Any) -> dict[str, Array]:
     """Return `params` as a dict: a mapping as it is, a sequence or one array under the names "0", "1", …

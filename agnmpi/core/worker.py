@@ -220,9 +220,8 @@ class Worker:
         self._swap_in_pull(reply)
         if self.rule.pulls == "before":
             commit, flags = self._commit, self._form_delta(self._commit.steps)
-            if (
-                self.overlap and flags and not commit.flags
-            ):  # x became non-finite in later steps: this commit's were fine
+            # Where x became non-finite in later steps, this commit's were fine.
+            if self.overlap and flags and not commit.flags:
                 commit = commit._replace(steps=0)
             self._commit = commit._replace(clock=self.clock, flags=flags)
             handle = self.end.exchange(self._commit, None)

@@ -185,9 +185,8 @@ def read_span(folder: Path, facts: Mapping[str, Any], span: slice) -> dict[str, 
             )
         whole = (low, high) == (block.start, block.stop)
         for name, x in arrays.items():
-            part = (
-                x if whole else x[low - block.start : high - block.start].copy()
-            )  # a copy, so that the rest can be freed
+            # A copy, so that the rest can be freed.
+            part = x if whole else x[low - block.start : high - block.start].copy()
             pieces.setdefault(name, []).append(part)
     if "c" not in pieces or len({len(blocks) for blocks in pieces.values()}) > 1:
         raise ValueError(f"{folder}: the blocks of the centers do not fit together")

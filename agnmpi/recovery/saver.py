@@ -191,8 +191,8 @@ class WorkerSaver:
     """Writes a worker's local state when the center has written a checkpoint.
 
     A small state is copied to the host, and training goes on while a thread writes it. A large one is written in
-    place, from a device chunk by chunk: the worker waits, and no memory is needed. The workers do not all write at once:
-    each is delayed by its part of a tenth of the time between two checkpoints, worker 0 not at all.
+    place, from a device chunk by chunk: the worker waits, and no memory is needed. The workers do not all write at
+    once: each is delayed by its part of a tenth of the time between two checkpoints, worker 0 not at all.
 
     Args:
         run: directory of the run. Without a shared file system a resumed run restarts this worker's optimizer.

@@ -96,7 +96,7 @@ class Stage:
         """Let `drive` run the workers, and write the result.
 
         `lines`: messages about the run; `extra_results()`: further parts of the result; `table`: further lines of
-            config.toml.
+        config.toml.
         """
         config, layout, plan = self.config, self.layout, self.plan
         directory = self.directory

@@ -179,11 +179,8 @@ def timing_only(
     heapify(heap)
     skipped = timing.exchanges // 5
     clock, free, computed, served, longest = 0, 0.0, 0.0, 0.0, 0
-    staleness, waits, queue = (
-        list[int](),
-        list[float](),
-        deque[float](),
-    )  # queue: begins of service
+    staleness, waits = list[int](), list[float]()
+    queue = deque[float]()  # begins of service
     warm = (0.0, 0.0, 0.0, 0)  # state after the warm-up
     while clock < timing.exchanges:
         arrival, _, code = heap[0]

@@ -80,8 +80,8 @@ class Problem(Protocol):
     def evaluate(self, params: Mapping[str, Array]) -> Mapping[str, float]:
         """Measure the model on held-out data.
 
-        On a center rank it runs in a thread while the center serves: it must not call MPI, nor change what `gradient`
-            uses.
+        On a center rank it runs in a thread while the center serves: it must not call MPI, nor change what
+        `gradient` uses.
 
         Args:
             params: a copy of the center variable, by name, shaped as `init` made the parameters.

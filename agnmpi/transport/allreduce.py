@@ -2,7 +2,7 @@
 
 A round is a nonblocking sum of counts and one of the deltas; after it each rank makes the same center step. A rank
 that leaves early takes part in one more round, without a delta and with the flag that it leaves: after it all ranks
-    stop.
+stop.
 
 All ranks must use the same arithmetic: only CPUs or only GPUs. A GPU rounds once where a CPU rounds
 twice (fused multiply-add), and the replicas would drift apart.

@@ -24,9 +24,8 @@ _RETRY = 0.1  # seconds after which a parked request is tried again
 class P2PCenter(CenterEnd):
     """The center's end: rank 0 of `comm`.
 
-    Deltas are received in the order of their headers, and messages served in the order in which they are complete: a
-        slow
-    one delays no other.
+    Deltas are received in the order of their headers, and messages served in the order in which they are complete:
+    a slow one delays no other.
 
     Args:
         comm: Communicator of the center (rank 0) and its workers, of our own.

@@ -34,8 +34,8 @@ class Buffer:
 class Buffers:
     """The message buffers of a center, allocated when first needed.
 
-    `like`: (n,) c; `limit`: how many there may be, besides those in use by silent workers; `allocated`: how many there
-        are.
+    `like`: (n,) c; `limit`: how many there may be, besides those in use by silent workers; `allocated`: how many
+    there are.
     """
 
     def __init__(self, like: Array, limit: int, wire: str) -> None:

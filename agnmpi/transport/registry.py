@@ -246,9 +246,7 @@ def p2p(centers: int = 1, message_buffers: int = 4, wire: str = "auto", center_d
     Raises:
         ValueError: for a number below 1.
     """
-    return resolve(
-        "p2p", centers=centers, message_buffers=message_buffers, wire=wire, center_device=center_device
-    )  # fmt: skip
+    return resolve("p2p", centers=centers, message_buffers=message_buffers, wire=wire, center_device=center_device)
 
 
 def rma(centers: int = 1, wire: str = "auto") -> Transport:
@@ -268,8 +266,7 @@ def accumulate(centers: int = 1) -> Transport:
     """One-sided sums: workers add to the center variable themselves (TensorFlow's `use_locking=False`).
 
     No rank serves. Commits are neither whole, ordered, weighed nor refused by the center, and a pull may contain part
-    of
-    a commit: for rules whose commits are added as they are.
+    of a commit: for rules whose commits are added as they are.
 
     Args:
         centers: k, ranks 0 … k−1 hold a block of the center variable each.
