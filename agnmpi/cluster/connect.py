@@ -1,11 +1,12 @@
 """Roles from a communicator: which ranks serve and which train, and what connects them."""
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mpi4py import MPI
 
-from ..arrays.backend import Array, bring, empty_like, full_like, namespace, to_host
+from ..arrays.backend import Array, bring, full_like, to_host
 from ..core.center import Center
 from ..core.ends import Apply, CenterEnd, WorkerEnd
 from ..core.messages import OK, Commit, Reply
@@ -71,7 +72,7 @@ class Connector(NamedTuple):
         """The role of a sole survivor: it goes on training, from `c` (n,), within its own process."""
         c = full_like(worker.x, bring(c, worker.x))
         center = self._state(c, 1)
-        return LocalRole(center, [worker], LocalCenter(c, 1, self._apply(center)))
+        return LocalRole(center, [worker], 1, LocalCenter(c, 1, self._apply(center)))
 
     @property
     def _grants_work(self) -> bool:
@@ -135,7 +136,7 @@ class Connector(NamedTuple):
         end = LocalCenter(c, count, self._apply(center))
         copies = [x if i == 0 else x.copy() for i in range(count)]
         workers = [Worker(copy, self.rule, self.optimizer, end.worker_end(i), i) for i, copy in enumerate(copies)]
-        return LocalRole(center, workers, end)
+        return LocalRole(center, workers, count, end)
 
     def _worker(self, comm: MPI.Comm, x: Array) -> WorkerRole:
         transport = self.setup.transport
@@ -154,12 +155,11 @@ class Connector(NamedTuple):
         centers, count = self.setup.transport.centers, comm.size - self.setup.transport.centers
         spans = list(parts(x.size, centers))
         whole = full_like(to_host(x), to_host(x))
-        ranks = comm.Create_group(comm.Get_group().Incl(list(range(centers))))  # type: ignore[attr-defined]
+        ranks = _subset(comm, range(centers))
         bcast_in_pieces(ranks, whole)  # rank 0's values count
         block = whole[spans[comm.rank]]
         like = block if self.setup.transport.center_device != "gpu" else x[spans[comm.rank]]
-        c = empty_like(like)
-        c[...] = namespace(c).asarray(block)
+        c = full_like(like, bring(block, like))
         center, end, apply = self._serving(_group(comm, comm.rank, centers), c, count)
         others = []
         if comm.rank == 0:
@@ -183,7 +183,7 @@ class Connector(NamedTuple):
         assert make_peer is not None
         end = make_peer(comm, c, self._apply(center))
         worker = Worker(x, self.rule, self.optimizer, end, comm.rank, self.setup.overlap)
-        return PeerRole(center, worker, comm.size, end)
+        return PeerRole(center, [worker], comm.size, end)
 
 
 def connect(
@@ -203,8 +203,14 @@ def _group(comm: MPI.Comm, center: int, centers: int) -> MPI.Comm:
     """The communicator of a center (rank 0) and all workers; with several centers the first is last in the others'."""
     if centers == 1:
         return comm
-    ranks = [center, *range(centers, comm.size), *([0] if center else [])]
-    group = comm.Get_group().Incl(ranks)
-    subset: MPI.Comm = comm.Create_group(group, center)  # type: ignore[attr-defined]
+    return _subset(comm, [center, *range(centers, comm.size), *([0] if center else [])], center)
+
+
+def _subset(comm: MPI.Comm, ranks: Sequence[int], tag: int = 0) -> MPI.Comm:
+    """A communicator of `ranks`, in this order; collective over these alone, apart from others by `tag`."""
+    everyone = comm.Get_group()
+    group = everyone.Incl(list(ranks))
+    subset: MPI.Comm = comm.Create_group(group, tag)  # type: ignore[attr-defined]
     group.Free()
+    everyone.Free()
     return subset

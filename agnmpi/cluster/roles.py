@@ -7,7 +7,7 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like, to_host
 from ..core.center import Center, serve
-from ..core.ends import Apply, CenterEnd, Handle, WorkerEnd
+from ..core.ends import Apply, CenterEnd, Handle, WorkerEnd, all_done
 from ..core.leases import Leases, SpeedProportional, rounds
 from ..core.observer import Observer
 from ..core.worker import Worker
@@ -101,7 +101,29 @@ class WorkerRole(Role):
     """A worker of one or several center ranks."""
 
 
-class CenterRole(Role):
+class HoldingRole(Role):
+    """A role that holds the center variable, a block or a replica of it.
+
+    Args:
+        end: where it is held.
+    """
+
+    def __init__(self, center: Center, workers: Sequence[Worker], count: int, end: CenterEnd | AllreduceEnd) -> None:
+        super().__init__(center, workers, count)
+        self.end = end
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable, or what is held of it."""
+        return self.end.c
+
+    def resume(self, arrays: Arrays, facts: Facts) -> None:
+        """As `Role.resume`; restores the center variable, the slots and the counts."""
+        super().resume(arrays, facts)
+        self.center.restore(arrays, facts, self.end.c)
+
+
+class CenterRole(HoldingRole):
     """The rank that serves the center variable.
 
     Args:
@@ -112,23 +134,18 @@ class CenterRole(Role):
     """
 
     serves = True
+    end: CenterEnd
 
     def __init__(
         self, center: Center, count: int, end: CenterEnd, apply: Apply, observer: Observer, grants: bool = True
     ) -> None:
-        super().__init__(center, [], count)
-        self.end, self.apply, self._observer, self._grants = end, apply, observer, grants
-
-    @property
-    def c(self) -> Array:
-        """(n,) the center variable."""
-        return self.end.c
+        super().__init__(center, [], count, end)
+        self.apply, self._observer, self._grants = apply, observer, grants
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
-        """As `Role.resume`; restores the center variable and its slots."""
+        """As `HoldingRole.resume`."""
         super().resume(arrays, facts)
         center = self.center
-        center.restore(arrays, facts, self.end.c)
         self.end.resume(center.clock, center.steps, (center.staleness_sum, center.staleness_max), center.refused)
 
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
@@ -199,7 +216,7 @@ class ShardRole(CenterRole):
         whole: Array = empty_like(self._whole)
         whole[self._spans[0]] = to_host(self.end.c)
         self._copied = handles = [end.pull(whole[span]) for end, span in zip(self._others, self._spans[1:])]
-        return lambda: whole if sum([handle.test() for handle in handles]) == len(handles) else None
+        return lambda: whole if all_done(handles) else None
 
     def close(self) -> None:
         """Free what the ends hold, and the communicator of the centers; collective."""
@@ -207,49 +224,29 @@ class ShardRole(CenterRole):
         self.centers.Free()
 
 
-class PeerRole(Role):
+class PeerRole(HoldingRole):
     """A rank that trains and exchanges with all others at the same time; it holds a replica of the center variable."""
 
-    def __init__(self, center: Center, worker: Worker, count: int, end: AllreduceEnd) -> None:
-        super().__init__(center, [worker], count)
-        self._end = end
-
-    @property
-    def c(self) -> Array:
-        """(n,) the replica."""
-        return self._end.c
+    end: AllreduceEnd
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
-        """As `Role.resume`; every rank restores its replica."""
+        """As `HoldingRole.resume`, on every rank."""
         super().resume(arrays, facts)
-        self.center.restore(arrays, facts, self._end.c)
-        self._end.clock, self._end.steps = self.center.clock, self.center.steps
+        self.end.clock, self.end.steps = self.center.clock, self.center.steps
 
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
-        self._end.begin_rounds(total, rounds(total, period, self._end.comm.rank, self.count, leases.next, leases.free))
+        self.end.begin_rounds(total, rounds(total, period, self.end.comm.rank, self.count, leases.next, leases.free))
 
 
-class LocalRole(Role):
+class LocalRole(HoldingRole):
     """Center and workers in this process."""
 
-    def __init__(self, center: Center, workers: Sequence[Worker], end: LocalCenter) -> None:
-        super().__init__(center, workers, len(workers))
-        self._end = end
-
-    @property
-    def c(self) -> Array:
-        """(n,) the center variable."""
-        return self._end.c
-
-    def resume(self, arrays: Arrays, facts: Facts) -> None:
-        """As `Role.resume`."""
-        super().resume(arrays, facts)
-        self.center.restore(arrays, facts, self._end.c)
+    end: LocalCenter
 
     def worker_end(self, worker: int = 0) -> WorkerEnd:
         """The end of a worker."""
-        return self._end.worker_end(worker)
+        return self.end.worker_end(worker)
 
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         self.center.leases = leases
-        self._end.open()
+        self.end.open()

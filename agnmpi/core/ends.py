@@ -1,7 +1,7 @@
 """The contract between a worker, a center and the transport of their messages."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
@@ -162,6 +162,11 @@ def run_waits(waits: Waits[T]) -> T:
         handle.wait()
 
 
+def all_done(handles: Iterable[Handle]) -> bool:
+    """Make progress on each of `handles`; whether all are done."""
+    return not [handle for handle in handles if not handle.test()]
+
+
 class Chained:
     """Several exchanges of one worker, sent in order; the reply is that of the last."""
 
@@ -170,7 +175,7 @@ class Chained:
 
     def test(self) -> bool:
         """Make progress on all; whether all are done."""
-        return sum([handle.test() for handle in self._handles]) == len(self._handles)
+        return all_done(self._handles)
 
     def wait(self) -> Reply:
         """Finish all."""

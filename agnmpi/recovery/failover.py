@@ -81,7 +81,7 @@ class Failover:
         c, center = full_like(worker.x, bring(serving.c, worker.x)), serving.center
         center.move(c)
         center.workers, center.applied, center.on_block = 1, [worker.sequence], None
-        role = LocalRole(center, [worker], LocalCenter(c, 1, serving.apply))
+        role = LocalRole(center, [worker], 1, LocalCenter(c, 1, serving.apply))
         role.session, role.total, role.period = serving.session, serving.total, serving.period
         self._train_within(role, worker)
         self._role = role

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..arrays.backend import Array
-from ..cluster.roles import CenterRole, Role, ShardRole
+from ..cluster.roles import CenterRole, HoldingRole, Role, ShardRole
 from ..core.batches import Plan
 from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout
@@ -182,7 +182,8 @@ class Duties:
 
     def _own_center(self) -> Array:
         """This rank's block of the center variable, or all of it."""
-        return self._role.end.c if isinstance(self._role, CenterRole) else self._role.c
+        assert isinstance(self._role, HoldingRole)
+        return self._role.end.c
 
     def _facts(self) -> dict[str, Any]:
         """A checkpoint's facts beside those of the center."""

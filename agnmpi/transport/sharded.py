@@ -6,7 +6,7 @@ A pull is whole per shard, not over all of them, and each shard has a clock of i
 from collections.abc import Callable, Sequence
 
 from ..arrays.backend import Array
-from ..core.ends import Handle, WorkerEnd
+from ..core.ends import Handle, WorkerEnd, all_done
 from ..core.messages import WORK, Commit, Reply
 
 
@@ -19,7 +19,7 @@ class _AllShards:
 
     def test(self) -> bool:
         """Make progress on all; whether all are done."""
-        return sum([handle.test() for handle in self._handles]) == len(self._handles)
+        return all_done(self._handles)
 
     def wait(self) -> Reply:
         """Finish all."""
