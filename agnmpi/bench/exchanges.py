@@ -74,10 +74,6 @@ class _Ours:
         return times
 
 
-def _entry(name: str) -> Transport:
-    return resolve(name)
-
-
 class Case(NamedTuple):
     """A case to measure: a transport, a wire, a size, a number of workers."""
 
@@ -105,9 +101,9 @@ def exchanges(
             )
             part_rows: list[dict[str, Any]] = []
             if part != MPI.COMM_NULL:
-                train = _entry(transport).workers_among(ranks)
+                train = resolve(transport).workers_among(ranks)
                 for n in sizes:
-                    for wire in wires if _entry(transport).capabilities.direct else wires[:1]:  # else always staged
+                    for wire in wires if resolve(transport).capabilities.direct else wires[:1]:  # else always staged
                         part_rows += _compare(part, Case(transport, wire, n, train), repeats, xp)
                 part.Free()
             barrier(comm)
@@ -116,7 +112,7 @@ def exchanges(
 
 
 def _compare(comm: MPI.Intracomm, case: Case, repeats: int, xp: ModuleType) -> list[dict[str, Any]]:
-    entry = _entry(case.transport)
+    entry = resolve(case.transport)
     serves = comm.rank < entry.serving_ranks
     x = zeros(case.n, np if serves else xp)
     ours = _Ours(comm, replace(entry, wire=case.wire), x)

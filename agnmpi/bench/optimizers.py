@@ -5,7 +5,6 @@ The sides alternate in short rounds, so that noise of the machine affects all of
 
 import importlib
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from ..arrays.backend import Array, choose, empty_like, full_like
 from ..core import optimizers, rules
+from .exchanges import timed
 
 Row = dict[str, Any]
 Timer = Callable[[Callable[[], Any]], float]
@@ -24,12 +24,6 @@ _TRIED = {
     "momentum": (optimizers.momentum(1e-3), 5),
     "adam": (optimizers.adam(1e-3), 7),
 }
-
-
-def _wall(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _vectors(n: int, xp: Any) -> tuple[Array, Array]:
@@ -72,7 +66,7 @@ def optimizer_bandwidth(n: int, rounds: int = 9) -> list[Row]:
     sides: dict[str, tuple[Callable[[], Any], int]] = {"memcpy": (partial(np.copyto, y, x), 2)}
     for name, (optimizer, words) in _TRIED.items():
         sides[name] = _stepper(optimizer, x, g), words
-    return _rows(sides, rounds, _wall, n, "memcpy")
+    return _rows(sides, rounds, timed, n, "memcpy")
 
 
 def device_bandwidth(n: int, rounds: int = 20) -> list[Row]:

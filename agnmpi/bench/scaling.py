@@ -4,8 +4,6 @@ The workers are fake, in this process, so the results include Python's work at t
 """
 
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from ..core.center import Center
 from ..core.leases import Leases
 from ..core.messages import PULL, WORK, Commit
 from ..transport.p2p import P2PCenter
+from .exchanges import timed
 from .fake_peers import FakePeers
 
 _ROUNDS = 300
@@ -45,12 +44,16 @@ def measure(workers: int) -> dict[str, float]:
         of 1,000 numbers, from its header to the sends of c.
     """
     peers, end, center = center_of_fakes(workers)
-    looks = [_microseconds(lambda: end.serve_one(center.apply)) for _ in range(_ROUNDS)]
+
+    def serve_one() -> None:
+        end.serve_one(center.apply)
+
+    looks = [1e6 * timed(serve_one) for _ in range(_ROUNDS)]
     commits, nbytes = [], []
     for i in range(_ROUNDS):
         peers.send(commit_of(center, i % workers), end.c.nbytes)
         before = peers.nbytes["reply"]
-        commits.append(_microseconds(lambda: end.serve_one(center.apply)))
+        commits.append(1e6 * timed(serve_one))
         nbytes.append(peers.nbytes["reply"] - before)
     assert center.clock == _ROUNDS
     return {
@@ -58,12 +61,6 @@ def measure(workers: int) -> dict[str, float]:
         "reply_bytes": statistics.median(nbytes),
         "commit_us": statistics.median(commits),
     }
-
-
-def _microseconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return 1e6 * (time.perf_counter() - begin)
 
 
 def main() -> None:

@@ -149,55 +149,44 @@ class _Method(NamedTuple):
             norm = abs(scale) * global_norm(g, ranges)
             if norm > self.clip:
                 scale *= self.clip / norm
-        move = self._on_host if on_host(x) else self._on_device
-        move(g, state[1:], x, eta, self.scalars(eta, count, x.dtype), scale, ranges, on_block)
+        decay, keep = (0.0, 1 - eta * self.weight_decay) if self.decoupled else (self.weight_decay, 1.0)
+        move = _move_on_host if on_host(x) else _move_on_device
+        scalars = scale, decay, keep, *self.scalars(eta, count, x.dtype)
+        move(self.kernel, g, scalars, x, state[1:], ranges, on_block)
         return state._replace(step=count)
 
-    def _on_device(
-        self,
-        g: Array,
-        slots: Sequence[Array],
-        x: Array,
-        eta: float,
-        scalars: Sequence[float],
-        scale: float,
-        ranges: Sequence[Range],
-        on_block: OnBlock | None,
-    ) -> None:
-        keep = 1 - eta * self.weight_decay if self.decoupled else 1.0
-        decay = 0.0 if self.decoupled else self.weight_decay
-        for lo, hi in joined(ranges):
-            launch(self.kernel, g[lo:hi], scale, decay, keep, *scalars, x[lo:hi], *(slot[lo:hi] for slot in slots))
-            if on_block:
-                on_block(hi)
 
-    def _on_host(
-        self,
-        g: Array,
-        slots: Sequence[Array],
-        x: Array,
-        eta: float,
-        scalars: Sequence[float],
-        scale: float,
-        ranges: Sequence[Range],
-        on_block: OnBlock | None,
-    ) -> None:
-        host: HostKernel = HOST[self.kernel]
-        constants = [np.array(number, x.dtype) for number in scalars]
-        s, r, scaled = scratch(x, 3)
-        for lo, hi in ranges:
-            for part in blocks(x, lo, hi):
-                xb, gb, size = x[part], g[part], part.stop - part.start
-                if scale != 1.0:
-                    gb = np.multiply(gb, scale, out=scaled[:size])
-                if self.weight_decay and not self.decoupled:
-                    wx = np.multiply(xb, self.weight_decay, out=s[:size])
-                    gb = np.add(gb, wx, out=scaled[:size])
-                elif self.weight_decay:
-                    xb *= 1 - eta * self.weight_decay
-                host(xb, gb, [slot[part] for slot in slots], s[:size], r[:size], *constants)
-                if on_block:
-                    on_block(part.stop)
+def _move_on_device(
+    kernel: str, g: Array, scalars: Sequence[float], x: Array, slots: Sequence[Array], ranges: Sequence[Range],
+    on_block: OnBlock | None,
+) -> None:  # fmt: skip
+    for lo, hi in joined(ranges):
+        launch(kernel, g[lo:hi], *scalars, x[lo:hi], *(slot[lo:hi] for slot in slots))
+        if on_block:
+            on_block(hi)
+
+
+def _move_on_host(
+    kernel: str, g: Array, scalars: Sequence[float], x: Array, slots: Sequence[Array], ranges: Sequence[Range],
+    on_block: OnBlock | None,
+) -> None:  # fmt: skip
+    """As the device kernels: against d = scale·g + decay·x, from keep·x."""
+    host: HostKernel = HOST[kernel]
+    scale, decay, keep, *numbers = scalars
+    constants = [np.array(number, x.dtype) for number in numbers]
+    s, r, scaled = scratch(x, 3)
+    for lo, hi in ranges:
+        for part in blocks(x, lo, hi):
+            xb, gb, size = x[part], g[part], part.stop - part.start
+            if scale != 1.0:
+                gb = np.multiply(gb, scale, out=scaled[:size])
+            if decay:
+                gb = np.add(gb, np.multiply(xb, decay, out=s[:size]), out=scaled[:size])
+            if keep != 1.0:
+                xb *= keep
+            host(xb, gb, [slot[part] for slot in slots], s[:size], r[:size], *constants)
+            if on_block:
+                on_block(part.stop)
 
 
 def _make(
