@@ -12,7 +12,7 @@ from ..core import rules
 from ..core.center import Center
 from ..core.leases import Leases
 from ..core.messages import PULL, WORK, Commit
-from ..transport.p2p import P2PCenter
+from ..transport.p2p_center import P2PCenter
 from .exchanges import timed
 from .fake_peers import FakePeers
 

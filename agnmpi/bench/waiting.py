@@ -13,7 +13,8 @@ from ..core import rules
 from ..core.center import Center, serve
 from ..core.messages import Commit
 from ..transport.agreement import allgather
-from ..transport.p2p import P2PCenter, P2PWorker
+from ..transport.p2p import P2PWorker
+from ..transport.p2p_center import P2PCenter
 from .exchanges import barrier
 
 

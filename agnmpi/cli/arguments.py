@@ -99,13 +99,8 @@ def _add_train(commands: Any) -> None:
         "same names; options given here override it, and --set overrides both.",
         argument_default=argparse.SUPPRESS,
     )
-    train.add_argument("problem", nargs="?", metavar="MODULE:PROBLEM", help=_field("problem").metadata["help"])
     train.add_argument("--inject-faults", action="store_true", default=False, help=argparse.SUPPRESS)  # for tests
-    train.add_argument("--config", metavar="FILE", help="TOML file; RUN/config.toml repeats a run", default=None)
-    train.add_argument(
-        "--set", action="append", dest="sets", metavar="KEY=VALUE", default=[],
-        help="set any option, also in a table: --set options.hidden=64 --set optimizer_options.beta1=0.8",
-    )  # fmt: skip
+    _add_sources(train, "set any option, also in a table: --set options.hidden=64 --set optimizer_options.beta1=0.8")
     _add_fields(train, Config)
     train.add_argument(  # TensorFlow's option
         "--use-locking", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS
@@ -124,9 +119,7 @@ def _add_simulate(commands: Any) -> None:
         "too; RUN/config.toml, with its table [simulation], repeats a simulation.",
         argument_default=argparse.SUPPRESS,
     )
-    simulate.add_argument("problem", nargs="?", metavar="MODULE:PROBLEM", help=_field("problem").metadata["help"])
-    simulate.add_argument("--config", metavar="FILE", help="TOML file; RUN/config.toml repeats a run", default=None)
-    simulate.add_argument("--set", action="append", dest="sets", metavar="KEY=VALUE", default=[], help="as in train")
+    _add_sources(simulate, "as in train")
     simulate.add_argument(
         "--timing-only",
         action="store_true",
@@ -138,6 +131,13 @@ def _add_simulate(commands: Any) -> None:
     )
     _add_fields(simulate, Config, (*SIMULATED, "message_buffers", "wire", "center_device"), hidden=("checkpoint",))
     _add_fields(simulate, Timing)
+
+
+def _add_sources(command: Any, about_set: str) -> None:
+    """Add the problem, a file of options, and --set."""
+    command.add_argument("problem", nargs="?", metavar="MODULE:PROBLEM", help=_field("problem").metadata["help"])
+    command.add_argument("--config", metavar="FILE", help="TOML file; RUN/config.toml repeats a run", default=None)
+    command.add_argument("--set", action="append", dest="sets", metavar="KEY=VALUE", default=[], help=about_set)
 
 
 def _add_fields(

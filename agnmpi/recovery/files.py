@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -123,23 +123,24 @@ def _header(arrays: Mapping[str, Array], names: list[str], facts: Mapping[str, s
     return len(text).to_bytes(8, "little") + text
 
 
-def load(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Read what `save` wrote: the arrays and the facts. Raises ValueError for a file that is not whole."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def load(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Read what `save` wrote: the arrays and the facts. Raises ValueError for a file that is not whole."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def load_facts(path: Path) -> dict[str, str]:
     """Read the facts alone. Raises ValueError for a file that is not whole."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    with _opened(path) as file:
+        return dict(file.metadata() or {})

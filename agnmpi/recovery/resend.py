@@ -9,7 +9,7 @@ from ..arrays.backend import Array, empty_like
 from ..core.ends import Elected, Handle, WorkerEnd
 from ..core.messages import Commit, Reply
 from ..core.worker import Worker
-from ..transport.p2p import peer_failed
+from ..transport.peers import peer_failed
 
 Begin: TypeAlias = Callable[[WorkerEnd, Array | None], Handle]
 

@@ -1,11 +1,12 @@
 """The order in which a center served its messages: recorded during a run, read to replay it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.messages import LEAVE, WORK, Commit, Reply
+from ..version import __version__
 
 NAME = "order.jsonl"
 
@@ -36,12 +37,24 @@ class Served(NamedTuple):
 class Recorder:
     """Appends each served message to RUN/order.jsonl, one list per line, flushed each time: it survives a crash.
 
-    `facts`: further data for a replay, such as the number of workers.
+    Args:
+        directory: of the run.
+        workers: n.
+        blas_threads: of each worker.
+        idle_workers_wait: as of the center.
     """
 
-    def __init__(self, directory: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, workers: int, blas_threads: Sequence[int], idle_workers_wait: bool) -> None:
         self._file = (directory / NAME).open("x", encoding="utf-8")
-        self._write(facts | {"fields": Served._fields})
+        self._write(
+            {
+                "agnmpi": __version__,
+                "workers": workers,
+                "blas_threads": list(blas_threads),
+                "idle_workers_wait": idle_workers_wait,
+                "fields": Served._fields,
+            }
+        )
 
     def __call__(self, commit: Commit, reply: Reply) -> None:
         """A message was served."""

@@ -111,13 +111,8 @@ class Stage:
             stamp,
         )
         if config.record:
-            facts = {
-                "agnmpi": __version__,
-                "workers": config.workers,
-                "blas_threads": [blas_threads()],
-                "idle_workers_wait": self.centers[0].idle_workers_wait,
-            }
-            self._recorder = record.Recorder(directory, facts)
+            waits = self.centers[0].idle_workers_wait
+            self._recorder = record.Recorder(directory, config.workers, [blas_threads()], waits)
         monitor.say(
             f"agnmpi {__version__}: {config.problem}, {layout.size:,} parameters ({layout.dtype}), {plan.samples:,} "
             f"samples, {plan.steps:,} steps of {plan.batch}; rule {config.rule}, {config.workers} workers, period "

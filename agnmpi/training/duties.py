@@ -142,8 +142,7 @@ class Duties:
         if lines is not None:
             write_atomic(run.directory / "config.toml", repeatable(config).to_toml().encode())
         if config.record and lines is not None:
-            facts = {"agnmpi": __version__, "workers": role.count, "blas_threads": list(threads)}
-            self._recorder = Recorder(run.directory, facts | {"idle_workers_wait": role.center.idle_workers_wait})
+            self._recorder = Recorder(run.directory, role.count, threads, role.center.idle_workers_wait)
         self.monitor = Monitor(config, run.plan, role, run.directory, run.evaluate)
         for line in lines or ():
             self.monitor.say(line)

@@ -16,16 +16,13 @@ from ..core.backoff import wait_until
 from ..core.ends import Chained, Handle, WorkerEnd
 from ..core.messages import LEAVE, PULL, Commit, Reply, reply_bytes
 from .chunks import ALL, PIECE, Stream, Ticks
-from .p2p_center import P2PCenter
-from .peers import CENTER_VARIABLE, DELTA, HEADER, REPLY, peer_failed
+from .peers import CENTER_VARIABLE, DELTA, HEADER, REPLY
 from .staging import Direct, Wire, cut
 
 CENTER = 0  # rank
 # Pieces of a delta on their way at once. With ULFM few: see PIECE. With 4 or 8 of them Open MPI 5.0.11 took 1.25 times
 # as long for 24 MB as with 16, and more gave nothing.
 IN_FLIGHT = 16
-
-__all__ = ["P2PCenter", "P2PWorker", "peer_failed"]
 
 
 class _Exchange:

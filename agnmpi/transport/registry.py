@@ -79,7 +79,7 @@ def _p2p_worker(comm: "MPI.Comm", like: Array, transport: Transport) -> WorkerEn
 
 
 def _p2p_center(comm: "MPI.Comm", c: Array, transport: Transport) -> CenterEnd:
-    from .p2p import P2PCenter
+    from .p2p_center import P2PCenter
 
     return P2PCenter(comm, c, transport.message_buffers, transport.wire)
 

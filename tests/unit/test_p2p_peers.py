@@ -13,7 +13,8 @@ from agnmpi.bench.fake_peers import FakePeers
 from agnmpi.bench.scaling import center_of_fakes, commit_of, measure
 from agnmpi.core.messages import IDLE, LEAVE, PULL, WAIT, WORK, Commit, Reply
 from agnmpi.transport.chunks import PIECE
-from agnmpi.transport.p2p import IN_FLIGHT, P2PCenter, P2PWorker
+from agnmpi.transport.p2p import IN_FLIGHT, P2PWorker
+from agnmpi.transport.p2p_center import P2PCenter
 from agnmpi.transport.peers import DELTA
 
 N = 10
