@@ -208,9 +208,9 @@ def resolve(
         ValueError: for an unknown name, options beside an object, or what the transport cannot do.
     """
     if isinstance(transport, Transport):
-        if not use_locking:
-            locked(transport.name, use_locking)
-        return transport
+        if use_locking or (name := locked(transport.name, use_locking)) == transport.name:
+            return transport
+        return replace(_ENTRIES[name], centers=transport.centers)
     name = ALIASES.get(transport, transport)
     if name == "auto":
         name = "allreduce" if together else "p2p"

@@ -47,6 +47,14 @@ def test_one_entry_is_enough(carrier_pigeon):
         check_setup(rules.agn(), Setup(carrier_pigeon, overlap=True), 1, sgd(0.1), None)
 
 
+def test_use_locking_is_heeded_beside_an_object():
+    assert registry.resolve(registry.rma(centers=2), use_locking=False) == registry.accumulate(centers=2)
+    sums = registry.accumulate(centers=2)
+    assert registry.resolve(sums, use_locking=False) is sums
+    with pytest.raises(ValueError, match=r"use_locking=False needs transport 'rma'.* it is 'p2p'"):
+        registry.resolve(registry.p2p(), use_locking=False)
+
+
 def test_the_command_line_and_bench_offer_what_is_registered(tmp_path):
     """In a Python of its own: there the parser is made after the entry."""
     code = (
