@@ -23,8 +23,8 @@ from ..reporting import record
 from ..reporting.advice import advice
 from ..reporting.events import json_safe
 from ..training.config import Config
-from ..training.monitor import Monitor
-from ..training.outputs import conclude, repeatable, run_directory
+from ..training.monitor import Monitor, format_metrics
+from ..training.outputs import conclude, dropped_lines, headline, repeatable, run_directory
 from ..training.problem import gradient_of, prepare
 from ..transport.local import LocalCenter
 from ..version import __version__
@@ -114,8 +114,7 @@ class Stage:
             waits = self.centers[0].idle_workers_wait
             self._recorder = record.Recorder(directory, config.workers, [blas_threads()], waits)
         monitor.say(
-            f"agnmpi {__version__}: {config.problem}, {layout.size:,} parameters ({layout.dtype}), {plan.samples:,} "
-            f"samples, {plan.steps:,} steps of {plan.batch}; rule {config.rule}, {config.workers} workers, period "
+            f"{headline(config, layout, plan)}; rule {config.rule}, {config.workers} workers, period "
             f"{config.period}, {config.optimizer} {config.rate:g}, center {config.center_optimizer}"
         )
         for line in lines + advice(self.rule, config.workers, config.period):
@@ -127,9 +126,9 @@ class Stage:
             self._recorder.close()
         extra = {"transport": "virtual", "centers": len(self.parts), **json_safe(extra_results())}
         result = conclude(directory, config, layout, role, self.c, monitor, extra)
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
         monitor.say(
-            f"done: {metrics}; {result['samples']} samples, {result['commits']} commits in {result['seconds']} s"
+            f"done: {format_metrics(monitor.metrics, ', ')}; {result['samples']} samples, {result['commits']} commits "
+            f"in {result['seconds']} s"
         )
         for line in summary_lines(result):
             monitor.say(line)
@@ -149,8 +148,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         )
     if staleness := result.get("staleness"):
         lines.append(f"staleness {staleness['mean']:.2f} (max {staleness['max']})")
-    if dropped := result.get("dropped"):
-        lines.append(f"{dropped} commits were too old and were dropped; their steps were done again")
+    lines += dropped_lines(result)
     if "same_bits" in result:
         verdict = {True: "the same bits as", False: "NOT the same bits as", None: "nothing to compare with:"}
         lines.append(f"center: {verdict[result['same_bits']]} {result['replayed']}/center.safetensors")

@@ -68,9 +68,9 @@ class Config:
     transport: str = option(
         "auto",
         "transport",
-        "how commits travel; auto: allreduce or p2p, as the rule needs; p2p: messages; rma: one-sided windows; "
-        "accumulate: summed into the center without a server, also --transport rma --no-use-locking; local: all "
-        "workers in one process",
+        "how commits travel; auto: allreduce or p2p, as the rule needs; "
+        + "; ".join(f"{entry.name}: {entry.about}" for entry in registry.entries())
+        + "; rma with --no-use-locking is accumulate",
         choices=registry.names(),
         aliases=registry.ALIASES,
     )

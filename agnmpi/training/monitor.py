@@ -184,7 +184,7 @@ class Monitor:
             **self._stamp(),
         )
         if not self._live:
-            self.say(f"evaluation at epoch {self._epoch(steps):.3g}: {_format_metrics(self.metrics)}")
+            self.say(f"evaluation at epoch {self._epoch(steps):.3g}: {format_metrics(self.metrics)}")
 
     def _epoch(self, steps: int) -> float:
         return round(steps / self._plan.steps_per_epoch, 4)
@@ -232,7 +232,7 @@ class Monitor:
         return f"{seconds:.0f} s left" if seconds < 600 else f"{seconds / 60:.0f} min left"
 
     def _status(self, rates: tuple[float, float]) -> str:
-        facts = [f"loss {self._loss.value:.4f}", _format_metrics(self.metrics)]
+        facts = [f"loss {self._loss.value:.4f}", format_metrics(self.metrics)]
         facts += [
             f"{rates[0]:.0f} commits/s",
             f"{rates[1]:.0f} samples/s",
@@ -241,5 +241,6 @@ class Monitor:
         return "  ".join(filter(None, facts))
 
 
-def _format_metrics(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+def format_metrics(metrics: Mapping[str, float], between: str = "  ") -> str:
+    """Metrics as text, with four digits."""
+    return between.join(f"{name} {value:.4f}" for name, value in metrics.items())

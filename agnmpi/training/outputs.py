@@ -18,7 +18,7 @@ from ..reporting.advice import advice
 from ..version import __version__, mpi_library
 from .config import Config
 from .exits import DEGRADED
-from .monitor import Monitor
+from .monitor import Monitor, format_metrics
 from .problem import absolute
 
 
@@ -116,24 +116,37 @@ def finish_run(
         monitor.say(f"WARNING: {result['refused']} commits were refused: not finite, or not of this model")
     if result["given_up"]:
         monitor.say(f"WARNING: {result['given_up']} steps were given up: their commits were refused again and again")
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in monitor.metrics.items())
     monitor.say(
-        f"done: {metrics}; {result['samples']} samples in {result['seconds']:.1f} s "
+        f"done: {format_metrics(monitor.metrics, ', ')}; {result['samples']} samples in {result['seconds']:.1f} s "
         f"({result['samples_per_second']:.0f}/s), {result['commits']} commits, "
         f"staleness {result['staleness']['mean']:.2f} (max {result['staleness']['max']})"
     )
-    if result["dropped"]:
-        monitor.say(f"{result['dropped']} commits were too old and were dropped; their steps were done again")
+    for line in dropped_lines(result):
+        monitor.say(line)
     monitor.say(f"written to {directory}/")
     return result
+
+
+def dropped_lines(result: Mapping[str, Any]) -> list[str]:
+    """A message about dropped commits, if there were any."""
+    if not result.get("dropped"):
+        return []
+    return [f"{result['dropped']} commits were too old and were dropped; their steps were done again"]
+
+
+def headline(config: Config, layout: Layout, plan: Plan) -> str:
+    """What is trained."""
+    return (
+        f"agnmpi {__version__}: {config.problem}, {layout.size:,} parameters ({layout.dtype}), "
+        f"{plan.samples:,} samples, {plan.steps:,} steps of {plan.batch}"
+    )
 
 
 def introduction(config: Config, layout: Layout, plan: Plan, workers: int, size: int) -> list[str]:
     """Messages about a run before it begins."""
     ranks = f"{size} rank{'s' if size > 1 else ''}"
     return [
-        f"agnmpi {__version__}: {config.problem}, {layout.size:,} parameters ({layout.dtype}), "
-        f"{plan.samples:,} samples, {plan.steps:,} steps of {plan.batch}",
+        headline(config, layout, plan),
         f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "
         f"{config.optimizer} {config.rate:g}, center {config.center_optimizer}, transport {config.transport}, "
         f"{mpi_library()}",

@@ -25,7 +25,7 @@ class Transport:
 
     Args:
         name: on the command line and in logs.
-        about: a short description.
+        about: a short description, in the help of the command line.
         capabilities: what it offers.
         make_worker: `(comm, like, transport)`: the end of a worker; `like`: a vector like what it exchanges (n,).
         make_center: `(comm, c, transport)`: the end of the center, rank 0 of `comm`.
@@ -132,7 +132,7 @@ def unregister(name: str) -> None:
 register(
     Transport(
         "p2p",
-        "Isend and Irecv; the center applies one whole commit after the other",
+        "messages, the center applies one whole commit after the other",
         Capabilities(
             center_ranks=True, message_order=True, shards=True, silent_workers=True, outlives_loss=True,
             device_center=True, direct=True,
@@ -145,7 +145,7 @@ register(
 register(
     Transport(
         "rma",
-        "one-sided windows: a worker puts its commit into a mailbox at the center",
+        "one-sided windows, a mailbox at the center for each worker",
         Capabilities(center_ranks=True, shards=True, direct=True),
         make_worker=_rma_worker,
         make_center=_rma_center,
@@ -155,7 +155,7 @@ register(
 register(
     Transport(
         "accumulate",
-        "one-sided windows: workers sum into the center variable themselves",
+        "one-sided windows, workers sum into the center themselves",
         Capabilities(center_ranks=True, whole_pulls=False, exact_clock=False, single_commits=False, shards=True),
         make_worker=_accumulate_worker,
         make_center=_accumulate_center,
