@@ -1,7 +1,8 @@
 """The floor of an exchange: the same bytes by bare mpi4py calls, in the straightforward way."""
 
+from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Self
 
 import numpy as np
 from mpi4py import MPI
@@ -10,25 +11,14 @@ from ..arrays.backend import Array, empty_like, full_like
 from ..core.backoff import wait_until
 
 
-class Floor(Protocol):
+class Floor(ABC):
     """Created on every rank with `x`, the delta (n,) in host memory; rank 0 is the center."""
 
-    x: Array
-
-    def exchanges(self, count: int) -> list[float]:
-        """Seconds of each of `count` exchanges of this worker; the center serves meanwhile."""
-
-    def __enter__(self) -> "Floor": ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-class _Bare:
     def __init__(self, comm: MPI.Comm, x: Array) -> None:
         self.comm, self.x, self.out = comm, x, empty_like(x)
         self.wins: list[MPI.Win] = []
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -36,12 +26,22 @@ class _Bare:
             for win in self.wins:
                 win.Free()
 
+    @abstractmethod
+    def exchanges(self, count: int) -> list[float]:
+        """Seconds of each of `count` exchanges of this worker; the center serves meanwhile."""
+
+    @abstractmethod
+    def exchange(self) -> None:
+        """One of them."""
+
     def window(self, nbytes: int) -> MPI.Win:
+        """Allocate a window at the center."""
         size = nbytes if self.comm.rank == 0 else 0
         self.wins.append(MPI.Win.Allocate(size, 1, MPI.INFO_NULL, self.comm))  # type: ignore[arg-type]
         return self.wins[-1]
 
     def timed(self, count: int) -> list[float]:
+        """Seconds of each of `count` exchanges."""
         times = []
         for _ in range(count):
             start = MPI.Wtime()
@@ -49,11 +49,8 @@ class _Bare:
             times.append(MPI.Wtime() - start)
         return times
 
-    def exchange(self) -> None:
-        raise NotImplementedError
 
-
-class TwoSided(_Bare):
+class TwoSided(Floor):
     """Recv, add, Send."""
 
     def exchanges(self, count: int) -> list[float]:
@@ -74,7 +71,7 @@ class TwoSided(_Bare):
         self.comm.Recv(self.out, 0, 2)
 
 
-class Mailbox(_Bare):
+class Mailbox(Floor):
     """Lock Put Unlock, flag, add at the center, flag, Lock Get Unlock."""
 
     def __init__(self, comm: MPI.Comm, x: Array) -> None:
@@ -135,7 +132,7 @@ class Mailbox(_Bare):
         self.center.Unlock(0)
 
 
-class Sums(_Bare):
+class Sums(Floor):
     """Lock Accumulate Get Unlock."""
 
     def __init__(self, comm: MPI.Comm, x: Array) -> None:
@@ -160,7 +157,7 @@ class Sums(_Bare):
         self.center.Unlock(0)
 
 
-class Allreduce(_Bare):
+class Allreduce(Floor):
     """Allreduce, add."""
 
     def exchanges(self, count: int) -> list[float]:
@@ -176,4 +173,9 @@ class Allreduce(_Bare):
 
 
 # By `Transport.floor`.
-FLOORS: dict[str, Any] = {"two-sided": TwoSided, "mailbox": Mailbox, "sum": Sums, "allreduce": Allreduce}
+FLOORS: dict[str, type[Floor]] = {
+    "two-sided": TwoSided,
+    "mailbox": Mailbox,
+    "sum": Sums,
+    "allreduce": Allreduce,
+}

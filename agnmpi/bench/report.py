@@ -129,7 +129,8 @@ def _show(report: dict[str, Any]) -> None:
     console.print(f"agnmpi {report['agnmpi']}, {report['mpi']}, {report['world']} ranks")
 
     def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        grid = Table(title=title, box=None, pad_edge=False, title_justify="left")
+        console.print(title, style="italic")  # a Table's own title is wrapped to its width
+        grid = Table(box=None, pad_edge=False)
         for column in columns:
             grid.add_column(column, justify="left" if column in ("transport", "wire", "side", "name") else "right")
         for row in rows:

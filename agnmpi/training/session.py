@@ -3,8 +3,7 @@
 Used by `AGNOptimizer` and `agnmpi train` alike.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from mpi4py import MPI
 
@@ -66,10 +65,6 @@ class Session:
         if self.failover is None:
             return self._comm
         return self.failover.comm
-
-    def resume(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
-        """Continue, in the next session, from a checkpoint; see `Role.resume`."""
-        self.role.resume(arrays, facts)
 
     def begin(self, total: int | None, period: int) -> None:
         """Prepare the work: `total` steps over all workers (None: no end), λ = `period`; collective."""
