@@ -236,8 +236,10 @@ def test_checkpoints_of_several_centers_that_nobody_serves(tmp_path):
         "--inject-faults", env={"AGNMPI_FAULTS": "kill:3@400"}, timeout=LIMIT,
     )  # fmt: skip
     assert code != 0, output
-    found = newest(run, pytest.fail)
+    broken = []
+    found = newest(run, broken.append)
     assert found is not None
+    assert len(broken) <= 1, "the kill may come while the last one is written"
     steps = int(found[2]["steps"])
     assert steps >= 100
     assert len(folders(run)) < 8, "old ones go"
