@@ -31,7 +31,6 @@ def resume(
     directory, on rank 0; `required`: refuse if there is no checkpoint; `say` is called with what is skipped, and with
     the checkpoint used.
     """
-
     candidates: list[Path] = []
 
     def list_candidates() -> str:
@@ -43,14 +42,8 @@ def resume(
 
     directory = raise_on_all(comm, list_candidates)
     while True:
-        name, facts = json.loads(
-            allgather(
-                comm,
-                json.dumps(
-                    raise_on_all(comm, lambda: _choose(directory, candidates, layout, total, data, required, say))
-                ),
-            )[0]
-        )
+        chosen = raise_on_all(comm, lambda: _choose(directory, candidates, layout, total, data, required, say))
+        name, facts = json.loads(allgather(comm, json.dumps(chosen))[0])
         if not name:
             return None
         checkpoint = Path(name)
