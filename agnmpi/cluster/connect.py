@@ -7,9 +7,8 @@ from typing import NamedTuple
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, full_like, to_host
-from ..core.center import Center
-from ..core.ends import Apply, CenterEnd, WorkerEnd
-from ..core.messages import OK, Commit, Reply
+from ..core.center import Center, SummedCenter
+from ..core.ends import CenterEnd, WorkerEnd
 from ..core.observer import Observer
 from ..core.optimizers import Optimizer
 from ..core.params import parts
@@ -65,75 +64,41 @@ class Connector(NamedTuple):
     def center(self, comm: MPI.Comm, x: Array) -> CenterRole:
         """The role of the center, rank 0 of `comm`, which begins from `x` (n,)."""
         x = x if self.setup.transport.center_device == "gpu" else to_host(x)
-        center, end, apply = self._serving(comm, full_like(x, x), comm.size - 1)
-        return CenterRole(center, comm.size - 1, end, apply, self.observer, self._grants_work)
+        center, end = self._serving(comm, full_like(x, x), comm.size - 1)
+        return CenterRole(center, comm.size - 1, end, self._grants_work)
 
     def alone(self, c: Array, worker: Worker) -> LocalRole:
         """The role of a sole survivor: it goes on training, from `c` (n,), within its own process."""
         c = full_like(worker.x, bring(c, worker.x))
         center = self._state(c, 1)
-        return LocalRole(center, [worker], 1, LocalCenter(c, 1, self._apply(center)))
+        return LocalRole(center, [worker], 1, LocalCenter(c, 1, center.apply))
 
     @property
     def _grants_work(self) -> bool:
         return self.setup.transport.capabilities.single_commits
 
     def _state(self, like: Array, workers: int) -> Center:
-        center = Center(self.rule, like, workers, self.center_optimizer)
+        center = Center(self.rule, like, workers, self.center_optimizer, observer=self.observer)
         center.now = time.monotonic if self.setup.dylu else None
-        center.on_given_up = self.observer.given_up
         return center
 
-    def _serving(self, comm: MPI.Comm, c: Array, workers: int) -> tuple[Center, CenterEnd, Apply]:
+    def _serving(self, comm: MPI.Comm, c: Array, workers: int) -> tuple[Center, CenterEnd]:
         """A center that serves `c` at rank 0 of `comm`."""
         transport = self.setup.transport
         assert transport.make_center is not None
-        center, end = self._state(c, workers), transport.make_center(comm, c, transport)
+        end = transport.make_center(comm, c, transport)
+        if not self._grants_work:
+            return SummedCenter(self.rule, c, workers, lambda: end.summed, self.observer), end
+        center = self._state(c, workers)
         center.on_block = end.move_on
-        center.idle_workers_wait = self._grants_work
+        center.idle_workers_wait = True
         center.replicates_state = transport.replicates_state
-        return center, end, self._apply(center) if self._grants_work else self._count(center, end)
-
-    def _apply(self, center: Center) -> Apply:
-        """Processes a message, and calls the observer."""
-        observer = self.observer
-
-        def apply(commit: Commit, c: Array) -> Reply | None:
-            reply = center.apply(commit, c)
-            if reply is None:
-                return None
-            if commit.payload is not None and reply.status == OK:
-                observer.committed(commit, c)
-                # If it has saved c, this worker's reply says so, and it saves its state of this moment.
-                if reply.checkpoint != center.checkpoint:
-                    reply = reply._replace(checkpoint=center.checkpoint)
-            observer.served(commit, reply)
-            return reply
-
-        return apply
-
-    def _count(self, center: Center, end: CenterEnd) -> Apply:
-        """Where the workers sum into c themselves: update the counts."""
-        in_a_row = 0  # refused since the last good commit
-
-        def apply(commit: Commit, c: Array) -> Reply | None:
-            nonlocal in_a_row
-            summed = end.summed
-            in_a_row = 0 if commit.commits else in_a_row + summed.refused - center.refused
-            if in_a_row >= center.patience:
-                raise RuntimeError(f"{in_a_row} commits in a row were refused: they hold NaN or infinity")
-            center.refused, center.staleness_sum, center.staleness_max = summed
-            center.clock += commit.commits
-            center.steps += commit.steps
-            self.observer.committed(commit, c)
-            return Reply(center.clock)
-
-        return apply
+        return center, end
 
     def _local(self, x: Array) -> LocalRole:
         c, count = x.copy(), self.setup.transport.workers
         center = self._state(c, count)
-        end = LocalCenter(c, count, self._apply(center))
+        end = LocalCenter(c, count, center.apply)
         copies = [x if i == 0 else x.copy() for i in range(count)]
         workers = [Worker(copy, self.rule, self.optimizer, end.worker_end(i), i) for i, copy in enumerate(copies)]
         return LocalRole(center, workers, count, end)
@@ -160,13 +125,13 @@ class Connector(NamedTuple):
         block = whole[spans[comm.rank]]
         like = block if self.setup.transport.center_device != "gpu" else x[spans[comm.rank]]
         c = full_like(like, bring(block, like))
-        center, end, apply = self._serving(_group(comm, comm.rank, centers), c, count)
+        center, end = self._serving(_group(comm, comm.rank, centers), c, count)
         others = []
         if comm.rank == 0:
             for i, span in list(enumerate(spans))[1:]:
                 others.append(self.worker_end(_group(comm, i, centers), whole[span]))
         return ShardRole(
-            center, count, end, apply, self.observer, self._grants_work,
+            center, count, end, self._grants_work,
             centers=ranks, whole=whole, spans=spans, others=others,
         )  # fmt: skip
 
@@ -178,10 +143,10 @@ class Connector(NamedTuple):
         bcast_in_pieces(comm, buffer[: x.size])
         wire.arrived(x, slice(0, x.size))
         wire.settle(x)
-        center = Center(self.rule, c := full_like(x, x), comm.size, self.center_optimizer)
+        center = self._state(c := full_like(x, x), comm.size)
         make_peer = self.setup.transport.make_peer
         assert make_peer is not None
-        end = make_peer(comm, c, self._apply(center))
+        end = make_peer(comm, c, center.apply)
         worker = Worker(x, self.rule, self.optimizer, end, comm.rank, self.setup.overlap)
         return PeerRole(center, [worker], comm.size, end)
 

@@ -7,9 +7,8 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like, to_host
 from ..core.center import Center, serve
-from ..core.ends import Apply, CenterEnd, Handle, WorkerEnd, all_done
+from ..core.ends import CenterEnd, Handle, WorkerEnd, all_done
 from ..core.leases import Leases, SpeedProportional, rounds
-from ..core.observer import Observer
 from ..core.worker import Worker
 from ..transport.allreduce import AllreduceEnd
 from ..transport.chunks import bcast_in_pieces
@@ -128,19 +127,15 @@ class CenterRole(HoldingRole):
 
     Args:
         end: of the center.
-        apply: processes a message.
-        observer: of the session.
         grants: whether this center grants the work; else the ends or another center do.
     """
 
     serves = True
     end: CenterEnd
 
-    def __init__(
-        self, center: Center, count: int, end: CenterEnd, apply: Apply, observer: Observer, grants: bool = True
-    ) -> None:
+    def __init__(self, center: Center, count: int, end: CenterEnd, grants: bool = True) -> None:
         super().__init__(center, [], count, end)
-        self.apply, self._observer, self._grants = apply, observer, grants
+        self._grants = grants
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
         """As `HoldingRole.resume`."""
@@ -159,7 +154,7 @@ class CenterRole(HoldingRole):
 
     def serve(self) -> None:
         """Serve the workers until all have left."""
-        serve(self.end, self.apply, self._observer.waiting)
+        serve(self.end, self.center.apply, self.center.observer.waiting)
 
 
 class ShardRole(CenterRole):
@@ -173,10 +168,10 @@ class ShardRole(CenterRole):
     """
 
     def __init__(
-        self, center: Center, count: int, end: CenterEnd, apply: Apply, observer: Observer, grants: bool, *,
+        self, center: Center, count: int, end: CenterEnd, grants: bool, *,
         centers: MPI.Comm, whole: Array, spans: Sequence[slice], others: Sequence[WorkerEnd],
     ) -> None:  # fmt: skip
-        super().__init__(center, count, end, apply, observer, grants and centers.rank == 0)
+        super().__init__(center, count, end, grants and centers.rank == 0)
         self.centers = centers
         self._whole, self._spans, self._others = whole, spans, others
         self.before_leaving: Callable[[], None] | None = None  # called at the first center when its workers have left

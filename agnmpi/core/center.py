@@ -5,7 +5,7 @@ from typing import Any
 
 from ..arrays.backend import Array, bring, host_copy
 from .backoff import Backoff
-from .ends import Apply, CenterEnd
+from .ends import Apply, CenterEnd, Summed
 from .leases import NONE, Lease, Leases
 from .messages import (
     CONTINUE,
@@ -25,6 +25,7 @@ from .messages import (
     Reply,
     Snapshot,
 )
+from .observer import Observer
 from .optimizers import Optimizer
 from .rules import CommitInfo, Rule, center_step
 
@@ -38,6 +39,7 @@ class Center:
         workers: their number n.
         optimizer: the center optimizer, None to add.
         patience: periods in a row whose commits were refused, after which the run ends.
+        observer: of commits, replies, and work that is given up.
 
     >>> import numpy as np
     >>> from agnmpi.core import rules
@@ -51,9 +53,11 @@ class Center:
     """
 
     def __init__(
-        self, rule: Rule, like: Array, workers: int, optimizer: Optimizer | None = None, patience: int = 10
-    ) -> None:
+        self, rule: Rule, like: Array, workers: int, optimizer: Optimizer | None = None, patience: int = 10,
+        observer: Observer = Observer(),  # noqa: B008
+    ) -> None:  # fmt: skip
         self.rule, self.workers, self.optimizer, self.patience = rule, workers, optimizer, patience
+        self.observer = observer
         self.state: Any = optimizer.init(like) if optimizer else None
         self.clock = 0
         self.applied = [0] * workers  # last sequence, by worker
@@ -67,7 +71,6 @@ class Center:
         self.staleness_sum = self.staleness_max = 0
         self.steps = 0  # local steps in all applied commits
         self.given_up = 0  # steps that are never granted again
-        self.on_given_up: Callable[[Lease], None] | None = None  # called with each such piece of work
         self.refused = 0  # commits
         self.dropped = 0  # commits that weighed nothing
         self._refused_in_a_row = set[int]()  # periods, by first step, since the last commit that was not refused
@@ -120,8 +123,10 @@ class Center:
             self.waiting.add(commit.worker)
             return None
         self.served += 1
+        if has_delta and status == OK:  # if the observer saves c, this reply tells the worker to save its state
+            self.observer.committed(commit, c)
         replicates = self.replicates_state and commit.requests & PULL
-        return Reply(
+        reply = Reply(
             self.clock,
             status,
             control,
@@ -131,6 +136,8 @@ class Center:
             applied=tuple(self.applied) if replicates else (),
             snapshot=self._snapshot(leases) if replicates and leases else None,
         )
+        self.observer.served(commit, reply)
+        return reply
 
     def _grant(self, commit: Commit) -> tuple[int, Lease]:
         """The reply's control, and the lease that it grants, if the commit asks for one."""
@@ -196,8 +203,7 @@ class Center:
             self._refused_in_a_row.add(commit.first_step)
         if leases and leases.refuse(commit.worker, done):
             self.given_up += done.steps
-            if self.on_given_up:
-                self.on_given_up(done)
+            self.observer.given_up(done)
         in_a_row = len(self._refused_in_a_row)
         if in_a_row < self.patience and not (leases and leases.total and leases.given_up == leases.total):
             return
@@ -280,6 +286,31 @@ class Center:
         self.steps += commit.steps
         self.staleness_sum += staleness * commit.commits
         self.staleness_max = max(self.staleness_max, staleness)
+
+
+class SummedCenter(Center):
+    """The center's state where the workers sum into the center variable themselves: it counts their commits.
+
+    Args:
+        summed: returns the counters that the workers keep.
+    """
+
+    def __init__(self, rule: Rule, like: Array, workers: int, summed: Callable[[], Summed], observer: Observer) -> None:
+        super().__init__(rule, like, workers, observer=observer)
+        self._summed = summed
+        self._in_a_row = 0  # commits refused since the last good one
+
+    def apply(self, commit: Commit, c: Array) -> Reply:
+        """Update the counts; raises RuntimeError where `patience` is exhausted."""
+        summed = self._summed()
+        self._in_a_row = 0 if commit.commits else self._in_a_row + summed.refused - self.refused
+        if self._in_a_row >= self.patience:
+            raise RuntimeError(f"{self._in_a_row} commits in a row were refused: they hold NaN or infinity")
+        self.refused, self.staleness_sum, self.staleness_max = summed
+        self.clock += commit.commits
+        self.steps += commit.steps
+        self.observer.committed(commit, c)
+        return Reply(self.clock)
 
 
 def _describe_total(total: int) -> str:

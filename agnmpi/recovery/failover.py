@@ -76,12 +76,11 @@ class Failover:
     def alone(self) -> LocalRole:
         """At an elected center that has lost all its workers: it goes on training, within this process."""
         assert self.worker is not None
-        assert isinstance(self._role, CenterRole)
         worker, serving = self.worker, self._role
         c, center = full_like(worker.x, bring(serving.c, worker.x)), serving.center
         center.move(c)
         center.workers, center.applied, center.on_block = 1, [worker.sequence], None
-        role = LocalRole(center, [worker], 1, LocalCenter(c, 1, serving.apply))
+        role = LocalRole(center, [worker], 1, LocalCenter(c, 1, center.apply))
         role.session, role.total, role.period = serving.session, serving.total, serving.period
         self._train_within(role, worker)
         self._role = role
@@ -169,8 +168,7 @@ class Failover:
             return
         center.applied.append(commit.sequence - 1)
         payload = bring(commit.payload, role.c)
-        assert isinstance(role, CenterRole)
-        role.apply(commit._replace(worker=index, requests=0, payload=payload), role.c)
+        role.center.apply(commit._replace(worker=index, requests=0, payload=payload), role.c)
         center.applied.pop()
 
     def _train_within(self, role: LocalRole, worker: Worker) -> None:

@@ -27,6 +27,7 @@ from agnmpi.core.messages import (
     WORK,
     Commit,
 )
+from agnmpi.core.observer import Observer
 from agnmpi.reporting import record
 from agnmpi.simulation import simulate
 from agnmpi.simulation.replay import replay
@@ -131,22 +132,29 @@ def test_a_refused_lease_goes_to_another_worker_first():
     assert (reply.control, reply.work, held.waiting) == (CONTINUE, NONE, set())
 
 
+class GivenUp(Observer):
+    def __init__(self):
+        self.leases = []
+
+    def given_up(self, lease):
+        self.leases.append(lease)
+
+
 def test_who_is_left_alone_tries_three_times():
     held = center_of(2, 2)
-    told = []
-    held.on_given_up = told.append
+    held.observer = observer = GivenUp()
     lease = ask(held, 0).work
     held.patience = 2  # one period that fails is no divergence
     commit(held, 1, 1, Lease(0, 0), bad=True)
     for tries in range(3):
-        assert told == []
+        assert observer.leases == []
         if tries == 2:
             with pytest.raises(RuntimeError, match="1 commits in a row"):  # there is no other work: all is given up
                 commit(held, 0, tries + 1, lease, bad=True)
             continue
         commit(held, 0, tries + 1, lease, bad=True)
         lease = ask(held, 0, WORK | IDLE).work
-    assert told == [Lease(0, 2)]
+    assert observer.leases == [Lease(0, 2)]
 
 
 def test_a_waiting_worker_is_answered_once():
