@@ -38,7 +38,7 @@ class Message:
 
     def Recv(self, buffer: bytearray) -> None:
         """Receive it."""
-        buffer[:] = self._header
+        buffer[: len(self._header)] = self._header
 
 
 class Group:
@@ -78,9 +78,9 @@ class FakePeers:
         self.nbytes: Counter[str] = Counter()
         self.sent: dict[int, bytes] = {}
 
-    def send(self, commit: Commit, nbytes: int = 0) -> None:
-        """Send a message as a worker would."""
-        self.headers.append((commit.worker, commit._replace(nbytes=nbytes).encode()))
+    def send(self, commit: Commit, nbytes: int = 0, inline: bytes = b"") -> None:
+        """Send a message as a worker would: it announces `nbytes` of payload; `inline` follows the header at once."""
+        self.headers.append((commit.worker, commit._replace(nbytes=nbytes).encode() + inline))
 
     def Improbe(self, _source: int, _tag: int, status: MPI.Status) -> Message | None:
         """Match a header."""
@@ -91,6 +91,7 @@ class FakePeers:
             return None
         worker, header = self.headers.popleft()
         status.Set_source(worker + 1)
+        status.Set_elements(MPI.BYTE, len(header))
         return Message(header)
 
     def Irecv(self, buffer: Any, source: int, tag: int) -> Request:

@@ -19,7 +19,7 @@ from .fake_peers import FakePeers
 _ROUNDS = 300
 
 
-def center_of_fakes(workers: int, numbers: int = 1000) -> tuple[FakePeers, P2PCenter, Center]:
+def center_of_fakes(workers: int, numbers: int = 10_000) -> tuple[FakePeers, P2PCenter, Center]:
     """A center variable of `numbers` float32, its end and its state, with `workers` fake workers."""
     peers: Any = FakePeers(workers)
     end = P2PCenter(peers, np.zeros(numbers, np.float32))
@@ -41,7 +41,7 @@ def measure(workers: int) -> dict[str, float]:
 
     Returns:
         `look_us`: microseconds of a poll that finds nothing; `reply_bytes`; `commit_us`: of a commit
-        of 1,000 numbers, from its header to the sends of c.
+        of 10,000 numbers, from its header to the sends of c.
     """
     peers, end, center = center_of_fakes(workers)
 

@@ -160,7 +160,14 @@ class Leases:
 
     def holds(self, worker: int, done: Lease) -> bool:
         """Whether `worker` holds a lease that begins with the steps `done`."""
-        return any(lease.first == done.first and lease.steps >= done.steps for lease in self._held.get(worker, []))
+        lease = self._held_from(worker, done.first)
+        return lease is not None and lease.steps >= done.steps
+
+    def _held_from(self, worker: int, first: int) -> Lease | None:
+        for lease in self._held.get(worker, ()):
+            if lease.first == first:
+                return lease
+        return None
 
     def open(self) -> list[Lease]:
         """Steps before `next` that are free or held, in order and in as few pieces as can be."""
@@ -203,10 +210,10 @@ class Leases:
 
         Raises ValueError if the worker holds no such lease.
         """
-        if not self.holds(worker, done):
+        lease = self._held_from(worker, done.first)
+        if lease is None or lease.steps < done.steps:
             raise ValueError(f"worker {worker} commits steps {done}, but holds {self.held_by(worker)}")
-        lease = self._end_lease(worker, done)
-        assert lease is not None
+        self._end(worker, lease, done)
         self._forget_refusals(done)
         self._add_free(Lease(_end(done), lease.steps - done.steps))
 
@@ -251,14 +258,17 @@ class Leases:
 
     def _end_lease(self, worker: int, done: Lease) -> Lease | None:
         """Remove and return the lease of `worker` that begins with the steps `done`; None if there is none."""
-        held = self._held.get(worker, [])
-        lease = next((lease for lease in held if lease.first == done.first), None)
+        lease = self._held_from(worker, done.first)
         if lease is not None:
-            held.remove(lease)
-            self._done[worker] = self._done.get(worker, 0) + done.steps
-            if not held:
-                del self._held[worker]
+            self._end(worker, lease, done)
         return lease
+
+    def _end(self, worker: int, lease: Lease, done: Lease) -> None:
+        held = self._held[worker]
+        held.remove(lease)
+        self._done[worker] = self._done.get(worker, 0) + done.steps
+        if not held:
+            del self._held[worker]
 
     def _add_free(self, lease: Lease) -> None:
         if lease.steps > 0:

@@ -159,7 +159,7 @@ class Reply(NamedTuple):
         return header + _SNAPSHOT.pack(*snapshot[:-1]) + _int64s(n for lease in snapshot.open for n in lease)
 
     @classmethod
-    def decode(cls, header: bytes | bytearray) -> "Reply":
+    def decode(cls, header: bytes | bytearray | memoryview) -> "Reply":
         """Read a header at the beginning of `header`. Raises ValueError for an invalid header."""
         if len(header) < _REPLY.size:
             raise ValueError(f"a reply's header cannot have {len(header)} bytes")

@@ -141,6 +141,7 @@ class Round:
         self._sum = Stream(
             lambda piece: end.comm.Iallreduce(piece, next(receive_pieces)),
             (piece for chunk in end.wire.outgoing(payload) for piece in cut(chunk, _PIECE)),
+            payload.size,
             self._ticks,
             done=lambda part: end.wire.arrived(end.sum, part),
         )

@@ -32,44 +32,52 @@ class Ticks:
 
 
 class Stream:
-    """A transfer of a vector in pieces, `in_flight` at a time; `post` starts one piece, `done` is called after each.
+    """A transfer of a vector in pieces, `in_flight` at a time.
 
-    `limit`: no piece that begins at this element or later may start yet.
+    Args:
+        post: starts one piece.
+        pieces: of the vector, in order.
+        size: of the vector, in elements.
+        ticks: counts the pieces that are done.
+        in_flight: most pieces under way.
+        done: called with each piece's part of the vector.
+        limit: no piece that begins at this element or later may start yet.
     """
 
     def __init__(
         self,
         post: Callable[[Array], MPI.Request],
         pieces: Iterator[Array],
+        size: int,
         ticks: Ticks,
         in_flight: int = IN_FLIGHT,
         done: Callable[[slice], None] = lambda _part: None,
         limit: int = ALL,
     ) -> None:
-        self._post, self._pieces, self._ticks, self._done = post, pieces, ticks, done
-        self._in_flight, self._at, self._next, self._limit = in_flight, 0, 0, limit
+        self._post, self._pieces, self._size, self._ticks, self._done = post, pieces, size, ticks, done
+        self._in_flight, self._at, self._next, self._limit = in_flight, 0, 0, 0  # start of the next to end, to post
         self._requests: deque[tuple[MPI.Request, int]] = deque()
-        self._posted, self._moved = False, time.perf_counter()
-        self._fill()
+        self._moved = time.perf_counter()
+        if limit:
+            self.extend(limit)
 
     def _fill(self) -> None:
-        while len(self._requests) < self._in_flight and self._next < self._limit:
-            if (piece := next(self._pieces, None)) is None:
-                self._posted = True
-                return
+        while self._next < self._limit and len(self._requests) < self._in_flight:
+            piece = next(self._pieces)
             self._requests.append((self._post(piece), piece.size))
             self._next += piece.size
 
     def extend(self, limit: int) -> None:
         """Allow the pieces before `limit` to start."""
-        self._limit = limit
-        self.test()
+        self._limit = limit if limit < self._size else self._size
+        if self._requests:
+            self.test()
         self._fill()
 
     @property
     def busy(self) -> bool:
         """Whether this stream keeps its link busy: it makes progress, and has pieces that are not posted yet."""
-        return not self._posted and time.perf_counter() - self._moved < _STALLED
+        return self._next < self._size and time.perf_counter() - self._moved < _STALLED
 
     def test(self) -> bool:
         """Make progress; whether all pieces are done."""
@@ -80,5 +88,6 @@ class Stream:
             self._at += size
             self._moved = time.perf_counter()
             self._ticks.count += 1
-            self._fill()
+            if self._next < self._limit:
+                self._fill()
         return not requests

@@ -1,22 +1,26 @@
 """Two-sided ends: Isend/Irecv, one round trip per exchange, on any MPI.
 
-A worker sends a header and then its delta, and posts the receives of the reply. The center polls for headers with one
-probe, and receives deltas into a few message buffers, whatever the number of workers. It applies a delta when it has
-arrived completely, and replies from c in place, block by block following the apply; while that reply is being sent, the
-next apply works on a copy (copy on write, in a message buffer).
+A worker sends a header and then its delta, or both in one message if the delta is short, and posts the receives of the
+reply. The center polls for headers with one probe, and receives deltas into a few message buffers, whatever the number
+of workers. It applies a delta when it has arrived completely, and replies from c in place, block by block following the
+apply; while that reply is being sent, the next apply works on a copy (copy on write, in a message buffer).
 
 Requests of deltas and replies are tested one by one: Waitany's order starves high ranks, and Waitall hides which rank
 failed.
 """
 
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array
+from ..arrays.backend import Array, bring, to_host
 from ..core.backoff import wait_until
 from ..core.ends import Chained, Handle, WorkerEnd
 from ..core.messages import LEAVE, PULL, Commit, Reply, reply_bytes
 from .chunks import ALL, PIECE, Stream, Ticks
-from .peers import CENTER_VARIABLE, DELTA, HEADER, REPLY
+from .peers import CENTER_VARIABLE, DELTA, HEADER, INLINE, REPLY
 from .staging import Direct, Wire, cut
 
 CENTER = 0  # rank
@@ -38,33 +42,35 @@ class _Exchange:
         self._streams: list[Stream] = []
         payload = commit.payload
         requests, nbytes = commit.requests | (PULL if out is not None else 0), 0 if payload is None else payload.nbytes
-        self._requests = [comm.Isend(commit._replace(requests=requests, nbytes=nbytes).encode(), CENTER, HEADER)]
+        header = commit._replace(requests=requests, nbytes=nbytes).encode()
+        if payload is not None and nbytes <= INLINE:
+            header, payload = header + to_host(payload).tobytes(), None
+        self._requests = [comm.Isend(header, CENTER, HEADER)]
         if payload is not None:
             # A few pieces at a time: the center searches its unexpected messages from all workers for each receive.
-            pieces = (piece for chunk in wire.outgoing(payload) for piece in cut(chunk, PIECE))
-            self._streams.append(Stream(lambda x: comm.Isend(x, CENTER, DELTA), pieces, self._ticks, in_flight))
+            pieces: Iterator[Array] = (piece for chunk in wire.outgoing(payload) for piece in cut(chunk, PIECE))
+            post = partial(comm.Isend, dest=CENTER, tag=DELTA)
+            self._streams.append(Stream(post, pieces, payload.size, self._ticks, in_flight))
         # The receives are posted after the sends, while these are under way.
         self._header = headers.pop() if headers else bytearray(header_bytes)
         self._requests.append(comm.Irecv(self._header, CENTER, REPLY))
-        if out is not None:
-            self._streams.append(
-                Stream(
-                    lambda x: comm.Irecv(x, CENTER, CENTER_VARIABLE),
-                    cut(wire.incoming(out), PIECE),
-                    self._ticks,
-                    ALL,
-                    lambda part: wire.arrived(out, part),
-                )
-            )
+        if out is not None and out.nbytes > INLINE:
+            post = partial(comm.Irecv, source=CENTER, tag=CENTER_VARIABLE)
+            pieces = cut(wire.incoming(out), PIECE)
+            self._streams.append(Stream(post, pieces, out.size, self._ticks, ALL, partial(wire.arrived, out)))
 
     def test(self) -> bool:
         if self._done is None:
             self._requests = [request for request in self._requests if not request.Test()]
             self._streams = [stream for stream in self._streams if not stream.test()]
             if not self._streams and not self._requests:
-                if self._out is not None:
-                    self._wire.settle(self._out)
-                self._done = Reply.decode(self._header)
+                header, out = memoryview(self._header), self._out
+                if out is not None and out.nbytes > INLINE:
+                    self._wire.settle(out)
+                elif out is not None:
+                    out[...] = bring(np.frombuffer(header, out.dtype, out.size), out)
+                    header = header[out.nbytes :]
+                self._done = Reply.decode(header)
                 self._headers.append(self._header)
         return self._done is not None
 
@@ -89,7 +95,7 @@ class P2PWorker(WorkerEnd):
     def __init__(self, comm: MPI.Comm, wire: Wire | None = None, replicates_state: bool = False) -> None:
         self._comm, self._worker, self.wire = comm, comm.rank - 1, wire or Direct()
         self._headers: list[bytearray] = []  # free buffers for headers of replies
-        self._header_bytes = reply_bytes(comm.size - 1, replicates_state)
+        self._header_bytes = INLINE + reply_bytes(comm.size - 1, replicates_state)
 
     def exchange(self, commit: Commit, out: Array | None) -> _Exchange:
         """Send `commit` and post the receives of its reply."""

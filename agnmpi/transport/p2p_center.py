@@ -8,12 +8,25 @@ from functools import partial
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array
+from ..arrays.backend import Array, bring, to_host
 from ..core.backoff import wait_until
 from ..core.ends import Apply, CenterEnd
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
 from .chunks import ALL, PIECE, Stream, Ticks
-from .peers import CENTER_VARIABLE, DELTA, REPLY, Answer, Buffer, Buffers, Listener, Peer, Peers, State, peer_failed
+from .peers import (
+    CENTER_VARIABLE,
+    DELTA,
+    INLINE,
+    REPLY,
+    Answer,
+    Buffer,
+    Buffers,
+    Listener,
+    Peer,
+    Peers,
+    State,
+    peer_failed,
+)
 from .staging import cut, make_wire
 
 CENTER = 0  # rank
@@ -112,7 +125,7 @@ class P2PCenter(CenterEnd):
         peer = self._peers.first(State.READY)
         if peer is None:
             return time.perf_counter() >= self._retry_at and self._serve_parked(apply)
-        if peer.buffer is not None and not self._writable_center():
+        if peer.commit.nbytes and not self._writable_center():
             self._poll_at = 0.0  # for the reply that reads c
             return False
         self._serve(peer, apply)
@@ -158,9 +171,11 @@ class P2PCenter(CenterEnd):
         """Begin a reply, with c if requested."""
 
         def begin() -> bool:
-            if peer.commit.requests & PULL:
-                self._send(peer, self.c.size)
-            header = reply.encode()
+            header, c = reply.encode(), self._center.x
+            if peer.commit.requests & PULL and c.nbytes <= INLINE:
+                header = to_host(c).tobytes() + header
+            elif peer.commit.requests & PULL:
+                self._send(peer, c.size)
             request = peer.comm.Isend(header, peer.rank, REPLY)
             peer.answer, peer.out = Answer(header, request, peer.out, self._center), None
             self._center.readers += peer.answer.stream is not None
@@ -171,11 +186,11 @@ class P2PCenter(CenterEnd):
 
     def _send(self, peer: Peer, stop: int) -> bool:
         """Send c to a worker, up to element `stop`."""
+        c = self._center.x
         if peer.out is None:
             post = partial(peer.comm.Isend, dest=peer.rank, tag=CENTER_VARIABLE)
-            peer.out = Stream(post, self._center.outgoing(), self._ticks, limit=0)
-        piece = PIECE // self.c.dtype.itemsize
-        peer.out.extend(ALL if stop == self.c.size else stop - stop % piece)
+            peer.out = Stream(post, self._center.outgoing(), c.size, self._ticks, limit=0)
+        peer.out.extend(stop if stop == c.size else stop - stop % (PIECE // c.dtype.itemsize))
         return True
 
     def _push(self, peer: Peer) -> None:
@@ -227,7 +242,7 @@ class P2PCenter(CenterEnd):
         Its worker may turn out to be dead here, as any other. `serve_one` reports it later.
         """
         peer = self._serving
-        if peer and peer.state is not State.LOST and peer.commit.requests & PULL:
+        if peer and peer.state is not State.LOST and peer.commit.requests & PULL and self.c.nbytes > INLINE:
             self._try(peer, partial(self._send, peer, stop))
         if self.live > 1 and time.perf_counter() >= self._poll_at:
             self._poll()
@@ -254,12 +269,18 @@ class P2PCenter(CenterEnd):
             for peer in dead:
                 self._bury(peer)
 
-    def _received(self, peer: Peer, header: Commit) -> None:
+    def _received(self, peer: Peer, header: Commit, inline: bytes) -> None:
         self._ticks.count += 1
         if peer.state is State.LOST:
             return
         self._not_silent(peer)
-        peer.inbox.append(header.received_from(peer.index, self.c.nbytes))
+        commit = header.received_from(peer.index, self.c.nbytes)
+        if inline and len(inline) != commit.nbytes:
+            commit = commit._replace(flags=commit.flags | MISFIT)
+        if inline:
+            dtype = np.dtype(np.uint8) if commit.flags & MISFIT else self.c.dtype
+            commit = commit._replace(payload=bring(np.frombuffer(inline, dtype), self.c))
+        peer.inbox.append(commit)
         if peer.state is State.LISTENING:
             self._listen_to(peer)
 
@@ -286,9 +307,10 @@ class P2PCenter(CenterEnd):
             return
         # One delta at a time, while it makes progress: the reply to one is sent while the next arrives, so both
         # directions of the link are busy. Received together, all would complete at the same time, with no reply before.
-        busy = any(peer.delta and peer.delta.busy for peer in self._peers.at(State.RECEIVING))
-        while not busy and (peer := self._next_delta()) and self._start(peer):
-            busy = peer.delta is not None and peer.delta.busy
+        if self._peers.any(State.QUEUED):
+            busy = any(peer.delta and peer.delta.busy for peer in self._peers.at(State.RECEIVING))
+            while not busy and (peer := self._next_delta()) and self._start(peer):
+                busy = peer.delta is not None and peer.delta.busy
         for peer in self._peers.at(State.RECEIVING):
             if peer.delta and self._try(peer, peer.delta.test):
                 if peer.buffer is not None:
@@ -303,16 +325,20 @@ class P2PCenter(CenterEnd):
 
     def _start(self, peer: Peer) -> bool:
         """Begin to receive a delta; False if no buffer is free. A misfit is received and discarded."""
-        post = partial(peer.comm.Irecv, source=peer.rank, tag=DELTA)
+        if peer.commit.payload is not None:  # it came with its header
+            self.in_flight_deltas += 1
+            self._complete(peer)
+            return True
+        post, nbytes = partial(peer.comm.Irecv, source=peer.rank, tag=DELTA), peer.commit.nbytes
         if peer.commit.flags & MISFIT:
-            peer.delta = Stream(post, _scratch(peer.commit.nbytes), self._ticks, in_flight=1, limit=0)
+            peer.delta = Stream(post, _scratch(nbytes), nbytes, self._ticks, in_flight=1, limit=0)
         else:
             buffer = peer.buffer = self._buffers.acquire(self._lent())
             if buffer is None:
                 return False
             pieces = cut(buffer.wire.incoming(buffer.x), PIECE)
             arrived = partial(buffer.wire.arrived, buffer.x)
-            peer.delta = Stream(post, pieces, self._ticks, done=arrived, limit=0)
+            peer.delta = Stream(post, pieces, buffer.x.size, self._ticks, done=arrived, limit=0)
         self._peers.move(peer, State.RECEIVING)
         self.in_flight_deltas += 1
         # The stream belongs to the peer already: if a later receive fails, the memory of the posted ones lives on

@@ -14,6 +14,9 @@ from .chunks import PIECE, Stream
 from .staging import Wire, cut, make_wire
 
 HEADER, DELTA, REPLY, CENTER_VARIABLE = range(1, 5)  # tags, on a communicator of our own
+# Bytes. A delta up to this length follows its header in the same message, and c precedes that of a reply; a longer
+# vector is sent in pieces of its own. One number then takes two messages instead of four.
+INLINE = 4096
 
 
 class Buffer:
@@ -106,7 +109,7 @@ class Peer:
     def __init__(self, index: int, comm: MPI.Comm, rank: int) -> None:
         self.index, self.comm, self.rank = index, comm, rank
         self.state = State.LISTENING
-        self.inbox: deque[Commit] = deque()  # headers after the current message
+        self.inbox: deque[Commit] = deque()  # headers after the current message, with payload if that came inline
         self.commit = Commit(index)  # the current message
         self.buffer: Buffer | None = None  # its delta, until it is applied
         self.delta: Stream | None = None
@@ -162,15 +165,17 @@ class Listener:
 
     def __init__(self, comm: MPI.Comm, peers: list[Peer]) -> None:
         self._comm, self._peers = comm, {peer.rank: peer for peer in peers}
-        self._header, self._status = bytearray(COMMIT_BYTES), MPI.Status()
+        self._buffer, self._status = bytearray(COMMIT_BYTES + INLINE), MPI.Status()
 
-    def poll(self) -> tuple[Peer, Commit] | None:
-        """Return the next header that has arrived, unchanged."""
+    def poll(self) -> tuple[Peer, Commit, bytes] | None:
+        """Return the next header that has arrived, unchanged, and what follows it in its message."""
         message = self._comm.Improbe(MPI.ANY_SOURCE, HEADER, self._status)
         if message is None:
             return None
-        message.Recv(self._header)  # so small that it came with its envelope
-        return self._peers[self._status.Get_source()], Commit.decode(self._header)
+        count = self._status.Get_count()
+        message.Recv(self._buffer)  # so small that it came with its envelope
+        header, inline = self._buffer[:COMMIT_BYTES], bytes(self._buffer[COMMIT_BYTES:count])
+        return self._peers[self._status.Get_source()], Commit.decode(header), inline
 
     def dead(self) -> list[Peer]:
         """Who has died, after `poll` has failed; acknowledged, so that `poll` works again for the others (ULFM)."""

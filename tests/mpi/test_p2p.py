@@ -21,7 +21,8 @@ def message_buffers(count):
     return p2p(message_buffers=count)
 
 
-def test_no_worker_starves(comm):
+@pytest.mark.parametrize("n", [10, 1000])  # with the header, and after it
+def test_no_worker_starves(comm, n):
     """All first commits wait when the center begins; each is overtaken by at most as many as there are workers.
 
     The center is slow, so whoever has been answered is there again at once, and would win any race.
@@ -42,7 +43,7 @@ def test_no_worker_starves(comm):
         time.sleep(0.05)
 
     def work(end, index):
-        out, one = np.empty(10), np.ones(10)
+        out, one = np.empty(n), np.ones(n)
         first = end.exchange(Commit(index, 1, payload=one), out)
         comm.Barrier()
         first.wait()
@@ -50,7 +51,7 @@ def test_no_worker_starves(comm):
             end.exchange(Commit(index, k, payload=one), out).wait()
         end.leave(None, out).wait()
 
-    MPIWorld(comm, message_buffers(2)).play(10, work, on_end=slow)
+    MPIWorld(comm, message_buffers(2)).play(n, work, on_end=slow)
     if comm.rank == 0:
         assert len(order) == 20 * (comm.size - 1)
         firsts = [order.index(worker) for worker in range(comm.size - 1)]
@@ -195,29 +196,30 @@ def test_work_is_granted_once_and_to_everyone_who_asks(comm):
     assert sorted(step for steps in everyone for step in steps) == list(range(40))
 
 
+@pytest.mark.parametrize("n", [10, 1000])
 @pytest.mark.parametrize("size", [1, 11, 400_000])
-def test_what_is_no_commit_to_the_model_is_refused(comm, size):
+def test_what_is_no_commit_to_the_model_is_refused(comm, size, n):
     """Of another size, or of another worker: refused and counted; the same worker's next commit is applied."""
 
     def work(end, index):
         odd = end.exchange(Commit(index, 1, payload=np.zeros(size)), None).wait()
-        foreign = end.exchange(Commit(index + 1, 2, payload=np.ones(10)), None).wait()
-        good = end.exchange(Commit(index, 3, payload=np.ones(10)), out := np.empty(10)).wait()
+        foreign = end.exchange(Commit(index + 1, 2, payload=np.ones(n)), None).wait()
+        good = end.exchange(Commit(index, 3, payload=np.ones(n)), out := np.empty(n)).wait()
         end.leave(None, out).wait()
         return [reply.status for reply in (odd, foreign, good)], out.tolist()
 
     def patient(_end, center):
         center.patience = 2 * comm.size
 
-    outcome = MPIWorld(comm, message_buffers(2)).play(10, work, on_end=patient)
+    outcome = MPIWorld(comm, message_buffers(2)).play(n, work, on_end=patient)
     workers = comm.size - 1
     if comm.rank == 0:
         assert outcome.center.refused == 2 * workers
-        assert outcome.c.tolist() == [workers] * 10
+        assert outcome.c.tolist() == [workers] * n
     else:
         ((statuses, out),) = outcome.results
         assert statuses == [REFUSED, REFUSED, OK]
-        assert out == [workers] * 10
+        assert out == [workers] * n
 
 
 def test_a_run_of_misfits_ends_with_the_reason(comm):

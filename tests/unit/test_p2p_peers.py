@@ -11,13 +11,13 @@ from mpi4py import MPI
 
 from agnmpi.bench.fake_peers import FakePeers
 from agnmpi.bench.scaling import center_of_fakes, commit_of, measure
-from agnmpi.core.messages import IDLE, LEAVE, PULL, WAIT, WORK, Commit, Reply
+from agnmpi.core.messages import IDLE, LEAVE, MISFIT, PULL, WAIT, WORK, Commit, Reply
 from agnmpi.transport.chunks import PIECE
 from agnmpi.transport.p2p import IN_FLIGHT, P2PWorker
 from agnmpi.transport.p2p_center import P2PCenter
-from agnmpi.transport.peers import DELTA
+from agnmpi.transport.peers import DELTA, INLINE
 
-N = 10
+N = 1000  # too long to travel with a header
 BYTES = 8 * N
 ASK = WORK | IDLE | PULL
 
@@ -185,6 +185,32 @@ def test_a_held_commit_is_not_begun_and_what_has_begun_is_applied():
     served.end.hold = None
     served.run()
     assert served.order[2:] == [(1, 6), (1, 0)]
+
+
+@pytest.mark.parametrize("nbytes", [80, 72, 88])
+@pytest.mark.parametrize("announced", [80, 72])
+def test_a_short_delta_comes_with_its_header_and_c_with_the_reply(announced, nbytes):
+    served = Served(1, n=10)
+    commits, delta = [], np.arange(11.0)[: nbytes // 8]
+    served.answer = lambda commit: commits.append(commit) or Reply(7)
+    served.peers.send(Commit(0, 1, requests=PULL), announced, delta.tobytes())
+    served.end.hold = lambda commit: True
+    served.run(2)
+    assert (commits, served.end.in_flight_deltas) == ([], 0)
+    served.end.hold = lambda commit: False
+    served.run(2)
+    (commit,) = commits
+    if announced == nbytes == 80:
+        assert not commit.flags
+        assert commit.payload.tolist() == delta.tolist()
+    else:
+        assert commit.flags == MISFIT
+    message = served.peers.sent[0]
+    assert np.frombuffer(message, "f8", 10).tolist() == served.end.c.tolist()
+    assert Reply.decode(message[80:]).clock == 7
+    assert served.peers.calls["Irecv"] == 0
+    assert served.peers.calls["Isend"] == 1
+    assert (served.end.in_flight_deltas, served.end.buffers_allocated) == (0, 0)
 
 
 def test_buffers_lent_for_silent_workers_are_taken_back():
@@ -358,7 +384,7 @@ class Center:
     def Irecv(self, buffer, source, tag):
         if isinstance(buffer, bytearray):
             self.rooms.append((id(buffer), len(buffer)))
-            buffer[:72] = Reply(5).encode()
+            buffer[:] = Reply(5).encode().ljust(len(buffer), b"\0")
         return Sent(self, False)
 
 
@@ -385,4 +411,4 @@ def test_a_worker_sends_few_pieces_at_a_time_into_one_room_for_replies():
         assert handle.wait().clock == 5
     assert center.most == IN_FLIGHT
     assert len(set(center.rooms)) == 1
-    assert center.rooms[0][1] == 72, "whatever the number of workers"
+    assert center.rooms[0][1] == 72 + INLINE, "whatever the number of workers"
