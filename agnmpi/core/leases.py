@@ -182,7 +182,7 @@ class Leases:
         Steps at which this worker has failed before come last; `skip_failed`: leave them to others.
         """
         period = self.pace(worker, self._done.pop(worker, 0)) if self.pace else self.period
-        lease = self._pop_free(worker, failed=False)
+        lease = self._pop_free(worker, failed=False) if self._free else None
         if lease is None:
             left = period if self.total is None else self.total - self._next
             lease = Lease(self._next, max(0, min(period, left)))
@@ -191,8 +191,9 @@ class Leases:
             lease = self._pop_free(worker, failed=True) or NONE
         if not lease.steps:
             return NONE
-        self._add_free(Lease(lease.first + period, lease.steps - period))
-        lease = Lease(lease.first, min(period, lease.steps))
+        if lease.steps > period:
+            self._add_free(Lease(lease.first + period, lease.steps - period))
+            lease = Lease(lease.first, period)
         self._held.setdefault(worker, []).append(lease)
         return lease
 
@@ -215,7 +216,8 @@ class Leases:
             raise ValueError(f"worker {worker} commits steps {done}, but holds {self.held_by(worker)}")
         self._end(worker, lease, done)
         self._forget_refusals(done)
-        self._add_free(Lease(_end(done), lease.steps - done.steps))
+        if lease.steps > done.steps:
+            self._add_free(Lease(_end(done), lease.steps - done.steps))
 
     def release(self, worker: int, done: Lease) -> None:
         """Free the lease of `worker` that begins with `done`, whose commit was dropped."""

@@ -12,6 +12,8 @@ from .staging import MAX_CALL_BYTES, cut
 
 PIECE = 1 << 20  # bytes; ULFM: large sends under way when a rank dies can hang Open MPI 5.0's btl/tcp
 IN_FLIGHT = 4  # pieces
+# Bytes: a vector up to this length travels with the header of its commit or reply, a longer one by itself.
+INLINE = 4096
 ALL = 1 << 60
 _STALLED = 0.05  # seconds without a piece
 

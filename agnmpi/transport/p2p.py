@@ -19,8 +19,8 @@ from ..arrays.backend import Array, bring, to_host
 from ..core.backoff import wait_until
 from ..core.ends import Chained, Handle, WorkerEnd
 from ..core.messages import LEAVE, PULL, Commit, Reply, reply_bytes
-from .chunks import ALL, PIECE, Stream, Ticks
-from .peers import CENTER_VARIABLE, DELTA, HEADER, INLINE, REPLY
+from .chunks import ALL, INLINE, PIECE, Stream, Ticks
+from .peers import CENTER_VARIABLE, DELTA, HEADER, REPLY
 from .staging import Direct, Wire, cut
 
 CENTER = 0  # rank

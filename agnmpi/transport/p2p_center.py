@@ -12,11 +12,10 @@ from ..arrays.backend import Array, bring, to_host
 from ..core.backoff import wait_until
 from ..core.ends import Apply, CenterEnd
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
-from .chunks import ALL, PIECE, Stream, Ticks
+from .chunks import ALL, INLINE, PIECE, Stream, Ticks
 from .peers import (
     CENTER_VARIABLE,
     DELTA,
-    INLINE,
     REPLY,
     Answer,
     Buffer,

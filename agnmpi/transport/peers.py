@@ -10,13 +10,10 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like
 from ..core.messages import COMMIT_BYTES, Commit
-from .chunks import PIECE, Stream
+from .chunks import INLINE, PIECE, Stream
 from .staging import Wire, cut, make_wire
 
 HEADER, DELTA, REPLY, CENTER_VARIABLE = range(1, 5)  # tags, on a communicator of our own
-# Bytes. A delta up to this length follows its header in the same message, and c precedes that of a reply; a longer
-# vector is sent in pieces of its own. One number then takes two messages instead of four.
-INLINE = 4096
 
 
 class Buffer:

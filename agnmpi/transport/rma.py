@@ -10,9 +10,10 @@ from functools import partial
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array
+from ..arrays.backend import Array, bring, to_host
 from ..core.ends import Apply, Handle, Polled
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
+from .chunks import INLINE
 from .readers_lock import ReadersLock
 from .staging import MAX_CALL_BYTES, Wire
 from .windows import (
@@ -43,7 +44,7 @@ class RMAWorker(WindowsWorker):
     """
 
     def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MAX_CALL_BYTES) -> None:
-        super().__init__(Windows(comm, like, comm.size - 1, most), wire)
+        super().__init__(_windows(comm, like, most), wire)
         self.lock = ReadersLock(ControlWord(self.windows, READERS))
         self._posted = 0  # odd while a message is being put, even when it is complete
 
@@ -54,8 +55,9 @@ class RMAWorker(WindowsWorker):
             raise ValueError(f"worker {self.worker}: a vector of {payload.size} numbers, not {windows.size}")
         requests = commit.requests | (PULL if out is not None else 0)
         commit = commit._replace(requests=requests, nbytes=0 if payload is None else payload.nbytes)
-        windows.put(windows.header(self.worker), commit.encode())
-        if payload is not None:
+        inline = to_host(payload).tobytes() if payload is not None and windows.inline else b""
+        windows.put(windows.header(self.worker), commit.encode() + inline)
+        if payload is not None and not inline:
             if not windows.one_host:
                 # Odd: the center stays awake while a transfer needs progress by it.
                 windows.add(windows.posted + self.worker, self._posted + 1, MPI.REPLACE)
@@ -77,7 +79,12 @@ class RMAWorker(WindowsWorker):
         served, done = windows.read_each(windows.served(self.worker), 2).tolist()
         if served != posted:
             return self._follow(posted, out) if done and blocking and out is not None else None
-        pulled = self._answer() if out is None else self.try_pull(out, self._answer(), blocking)
+        if out is None:
+            pulled: Reply | None = self._answer()
+        elif windows.inline:
+            pulled = self._answer_with(out)
+        else:
+            pulled = self.try_pull(out, self._answer(), blocking)
         if leaving and pulled is not None:
             windows.add(LEFT, 1)  # the next session may change c
         return pulled
@@ -103,6 +110,12 @@ class RMAWorker(WindowsWorker):
     def _answer(self) -> Reply:
         windows = self.windows
         return Reply.decode(windows.get(windows.reply(self.worker), REPLY_WORDS).tobytes())
+
+    def _answer_with(self, out: Array) -> Reply:
+        """As `_answer`, with the c that is written behind it."""
+        words = self.windows.get(self.windows.reply(self.worker), REPLY_WORDS + self.windows.inline)
+        out[...] = bring(self.windows.vector_behind(words[REPLY_WORDS:]), out)
+        return Reply.decode(words[:REPLY_WORDS].tobytes())
 
     def _with_counts(self, reply: Reply) -> Reply:
         """`reply` with clock and steps of c, which does not change now."""
@@ -138,10 +151,10 @@ class RMACenter(WindowsCenter):
     """
 
     def __init__(self, comm: MPI.Comm, c: Array, most: int = MAX_CALL_BYTES) -> None:
-        super().__init__(Windows(comm, c, comm.size - 1, most), c)
+        super().__init__(_windows(comm, c, most), c)
         windows, workers = self.windows, comm.size - 1
         self._comm, self._workers = comm, workers
-        self._slots = [windows.vector(windows.slots, worker) for worker in range(workers)]
+        self._slots = [self._slot(worker) for worker in range(workers)]
         self._seen = np.zeros(workers, np.int64)  # number of each worker's last message that was polled
         self._last_poll = b""  # the numbers at the last poll
         self._due: deque[Commit] = deque()  # headers of messages that were polled and not served
@@ -158,6 +171,12 @@ class RMACenter(WindowsCenter):
     def live(self) -> int:
         """Workers that have not left this session."""
         return self._workers - len(self._left)
+
+    def _slot(self, worker: int) -> Array:
+        windows = self.windows
+        if windows.inline:
+            return windows.vector_behind(windows.words[windows.header(worker) + COMMIT_WORDS :])
+        return windows.vector(windows.slots, worker)
 
     def open(self) -> None:
         """Begin a session."""
@@ -257,6 +276,8 @@ class RMACenter(WindowsCenter):
         words[CLOCK], words[STEPS] = reply.clock, reply.steps
         for worker in workers:
             words[windows.reply(worker) :][:REPLY_WORDS] = answer
+            if windows.inline:
+                windows.vector_behind(words[windows.reply(worker) + REPLY_WORDS :])[...] = self._c
         windows.sync()
         if unlock:
             self.lock.unlock()
@@ -276,6 +297,12 @@ class RMACenter(WindowsCenter):
         """Free the windows; collective. c is copied to memory of its own."""
         self._slots.clear()
         super().close()
+
+
+def _windows(comm: MPI.Comm, like: Array, most: int) -> Windows:
+    """A slot for each worker, or room for a short vector behind each header and reply."""
+    inline = like.nbytes if like.nbytes <= INLINE else 0
+    return Windows(comm, like, 0 if inline else comm.size - 1, most, inline)
 
 
 def _changes(commit: Commit) -> bool:

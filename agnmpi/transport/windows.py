@@ -46,19 +46,27 @@ class ControlWord:
 class Windows:
     """The windows at the center; collective over `comm`.
 
-    `like`: a vector like c (n,); `slots`: vectors beside c; `most`: bytes per MPI call. Raises ConfigError on
-    all ranks if it does not fit.
+    Args:
+        comm: the center is its rank 0.
+        like: a vector like c (n,).
+        slots: vectors beside c.
+        most: bytes per MPI call.
+        inline: bytes of a vector that are written behind each header and each reply.
+
+    Raises:
+        ConfigError: on all ranks, if it does not fit.
     """
 
-    def __init__(self, comm: MPI.Comm, like: Array, slots: int, most: int = MAX_CALL_BYTES) -> None:
+    def __init__(self, comm: MPI.Comm, like: Array, slots: int, most: int = MAX_CALL_BYTES, inline: int = 0) -> None:
         require_equal(comm, {"size of the vector": str(like.size), "dtype": str(like.dtype)})
         self.comm, self.dtype, self.size, self.workers = comm, like.dtype, like.size, comm.size - 1
         self.stride = -(-like.nbytes // _PAGE) * _PAGE  # vectors are page-aligned
         self._most, workers = most, self.workers
         self.posted = COUNTS  # first word of the numbers of posted messages
         self.headers = self.posted + 3 * workers
-        self.replies = self.headers + COMMIT_WORDS * workers
-        sizes = self.stride, slots * self.stride, 8 * (self.replies + REPLY_WORDS * workers)
+        self.inline = -(-inline // 8)  # words
+        self.replies = self.headers + (COMMIT_WORDS + self.inline) * workers
+        sizes = self.stride, slots * self.stride, 8 * (self.replies + (REPLY_WORDS + self.inline) * workers)
         _check_room(comm, sum(sizes))
         is_center = comm.rank == CENTER
         # Win.Allocate, not Win.Create: on one node both MPIs then use shared memory.
@@ -87,11 +95,16 @@ class Windows:
 
     def header(self, worker: int) -> int:
         """First word of the header of a worker's message."""
-        return self.headers + COMMIT_WORDS * worker
+        return self.headers + (COMMIT_WORDS + self.inline) * worker
 
     def reply(self, worker: int) -> int:
         """First word of the answer to a worker."""
-        return self.replies + REPLY_WORDS * worker
+        return self.replies + (REPLY_WORDS + self.inline) * worker
+
+    def vector_behind(self, words: Array) -> Array:
+        """A vector that begins `words` of the control window."""
+        vector: Array = words.view(np.uint8)[: self.size * self.dtype.itemsize].view(self.dtype)
+        return vector
 
     def vector(self, win: MPI.Win, index: int = 0) -> Array:
         """The vector number `index` of `win`, at the center."""
@@ -127,7 +140,7 @@ class Windows:
 
     def put(self, word: int, values: bytes) -> None:
         """Write words that no rank is reading."""
-        self.control.Put(np.frombuffer(values, np.int64), CENTER, 8 * word)
+        self.control.Put(np.frombuffer(values, np.uint8), CENTER, 8 * word)
         self.control.Flush(CENTER)
 
     def sync(self) -> None:

@@ -198,17 +198,17 @@ def test_one_look_finds_all_messages(comm):
 
 
 def test_a_pull_reads_the_same_number_of_words_with_any_number_of_workers(comm):
-    words = []
+    n, words = 1000, []
 
     def work(end, index):
-        windows, get, out = end.windows, end.windows.get, np.empty(10)
+        windows, get, out = end.windows, end.windows.get, np.empty(n)
         windows.get = lambda word, count: words.append(count) or get(word, count)
-        end.exchange(Commit(index, 1, steps=1, payload=np.ones(10)), out).wait()
+        end.exchange(Commit(index, 1, steps=1, payload=np.ones(n)), out).wait()
         end.pull(out).wait()
         end.leave(None, out).wait()
 
     for setup in (MAILBOX, SUMS):
-        MPIWorld(comm, setup).play(10, work)
+        MPIWorld(comm, setup).play(n, work)
     assert comm.rank == 0 or max(words) <= 12
 
 

@@ -12,10 +12,10 @@ from mpi4py import MPI
 from agnmpi.bench.fake_peers import FakePeers
 from agnmpi.bench.scaling import center_of_fakes, commit_of, measure
 from agnmpi.core.messages import IDLE, LEAVE, MISFIT, PULL, WAIT, WORK, Commit, Reply
-from agnmpi.transport.chunks import PIECE
+from agnmpi.transport.chunks import INLINE, PIECE
 from agnmpi.transport.p2p import IN_FLIGHT, P2PWorker
 from agnmpi.transport.p2p_center import P2PCenter
-from agnmpi.transport.peers import DELTA, INLINE
+from agnmpi.transport.peers import DELTA
 
 N = 1000  # too long to travel with a header
 BYTES = 8 * N
