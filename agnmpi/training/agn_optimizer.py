@@ -122,6 +122,9 @@ class AGNOptimizer:
         self._user_arrays = named(arguments.params) if optimizer is None else {}
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
         setup = Setup(replace(transport, wire=choose_wire(comm, self._x, transport.wire)), overlap, dylu)
+        if overlap and comm.rank == 0 and setup.unthreaded:
+            text = f"overlapping exchanges advance between two steps alone: {setup.unthreaded}"
+            warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=4)
         self._sharded = transport.centers > 1
         return Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, self._copy_out)
 

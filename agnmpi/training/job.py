@@ -71,7 +71,7 @@ class Job(Observer):
         self.config = config = raise_on_all(self.world, config.complete)
         self.rule = config.make_rule()
         transport = raise_on_all(self.world, config.make_transport)
-        self.setup = Setup(transport, config.overlap, config.dylu)
+        self.setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False)
         self.serving_ranks = transport.serving_ranks
         optimizers = config.make_optimizer(1), config.make_center_optimizer(1)
         check_setup(self.rule, self.setup, world.size, *optimizers)
@@ -132,7 +132,7 @@ class Job(Observer):
         threads = [int(text) for text in allgather(self.world, str(blas_threads()))] if config.record else []
         self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
         if self.rank == 0:
-            lines = introduction(config, self.layout, plan, session.role.count, self.world.size)
+            lines = introduction(config, self.layout, plan, session.role.count, self.world.size, self.setup)
             begins = lines + self._announcements, threads[-session.role.count :]
             self.duties = Duties(self._run(), begins=begins)
             if resumed is not None:
@@ -193,7 +193,8 @@ class Job(Observer):
             self.say(line)
         for saver in self._worker_savers:  # of an earlier round, with a lost center
             saver.finish(None)
-        progress = MPI.COMM_SELF.Iprobe  # moves all on; where ranks may die, a probe among them fails
+        # A probe moves all on; where ranks may die, one among them fails.
+        progress = bool if self.setup.threaded else MPI.COMM_SELF.Iprobe
         self._worker_savers = [WorkerSaver(self.directory, w, count, when, self.say, progress) for w in workers]
 
     # Events of the session.

@@ -11,6 +11,7 @@ from typing import Any
 from ..arrays.backend import Array, device_count
 from ..cluster.placement import unused_devices
 from ..cluster.roles import Role
+from ..cluster.setup import Setup
 from ..core.batches import Plan
 from ..core.params import Layout
 from ..recovery.files import save, write_atomic
@@ -142,14 +143,15 @@ def headline(config: Config, layout: Layout, plan: Plan) -> str:
     )
 
 
-def introduction(config: Config, layout: Layout, plan: Plan, workers: int, size: int) -> list[str]:
+def introduction(config: Config, layout: Layout, plan: Plan, workers: int, size: int, setup: Setup) -> list[str]:
     """Messages about a run before it begins."""
-    ranks = f"{size} rank{'s' if size > 1 else ''}"
+    ranks, unthreaded = f"{size} rank{'s' if size > 1 else ''}", setup.unthreaded if setup.overlap else ""
     return [
         headline(config, layout, plan),
         f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "
         f"{config.optimizer} {config.rate:g}, center {config.center_optimizer}, transport {config.transport}, "
         f"{mpi_library()}",
         *advice(config.make_rule(), workers, config.period),
+        *([f"note: overlapping exchanges advance between two steps alone: {unthreaded}"] if unthreaded else ()),
         *(unused_devices(device_count()) if config.device == "auto" else ()),
     ]
