@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..arrays.encodings import NAMES
 from ..core.ends import Capabilities
 from ..core.optimizers import OPTIMIZERS, Optimizer
 from ..core.rules import RULES, Rule, Weight, outer_rate, staleness_cap, staleness_power, weighted
@@ -81,6 +82,10 @@ class Config:
     message_buffers: int = option(
         4, "transport", "vectors at a p2p center for messages on their way", int, least=1, also=("slots",)
     )
+    encoding: str = option(
+        "float32", "transport", "how commits are written on the wire; what is rounded goes into the next", choices=NAMES
+    )
+    pull_encoding: str = option("float32", "transport", "how pulls are; the last is always float32", choices=NAMES)
     wire: str = option(
         "auto",
         "transport",
@@ -193,7 +198,8 @@ class Config:
 
     def make_transport(self) -> registry.Transport:
         """The transport, with its options."""
-        options = {name: getattr(self, name) for name in ("centers", "message_buffers", "wire", "center_device")}
+        names = ("centers", "message_buffers", "wire", "center_device", "encoding", "pull_encoding")
+        options = {name: getattr(self, name) for name in names}
         return registry.resolve(self.transport, self.make_rule().allreduce, workers=self.workers, **options)
 
     @property

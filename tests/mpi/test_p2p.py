@@ -228,7 +228,7 @@ def test_a_run_of_misfits_ends_with_the_reason(comm):
     lease, firsts = center.leases.grant(0), []
 
     def misfit():
-        return Commit(0, 1, lease.steps, lease.first, requests=WORK, nbytes=88).received_from(0, 80)
+        return Commit(0, 1, lease.steps, lease.first, requests=WORK, nbytes=88).received_from(0, [80])
 
     for _ in range(2):
         reply = center.apply(misfit(), c)
@@ -239,7 +239,7 @@ def test_a_run_of_misfits_ends_with_the_reason(comm):
     with pytest.raises(RuntimeError, match="no commit to this model: 88 bytes, the center has 80"):
         center.apply(misfit(), c)
     with pytest.raises(ValueError, match="worker 0 announces -8 bytes"):
-        Commit(0, 1, nbytes=-8).received_from(0, 80)
+        Commit(0, 1, nbytes=-8).received_from(0, [80])
 
 
 @pytest.mark.mpi(min_size=3)
