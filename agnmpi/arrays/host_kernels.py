@@ -210,18 +210,20 @@ def _loop(name: str) -> Any:
     inputs, inouts, code = KERNELS[name]
     moved = names(inouts)
     vectors = [p for p in names(inputs) if p in VECTORS] + moved
+    arguments = [f"{p}_" if p in vectors else p for p in names(inputs) + moved]
     lines = [
-        f"def {name}({', '.join(f'{p}_' if p in vectors else p for p in names(inputs) + moved)}):",
-        "    bad = False",
-        f"    for i in range({moved[0]}_.size):",
-        *(f"        {p} = {p}_[i]" for p in vectors),
-        "        " + code.replace("const T ", "").replace(", ", "; "),
-        *(f"        {p}_[i] = {p}" for p in moved),
-        f"        bad |= not isfinite({moved[0]})",
-        "    return not bad",
+        *(f"{p} = {p}_[i]" for p in vectors),
+        code.replace("const T ", "").replace(", ", "; "),
+        *(f"{p}_[i] = {p}" for p in moved),
+        *(f"bad |= not isfinite({p})" for p in moved if p == "delta"),
     ]
+    text = "\n        ".join(lines)
     scope: dict[str, Any] = {"sqrt": np.sqrt, "isfinite": np.isfinite}
-    exec("\n".join(lines), scope)
+    exec(
+        f"def {name}({', '.join(arguments)}):\n    bad = False\n    for i in range({moved[0]}_.size):\n        {text}\n"
+        f"    return {'not bad' if moved == ['delta'] else 'None'}",
+        scope,
+    )
     return scope[name]
 
 
@@ -229,9 +231,9 @@ def _loop(name: str) -> Any:
 def compiled(name: str) -> Callable[..., Any] | None:
     """The kernel, or reduction, `name`, compiled at its first call for each dtype; None without numba.
 
-    It takes the arguments of its Body in order, and returns whether the first vector that it moves is finite; of a
-    reduction its result. Each rank compiles for itself, 0.1 to 0.4 s for a kernel, and no file is written: numba's
-    cache, in one directory for hosts with different processors, can mix up their code where they write at once.
+    It takes the arguments of its Body in order, and returns what `kernels.run` does; of a reduction its result. Each
+    rank compiles for itself, 0.1 to 0.4 s for a kernel, and no file is written: numba's cache, in one directory for
+    hosts with different processors, can mix up their code where they write at once.
     """
     try:
         from numba import njit

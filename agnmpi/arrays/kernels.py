@@ -146,7 +146,8 @@ def run(
     def work(lo: int, hi: int) -> bool | None:
         if kernel is None:
             return _by_numpy(name, inputs, scalars, moved, lo, hi)
-        return bool(kernel(*(v[lo:hi] for v in inputs), *numbers, *(v[lo:hi] for v in moved)))
+        finite: bool | None = kernel(*(v[lo:hi] for v in inputs), *numbers, *(v[lo:hi] for v in moved))
+        return finite
 
     return _all_known(_share(work, ranges, on_block))
 

@@ -11,6 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array, choose, full_like, namespace, synchronize
+from ..arrays.kernels import set_threads
 from ..cluster.placement import place
 from ..cluster.probe import choose_wire
 from ..core import rules
@@ -93,6 +94,7 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
     raise_on_all(comm, lambda: path.open("a").close() if path else None)
     comm = comm.Dup()
     here = place(comm, comm.rank > 0)
+    set_threads(here.threads)  # as a session does
     xp = raise_on_all(comm, lambda: choose(options.device, here.worker_index))
     wires = ["direct"]
     if any(allgather(comm, "" if xp is np else "device")):
