@@ -4,7 +4,6 @@ Its ElementwiseKernels are the bodies of `agnmpi.arrays.device_kernels`, compile
 """
 
 import ctypes
-import re
 import shutil
 import subprocess
 from contextlib import contextmanager
@@ -13,19 +12,15 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from agnmpi.arrays.device_kernels import KERNELS, REDUCTIONS
+from agnmpi.arrays.device_kernels import KERNELS, REDUCTIONS, VECTORS, names
 
 MODULE = "cupy_fake"  # where `backend.namespace` finds the device, and that it is one of CuPy's
 TYPES = {"float32": ("float", ctypes.c_float), "float64": ("double", ctypes.c_double)}
 
 
-def names(params):
-    return re.findall(r"T (\w+)(?:, |$)", params)
-
-
 def vectors(name):
     """The inputs of a kernel that are vectors: those with the letters of vectors; the others are scalars."""
-    return [p for p in names(KERNELS[name].inputs) if p in {"g", "x", "o", "c", "sent", "delta"}]
+    return [p for p in names(KERNELS[name].inputs) if p in VECTORS]
 
 
 def source(qualifiers, loop):

@@ -11,7 +11,7 @@ from in_process import world
 
 from agnmpi.arrays import backend
 from agnmpi.arrays import device_kernels as kernels
-from agnmpi.arrays.reductions import all_finite, global_norm
+from agnmpi.arrays.kernels import all_finite, global_norm
 from agnmpi.bench import optimizers as bench_optimizers
 from agnmpi.core import rules
 from agnmpi.core.optimizers import OPTIMIZERS
