@@ -1,8 +1,12 @@
 """Center and workers, or a simulated run, in this process."""
 
 import numpy as np
+from golden import ONE_WORKER, close
 from launcher import ROOT
 
+from agnmpi import adam
+from agnmpi.arrays.backend import to_host
+from agnmpi.core import rules
 from agnmpi.core.center import Center
 from agnmpi.core.leases import Leases
 from agnmpi.core.worker import Worker
@@ -27,6 +31,31 @@ def world(
         if begin:
             worker.begin()
     return center, local, made
+
+
+def follow_golden(case, xp=np):
+    """One worker reproduces the numbers of golden.ONE_WORKER, its vectors where `xp` has them."""
+    rule, optimizer, center_optimizer, gradients, start, period, local_after, center_after = ONE_WORKER[case]
+    _, local, (worker,) = world(rule, optimizer, start, 1, period, center_optimizer=center_optimizer, xp=xp)
+    for t, g in enumerate(gradients, 1):
+        worker.step(xp.full(len(start), float(g)))
+        if t in local_after:
+            close(to_host(worker.x), local_after[t])
+        if t in center_after:
+            close(to_host(local.c), center_after[t])
+
+
+def device_and_host(xp, overlap):
+    """Two workers, AGN, Adam with clipping: where center and workers end on the device of `xp`, and on the host."""
+    start, ends = np.linspace(-1, 1, 5), []
+    for module in (xp, np):
+        _, local, workers = world(rules.agn(), adam(0.05, clip=0.5), start, 2, 3, overlap=overlap, xp=module)
+        rng = np.random.default_rng(4)
+        for _ in range(20):
+            for worker in workers:
+                worker.step(module.asarray(rng.normal(size=5)))
+        ends.append([to_host(v) for v in (local.c, workers[0].x, workers[1].x)])
+    return ends
 
 
 QUADRATIC = f"{ROOT}/tests/support/problems.py:Quadratic"
