@@ -16,10 +16,11 @@ from agnmpi.transport.local import LocalCenter
 
 
 def world(
-    rule, optimizer, start, workers=1, period=1, total=None, center_optimizer=None, overlap=False, begin=True, xp=np
-):
+    rule, optimizer, start, workers=1, period=1, total=None, center_optimizer=None, overlap=False, begin=True, xp=np,
+    dtype=float,
+):  # fmt: skip
     """A center and its workers in this process; returns (center, local end, workers)."""
-    start = xp.array(start, float)
+    start = xp.array(start, dtype)
     center = Center(rule, start, workers, center_optimizer)
     center.leases = Leases(total, period)
     local = LocalCenter(start.copy(), workers, center.apply)
@@ -31,6 +32,18 @@ def world(
         if begin:
             worker.begin()
     return center, local, made
+
+
+def trajectory(rule, center_optimizer=None):
+    """Where the center is after each exchange of workers that turn by turn take Adam's steps on noisy gradients."""
+    rng, seen, period = np.random.default_rng(0), [], 5
+    _, local, made = world(rule, adam(0.05), rng.normal(size=6), 4, period, center_optimizer=center_optimizer)
+    for t in range(12 * period):
+        for worker in made:
+            worker.step(worker.x + rng.normal(size=6))
+            if t % period == period - 1:
+                seen.append(local.c.copy())
+    return np.array(seen)
 
 
 def follow_golden(case, xp=np):

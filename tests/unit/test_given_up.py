@@ -13,6 +13,7 @@ from agnmpi import sgd
 from agnmpi.cli.main import main
 from agnmpi.core import rules
 from agnmpi.core.center import Center
+from agnmpi.core.drive import drive, train
 from agnmpi.core.leases import NONE, Lease, Leases
 from agnmpi.core.messages import (
     CONTINUE,
@@ -42,15 +43,7 @@ def play(workers, total, bad, period=2, overlap=False, rule=None):
     held, local, made = world(
         rule or rules.agn(), sgd(0.1), [0.0], workers, period, total=total, overlap=overlap, begin=False
     )
-    loops = [(worker, worker.steps()) for worker in made]
-    while loops:
-        going = []
-        for worker, steps in loops:
-            step = next(steps, None)
-            if step is not None:
-                worker.step(np.full(1, np.nan if step in bad else 1.0))
-                going.append((worker, steps))
-        loops = going
+    drive([train(worker, lambda step: (0.0, np.full(1, np.nan if step in bad else 1.0))) for worker in made])
     assert np.isfinite(local.c).all()
     return held
 

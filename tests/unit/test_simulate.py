@@ -1,23 +1,19 @@
 """Virtual time: repeatable, equal to the plain loop where it costs nothing, to closed forms, and to recorded runs."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from in_process import QUADRATIC, UNEVEN, center, config
-from launcher import ROOT
+from in_process import QUADRATIC, UNEVEN, center, config, world
+from problems import Quadratic
 
-from agnmpi.arrays.backend import full_like
 from agnmpi.cli.main import main
 from agnmpi.core import rules
 from agnmpi.core.batches import Plan
 from agnmpi.core.center import Center
-from agnmpi.core.drive import train
-from agnmpi.core.leases import Leases
+from agnmpi.core.drive import drive, train
 from agnmpi.core.messages import Commit
 from agnmpi.core.params import Layout
-from agnmpi.core.worker import Worker
 from agnmpi.recovery.files import load
 from agnmpi.reporting import record
 from agnmpi.simulation import simulate
@@ -26,9 +22,6 @@ from agnmpi.simulation.replay import replay
 from agnmpi.simulation.timing import Timing, timing_only
 from agnmpi.training.problem import gradient_of
 from agnmpi.transport.local import LocalCenter
-
-sys.path.insert(0, str(ROOT / "tests"))
-from problems import Quadratic
 
 FREE = {"latency": 0.0, "bandwidth": 0.0, "service": 0.0, "service_bandwidth": 0.0}
 
@@ -73,22 +66,17 @@ def test_a_simulation_repeats_bit_for_bit(tmp_path, options, timing):
 def round_robin(given):
     """The same workers on transport.local, a step of each in turn."""
     given = given.complete()
-    problem, rule, n = Quadratic(), given.make_rule(), given.workers
+    problem = Quadratic()
     plan = Plan(problem.samples, given.batch, given.epochs, seed=given.seed)
     initial = problem.init(np.random.default_rng(given.seed))
     layout = Layout.of(initial)
     c = layout.pack(initial)
-    held = Center(rule, c, n, given.make_center_optimizer(plan.steps))
-    held.leases = Leases(plan.steps, given.period)
-    local = LocalCenter(c, n, held.apply)
-    loops = []
-    for i in range(n):
-        worker = Worker(full_like(c, c), rule, given.make_optimizer(plan.steps), local.worker_end(i), i)
-        worker.total = plan.steps
-        loops.append(train(worker, gradient_of(problem, layout, plan, worker.x)))
-    while loops:
-        loops = [loop for loop in loops if next(loop, None) is not None]
-    return layout.views(c), held
+    held, local, workers = world(
+        given.make_rule(), given.make_optimizer(plan.steps), c, given.workers, given.period, total=plan.steps,
+        center_optimizer=given.make_center_optimizer(plan.steps), begin=False, dtype=c.dtype,
+    )  # fmt: skip
+    drive([train(worker, gradient_of(problem, layout, plan, worker.x)) for worker in workers])
+    return layout.views(local.c), held
 
 
 @pytest.mark.parametrize("options", [{}, {"rule": "aeasgd"}, {"variant": "gradient", "rule": "agn"}], ids=str)
