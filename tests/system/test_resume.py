@@ -284,6 +284,18 @@ def test_resume_auto(tmp_path):
     assert result(run)["steps"] == 60
 
 
+@pytest.fixture(scope="module")
+def an_epoch(tmp_path_factory):
+    """The directory of a run of one epoch; who takes it leaves it as it is."""
+    run = tmp_path_factory.mktemp("an-epoch") / "run"
+    train(2, *SHORT, "--epochs", "1", "--run", run)
+    return run
+
+
+def contents(run):
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -296,11 +308,11 @@ def test_resume_auto(tmp_path):
         (["--resume", "RUN", "--epochs", "2", "--seed", "7"], "has seed 0, not 7"),
     ],
 )
-def test_what_cannot_be_resumed_is_refused(tmp_path, options, text):
-    run = tmp_path / "run"
-    train(2, *SHORT, "--epochs", "1", "--run", run)
-    given = [str(run) if word == "RUN" else word for word in options]
+def test_what_cannot_be_resumed_is_refused(an_epoch, options, text):
+    before = contents(an_epoch)
+    given = [str(an_epoch) if word == "RUN" else word for word in options]
     assert text in train(2, *given, code=2)
+    assert contents(an_epoch) == before
 
 
 def test_a_complete_run_stays_as_it_is(tmp_path):
