@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tomllib
 
 import numpy as np
 import pytest
-from launcher import ROOT, agnmpi, mpi_kind, mpiexec, progresses, started
+from launcher import ROOT, agnmpi, mpi_kind, mpiexec
 
 from agnmpi.cli.main import main
 from agnmpi.recovery.files import load
@@ -235,21 +234,6 @@ def test_a_run_that_diverges_says_so_in_valid_json(tmp_path):
     assert result["loss"] is None
     for line in (tmp_path / "run/events.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
-
-
-def test_interrupt(tmp_path):
-    """Ctrl-C: the job ends, with a code that says so, and nothing is left running."""
-    run = tmp_path / "run"
-    job = started(
-        lambda: progresses(run), 3, sys.executable, "-m", "agnmpi", "train", QUADRATIC, "--epochs", "1e6", "--set",
-        "options.slow=0.001", "--log-every", "0.1", "--run-dir", run,
-    )  # fmt: skip
-    job.process.send_signal(signal.SIGINT)
-    code, output = job.finish(LIMIT)
-    assert code != 0, output
-    assert "Traceback" not in output
-    if mpi_kind() == "mpich":  # Open MPI's mpiexec leaves the ranks 0.3 s and may close their output first
-        assert "interrupted" in output
 
 
 SCRIPT = """

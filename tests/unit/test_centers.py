@@ -223,8 +223,6 @@ def test_advice_goes_by_the_effective_outer_rate():
         ({"outer_rate": 0.0}, "outer_rate must be positive"),
         ({"outer_rate": 1.0, "rule": "downpour"}, "is of rule agn, not of downpour"),
         ({"staleness_power": -1.0}, "staleness_power must be at least 0"),
-        ({"staleness_cap": -1}, "staleness_cap must be at least 0"),
-        ({"staleness_cap": 3, "centers": 2}, "a clock of its own"),
         ({"staleness_cap": 3, "rule": "aeasgd"}, "takes no further weights"),
         ({"center_optimizer": "momentum", "center_options": {"gamma": 0}}, "gamma"),
     ],

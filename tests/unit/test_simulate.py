@@ -274,10 +274,6 @@ def test_what_cannot_be_simulated_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=text):
             simulate.run(config(tmp_path / "run", 2, **options), Timing(**timing))
-    with pytest.raises(ValueError, match="each has an order of its own"):
-        config(tmp_path / "run", 2, record=True, centers=2).complete()
-    with pytest.raises(ValueError, match="cannot be replayed"):
-        config(tmp_path / "run", 2, record=True, overlap=True)
     with pytest.raises(ValueError, match="elastic rule with overlap"):
         simulate.network(config(tmp_path / "run", 2, rule="aeasgd", overlap=True), Timing())
     with pytest.raises(ValueError, match="train it with --record"):
