@@ -3,7 +3,6 @@
 import os
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from worlds import MPIWorld
 from agnmpi import AGNOptimizer, sgd
 from agnmpi.cluster import probe
 from agnmpi.cluster.connect import connect
-from agnmpi.cluster.setup import Setup, check_setup
+from agnmpi.cluster.setup import Setup
 from agnmpi.core import rules
 from agnmpi.core.center import Center, serve
 from agnmpi.core.messages import IDLE, WORK, Commit, Reply
@@ -23,7 +22,7 @@ from agnmpi.transport.accumulate import AccumulateCenter, AccumulateWorker
 from agnmpi.transport.agreement import ConfigError
 from agnmpi.transport.chunks import bcast_in_pieces
 from agnmpi.transport.readers_lock import WAITING, WRITING
-from agnmpi.transport.registry import accumulate, allreduce, p2p, resolve, rma
+from agnmpi.transport.registry import accumulate, rma
 from agnmpi.transport.rma import RMACenter, RMAWorker
 from agnmpi.transport.windows import READERS, Windows
 
@@ -469,36 +468,6 @@ def test_windows_take_their_memory_before_the_next_center_looks(comm, monkeypatc
 def test_vectors_that_differ_are_refused(comm):
     with pytest.raises(ConfigError, match="size of the vector differs between ranks"):
         connect(comm, rules.agn(), np.zeros(10 + (comm.rank > 0)), None, setup=Setup(MAILBOX))
-
-
-@pytest.mark.parametrize(
-    ("rule", "transport", "center_optimizer", "text"),
-    [
-        (rules.dynsgd(), SUMS, None, "weighs commits"),
-        (rules.agn("gradient"), SUMS, sgd(1.0), "no center optimizer"),
-        (rules.agn(), SUMS, sgd(1.0), "no center optimizer"),
-        (rules.synchronous(), MAILBOX, None, "use allreduce"),
-        (rules.synchronous(), replace(allreduce(), centers=2), None, "centers = 2 needs transport p2p"),
-        (rules.agn(), p2p(centers=99), None, "99 centers and at least one worker"),
-    ],
-)
-def test_what_a_transport_lacks_is_refused(comm, rule, transport, center_optimizer, text):
-    with pytest.raises(ConfigError, match=text):
-        check_setup(rule, Setup(transport), comm.size, sgd(1.0), center_optimizer)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "text"),
-    [
-        ("p2p", {"use_locking": False}, "needs transport 'rma'"),
-        ("rma", {"center_device": "gpu"}, "center on a GPU needs transport p2p"),
-        ("p2p", {"message_buffers": 0}, "at least 1, not 0"),
-        ("pigeon", {}, "unknown transport 'pigeon'"),
-    ],
-)
-def test_what_no_transport_can_be_is_refused(comm, name, options, text):
-    with pytest.raises(ValueError, match=text):
-        resolve(name, **options)
 
 
 @pytest.mark.parametrize("locking", [True, False], ids=["rma", "accumulate"])

@@ -18,11 +18,9 @@ pytest.importorskip("mpi4py.MPI")
 
 from mpi4py import MPI
 
-from agnmpi.cluster.placement import fault_tolerant
 from agnmpi.recovery.checkpoint import newest
 from agnmpi.training import job
 from agnmpi.training.config import Config
-from agnmpi.training.fault_injection import Fault, read_faults
 
 DIGITS = f"{ROOT / 'examples/digits.py'}:Digits"
 EPOCHS, SAMPLES, STEPS = 40, 1437, 45  # of digits: samples and steps in an epoch
@@ -329,13 +327,3 @@ def test_soak(tmp_path):
         result = json.loads((run / "result.json").read_text())
         assert result["samples"] == epochs * SAMPLES
     assert turns > 5
-
-
-def test_faults_are_read_and_only_when_asked():
-    assert read_faults("") == []
-    assert read_faults("stall:1@20:2") == [Fault("stall", 1, 20, 2.0)]
-    with pytest.raises(ValueError, match="KIND:RANK@AT"):
-        read_faults("explode:1@2")
-    assert fault_tolerant({"OMPI_MCA_mpi_ft_enable": "1"})
-    assert fault_tolerant({"AGNMPI_FT": "1"})
-    assert not fault_tolerant({})

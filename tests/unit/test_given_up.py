@@ -266,3 +266,23 @@ def test_a_reply_does_not_grow_with_the_workers():
         assert (reply.applied, reply.snapshot, reply.status) == ((), None, OK)
         held.replicates_state = True
         assert len(ask(held, 0, WORK | PULL).applied) == workers
+
+
+def test_a_run_of_misfits_ends_with_the_reason():
+    center, c = Center(rules.agn(), np.zeros(10), 1, patience=3), np.zeros(10)
+    center.leases = Leases(40, 3)
+    lease, firsts = center.leases.grant(0), []
+
+    def misfit():
+        return Commit(0, 1, lease.steps, lease.first, requests=WORK, nbytes=88).received_from(0, 80)
+
+    for _ in range(2):
+        reply = center.apply(misfit(), c)
+        firsts.append(lease.first)
+        lease = reply.work
+        assert reply.status == REFUSED
+    assert [*firsts, lease.first] == [0, 3, 6], "others come first"
+    with pytest.raises(RuntimeError, match="no commit to this model: 88 bytes, the center has 80"):
+        center.apply(misfit(), c)
+    with pytest.raises(ValueError, match="worker 0 announces -8 bytes"):
+        Commit(0, 1, nbytes=-8).received_from(0, 80)
