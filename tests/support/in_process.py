@@ -2,7 +2,7 @@
 
 import numpy as np
 from golden import ONE_WORKER, close
-from launcher import ROOT
+from launcher import QUADRATIC
 
 from agnmpi import adam
 from agnmpi.arrays.backend import to_host
@@ -71,7 +71,6 @@ def device_and_host(xp, overlap):
     return ends
 
 
-QUADRATIC = f"{ROOT}/tests/support/problems.py:Quadratic"
 UNEVEN = {
     "step_distribution": "normal", "speed_spread": 0.2, "stragglers": 0.25, "start_jitter": 0.05,
     "service": 0.004, "latency": 0.001, "bandwidth": 1e4,

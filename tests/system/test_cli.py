@@ -7,18 +7,12 @@ import tomllib
 
 import numpy as np
 import pytest
-from launcher import ROOT, agnmpi, mpi_kind, mpiexec
+from launcher import PROBLEMS, QUADRATIC, ROOT, agnmpi, events_of, mpi_kind, mpiexec, result_of
 
 from agnmpi.cli.main import main
 from agnmpi.recovery.files import load
 
-PROBLEMS = ROOT / "tests/support/problems.py"
-QUADRATIC = f"{PROBLEMS}:Quadratic"
 LIMIT = 60
-
-
-def events(directory):
-    return [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
 
 
 def transport_of(options):
@@ -58,7 +52,7 @@ def test_train(tmp_path, ranks, options):
     given = ["--epochs", "40", "--batch", "16"] + ([] if "--rate" in options else ["--rate", "0.05"])
     code, output = agnmpi(ranks, "train", QUADRATIC, *given, *options, "--run-dir", run, timeout=LIMIT)
     assert code == 0, output
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert result["metrics"]["distance"] < 0.25, result
     assert result["steps"] == 40 * 15
     assert result["samples"] == 40 * 240, "each sample of an epoch is used once"
@@ -80,7 +74,7 @@ def test_train(tmp_path, ranks, options):
     arrays, facts = load(run / "center.safetensors")
     assert {name: x.shape for name, x in arrays.items()} == {"w": (4,), "b": (2,)}
     assert int(facts["clock"]) == result["clock"]
-    seen = events(run)
+    seen = events_of(run)
     assert seen[0]["event"] == "start"
     assert seen[-1]["event"] == "end"
     assert seen[-1]["result"]["metrics"] == result["metrics"]
@@ -124,7 +118,7 @@ def test_evaluation_does_not_stop_the_service(tmp_path):
         "--evaluate-every", "1", "--log-every", "0.05", "--run-dir", run, timeout=LIMIT,
     )  # fmt: skip
     assert code == 0, output
-    seen = events(run)
+    seen = events_of(run)
     evaluations = [e for e in seen if e["event"] == "evaluation"]
     assert len(evaluations) >= 2
     clocks = [e["commits"] for e in seen if e["event"] == "progress"]

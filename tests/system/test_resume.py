@@ -8,12 +8,12 @@ import time
 
 import numpy as np
 import pytest
-from launcher import ROOT, agnmpi, mpi_kind, progresses, started
+from in_process import center
+from launcher import PROBLEMS, QUADRATIC, agnmpi, events_of, mpi_kind, progresses, result_of, started
 
 from agnmpi.recovery.checkpoint import center_file, folders, newest, seal, unseal, worker_file
 from agnmpi.recovery.files import load
 
-QUADRATIC = f"{ROOT / 'tests/support/problems.py'}:Quadratic"
 LIMIT = 90
 SHORT = ["--batch", "16", "--rate", "0.05", "--period", "4"]
 
@@ -22,15 +22,6 @@ def train(ranks, *options, code=0, problem=QUADRATIC):
     found, output = agnmpi(ranks, "train", problem, *options, timeout=LIMIT)
     assert found == code, output
     return output
-
-
-def center(run):
-    arrays, _ = load(run / "center.safetensors")
-    return b"".join(arrays[name].tobytes() for name in sorted(arrays))
-
-
-def result(run):
-    return json.loads((run / "result.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -58,7 +49,7 @@ def test_half_and_half_is_the_whole_bit_for_bit(tmp_path, ranks, options):
     assert "local state" not in output
     assert center(half) == center(whole)
     for key in ("clock", "steps", "samples"):
-        assert result(half)[key] == result(whole)[key]
+        assert result_of(half)[key] == result_of(whole)[key]
 
 
 @pytest.mark.parametrize(
@@ -77,10 +68,10 @@ def test_resume_with_other_ranks_and_another_transport(tmp_path, then, options):
     train(4, *SHORT, "--epochs", "3", "--run", run)
     output = train(then, "--resume", run, "--epochs", "6", *options)
     assert "resumed from step-000000000045" in output
-    assert result(run)["steps"] == 6 * 15
-    assert result(run)["samples"] == 6 * 240, "nothing repeated, nothing skipped"
-    assert result(run)["metrics"]["distance"] < 0.6, "0.765 before the first step"
-    kinds = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert result_of(run)["steps"] == 6 * 15
+    assert result_of(run)["samples"] == 6 * 240, "nothing repeated, nothing skipped"
+    assert result_of(run)["metrics"]["distance"] < 0.6, "0.765 before the first step"
+    kinds = [event["event"] for event in events_of(run)]
     assert "resume" in kinds
     assert kinds.count("end") == 2
 
@@ -93,7 +84,7 @@ def test_from_several_centers_to_one(tmp_path):
     assert found is not None
     assert found[1]["c"].tobytes() in (before, b"".join(load(run / "center.safetensors")[0][n].tobytes() for n in "wb"))
     train(2, "--resume", run, "--centers", "1", "--epochs", "4")
-    assert result(run)["steps"] == 60
+    assert result_of(run)["steps"] == 60
 
 
 def interrupted(tmp_path, ranks, *options, number=signal.SIGUSR1):
@@ -134,8 +125,8 @@ def test_usr1_commits_saves_and_leaves(tmp_path, ranks, options):
     lasting = ["--steps", str(steps + 400), "--set", "options.slow=0"]
     output = train(ranks, "--resume", run, *lasting)
     assert f"{steps} of {steps + 400} steps" in output
-    assert result(run)["steps"] == steps + 400
-    assert result(run)["metrics"]["distance"] < 0.5
+    assert result_of(run)["steps"] == steps + 400
+    assert result_of(run)["metrics"]["distance"] < 0.5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
@@ -153,7 +144,7 @@ def test_a_second_signal_aborts_at_once(tmp_path):
     run = tmp_path / "run"
     job = started(
         (tmp_path / "stuck").exists, 2, sys.executable, "-m", "agnmpi", "train",
-        f"{ROOT / 'tests/support/problems.py'}:Stuck", "--period", "1000000", "--run", run, cwd=tmp_path,
+        f"{PROBLEMS}:Stuck", "--period", "1000000", "--run", run, cwd=tmp_path,
     )  # fmt: skip
     job.process.send_signal(signal.SIGUSR1)
     time.sleep(1)
@@ -179,7 +170,7 @@ def test_checkpoints_while_it_runs_and_a_broken_newest_one(tmp_path):
     assert len(list((run / "checkpoints").glob("broken-step-000000000300-*"))) == 1
     assert "does not match its checksum" in output
     assert f"resumed from {found[1].name}" in output
-    assert result(run)["samples"] == 24 * 240
+    assert result_of(run)["samples"] == 24 * 240
 
 
 @pytest.mark.parametrize(
@@ -228,8 +219,8 @@ def test_checkpoints_of_several_centers_that_nobody_serves(tmp_path):
     assert len(folders(run)) < 8, "old ones go"
     stale = found[2]["staleness"]
     output = train(4, "--resume", run, "--steps", str(steps + 40), "--set", "options.slow=0")
-    assert result(run)["steps"] == steps + 40
-    assert result(run)["staleness"]["max"] >= stale[1], "counts go on"
+    assert result_of(run)["steps"] == steps + 40
+    assert result_of(run)["staleness"]["max"] >= stale[1], "counts go on"
 
 
 @pytest.mark.parametrize(
@@ -264,7 +255,7 @@ def test_resume_auto(tmp_path):
     options = ["--run", run, "--resume", "auto"]
     train(2, *SHORT, *options, "--epochs", "2")
     assert "resumed" in train(2, *SHORT, *options, "--epochs", "4")
-    assert result(run)["steps"] == 60
+    assert result_of(run)["steps"] == 60
 
 
 @pytest.fixture(scope="module")
@@ -309,10 +300,10 @@ def test_a_complete_run_stays_as_it_is(tmp_path):
     (run / "result.json").unlink()  # as if the run had been killed before it wrote it
     output = train(2, "--resume", run)
     assert "WARNING" not in output
-    assert result(run)["steps"] == 16
-    assert result(run)["metrics"] == json.loads(before)["metrics"]
+    assert result_of(run)["steps"] == 16
+    assert result_of(run)["metrics"] == json.loads(before)["metrics"]
     output = train(2, "--resume", run, "--epochs", "2")  # overrides the steps of its configuration
-    assert result(run)["steps"] > 16
+    assert result_of(run)["steps"] > 16
 
 
 def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(tmp_path):
@@ -321,7 +312,7 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(tm
     (run / "checkpoints").write_text("in the way")
     output = train(3, *SHORT, "--epochs", "10", "--checkpoint-commits", "10", "--run", run)
     assert "the checkpoint could not be written" in output
-    assert result(run)["steps"] == 150
+    assert result_of(run)["steps"] == 150
 
 
 def test_checkpoints_of_several_centers_come_as_fast_as_they_can(tmp_path):
@@ -365,22 +356,20 @@ def test_blocks_of_different_commits_are_left_out(tmp_path):
 )
 def test_a_refused_commit_leaves_no_trace(tmp_path, ranks, options):
     run = tmp_path / "run"
-    problem = f"{ROOT / 'tests/support/problems.py'}:SometimesNaN"
+    problem = f"{PROBLEMS}:SometimesNaN"
     train(ranks, *SHORT, *options, "--epochs", "20", "--run", run, problem=problem)
-    assert result(run)["refused"] > 0
-    assert result(run)["steps"] == 300
-    assert result(run)["metrics"]["distance"] < 0.5, "0.765 before the first step"
+    assert result_of(run)["refused"] > 0
+    assert result_of(run)["steps"] == 300
+    assert result_of(run)["metrics"]["distance"] < 0.5, "0.765 before the first step"
 
 
 def test_commits_that_are_not_finite_are_refused(tmp_path):
     """A few are refused and their steps taken again; many in a row end the run with the reason."""
     run = tmp_path / "run"
-    output = train(
-        3, *SHORT, "--epochs", "10", "--run", run, problem=f"{ROOT / 'tests/support/problems.py'}:SometimesNaN"
-    )
-    assert result(run)["refused"] > 0
+    output = train(3, *SHORT, "--epochs", "10", "--run", run, problem=f"{PROBLEMS}:SometimesNaN")
+    assert result_of(run)["refused"] > 0
     assert "commits were refused" in output
-    assert result(run)["samples"] == 2400
-    assert np.isfinite(result(run)["metrics"]["distance"])
-    output = train(3, *SHORT, "--epochs", "10", code=1, problem=f"{ROOT / 'tests/support/problems.py'}:AlwaysNaN")
+    assert result_of(run)["samples"] == 2400
+    assert np.isfinite(result_of(run)["metrics"]["distance"])
+    output = train(3, *SHORT, "--epochs", "10", code=1, problem=f"{PROBLEMS}:AlwaysNaN")
     assert "10 commits in a row were refused" in output

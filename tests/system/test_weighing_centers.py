@@ -1,11 +1,10 @@
 """Centers that weigh commits, over MPI."""
 
-import json
 import tomllib
 
 import pytest
-from in_process import QUADRATIC, config
-from launcher import agnmpi
+from in_process import config
+from launcher import QUADRATIC, agnmpi, result_of
 
 from agnmpi.simulation.replay import replay
 
@@ -18,7 +17,7 @@ def test_all_of_them_over_mpi(tmp_path):
     )  # fmt: skip
     assert code == 0, output
     assert "effective outer rate 1.5" in output
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["staleness"]["max"] <= 4
     assert tomllib.loads((tmp_path / "run/config.toml").read_text())["center_rate"] == 1.0
     again = config(

@@ -1,13 +1,11 @@
 """One batch that always gives NaN costs its own steps, not the run; and who finds no work asks once."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from in_process import UNEVEN, center, config, world
-from launcher import ROOT
+from launcher import PROBLEMS, events_of, result_of
 
 from agnmpi import sgd
 from agnmpi.cli.main import main
@@ -35,7 +33,7 @@ from agnmpi.simulation.replay import replay
 from agnmpi.simulation.timing import Timing
 from agnmpi.transport.local import LocalCenter
 
-BAD = f"{ROOT}/tests/support/problems.py:OneBadSample"
+BAD = f"{PROBLEMS}:OneBadSample"
 
 
 def play(workers, total, bad, period=2, overlap=False, rule=None):
@@ -67,13 +65,13 @@ def test_a_run_goes_on_past_its_bad_sample(tmp_path, capsys):
     run = tmp_path / "run"
     options = ["--transport", "local", "--workers", "4", "--epochs", "5", "--batch", "4", "--period", "3"]
     assert main(["train", BAD, *options, "--rate", "0.05", "--run", str(run)]) == 0
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert result["given_up"] == 5 * 3
     assert result["steps"] == 5 * 60 - 5 * 3
     assert result["metrics"]["distance"] < 0.5
     output = capsys.readouterr().out
     assert "gave NaN or infinity again and again" in output
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = events_of(run)
     assert sum(event["steps"] for event in events if event["event"] == "given_up") == 15
 
 
@@ -82,7 +80,7 @@ def test_a_resumed_run_does_not_try_again_and_does_not_count_them(tmp_path, caps
     options = ["--transport", "local", "--workers", "2", "--batch", "4", "--period", "3", "--rate", "0.05"]
     assert main(["train", BAD, *options, "--epochs", "2", "--run", str(run)]) == 0
     assert main(["train", BAD, "--resume", str(run), "--epochs", "3"]) == 0
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert (result["steps"], result["given_up"]) == (3 * 60 - 9, 9)
     assert main(["train", BAD, "--resume", str(run), "--epochs", "3"]) == 0
     assert "the run was complete" in capsys.readouterr().out

@@ -1,10 +1,9 @@
 """Virtual time: repeatable, equal to the plain loop where it costs nothing, to closed forms, and to recorded runs."""
 
-import json
-
 import numpy as np
 import pytest
-from in_process import QUADRATIC, UNEVEN, center, config, world
+from in_process import UNEVEN, center, config, world
+from launcher import QUADRATIC, events_of, result_of
 from problems import Quadratic
 
 from agnmpi.cli.main import main
@@ -52,7 +51,7 @@ def test_a_simulation_repeats_bit_for_bit(tmp_path, options, timing):
     assert 0 < a["virtual"]["utilisation"]["center"] <= 1
     assert sum(a["staleness"]["histogram"]["counts"]) == a["commits"]
     assert a["staleness"]["max"] > 0
-    seen = [json.loads(line) for line in (tmp_path / "a/events.jsonl").read_text().splitlines()]
+    seen = events_of(tmp_path / "a")
     at = [e["virtual_seconds"] for e in seen if e["event"] == "evaluation"]
     assert len(at) == 8
     assert at == sorted(at)
@@ -290,13 +289,13 @@ def test_the_command_line(tmp_path, capsys):
     again = tmp_path / "again"
     assert main(["simulate", "--config", str(run / "config.toml"), "--run", str(again)]) == 0
     assert center(again) == center(run)
-    results = [json.loads((path / "result.json").read_text()) for path in (run, again)]
+    results = [result_of(path) for path in (run, again)]
     assert results[0]["virtual"] == results[1]["virtual"]
     assert main(["simulate", "--replay", str(run), "--run", str(tmp_path / "replay")]) == 0
     assert "the same bits as" in capsys.readouterr().out
     timing = ["simulate", "--timing-only", "--workers", "100", "--exchanges", "1000", "--run", str(tmp_path / "timing")]
     assert main(timing) == 0
-    assert json.loads((tmp_path / "timing/result.json").read_text())["exchanges"] == 800
+    assert result_of(tmp_path / "timing")["exchanges"] == 800
     assert main(["simulate", "--workers", "3"]) == 2
     assert "which problem" in capsys.readouterr().err
     assert main(["simulate", QUADRATIC, "--run", str(run)]) == 2
