@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 from launcher import QUADRATIC, ROOT, ULFM, Job, agnmpi, events_of, mpi_kind, mpiexec, result_of
-
-pytest.importorskip("mpi4py.MPI")
-
 from mpi4py import MPI
 
 from agnmpi.recovery.checkpoint import newest

@@ -5,8 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("mpi4py.MPI")
-
 from agnmpi.cluster.placement import fault_tolerant
 from agnmpi.core import rules
 from agnmpi.core.center import Center

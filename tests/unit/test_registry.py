@@ -7,9 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("mpi4py.MPI")
-
 from conformance import CHECKS, declared
 from mpi4py import MPI
 
