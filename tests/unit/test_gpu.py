@@ -6,8 +6,8 @@ test_kernels.py proves the same without: the kernels as C on the host, the launc
 import fake_cuda
 import numpy as np
 import pytest
-from golden import ONE_WORKER, close
-from in_process import world
+from golden import ONE_WORKER
+from in_process import device_and_host, follow_golden
 
 from agnmpi.arrays import backend
 from agnmpi.arrays import device_kernels as kernels
@@ -34,14 +34,7 @@ def require_equal(there, here, dtype):
 
 @pytest.mark.parametrize("case", ONE_WORKER)
 def test_golden_one_worker(cupy, case):
-    rule, optimizer, center_optimizer, gradients, start, period, local_after, center_after = ONE_WORKER[case]
-    _, local, (worker,) = world(rule, optimizer, start, 1, period, center_optimizer=center_optimizer, xp=cupy)
-    for t, g in enumerate(gradients, 1):
-        worker.step(cupy.full(len(start), float(g)))
-        if t in local_after:
-            close(cupy.asnumpy(worker.x), local_after[t])
-        if t in center_after:
-            close(cupy.asnumpy(local.c), center_after[t])
+    follow_golden(case, cupy)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -93,15 +86,7 @@ def test_delta_and_adopt_agree_with_the_host(cupy, rule, dtype):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_workers_follow_the_host(cupy, overlap):
-    start, trajectories = np.linspace(-1, 1, 5), []
-    for xp in (cupy, np):
-        _, local, workers = world(rules.agn(), OPTIMIZERS["adam"](0.05, clip=0.5), start, 2, 3, overlap=overlap, xp=xp)
-        rng = np.random.default_rng(4)
-        for _ in range(20):
-            for worker in workers:
-                worker.step(xp.asarray(rng.normal(size=5)))
-        trajectories.append([backend.to_host(v) for v in (local.c, workers[0].x, workers[1].x)])
-    np.testing.assert_allclose(*trajectories, rtol=1e-10)
+    np.testing.assert_allclose(*device_and_host(cupy, overlap), rtol=1e-10)
 
 
 def test_each_kernel_compiles_for_both_dtypes(cupy):
