@@ -9,7 +9,7 @@ import pytest
 from golden import ONE_WORKER
 from in_process import device_and_host, follow_golden
 
-from agnmpi.arrays import backend
+from agnmpi.arrays import backend, encodings
 from agnmpi.arrays import device_kernels as kernels
 from agnmpi.arrays.kernels import all_finite, global_norm
 from agnmpi.bench import optimizers as bench_optimizers
@@ -165,3 +165,26 @@ def test_the_bench_measures_each_side(cupy):
     rows = bench_optimizers.device_bandwidth(10_000, rounds=3)
     assert {"device copy", "sgd", "momentum", "adam", "center add", "agn delta"} <= {row["name"] for row in rows}
     assert all(row["bytes_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("key", [None, 7])
+@pytest.mark.parametrize("name", encodings.NAMES)
+def test_encodings_are_the_hosts_bit_for_bit(cupy, name, key, dtype):
+    rng, encoding = np.random.default_rng(5), encodings.get(name)
+    x, residual, c = rng.normal(size=(3, SIZE)).astype(dtype)
+    results = []
+    for xp in (np, cupy):
+        out, new, back = xp.zeros(encoding.nbytes(SIZE, dtype), "u1"), xp.zeros(SIZE, dtype), xp.zeros(SIZE, dtype)
+        there = xp.asarray(x)
+        finite = encoding.encode(there, out, residual=xp.asarray(residual), new_residual=new, key=key)
+        encoding.decode(out, back)
+        summed = xp.asarray(c.copy())
+        encoding.decode_add(out, summed, 1 / 3)
+        there[SIZE // 2] = np.nan
+        results.append((finite, encoding.encode(there, xp.zeros_like(out)), out, new, back, summed))
+    here, there = results
+    assert there[:2] == here[:2] == (True, False)
+    for on_device, on_host in zip(there[2:5], here[2:5]):
+        np.testing.assert_array_equal(on_device.get(), on_host)
+    require_equal(there[5], here[5], dtype)
