@@ -14,8 +14,9 @@ import numpy as np
 
 from . import device_encodings, host_encodings
 from .backend import Array, blocks, empty, on_host
+from .device_kernels import launch
 from .host_encodings import FORMATS, GOLDEN64, mix64
-from .reductions import all_finite
+from .kernels import all_finite
 
 
 def rounding_key(seed: int, sender: int, count: int) -> int:
@@ -194,6 +195,9 @@ class Encoding:
             _kernels(c, data).decode_add(self.name, data, c, weight)
             return
         numbers, factor = data.view(c.dtype), c.dtype.type(weight)
+        if not on_host(c):
+            launch("add", numbers, weight, c)
+            return
         for part in blocks(c):
             c[part] += numbers[part] if factor == 1 else numbers[part] * factor
 
@@ -219,12 +223,13 @@ class Encoding:
 def _copy(x: Array, numbers: Array, residual: Array | None, new_residual: Array | None) -> bool:
     """Write x (+ residual) into `numbers`; nothing is left behind."""
     finite = True
-    for part in blocks(x):
-        if residual is None:
-            numbers[part] = x[part]
-        else:
-            np.add(x[part], residual[part], out=numbers[part])
-        finite &= all_finite(numbers[part])
+    with np.errstate(invalid="ignore", over="ignore"):  # they are reported by the result
+        for part in blocks(x):
+            if residual is None:
+                numbers[part] = x[part]
+            else:
+                np.add(x[part], residual[part], out=numbers[part])
+            finite &= all_finite(numbers[part])
     if new_residual is not None:
         new_residual[...] = 0
     return finite

@@ -96,8 +96,8 @@ class _Scratch:
 
 def _scales(top: Array, form: BlockFormat) -> Array:
     """Scales (blocks,) for the magnitudes `top`, as bits; NaN where something is not finite or too large."""
-    # The quotient is rounded, too, but never down to a scale that is too small: where s has no bits below the cut, top·s
-    # is a float32, and already the next larger absmax exceeds it by more than half a last place of s, times top.
+    # The quotient is rounded, too, but never down to a scale that is too small: where s has no bits below the cut,
+    # top·s is a float32, and the next larger absmax already exceeds it by more than half a last place of s, times top.
     scale = (top.view(np.float32) / np.float32(form.top)).view(np.uint32)
     below = np.uint32((1 << form.cut) - 1)
     scale += below

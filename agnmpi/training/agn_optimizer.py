@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 from mpi4py import MPI
 
-from ..arrays.backend import Array, as_array, bring, namespace
+from ..arrays.backend import Array, Range, as_array, bring, namespace
 from ..cluster.placement import check_world, fault_tolerant, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.setup import Setup, check_setup
-from ..core.optimizers import Optimizer, Range
+from ..core.optimizers import Optimizer
 from ..core.params import Layout, named
 from ..core.rules import Rule, agn
 from ..transport.agreement import raise_on_all
