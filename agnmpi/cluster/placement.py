@@ -3,13 +3,16 @@
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from mpi4py import MPI
 
+from ..core.backoff import wait_until
 from ..core.params import Layout
 from ..transport.agreement import ConfigError, allgather, require_equal
 from ..version import __version__, mpi_library
@@ -36,6 +39,33 @@ def place(comm: MPI.Comm, trains: bool) -> Place:
         return Place(MPI.Get_processor_name(), node.size, index, threads)
     finally:
         node.Free()
+
+
+def hosts(comm: MPI.Comm) -> list[int]:
+    """The host of each rank, as the lowest rank there; collective. A host is where ranks share memory."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    lowest, gathered = np.array([comm.rank]), np.empty(comm.size, np.int64)
+    wait_until(node.Ibcast(lowest, 0).Test)
+    node.Free()
+    wait_until(comm.Iallgather(lowest, gathered).Test)
+    return list(gathered.tolist())
+
+
+def one_center_per_host(hosts: Sequence[object]) -> list[int]:
+    """The ranks that serve so that a center is on each host, beside its workers; in order, rank 0 always first.
+
+    A host's center is its lowest rank. A host of one rank has none, unless that is rank 0: it would have no worker.
+
+    Args:
+        hosts: of each rank, any names.
+
+    >>> one_center_per_host(["a", "a", "b", "b", "c"]), one_center_per_host(["a", "b", "c", "a", "b", "c"])
+    ([0, 2], [0, 1, 2])
+    """
+    lowest, counts = dict[object, int](), Counter(hosts)
+    for rank, host in enumerate(hosts):
+        lowest.setdefault(host, rank)
+    return [rank for host, rank in lowest.items() if rank == 0 or counts[host] > 1]
 
 
 def limit_blas(threads: int) -> None:

@@ -94,6 +94,7 @@ class ConsistentCut:
         save: copies this center's block for the checkpoint of that number, and starts to write it.
         writing: whether that is still under way.
         say: called with a warning when a cut is given up.
+        name: describes a center.
         patience: seconds without a commit after which a cut is given up, and the workers go on: one of them has
             stopped between its messages to the centers.
         now: the clock.
@@ -107,10 +108,11 @@ class ConsistentCut:
         save: Callable[[int], None],
         writing: Callable[[], bool],
         say: Say = print,
+        name: Callable[[int], str] = "center {}".format,
         patience: float = 30.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._mail, self._end, self._center, self._say = mail, end, center, say
+        self._mail, self._end, self._center, self._say, self._name = mail, end, center, say, name
         self._save, self._writing, self._patience, self._now = save, writing, patience, now
         self._number: int | None = None  # of the cut that this center is in, until its block is written
         self._phase: Callable[[], None] | None = None  # called at each tick
@@ -255,8 +257,8 @@ class ConsistentCut:
             self._gave_up = True
             self._ended.clear()
             self._say(
-                f"WARNING: no checkpoint at step {self._active}: for {self._patience:g} s center {source} has waited "
-                "for a commit that another center has; training goes on"
+                f"WARNING: no checkpoint at step {self._active}: for {self._patience:g} s {self._name(source)} has "
+                "waited for a commit that another center has; training goes on"
             )
             self._send_all(_GIVE_UP, self._active)
         elif kind == (_GIVEN_UP if self._gave_up else _WRITTEN):

@@ -74,7 +74,9 @@ class Config:
         choices=registry.names(),
         aliases=registry.ALIASES,
     )
-    centers: int = option(1, "transport", "center ranks 0 … k−1: each holds a block of the center", int, least=1)
+    centers: registry.Centers = option(
+        1, "transport", "center ranks 0 … k−1, a block each; hosts: one on each host", int, least=1, words=("hosts",)
+    )
     workers: int = option(
         1, "transport", "number of workers in one process (of train: with --transport local)", int, least=1
     )
@@ -261,8 +263,8 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
     (lambda c: c.outer_rate is not None and c.rule != "agn", "outer_rate is of rule agn, not of {rule}"),
     (lambda c: c.variant != "displacement" and c.rule != "agn", "variant {variant!r} is of rule agn, not of {rule}"),
     (
-        lambda c: c.staleness_cap is not None and c.centers > 1,
-        "staleness_cap with {centers} centers: each has a clock of its own, and would drop alone; leave one of them",
+        lambda c: c.staleness_cap is not None and c.centers != 1,
+        "staleness_cap with centers = {centers}: each has a clock of its own, and would drop alone; leave one of them",
     ),
     (
         lambda c: c.schedule == "step" and not c.decay_every > 0,
@@ -314,7 +316,7 @@ _TRANSPORT_RULES: tuple[Refusal[Config], ...] = (
         "workers = {workers} is for --transport local; else the ranks are counted",
     ),
     (
-        lambda c: c.drop_stalled and (not c._capabilities.silent_workers or c.centers > 1),
+        lambda c: c.drop_stalled and (not c._capabilities.silent_workers or c.centers != 1),
         "drop_stalled needs transport p2p and one center, not {transport!r}, {centers}",
     ),
     (
@@ -322,7 +324,7 @@ _TRANSPORT_RULES: tuple[Refusal[Config], ...] = (
         "stall_limit with transport {transport}: the center hears of no single worker; leave one of them",
     ),
     (
-        lambda c: c.record and (c.centers > 1 or not c._capabilities.single_commits),
+        lambda c: c.record and (c.centers != 1 or not c._capabilities.single_commits),
         "record is of one center that serves: with several each has an order of its own",
     ),
     (

@@ -49,7 +49,7 @@ class Session:
         drop_silent: bool = False,
     ) -> None:
         setup = setup.with_replication()
-        self.rule, self.members = rule, Membership(comm.size, setup.transport.serving_ranks)
+        self.rule, self.members = rule, Membership(comm.size, setup.center_ranks)
         self.rank = comm.rank  # at the beginning
         self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
         connector = Connector(rule, optimizer, center_optimizer, setup, observer)
