@@ -9,10 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from mpi4py import MPI
 
-from ..core.backoff import wait_until
 from ..core.params import Layout
 from ..transport.agreement import ConfigError, allgather, require_equal
 from ..version import __version__, mpi_library
@@ -41,14 +39,12 @@ def place(comm: MPI.Comm, trains: bool) -> Place:
         node.Free()
 
 
-def hosts(comm: MPI.Comm) -> list[int]:
-    """The host of each rank, as the lowest rank there; collective. A host is where ranks share memory."""
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    lowest, gathered = np.array([comm.rank]), np.empty(comm.size, np.int64)
-    wait_until(node.Ibcast(lowest, 0).Test)
-    node.Free()
-    wait_until(comm.Iallgather(lowest, gathered).Test)
-    return list(gathered.tolist())
+def hosts(comm: MPI.Comm) -> list[str]:
+    """The host of each rank, by its name; collective.
+
+    Not by Split_type: for MPICH 5.0 each rank is alone where its hosts are listed in turn (h0,h1,h0,h1).
+    """
+    return allgather(comm, MPI.Get_processor_name())
 
 
 def one_center_per_host(hosts: Sequence[object]) -> list[int]:

@@ -86,7 +86,7 @@ def _refusals(
         (
             (centers > 1 or transport.center_per_host) and not caps.shards,
             f"centers = {transport.wanted_centers!r} needs transport {names_with('shards')}; {name!r} has no center "
-            "ranks: leave it out",
+            "ranks: give 1",
         ),
         (
             caps.center_ranks and size < centers + 1,

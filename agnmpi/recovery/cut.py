@@ -94,10 +94,10 @@ class ConsistentCut:
         save: copies this center's block for the checkpoint of that number, and starts to write it.
         writing: whether that is still under way.
         say: called with a warning when a cut is given up.
-        name: describes a center.
         patience: seconds without a commit after which a cut is given up, and the workers go on: one of them has
             stopped between its messages to the centers.
         now: the clock.
+        name: describes a center.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class ConsistentCut:
         save: Callable[[int], None],
         writing: Callable[[], bool],
         say: Say = print,
-        name: Callable[[int], str] = "center {}".format,
         patience: float = 30.0,
         now: Callable[[], float] = time.monotonic,
+        name: Callable[[int], str] = "center {}".format,
     ) -> None:
         self._mail, self._end, self._center, self._say, self._name = mail, end, center, say, name
         self._save, self._writing, self._patience, self._now = save, writing, patience, now

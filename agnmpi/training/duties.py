@@ -175,7 +175,7 @@ class Duties:
             lambda number: saver.save(role.end.c, number),
             saver.writing,
             self._run.say,
-            lambda center: self._run.name(self._run.session.members.serving[center]),
+            name=lambda center: self._run.name(self._run.session.members.serving[center]),
         )
         if self.first:
             saver.cut, role.before_leaving = self._cut, self._cut.finish

@@ -101,7 +101,7 @@ def test_what_does_not_go_with_it(values, text):
 
 def test_a_rule_without_centers_refuses_it():
     config = Config("m:P", rate=0.1, rule="synchronous", centers="hosts").complete()
-    with pytest.raises(ConfigError, match=r"centers = 'hosts' needs transport p2p.*'allreduce' has no .*leave it out"):
+    with pytest.raises(ConfigError, match=r"centers = 'hosts' needs transport p2p.*'allreduce' has no .*give 1"):
         check_setup(config.make_rule(), Setup(config.make_transport()), 4, sgd(0.1), None)
     with pytest.raises(ConfigError, match="needs a center and at least one worker, but the world has 1 rank"):
         check_setup(rules.agn(), Setup(transports.p2p(centers="hosts")), 1, sgd(0.1), None)
