@@ -168,11 +168,17 @@ def _add_flag(group: Any, name: str, dest: str, meta: Mapping[str, Any], text: s
         group.add_argument(f"--{flag}", dest=dest, type=canonical, choices=meta["choices"], help=text)
     else:
         metavar = {int: "N", float: "X"}.get(meta["kind"], "DIR" if dest in ("run_dir", "resume") else "TEXT")
-        group.add_argument(f"--{flag}", dest=dest, type=meta["kind"], metavar=metavar, help=text)
+        value = partial(_value, meta["kind"], meta["words"])
+        value.__name__ = " or ".join((meta["kind"].__name__, *meta["words"]))  # type: ignore[attr-defined]  # for argparse's messages
+        group.add_argument(f"--{flag}", dest=dest, type=value, metavar="|".join((metavar, *meta["words"])), help=text)
 
 
 def _canonical(aliases: Mapping[str, str], value: str) -> str:
     return aliases.get(value, value)
+
+
+def _value(kind: type, words: Sequence[str], value: str) -> Any:
+    return value if value in words else kind(value)
 
 
 def _field(name: str) -> Any:

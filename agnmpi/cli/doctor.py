@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..arrays.backend import device_count
 from ..cluster import probe
-from ..cluster.placement import check_world, fault_tolerant, place, unused_devices
+from ..cluster.placement import check_world, fault_tolerant, hosts, one_center_per_host, place, unused_devices
 from ..cluster.setup import LEVELS
 from ..core.backoff import wait_until
 from ..core.rules import agn
@@ -75,6 +75,11 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
     bin_dir = str(Path(sys.executable).parent)
     if not shutil.which("mpiexec") and not shutil.which("mpiexec", path=bin_dir):
         hints.append("no mpiexec on PATH; type: pip install mpich, or load your cluster's MPI module")
+    if (centers := len(one_center_per_host(hosts(comm)))) > 1:
+        hints.append(
+            f"{centers} hosts with several ranks: with --centers hosts each holds a part of the center, beside its "
+            f"workers, and a link carries 1/{centers} of the bytes; start one rank more on each for it"
+        )
     if not devices:
         hints += [*unused_devices(devices), _no_device()]
     crowded = any(rank["local_size"] > rank["cores"] for rank in ranks)

@@ -45,7 +45,7 @@ class Connector(NamedTuple):
         """Give this rank its role; collective over `comm`, which must be ours (duplicated).
 
         Args:
-            comm: rank 0, or the first ranks, serve, where any serves.
+            comm: rank 0, or the ranks where the setup has placed centers, serve, where any serves.
             x: (n,) parameters of this rank, moved in place; rank 0's are the center's.
         """
         transport = self.setup.transport
@@ -53,7 +53,7 @@ class Connector(NamedTuple):
             return self._peer(comm, x)
         if not transport.capabilities.center_ranks:
             return self._local(x)
-        if comm.rank >= transport.centers:
+        if comm.rank not in self.setup.center_ranks:
             return self._worker(comm, x)
         return self._shard(comm, x) if transport.centers > 1 else self.center(comm, x)
 
@@ -114,11 +114,12 @@ class Connector(NamedTuple):
 
     def _worker(self, comm: MPI.Comm, x: Array) -> WorkerRole:
         transport = self.setup.transport
-        spans, index = list(parts(x.size, transport.centers)), comm.rank - transport.centers
+        centers = self.setup.center_ranks
+        spans, index = list(parts(x.size, len(centers))), comm.rank - sum(rank < comm.rank for rank in centers)
         residual = None if get(transport.encoding).exact else full_like(x, 0)
         ends = []
         for i, span in enumerate(spans):
-            end = self.worker_end(_group(comm, i, transport.centers), x[span])
+            end = self.worker_end(_group(comm, i, centers), x[span])
             ends.append(self.encoded(end, x[span], None if residual is None else residual[span]))
         end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
         if self.setup.threaded:
@@ -126,19 +127,19 @@ class Connector(NamedTuple):
         worker = Worker(
             x, self.rule, self.optimizer, end, index, self.setup.overlap, transport.replicates_state, residual
         )
-        count = comm.size - transport.centers
+        count = comm.size - len(centers)
         return WorkerRole(Center(self.rule, x[:0], count), [worker], count)  # the center's state is on another rank
 
     def _shard(self, comm: MPI.Comm, x: Array) -> ShardRole:
-        centers, count = self.setup.transport.centers, comm.size - self.setup.transport.centers
-        spans = list(parts(x.size, centers))
+        centers = self.setup.center_ranks
+        spans, count, index = list(parts(x.size, len(centers))), comm.size - len(centers), centers.index(comm.rank)
         whole = full_like(to_host(x), to_host(x))
-        ranks = _subset(comm, range(centers))
+        ranks = _subset(comm, centers)
         bcast_in_pieces(ranks, whole)  # rank 0's values count
-        block = whole[spans[comm.rank]]
-        like = block if self.setup.transport.center_device != "gpu" else x[spans[comm.rank]]
+        block = whole[spans[index]]
+        like = block if self.setup.transport.center_device != "gpu" else x[spans[index]]
         c = full_like(like, bring(block, like))
-        center, end = self._serving(_group(comm, comm.rank, centers), c, count)
+        center, end = self._serving(_group(comm, index, centers), c, count)
         others = []
         if comm.rank == 0:
             for i, span in list(enumerate(spans))[1:]:
@@ -177,11 +178,13 @@ def connect(
     return Connector(rule, optimizer, center_optimizer, setup, observer).connect(comm, x)
 
 
-def _group(comm: MPI.Comm, center: int, centers: int) -> MPI.Comm:
+def _group(comm: MPI.Comm, index: int, centers: Sequence[int]) -> MPI.Comm:
     """The communicator of a center (rank 0) and all workers; with several centers the first is last in the others'."""
-    if centers == 1:
+    if len(centers) == 1:
         return comm
-    return _subset(comm, [center, *range(centers, comm.size), *([0] if center else [])], center)
+    serve = set(centers)
+    workers = [rank for rank in range(comm.size) if rank not in serve]
+    return _subset(comm, [centers[index], *workers, *([centers[0]] if index else [])], index)
 
 
 def _subset(comm: MPI.Comm, ranks: Sequence[int], tag: int = 0) -> MPI.Comm:

@@ -3,7 +3,8 @@
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,31 @@ def place(comm: MPI.Comm, trains: bool) -> Place:
         return Place(MPI.Get_processor_name(), node.size, index, max(1, threads))
     finally:
         node.Free()
+
+
+def hosts(comm: MPI.Comm) -> list[str]:
+    """The host of each rank, by its name; collective.
+
+    Not by Split_type: for MPICH 5.0 each rank is alone where its hosts are listed in turn (h0,h1,h0,h1).
+    """
+    return allgather(comm, MPI.Get_processor_name())
+
+
+def one_center_per_host(hosts: Sequence[object]) -> list[int]:
+    """The ranks that serve so that a center is on each host, beside its workers; in order, rank 0 always first.
+
+    A host's center is its lowest rank. A host of one rank has none, unless that is rank 0: it would have no worker.
+
+    Args:
+        hosts: of each rank, any names.
+
+    >>> one_center_per_host(["a", "a", "b", "b", "c"]), one_center_per_host(["a", "b", "c", "a", "b", "c"])
+    ([0, 2], [0, 1, 2])
+    """
+    lowest, counts = dict[object, int](), Counter(hosts)
+    for rank, host in enumerate(hosts):
+        lowest.setdefault(host, rank)
+    return [rank for host, rank in lowest.items() if rank == 0 or counts[host] > 1]
 
 
 def limit_blas(threads: int) -> None:

@@ -1,5 +1,6 @@
 """How workers and centers exchange in a session, and checks that rule, transport and world fit together."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
 from ..transport.registry import Transport, names_with, p2p
-from .placement import fault_tolerant
+from .placement import fault_tolerant, hosts, one_center_per_host
 
 LEVELS = {
     MPI.THREAD_SINGLE: "single",
@@ -28,12 +29,26 @@ class Setup(NamedTuple):
         overlap: compute the next period while the exchange of the last is under way.
         dylu: λ_k in proportion to the workers' speeds, by this machine's clock.
         caller_uses_mpi: whether this program calls MPI by itself while it computes.
+        placed: ranks of the centers, in order of their blocks, rank 0 first; empty: ranks 0 … k−1.
     """
 
     transport: Transport = p2p()
     overlap: bool = False
     dylu: bool = False
     caller_uses_mpi: bool = True
+    placed: tuple[int, ...] = ()
+
+    @property
+    def center_ranks(self) -> Sequence[int]:
+        """The ranks that serve, in order of their blocks; empty where all train."""
+        return self.placed or range(self.transport.serving_ranks)
+
+    def on_hosts(self, comm: MPI.Comm) -> "Setup":
+        """The same, with a center on each host if the transport wants that; collective, whatever it wants."""
+        ranks = one_center_per_host(hosts(comm))
+        if not (self.transport.center_per_host and self.transport.capabilities.shards):
+            return self
+        return self._replace(transport=replace(self.transport, centers=len(ranks)), placed=tuple(ranks))
 
     def with_replication(self) -> "Setup":
         """The same, with the center's state replicated if workers and the center survive each other's loss."""
@@ -99,8 +114,9 @@ def _refusals(
             f"dylu needs a center that grants the work, which transport {name!r} has not",
         ),
         (
-            centers > 1 and not caps.shards,
-            f"centers = {centers} needs transport {names_with('shards')}; {name!r} has no center ranks",
+            (centers > 1 or transport.center_per_host) and not caps.shards,
+            f"centers = {transport.wanted_centers!r} needs transport {names_with('shards')}; {name!r} has no center "
+            "ranks: give 1",
         ),
         (
             caps.center_ranks and size < centers + 1,

@@ -8,17 +8,17 @@ class Membership:
 
     Args:
         size: ranks of the communicator.
-        centers: of these, the first serve and the others work; 0 where all train.
+        centers: of these, the ranks that serve, in order of their blocks; the others work. Empty where all train.
 
     >>> members = Membership(4)
     >>> members.worker_lost(1), members.lost, members.alive
     (2, [2], [0, 1, 3])
     """
 
-    def __init__(self, size: int, centers: int = 1) -> None:
-        self.centers = centers
+    def __init__(self, size: int, centers: Sequence[int] = (0,)) -> None:
+        self.centers, serve = len(centers), set(centers)
         self.ranks = list(range(size))  # by rank of the current communicator; includes the dead until it is shrunk
-        self.serving = self.ranks  # by rank of the communicator of center and workers
+        self.serving = [*centers, *(rank for rank in self.ranks if rank not in serve)]  # the centers, then by worker
         self.lost: list[int] = []  # in order of detection
         self.hung: list[int] = []  # of these, alive but unresponsive
 

@@ -97,6 +97,7 @@ class ConsistentCut:
         patience: seconds without a commit after which a cut is given up, and the workers go on: one of them has
             stopped between its messages to the centers.
         now: the clock.
+        name: describes a center.
     """
 
     def __init__(
@@ -109,8 +110,9 @@ class ConsistentCut:
         say: Say = print,
         patience: float = 30.0,
         now: Callable[[], float] = time.monotonic,
+        name: Callable[[int], str] = "center {}".format,
     ) -> None:
-        self._mail, self._end, self._center, self._say = mail, end, center, say
+        self._mail, self._end, self._center, self._say, self._name = mail, end, center, say, name
         self._save, self._writing, self._patience, self._now = save, writing, patience, now
         self._number: int | None = None  # of the cut that this center is in, until its block is written
         self._phase: Callable[[], None] | None = None  # called at each tick
@@ -255,8 +257,8 @@ class ConsistentCut:
             self._gave_up = True
             self._ended.clear()
             self._say(
-                f"WARNING: no checkpoint at step {self._active}: for {self._patience:g} s center {source} has waited "
-                "for a commit that another center has; training goes on"
+                f"WARNING: no checkpoint at step {self._active}: for {self._patience:g} s {self._name(source)} has "
+                "waited for a commit that another center has; training goes on"
             )
             self._send_all(_GIVE_UP, self._active)
         elif kind == (_GIVEN_UP if self._gave_up else _WRITTEN):

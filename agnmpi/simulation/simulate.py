@@ -41,7 +41,7 @@ class Stage:
 
     def __init__(self, config: Config) -> None:
         self.config = config = config.complete()
-        centers = config.centers
+        centers = _number_of_centers(config)
         self.rule, n = config.make_rule(), config.workers
         if self.rule.allreduce:
             raise ValueError(f"rule {self.rule.name} has no center and no staleness: train it instead")
@@ -229,6 +229,12 @@ def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
     return lambda: stage.play(drive, lines, extra_results, table, lambda: {"virtual_seconds": agenda.now})
 
 
+def _number_of_centers(config: Config) -> int:
+    if isinstance(config.centers, str):
+        raise ValueError("centers = 'hosts', but a simulation has no hosts: give their number, such as --centers 4")
+    return config.centers
+
+
 def network(config: Config, timing: Timing) -> dict[str, Any]:
     """Virtual time without gradients: throughput and staleness of `config.workers` workers; see `timing_only`."""
     nbytes = 4 * timing.parameters
@@ -243,6 +249,8 @@ def network(config: Config, timing: Timing) -> dict[str, Any]:
         nbytes = layout.size * np.dtype(layout.dtype).itemsize
     return {
         "rule": rule.name,
-        **timing_only(timing, config.workers, config.period, nbytes, rule.pulls, config.overlap, config.centers),
+        **timing_only(
+            timing, config.workers, config.period, nbytes, rule.pulls, config.overlap, _number_of_centers(config)
+        ),
         "agnmpi": __version__,
     }

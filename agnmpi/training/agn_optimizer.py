@@ -109,23 +109,25 @@ class AGNOptimizer:
             "communication_period": str(period),
             "optimizer": _describe(optimizer),
             "center_optimizer": _describe(arguments.center_optimizer),
-            "transport": f"{transport.name}, centers {transport.centers}, center on {transport.center_device}",
+            "transport": f"{transport.name}, centers {transport.wanted_centers}, center on {transport.center_device}",
             "overlap": str(overlap),
             "dylu": str(dylu),
         }
         require_equal_model(comm, layout, facts)
-        check_setup(rule, Setup(transport, overlap, dylu), comm.size, optimizer, arguments.center_optimizer)
+        setup = Setup(transport, overlap, dylu).on_hosts(comm)
+        check_setup(rule, setup, comm.size, optimizer, arguments.center_optimizer)
         # Of variant "gradient": of the same kind, with its own slots.
         center_optimizer = arguments.center_optimizer or (optimizer if rule.accumulates else None)
         self._layout, self._x = layout, layout.pack(arguments.params)
         self._views = layout.views(self._x)
         self._user_arrays = named(arguments.params) if optimizer is None else {}
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
-        setup = Setup(replace(transport, wire=choose_wire(comm, self._x, transport.wire)), overlap, dylu)
+        wire = choose_wire(comm, self._x, transport.wire)
+        setup = setup._replace(transport=replace(setup.transport, wire=wire))
         if overlap and comm.rank == 0 and setup.unthreaded:
             text = f"overlapping exchanges advance between two steps alone: {setup.unthreaded}"
             warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=4)
-        self._sharded = transport.centers > 1
+        self._sharded = len(setup.center_ranks) > 1
         return Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, self._copy_out)
 
     @property

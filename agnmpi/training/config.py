@@ -9,7 +9,7 @@ from ..arrays.encodings import NAMES
 from ..core.ends import Capabilities
 from ..core.optimizers import OPTIMIZERS, Optimizer
 from ..core.rules import RULES, Rule, Weight, outer_rate, staleness_cap, staleness_power, weighted
-from ..core.schedules import SCHEDULES, Schedule, constant, cosine, step_decay, warmup
+from ..core.schedules import SCHEDULES, Schedule, constant, warmup
 from ..transport import registry
 from .options import Refusal, canonical, check, documented, known, option, overlay, read_toml, refuse
 
@@ -75,7 +75,9 @@ class Config:
         choices=registry.names(),
         aliases=registry.ALIASES,
     )
-    centers: int = option(1, "transport", "center ranks 0 … k−1: each holds a block of the center", int, least=1)
+    centers: registry.Centers = option(
+        1, "transport", "center ranks 0 … k−1, a block each; hosts: one on each host", int, least=1, words=("hosts",)
+    )
     workers: int = option(
         1, "transport", "number of workers in one process (of train: with --transport local)", int, least=1
     )
@@ -110,7 +112,7 @@ class Config:
     )
     weight_decay: float | None = option(None, "optimizer", "weight decay w [default: the optimizer's]", float)
     clip: float = option(0.0, "optimizer", "largest global norm of a gradient; 0: none", float, least=0)
-    schedule: str = option("constant", "optimizer", "how the rate goes over the run's steps", choices=SCHEDULES)
+    schedule: str = option("constant", "optimizer", "how the rate goes over the run's steps", choices=list(SCHEDULES))
     decay_every: int = option(0, "optimizer", "steps between decays, for --schedule step", int)
     decay_factor: float = option(0.1, "optimizer", "factor of a decay, for --schedule step", float, positive=True)
     warmup: int = option(0, "optimizer", "steps over which the rate rises at the start", int, least=0)
@@ -222,11 +224,7 @@ class Config:
     def make_schedule(self, steps: int) -> Schedule:
         """The rate as a function of the step, in a run of `steps` steps."""
         assert self.rate is not None
-        schedule = constant(self.rate)
-        if self.schedule == "step":
-            schedule = step_decay(self.rate, self.decay_every, self.decay_factor)
-        elif self.schedule == "cosine":
-            schedule = cosine(self.rate, steps)
+        schedule = SCHEDULES[self.schedule](self.rate, steps, self.decay_every, self.decay_factor)
         return warmup(schedule, self.warmup) if self.warmup else schedule
 
     def make_optimizer(self, steps: int) -> Optimizer:
@@ -267,8 +265,8 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
     (lambda c: c.outer_rate is not None and c.rule != "agn", "outer_rate is of rule agn, not of {rule}"),
     (lambda c: c.variant != "displacement" and c.rule != "agn", "variant {variant!r} is of rule agn, not of {rule}"),
     (
-        lambda c: c.staleness_cap is not None and c.centers > 1,
-        "staleness_cap with {centers} centers: each has a clock of its own, and would drop alone; leave one of them",
+        lambda c: c.staleness_cap is not None and c.centers != 1,
+        "staleness_cap with centers = {centers}: each has a clock of its own, and would drop alone; leave one of them",
     ),
     (
         lambda c: c.schedule == "step" and not c.decay_every > 0,
@@ -320,7 +318,7 @@ _TRANSPORT_RULES: tuple[Refusal[Config], ...] = (
         "workers = {workers} is for --transport local; else the ranks are counted",
     ),
     (
-        lambda c: c.drop_stalled and (not c._capabilities.silent_workers or c.centers > 1),
+        lambda c: c.drop_stalled and (not c._capabilities.silent_workers or c.centers != 1),
         "drop_stalled needs transport p2p and one center, not {transport!r}, {centers}",
     ),
     (
@@ -328,7 +326,7 @@ _TRANSPORT_RULES: tuple[Refusal[Config], ...] = (
         "stall_limit with transport {transport}: the center hears of no single worker; leave one of them",
     ),
     (
-        lambda c: c.record and (c.centers > 1 or not c._capabilities.single_commits),
+        lambda c: c.record and (c.centers != 1 or not c._capabilities.single_commits),
         "record is of one center that serves: with several each has an order of its own",
     ),
     (

@@ -163,7 +163,7 @@ class Duties:
             config.checkpoint_seconds if self.first else 0.0,
             config.checkpoint_commits if self.first else 0,
             config.keep_checkpoints,
-            self._run.session.comm.rank if role.serves else 0,
+            role.centers.rank if isinstance(role, ShardRole) else 0,
         )
         if not isinstance(role, ShardRole):
             return
@@ -175,6 +175,7 @@ class Duties:
             lambda number: saver.save(role.end.c, number),
             saver.writing,
             self._run.say,
+            name=lambda center: self._run.name(self._run.session.members.serving[center]),
         )
         if self.first:
             saver.cut, role.before_leaving = self._cut, self._cut.finish

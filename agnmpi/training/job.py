@@ -71,11 +71,10 @@ class Job(Observer):
         self.config = config = raise_on_all(self.world, config.complete)
         self.rule = config.make_rule()
         transport = raise_on_all(self.world, config.make_transport)
-        self.setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False)
-        self.serving_ranks = transport.serving_ranks
-        optimizers = config.make_optimizer(1), config.make_center_optimizer(1)
-        check_setup(self.rule, self.setup, world.size, *optimizers)
-        self.trains = self.rank >= self.serving_ranks
+        self.setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False).on_hosts(self.world)
+        check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
+        self.centers = self.setup.center_ranks
+        self.trains = self.rank not in self.centers
         here = place(self.world, self.trains)
         limit_blas(here.threads)
         device = config.device if self.trains else config.center_device
@@ -132,7 +131,8 @@ class Job(Observer):
         threads = [int(text) for text in allgather(self.world, str(blas_threads()))] if config.record else []
         self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
         if self.rank == 0:
-            lines = introduction(config, self.layout, plan, session.role.count, self.world.size, self.setup)
+            centers = list(map(self.name, self.centers))
+            lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers, self.setup)
             begins = lines + self._announcements, threads[-session.role.count :]
             self.duties = Duties(self._run(), begins=begins)
             if resumed is not None:
@@ -141,7 +141,7 @@ class Job(Observer):
             self.duties = Duties(self._run(), first=False)
 
     def _run(self) -> Run:
-        consistent = self.serving_ranks < 2 or self.setup.transport.capabilities.single_commits
+        consistent = len(self.centers) < 2 or self.setup.transport.capabilities.single_commits
         facts = self.config, self.plan, self.layout, self.data, self.directory, self.session, consistent
         return Run(*facts, self.evaluate, self.name, self.say)
 
@@ -178,7 +178,7 @@ class Job(Observer):
         loop = train_worker(worker, compute)
         for step in loop:
             saver.tick()
-            if self.signals.received and (not self.serving_ranks or self.session.comm.size == 1):
+            if self.signals.received and (not self.centers or self.session.comm.size == 1):
                 loop.close()
                 worker.settle()
                 return
@@ -334,7 +334,7 @@ class Job(Observer):
         statuses = [json.loads(text) for text in allgather(comm, json.dumps(status))]
         steps, settled, _ = statuses[0]
         # Where all train, any rank may have received the signal.
-        stopped_by = [name for *_, name in (statuses[:1] if self.serving_ranks else statuses) if name is not None]
+        stopped_by = [name for *_, name in (statuses[:1] if self.centers else statuses) if name is not None]
         self.interrupted = bool(stopped_by) and settled < self.plan.steps
         for saver in self._worker_savers:
             saver.finish(steps if saver.worker in role.workers else None)

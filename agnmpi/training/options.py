@@ -24,6 +24,7 @@ def option(
     positive: bool = False,
     also: Sequence[str] = (),
     aliases: Mapping[str, str] | None = None,
+    words: Sequence[str] = (),
 ) -> Any:
     """Declare a field of a dataclass that is an option.
 
@@ -37,6 +38,7 @@ def option(
         positive: whether values must be above 0.
         also: hidden aliases of its name.
         aliases: hidden aliases of values, and what they stand for.
+        words: further values, beside those of its kind.
 
     Returns:
         The field.
@@ -50,6 +52,7 @@ def option(
         "positive": positive,
         "also": tuple(also),
         "aliases": dict(aliases or {}),
+        "words": tuple(words),
     }
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -76,11 +79,12 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be a table, not {value!r}")
         return
-    if value is None:
+    if value is None or value in metadata["words"]:
         return
     valid = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not valid:
-        raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
+        words = "".join(f", or {word!r}" for word in metadata["words"])
+        raise ValueError(f"{name} must be of type {kind.__name__}{words}, not {value!r}")
     if kind is float and not isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value!r}")
     if metadata["choices"] and value not in metadata["choices"]:

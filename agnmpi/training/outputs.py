@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -143,14 +143,27 @@ def headline(config: Config, layout: Layout, plan: Plan) -> str:
     )
 
 
-def introduction(config: Config, layout: Layout, plan: Plan, workers: int, size: int, setup: Setup) -> list[str]:
-    """Messages about a run before it begins."""
+def centers_line(centers: Sequence[str], most: int = 8) -> str:
+    """Where the center is.
+
+    >>> centers_line(["rank 0 on a", "rank 3 on b", "rank 6 on c"], most=2)
+    'centers: rank 0 on a, rank 3 on b and 1 more'
+    """
+    further = f" and {len(centers) - most} more" if len(centers) > most else ""
+    return f"center{'s' if len(centers) > 1 else ''}: {', '.join(centers[:most])}{further}"
+
+
+def introduction(
+    config: Config, layout: Layout, plan: Plan, workers: int, size: int, centers: Sequence[str], setup: Setup
+) -> list[str]:
+    """Messages about a run before it begins; `centers`: names of the ranks that serve."""
     ranks, unthreaded = f"{size} rank{'s' if size > 1 else ''}", setup.unthreaded if setup.overlap else ""
     return [
         headline(config, layout, plan),
         f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "
         f"{config.optimizer} {config.rate:g}, center {config.center_optimizer}, transport {config.transport}, "
         f"{mpi_library()}",
+        *([centers_line(centers)] if len(centers) > 1 or config.centers == "hosts" else ()),
         *advice(config.make_rule(), workers, config.period),
         *([f"note: overlapping exchanges advance between two steps alone: {unthreaded}"] if unthreaded else ()),
         *(unused_devices(device_count()) if config.device == "auto" else ()),

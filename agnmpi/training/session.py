@@ -51,9 +51,9 @@ class Session:
         drop_silent: bool = False,
     ) -> None:
         setup = setup.with_replication()
-        self.rule, self.members = rule, Membership(comm.size, setup.transport.serving_ranks)
+        self.rule, self.members = rule, Membership(comm.size, setup.center_ranks)
         self.rank = comm.rank  # at the beginning
-        set_threads(place(comm, comm.rank >= setup.transport.serving_ranks).threads)
+        set_threads(place(comm, comm.rank not in setup.center_ranks).threads)
         self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
         connector = Connector(rule, optimizer, center_optimizer, setup, observer)
         self.role = connector.connect(comm, x)

@@ -7,7 +7,7 @@ and TensorFlow's `use_locking` name it by a string.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..arrays.backend import Array
 from ..arrays.encodings import get
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from .allreduce import AllreduceEnd
+
+
+# A number, or one on each host.
+Centers: TypeAlias = int | Literal["hosts"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Transport:
         make_center: `(comm, c, transport)`: the end of the center, rank 0 of `comm`.
         make_peer: `(comm, c, apply)`: the end of a rank, where all exchange together.
         floor: the bare MPI calls that transfer the same bytes, for `agnmpi bench`.
-        centers: ranks 0 … k−1 hold a block of the center variable each.
+        centers: k, ranks that hold a block of the center variable each.
+        center_per_host: k is the number of hosts, once the ranks are known: a center on each, beside its workers.
         message_buffers: vectors at the center for messages in flight.
         wire: of vectors on a device: "staged" through pinned host memory, "direct" with CUDA-aware MPI, or "auto".
         center_device: "gpu" keeps the center where rank 0's parameters lie, else "cpu".
@@ -50,6 +55,7 @@ class Transport:
     make_peer: "Callable[[MPI.Comm, Array, Apply], AllreduceEnd] | None" = None
     floor: str = ""
     centers: int = 1
+    center_per_host: bool = False
     message_buffers: int = 4
     wire: str = "auto"
     center_device: str = "cpu"
@@ -69,6 +75,11 @@ class Transport:
                 raise ValueError(
                     f"{name} {getattr(self, name)} needs transport {names_with('encodings')}: {self.name} sends numbers"
                 )
+
+    @property
+    def wanted_centers(self) -> Centers:
+        """The option `centers`, as it was given."""
+        return "hosts" if self.center_per_host else self.centers
 
     @property
     def serving_ranks(self) -> int:
@@ -222,7 +233,7 @@ def resolve(
     if isinstance(transport, Transport):
         if use_locking or (name := locked(transport.name, use_locking)) == transport.name:
             return transport
-        return replace(_ENTRIES[name], centers=transport.centers)
+        return replace(_ENTRIES[name], centers=transport.centers, center_per_host=transport.center_per_host)
     name = ALIASES.get(transport, transport)
     if name == "auto":
         name = "allreduce" if together else "p2p"
@@ -230,6 +241,10 @@ def resolve(
         name = locked(name, use_locking)
     if name not in _ENTRIES:
         raise ValueError(f"unknown transport {transport!r}: give {', '.join(_ENTRIES)} or auto")
+    if options.get("centers") == "hosts":
+        options |= {"centers": 1, "center_per_host": True}
+    elif not isinstance(options.get("centers", 1), int):
+        raise ValueError(f"centers must be a number of at least 1, or 'hosts', not {options['centers']!r}")
     return replace(_ENTRIES[name], **options)  # type: ignore[arg-type]
 
 
@@ -247,13 +262,14 @@ def locked(name: str, use_locking: bool) -> str:
 
 
 def p2p(
-    centers: int = 1, message_buffers: int = 4, wire: str = "auto", center_device: str = "cpu",
+    centers: Centers = 1, message_buffers: int = 4, wire: str = "auto", center_device: str = "cpu",
     encoding: str = "float32", pull_encoding: str = "float32",
 ) -> Transport:  # fmt: skip
     """Two-sided messages: the center applies one whole commit after the other; the default, the best across hosts.
 
     Args:
-        centers: k, ranks 0 … k−1 hold a block of the center variable each; a pull is then whole per block.
+        centers: k, ranks 0 … k−1 hold a block of the center variable each; a pull is then whole per block. "hosts":
+            one rank on each host, beside the workers there, so that a link carries 1/k of what one center's does.
         message_buffers: vectors at the center for incoming deltas and outgoing replies.
         wire: of vectors on a GPU: "staged", "direct" with CUDA-aware MPI, or "auto".
         center_device: "cpu", or "gpu" to keep the center where rank 0's parameters lie.
@@ -269,11 +285,11 @@ def p2p(
     )  # fmt: skip
 
 
-def rma(centers: int = 1, wire: str = "auto") -> Transport:
+def rma(centers: Centers = 1, wire: str = "auto") -> Transport:
     """One-sided windows: each worker puts its delta into a mailbox of its own; best on one machine.
 
     Args:
-        centers: k, ranks 0 … k−1 hold a block of the center variable each.
+        centers: k, ranks 0 … k−1 hold a block of the center variable each; "hosts": one rank on each host.
         wire: of vectors on a GPU: "staged", "direct" with CUDA-aware MPI, or "auto".
 
     Raises:
@@ -282,14 +298,14 @@ def rma(centers: int = 1, wire: str = "auto") -> Transport:
     return resolve("rma", centers=centers, wire=wire)
 
 
-def accumulate(centers: int = 1) -> Transport:
+def accumulate(centers: Centers = 1) -> Transport:
     """One-sided sums: workers add to the center variable themselves (TensorFlow's `use_locking=False`).
 
     No rank serves. Commits are neither whole, ordered, weighed nor refused by the center, and a pull may contain part
     of a commit: for rules whose commits are added as they are.
 
     Args:
-        centers: k, ranks 0 … k−1 hold a block of the center variable each.
+        centers: k, ranks 0 … k−1 hold a block of the center variable each; "hosts": one rank on each host.
 
     Raises:
         ValueError: for a number below 1.

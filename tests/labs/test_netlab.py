@@ -28,6 +28,7 @@ TRANSPORTS = {
 }
 
 
+OPENMPI = mpi_kind() == "openmpi"
 SHORT = ("p2p", "rma")  # the others where there is time (AGNMPI_LONG=1)
 
 
@@ -70,12 +71,13 @@ class Bed:
         )  # fmt: skip
         return done.returncode, done.stdout
 
-    def run(self, *args, hosts=HOSTS, timeout=60):
-        """Run Python with one rank on each of the first `hosts` hosts; returns what it printed."""
-        names = ",".join(f"h{i}" for i in range(hosts))
-        start = [str(NETLAB), "run", "-H", names, "ompi" if mpi_kind() == "openmpi" else "mpich", sys.executable]
+    def run(self, *args, hosts=HOSTS, timeout=60, placed=None):
+        """Run Python with one rank on each of the first `hosts` hosts, or `placed` so; returns what it printed."""
+        placed = placed or ["-H", ",".join(f"h{i}" for i in range(hosts)), "ompi" if OPENMPI else "mpich"]
         try:
-            code, output = mpiexec(hosts, *args, timeout=timeout, env=self.environment, start=start)
+            code, output = mpiexec(
+                hosts, *args, timeout=timeout, env=self.environment, start=[str(NETLAB), "run", *placed, sys.executable]
+            )
         finally:
             self.call("clean")  # what a killed mpiexec has left
         assert code == 0, output[-8000:]
@@ -153,6 +155,28 @@ def test_digits(bed, tmp_path, transport, away):
     assert result["samples"] == 10 * 1437
     assert result["metrics"]["accuracy"] > 0.75
     assert 0 < result["loss"] < 1.5
+
+
+# Two ranks on each of three hosts, not the host of mpiexec first.
+BLOCK = ["-H", "h1,h0,h2", "-n", "2", "ompi" if OPENMPI else "mpich"]
+CYCLIC = [*BLOCK, "--rank-by", "node", "--"] if OPENMPI else ["-H", "h1,h0,h2,h1,h0,h2", "mpich"]
+
+
+@pytest.mark.parametrize("transport", ["p2p", pytest.param("rma", marks=pytest.mark.long)])
+@pytest.mark.parametrize(("placed", "serve"), [(BLOCK, (0, 2, 4)), (CYCLIC, (0, 1, 2))], ids=["block", "cyclic"])
+def test_a_center_on_each_host(bed, tmp_path, placed, serve, transport):
+    pytest.importorskip("sklearn", reason="the digits example needs scikit-learn: pip install 'agnmpi[examples]'")
+    said = bed.run(
+        "-m", "agnmpi", "train", f"{ROOT}/examples/digits.py:Digits", "--centers", "hosts", "--transport", transport,
+        "--epochs", 10, "--period", 3, "--run", tmp_path / "run", placed=placed,
+    )  # fmt: skip
+    names = ", ".join(f"rank {rank} on {host}" for rank, host in zip(serve, ("h1", "h0", "h2")))
+    assert f"centers: {names}\n" in said
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["workers"], result["samples"]) == (3, 10 * 1437)
+    assert result["metrics"]["accuracy"] > 0.75
+    report = bed.run("-m", "agnmpi", "doctor", placed=placed)
+    assert "3 hosts with several ranks: with --centers hosts each holds a part of the center" in report
 
 
 @pytest.mark.long

@@ -1,0 +1,137 @@
+"""A center on each host, with the ranks of this machine placed on hosts that are told."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from launcher import ROOT
+from mpi4py import MPI
+
+import agnmpi
+from agnmpi import AGNOptimizer, Config, sgd
+from agnmpi.cluster import placement
+from agnmpi.cluster.placement import one_center_per_host
+from agnmpi.recovery.checkpoint import folders, newest, read_center
+from agnmpi.recovery.files import load
+from agnmpi.training.job import train
+from agnmpi.transport import registry
+from agnmpi.transport.agreement import ConfigError
+
+pytestmark = pytest.mark.mpi(min_size=3)
+
+TRANSPORTS = [entry for entry in registry.entries() if entry.capabilities.shards]
+# The host of each rank, in a world of `size`.
+PLACEMENTS = {
+    "block": lambda size: [2 * rank // size for rank in range(size)],
+    "cyclic": lambda size: [rank % 2 for rank in range(size)],
+    "mixed": lambda size: [0, 1, 1, 2, 0, 2, 3, 3, 3][:size],
+    "rank 0 alone": lambda size: [min(rank, 1) for rank in range(size)],
+    "one host": lambda size: [0] * size,
+}
+
+
+@pytest.fixture
+def placed(monkeypatch, comm):
+    """Place the ranks: returns the ranks of the centers."""
+
+    def place(name):
+        hosts = PLACEMENTS[name](comm.size)
+        monkeypatch.setattr("agnmpi.cluster.setup.hosts", lambda comm: hosts)
+        return one_center_per_host(hosts)
+
+    return place
+
+
+def test_this_machine_is_one_host(comm):
+    assert placement.hosts(comm) == [MPI.Get_processor_name()] * comm.size
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda transport: transport.name)
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_sums_are_exact_and_every_rank_has_them(comm, placed, name, transport):
+    """Gradient −1, −2, …: each commit adds its place in the vector, so that no block can stand for another."""
+    centers = placed(name)
+    transport = replace(transport, center_per_host=True)
+    gradient = -np.arange(1.0, 8.0)
+    with AGNOptimizer(sgd(1.0), {"w": np.full(7, float(comm.rank))}, comm, 3, transport=transport) as opt:
+        taken = []
+        for total in (20, 10):  # two loops
+            for step in opt.steps(total):
+                opt.minimize(lambda p: (1.0, {"w": gradient}))
+                taken.append(step)
+            np.testing.assert_array_equal(opt.center["w"], -gradient * opt.global_step)
+            np.testing.assert_array_equal(opt.params["w"], opt.center["w"])
+        assert opt.is_center == (comm.rank in centers)
+        assert opt.num_workers == comm.size - len(centers)
+        assert opt.comm.rank == comm.rank, "the order of ranks is the caller's"
+        assert not (opt.is_center and taken)
+        everyone = comm.allgather(taken)
+        assert sorted(step for steps in everyone for step in steps) == sorted([*range(20), *range(10)])
+        assert len(set(comm.allgather(opt.global_step))) == 1
+
+
+def quadratic(comm, directory, **options):
+    given = {"batch": 16, "rate": 0.05, "period": 4, "epochs": 3.0, "evaluate_every": 0.0, **options}
+    return Config(f"{ROOT}/tests/support/problems.py:Quadratic", run_dir=directory, **given)
+
+
+def said(capfd):
+    return "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "transport"),
+    [("block", "mixed", "p2p"), ("mixed", "one host", "rma"), ("cyclic", "block", "p2p")],
+)
+def test_resume_with_another_placement(comm, placed, tmp_path, capfd, before, after, transport):
+    run = comm.bcast(tmp_path / "run")
+    centers = placed(before)
+    options = {"centers": "hosts", "transport": transport, "checkpoint_commits": 3, "center_optimizer": "momentum"}
+    result = agnmpi.train(quadratic(comm, str(run), center_rate=0.5, **options), comm)
+    if comm.rank == 0:
+        names = ", ".join(f"rank {rank} on {MPI.Get_processor_name()}" for rank in centers)
+        assert f"center{'s' if len(centers) > 1 else ''}: {names}\n" in said(capfd)
+        assert (result["workers"], result["samples"]) == (comm.size - len(centers), 3 * 240)
+        files = sorted(path.name for path in folders(run)[0].glob("center-*"))
+        assert files == [f"center-{i}.safetensors" for i in range(len(centers))]
+        assert len(folders(run)) > 1, "a cut on the way, and the end"
+        (arrays, facts), *_ = map(read_center, folders(run))  # each is whole, and one cut
+        assert (facts["centers"], facts["workers"], facts["steps"]) == (len(centers), result["workers"], 45)
+        final, _ = load(run / "center.safetensors")
+        layout = facts["layout"]
+        whole = np.concatenate([final[key].ravel() for key in layout["names"]])
+        np.testing.assert_array_equal(arrays["c"], whole)
+    centers = placed(after)
+    result = agnmpi.train(quadratic(comm, None, resume=str(run), **{**options, "epochs": 6.0}), comm)
+    if comm.rank == 0:
+        assert "resumed from step-000000000045: 45 of 90 steps" in said(capfd)
+        assert (result["workers"], result["samples"]) == (comm.size - len(centers), 6 * 240)
+        assert (result["steps"], result["lost"]) == (90, [])
+        assert result["metrics"]["distance"] < 0.76, "0.765 before the first step"
+        assert newest(run, pytest.fail)[2]["centers"] == len(centers)
+
+
+def test_a_silent_worker_is_named_by_its_rank_in_the_world(comm, placed, tmp_path, capfd, monkeypatch):
+    """The first worker: in worlds of 4 and more rank 1, before the second center."""
+    centers = placed("block")
+    monkeypatch.setenv("AGNMPI_FAULTS", "stall:1@2:2.5")  # by its rank in the world, too
+    options = {"centers": "hosts", "stall_limit": 0.5, "keep_checkpoints": 0}
+    train(quadratic(comm, comm.bcast(str(tmp_path / "run")), **options), comm, inject=True)
+    if comm.rank == 0:
+        assert centers == [0, (comm.size + 1) // 2][: 1 + (comm.size > 3)]
+        output = said(capfd)
+        assert f"WARNING: rank 1 on {MPI.Get_processor_name()} is silent for" in output
+        assert not any(
+            f"rank {rank} on" in line
+            for rank in range(2, comm.size)
+            for line in output.splitlines()
+            if "silent" in line
+        )
+
+
+def test_ranks_that_differ_are_refused_on_all(comm, tmp_path):
+    centers = "hosts" if comm.rank == 0 else 1
+    with pytest.raises(ConfigError, match=r"option centers differs between ranks: 'hosts' on rank 0; 1 on rank"):
+        agnmpi.train(quadratic(comm, str(tmp_path / "run"), centers=centers), comm)
+    with pytest.raises(ConfigError, match="transport differs between ranks: p2p, centers hosts"):
+        AGNOptimizer(sgd(0.1), np.zeros(3), comm, transport=registry.p2p(centers=centers))
