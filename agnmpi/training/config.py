@@ -84,10 +84,8 @@ class Config:
     message_buffers: int = option(
         4, "transport", "vectors at a p2p center for messages on their way", int, least=1, also=("slots",)
     )
-    encoding: str = option(
-        "float32", "transport", "how commits are written on the wire; what is rounded goes into the next", choices=NAMES
-    )
-    pull_encoding: str = option("float32", "transport", "how pulls are; the last is always float32", choices=NAMES)
+    encoding: str = option("float32", "transport", "of commits on the wire, with error feedback", choices=NAMES)
+    pull_encoding: str = option("float32", "transport", "of pulls; the last of a run is float32", choices=NAMES)
     wire: str = option(
         "auto",
         "transport",
