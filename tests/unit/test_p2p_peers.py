@@ -15,7 +15,6 @@ from agnmpi.transport.p2p_center import P2PCenter
 from agnmpi.transport.peers import DELTA
 
 N = 1000  # too long to travel with a header
-BYTES = 8 * N
 ASK = WORK | IDLE | PULL
 
 
