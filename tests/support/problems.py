@@ -1,4 +1,4 @@
-"""Small problems for the command line: well-behaved, and each broken in one way, on the last rank only."""
+"""Small problems for the command line: well-behaved, or each broken in one way, some on the last rank only."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""A p2p center and its workers, center_of_fakes in one process: what more workers cost, who waits, who is lost."""
+"""A p2p center and its workers, fakes in one process: what more workers cost, who waits, who is lost."""
 
 import sys
 
