@@ -60,8 +60,11 @@ class Ours:
         self._x, self._out = x, full_like(x, 0)
         self._sequence = 0
 
-    def exchanges(self, count: int) -> list[float]:
-        """Seconds of each of `count` exchanges of this worker; a center rank serves meanwhile."""
+    def exchanges(self, count: int, pause: float = 0.0) -> list[float]:
+        """Seconds of each of `count` exchanges of this worker; a center rank serves meanwhile.
+
+        `pause`: seconds before each, in which the center goes to sleep.
+        """
         self.role.begin(None, 1)
         if isinstance(self.role, CenterRole):
             self.role.serve()
@@ -72,6 +75,7 @@ class Ours:
         for _ in range(count):
             self._sequence += 1
             commit = Commit(worker.index, self._sequence, 1, work.first, requests=WORK, payload=self._x)
+            time.sleep(pause)
             start = time.perf_counter()
             reply = worker.end.exchange(commit, self._out).wait()
             times.append(time.perf_counter() - start)

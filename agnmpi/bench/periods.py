@@ -26,6 +26,7 @@ from ..core.worker import Worker
 from ..training.session import Session
 from ..transport.agreement import allgather
 from .exchanges import barrier
+from .tables import percent
 
 _DROPPED = 2  # periods at the start: connections are made, and with overlap no exchange is under way yet
 _LEAST = 0.01  # of a period: an exchange that costs less is lost in the noise, and so is what overlap hides of it
@@ -165,8 +166,8 @@ def about_unrest(spread: float) -> list[str]:
     if spread < _RESTLESS:
         return []
     return [
-        f"WARNING: this machine is busy with other things: the same steps without exchanges differ by {spread:.0%} "
-        "between rounds; smaller differences between rows mean nothing"
+        "WARNING: this machine is busy with other things: the same steps without exchanges differ by "
+        f"{percent(spread)} between rounds; smaller differences between rows mean nothing"
     ]
 
 

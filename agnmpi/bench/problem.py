@@ -30,6 +30,7 @@ from .written import json_file
 
 _ROUNDS = 3
 _WARM_UP = 2  # steps, or exchanges
+_PAUSE = 0.02  # seconds: a rank that waits for longer does not sleep more deeply
 _LONGEST = 1000  # λ, where overlap is measured
 
 
@@ -121,15 +122,17 @@ class _Bench:
         transport = config.make_transport()
         return Setup(replace(transport, wire=choose_wire(self.comm, self.work.x, transport.wire)))
 
-    def exchanges(self, setup: Setup) -> tuple[float, float]:
-        """Seconds of an exchange of the last worker alone, and of each worker where all exchange at once."""
+    def exchanges(self, setup: Setup, pause: float) -> tuple[float, float]:
+        """Seconds of an exchange of the last worker alone, after a pause, and of each where all do nothing else."""
         ours = Ours(self.comm, setup, full_like(self.work.x, 0))
         first = self._over_workers(ours.exchanges(_WARM_UP + 1)[_WARM_UP:])
-        count = min(max(int(self.seconds / first), 5), 200)
-        alone = all_at_once = self._over_workers(ours.exchanges(count))
-        if not setup.transport.capabilities.together:
+        counts = [min(max(int(self.seconds / seconds), 5), 200) for seconds in (first, first + pause)]
+        if setup.transport.capabilities.together:
+            alone = all_at_once = self._over_workers(ours.exchanges(counts[1], pause))
+        else:
+            all_at_once = self._over_workers(ours.exchanges(counts[0]))
             last = self.comm.rank == self.comm.size - 1  # the likeliest to be on another host than the center
-            alone = self._over_workers(ours.exchanges(count if last else 0))
+            alone = self._over_workers(ours.exchanges(counts[1] if last else 0, pause))
         ours.role.close()
         barrier(self.comm)
         return alone, all_at_once
@@ -141,7 +144,7 @@ class _Bench:
 
     def periods(self, setups: Sequence[Setup], period: int, seconds: float) -> list[float]:
         """Mean seconds of periods without exchanges, and with each of `setups`; a period takes about `seconds`."""
-        count = min(max(int(self.seconds / seconds), 3), 20)
+        count = min(max(int(self.seconds / _ROUNDS / seconds), 3), 200)
         sides: list[list[list[float]]] = [[] for _ in range(len(setups) + 1)]
         for _ in range(_ROUNDS):
             sides[0].append(alone(self.comm, self.work, self.trains, period, count))
@@ -168,7 +171,7 @@ class _Bench:
         """What exchanges by the transport of `config` cost."""
         setup = self.setup(config)
         transport = setup.transport
-        one, all_at_once = self.exchanges(setup)
+        one, all_at_once = self.exchanges(setup, min(self.config.period * step, _PAUSE))
         workers, together = transport.workers_among(self.comm.size), transport.capabilities.together
         costs = Costs(transport.name, workers, together, one, all_at_once, transport.capabilities.single_commits)
         if costs.waiting(step) < MOST:
@@ -239,14 +242,14 @@ def _show(measured: Measured, gradient: float, move: float, refusals: Sequence[s
     lines = [
         [
             costs.transport, str(costs.workers), milliseconds(costs.alone), milliseconds(costs.all_at_once),
-            f"{2e-6 * measured.numbers * measured.number_bytes / costs.alone:,.3g}",
+            f"{2e-6 * measured.numbers * measured.number_bytes / costs.alone:,.1f}",
             str(costs.smallest_period(measured.step)), percent(costs.hidden),
             "-" if costs.hidden is None else str(costs.smallest_period(measured.step, overlap=True)),
         ]
         for costs in measured.costs
     ]  # fmt: skip
     columns = "transport", "n", "alone", "all at once", "MB/s", "λ", "hidden", "λ overlap"
-    title = f"exchanges, and the smallest λ for which workers wait less than {percent(MOST)} of their time"
+    title = f"exchanges, and the smallest λ for which workers wait less than {100 * MOST:.0f} % of their time"
     print_table(console, title, columns, lines, left=("transport",))
     for line in [*refusals, *advice]:
         console.print(line, markup=False)

@@ -25,7 +25,7 @@ class Costs(NamedTuple):
         transport: its name.
         workers: n.
         together: whether all exchange at the same time.
-        alone: an exchange of one worker, while the others do nothing.
+        alone: an exchange of one worker, after a pause, while the others do nothing.
         all_at_once: an exchange of each worker, while all do nothing else.
         whole: whether the center applies whole commits, and refuses those that are not finite.
         hidden: share of an exchange that overlap hides, measured; None where there is nothing to hide.
@@ -195,8 +195,8 @@ def _transport_words(measured: Measured, chosen: Costs) -> list[str]:
 
 def _period_words(measured: Measured, costs: Costs) -> str:
     return (
-        f"Period: from λ = {costs.smallest_period(measured.step)} on a worker waits less than {percent(MOST)} of its "
-        f"time; with λ = {measured.period}, as given, {percent(costs.waiting(measured.compute))}"
+        f"Period: from λ = {costs.smallest_period(measured.step)} on a worker waits less than {100 * MOST:.0f} % of "
+        f"its time; with λ = {measured.period}, as given, {percent(costs.waiting(measured.compute))}"
     )
 
 
@@ -238,5 +238,5 @@ def _encoding_words(measured: Measured, costs: Costs, encoded_bytes: Mapping[str
     verdict = f"{enough} is enough" if enough else f"even {names[-1]} is not enough: a longer period is needed"
     return (
         f"Encoding, with λ = {measured.period}: {', '.join(limits)}: there the longer numbers make a worker wait "
-        f"more than {percent(MOST)} of its time. An exchange moves {size(here)}/s here: {verdict}"
+        f"more than {100 * MOST:.0f} % of its time. An exchange moves {size(here)}/s here: {verdict}"
     )

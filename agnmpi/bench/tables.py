@@ -9,9 +9,11 @@ from rich.table import Table
 def print_table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()
 ) -> None:
-    """Print a table; columns are aligned to the right but those in `left`."""
+    """Print a table; columns are aligned to the right but those in `left`, and closer where they would not fit."""
     console.print(title, style="italic", markup=False)  # a Table's own title is wrapped to its width
-    grid = Table(box=None, pad_edge=False)
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows)]
+    gap = 1 if sum(widths) + 2 * (len(widths) - 1) > console.width else 2
+    grid = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for column in columns:
         grid.add_column(column, justify="left" if column in left else "right")
     for row in rows:
@@ -31,12 +33,12 @@ def milliseconds(seconds: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """One digit after the point, if it is not 0; nothing to say is a dash.
+    """One digit after the point; nothing to say is a dash.
 
-    >>> percent(0.9876), percent(0.05), percent(None)
-    ('98.8 %', '5 %', '-')
+    >>> percent(0.9876), percent(None)
+    ('98.8 %', '-')
     """
-    return "-" if share is None else f"{100 * share:.1f}".removesuffix(".0") + " %"
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def size(nbytes: float) -> str:

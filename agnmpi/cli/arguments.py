@@ -53,7 +53,8 @@ options suit them. Options of train that change what a step or an exchange costs
 hold here, too.
 
   n            workers
-  alone        seconds of an exchange of one worker, while the others do nothing
+  alone        an exchange of one worker while the others do nothing, after a
+               pause of a period (20 ms at most), in which the center goes to sleep
   all at once  of each worker, where all exchange and nobody computes
   MB/s         bytes of the vectors, both ways, over the seconds alone
   λ            the smallest period for which a worker waits less than 5 % of its

@@ -187,7 +187,7 @@ def test_the_advice_has_the_numbers():
 
 @pytest.mark.parametrize(
     ("hidden_share", "said"),
-    [(None, "no need"), (0.02, "does not help here: it hides 2 %"), (0.9, "helps: it hides 90 % of an exchange")],
+    [(None, "no need"), (0.02, "does not help here: it hides 2.0 %"), (0.9, "helps: it hides 90.0 % of an exchange")],
 )
 def test_the_advice_on_overlap(hidden_share, said):
     assert said in words(measured(P2P._replace(hidden=hidden_share)))["Overlap"]
