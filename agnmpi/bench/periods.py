@@ -15,6 +15,8 @@ from typing import NamedTuple
 from mpi4py import MPI
 
 from ..arrays.backend import Array, synchronize
+from ..arrays.kernels import set_threads
+from ..cluster.placement import place
 from ..cluster.setup import Setup, check_setup
 from ..core.ends import Done, Handle, WorkerEnd
 from ..core.leases import Lease
@@ -110,6 +112,7 @@ def mean_period(times: Sequence[float]) -> list[float]:
 def alone(comm: MPI.Comm, work: Work, trains: bool, period: int, count: int) -> list[float]:
     """This rank's mean period without exchanges, beside the others'; empty unless it `trains`; collective."""
     barrier(comm)
+    set_threads(place(comm, trains).threads)  # as a session does
     times = []
     if trains:
         worker = Worker(work.x, work.rule, work.optimizer, NoWire(work.x.copy(), period), 0)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mpi4py import MPI
 
 from ..arrays.backend import Array, full_like, synchronize
+from ..arrays.kernels import set_threads
 from ..cluster.placement import check_world, limit_blas, place, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.setup import Setup, check_setup
@@ -93,6 +94,7 @@ class _Bench:
         self.trains = comm.rank >= configs[0].make_transport().serving_ranks
         here = place(comm, self.trains)
         limit_blas(here.threads)
+        set_threads(here.threads)  # as a session does
         device = config.device if self.trains else config.center_device
         load = partial(prepare, config.problem, config.options, config.seed, device, here.worker_index)
         problem, layout, x = raise_on_all(comm, load)
@@ -120,7 +122,8 @@ class _Bench:
     def setup(self, config: Config) -> Setup:
         """How to exchange."""
         transport = config.make_transport()
-        return Setup(replace(transport, wire=choose_wire(self.comm, self.work.x, transport.wire)))
+        wire = choose_wire(self.comm, self.work.x, transport.wire)
+        return Setup(replace(transport, wire=wire), caller_uses_mpi=False)
 
     def exchanges(self, setup: Setup, pause: float) -> tuple[float, float]:
         """Seconds of an exchange of the last worker alone, after a pause, and of each where all do nothing else."""

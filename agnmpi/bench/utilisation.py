@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
     def setup(self, wire: str) -> Setup:
         """The setup that it stands for."""
-        return Setup(replace(resolve(self.transport), wire=wire), self.overlap)
+        return Setup(replace(self.entry, wire=wire), self.overlap, caller_uses_mpi=False)
 
     @property
     def entry(self) -> Transport:

@@ -73,8 +73,9 @@ def test_each_row_comes_after_the_one_that_it_is_compared_with():
     assert rows == [Case("p2p", False), Case("p2p", True), Case("rma", False), Case("rma", True)]
     for case in rows:
         assert rows.index(case.without_overlap()) == rows.index(case) - case.overlap
-        assert case.setup("staged")._replace(transport=None) == (None, case.overlap, False)
-        assert (case.entry.name, case.setup("staged").transport.wire) == (case.transport, "staged")
+        setup = case.setup("staged")
+        assert (setup.transport.name, setup.transport.wire, setup.overlap) == (case.transport, "staged", case.overlap)
+        assert not setup.caller_uses_mpi, "as in train: else overlap has no thread"
 
 
 def test_a_row():
