@@ -183,19 +183,20 @@ def utilisations(compute: Sequence[float], periods: Sequence[float]) -> list[flo
     return [busy / wall for busy, wall in zip(compute, periods, strict=True)]
 
 
-def hidden(compute: float, plain: float, overlapped: float) -> float | None:
+def hidden(compute: float, plain: float, overlapped: float, noise: float = _LEAST) -> float | None:
     """The share of an exchange that overlap hides: 1 − (period − compute)/(exchange without overlap).
 
     Args:
         compute: seconds of a period without exchanges.
         plain: with exchanges.
         overlapped: with exchanges and overlap.
+        noise: of a period, the share in which an exchange is lost.
 
     Returns:
         1 where all is hidden; negative where overlap costs more than it hides; None where there is nothing to hide.
 
-    >>> hidden(1.0, 2.0, 1.25), hidden(1.0, 1.0, 1.1)
-    (0.75, None)
+    >>> hidden(1.0, 2.0, 1.25), hidden(1.0, 1.0, 1.1), hidden(1.0, 1.2, 1.1, noise=0.3)
+    (0.75, None, None)
     """
     exchange = plain - compute
-    return None if exchange < _LEAST * compute else 1 - (overlapped - compute) / exchange
+    return None if exchange < max(noise, _LEAST) * compute else 1 - (overlapped - compute) / exchange

@@ -125,17 +125,17 @@ class _Bench:
         wire = choose_wire(self.comm, self.work.x, transport.wire)
         return Setup(replace(transport, wire=wire), caller_uses_mpi=False)
 
-    def exchanges(self, setup: Setup, pause: float) -> tuple[float, float]:
+    def exchanges(self, setup: Setup) -> tuple[float, float]:
         """Seconds of an exchange of the last worker alone, after a pause, and of each where all do nothing else."""
         ours = Ours(self.comm, setup, full_like(self.work.x, 0))
         first = self._over_workers(ours.exchanges(_WARM_UP + 1)[_WARM_UP:])
-        counts = [min(max(int(self.seconds / seconds), 5), 200) for seconds in (first, first + pause)]
+        counts = [min(max(int(self.seconds / seconds), 5), 200) for seconds in (first, first + _PAUSE)]
         if setup.transport.capabilities.together:
-            alone = all_at_once = self._over_workers(ours.exchanges(counts[1], pause))
+            alone = all_at_once = self._over_workers(ours.exchanges(counts[1], _PAUSE))
         else:
             all_at_once = self._over_workers(ours.exchanges(counts[0]))
             last = self.comm.rank == self.comm.size - 1  # the likeliest to be on another host than the center
-            alone = self._over_workers(ours.exchanges(counts[1] if last else 0, pause))
+            alone = self._over_workers(ours.exchanges(counts[1] if last else 0, _PAUSE))
         ours.role.close()
         barrier(self.comm)
         return alone, all_at_once
@@ -174,7 +174,7 @@ class _Bench:
         """What exchanges by the transport of `config` cost."""
         setup = self.setup(config)
         transport = setup.transport
-        one, all_at_once = self.exchanges(setup, min(self.config.period * step, _PAUSE))
+        one, all_at_once = self.exchanges(setup)
         workers, together = transport.workers_among(self.comm.size), transport.capabilities.together
         costs = Costs(transport.name, workers, together, one, all_at_once, transport.capabilities.single_commits)
         if costs.waiting(step) < MOST:
@@ -239,7 +239,7 @@ def _show(measured: Measured, gradient: float, move: float, refusals: Sequence[s
     console.print(f"agnmpi {__version__}, {mpi_library()}, hosts: {measured.hosts}", markup=False)
     console.print(
         f"your step: {milliseconds(gradient + move)}; gradient {milliseconds(gradient)}, optimizer "
-        f"{milliseconds(move)}; {measured.numbers:,} parameters, {vector}",
+        f"{milliseconds(move)}; parameters: {measured.numbers:,}, {vector}",
         markup=False,
     )
     lines = [

@@ -194,10 +194,11 @@ def _transport_words(measured: Measured, chosen: Costs) -> list[str]:
 
 
 def _period_words(measured: Measured, costs: Costs) -> str:
+    waiting = costs.waiting(measured.compute)
     return (
         f"Period: from λ = {costs.smallest_period(measured.step)} on a worker waits less than {100 * MOST:.0f} % of "
-        f"its time; with λ = {measured.period}, as given, {percent(costs.waiting(measured.compute))}"
-    )
+        f"its time; with λ = {measured.period}, as given, {percent(waiting)}"
+    ) + "; a larger --batch, and so longer steps, would help as well" * (waiting >= MOST)
 
 
 def _overlap_words(measured: Measured, costs: Costs) -> str:

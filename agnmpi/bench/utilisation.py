@@ -75,7 +75,9 @@ def cases(transports: Iterable[str]) -> list[Case]:
     return [Case(*values) for values in product(transports, (False, True))]
 
 
-def row(case: Case, compute: Sequence[float], periods: Sequence[float], plain: Sequence[float]) -> dict[str, Any]:
+def row(
+    case: Case, compute: Sequence[float], periods: Sequence[float], plain: Sequence[float], noise: float = 0.0
+) -> dict[str, Any]:  # fmt: skip
     """What is reported of a case.
 
     Args:
@@ -83,6 +85,7 @@ def row(case: Case, compute: Sequence[float], periods: Sequence[float], plain: S
         compute: seconds of a period without exchanges, by worker.
         periods: seconds of its periods, by worker.
         plain: the same without overlap.
+        noise: how much a period without exchanges differs between rounds: what overlap hides of less is not known.
     """
     shares = utilisations(compute, periods)
     busy, wall = statistics.fmean(compute), statistics.fmean(periods)
@@ -94,7 +97,7 @@ def row(case: Case, compute: Sequence[float], periods: Sequence[float], plain: S
         "exchange_seconds": wall - busy,
         "utilisation": statistics.fmean(shares),
         "lowest_utilisation": min(shares),
-        "hidden": hidden(busy, statistics.fmean(plain), wall) if case.overlap else None,
+        "hidden": hidden(busy, statistics.fmean(plain), wall, noise) if case.overlap else None,
     }
 
 
@@ -126,22 +129,16 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
             seconds = exchanging(comm, case.setup(wire), work, options.period, options.periods)
             times.setdefault(case, []).append(seconds)
     medians = {key: by_worker(comm, rounds) for key, rounds in times.items()}
-    rows = [
-        row(case, medians[case.entry.serving_ranks], medians[case], medians[case.without_overlap()])
-        | {"bytes": case.exchange_bytes(x)}
-        for case in chosen
-    ]
-    spread = max(unrest(comm, times[serving]) for serving in {case.entry.serving_ranks for case in chosen})
+    noise = {serving: unrest(comm, times[serving]) for serving in sorted({c.entry.serving_ranks for c in chosen})}
+    rows = []
+    for case in chosen:
+        serving = case.entry.serving_ranks
+        sides = medians[serving], medians[case], medians[case.without_overlap()]
+        rows.append(row(case, *sides, noise[serving]) | {"bytes": case.exchange_bytes(x)})
     if comm.rank == 0:
-        report = {
-            "agnmpi": __version__,
-            "mpi": mpi_library(),
-            "world": comm.size,
-            **options._asdict(),
-            "unrest": spread,
-            "rows": rows,
-        }
-        del report["json"]
+        given = {name: value for name, value in options._asdict().items() if name != "json"}
+        report = {"agnmpi": __version__, "mpi": mpi_library(), "world": comm.size, **given}
+        report |= {"unrest": max(noise.values()), "rows": rows}
         _show(report, "cpu" if on_host(x) else f"gpu, {wire}")
         write(json.dumps(report, indent=2) + "\n")
     comm.Free()

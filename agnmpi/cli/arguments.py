@@ -41,7 +41,8 @@ moves the parameters by SGD; each λ steps a worker exchanges with the center.
             processor time that it takes from the steps
   utilised  compute/period, the mean over the workers; lowest: of the worst one
   hidden    with overlap, the share of the exchange that goes by while the next
-            period is computed: 1 - exchange/(exchange without overlap)
+            period is computed: 1 - exchange/(exchange without overlap); a dash
+            where the exchange is too short beside this machine's noise
   bytes     of the vectors that a worker sends and receives in one exchange
 
 A number is the mean over the periods of a round, its first two left out; of the
@@ -54,7 +55,7 @@ hold here, too.
 
   n            workers
   alone        an exchange of one worker while the others do nothing, after a
-               pause of a period (20 ms at most), in which the center goes to sleep
+               pause of 20 ms, in which the center goes to sleep
   all at once  of each worker, where all exchange and nobody computes
   MB/s         bytes of the vectors, both ways, over the seconds alone
   λ            the smallest period for which a worker waits less than 5 % of its

@@ -87,6 +87,7 @@ def test_a_row():
     overlapped = row(Case("p2p", True), [8.0, 8.0], [8.5, 10.0], [10.0, 16.0])
     assert overlapped["hidden"] == pytest.approx(0.75)
     assert overlapped["overlap"]
+    assert row(Case("p2p", True), [8.0, 8.0], [8.5, 10.0], [10.0, 16.0], noise=0.7)["hidden"] is None, "5 s are 5/8"
 
 
 def test_what_overlap_costs_is_seen():
@@ -179,7 +180,8 @@ def test_the_advice_has_the_numbers():
     facts = measured(P2P, RMA._replace(**FAST, transport="accumulate", whole=False))
     said = words(facts)
     assert "from λ = 20 on" in said["Period"]
-    assert "λ = 10, as given, 9.1 %" in said["Period"]
+    assert "λ = 10, as given, 9.1 %; a larger --batch" in said["Period"]
+    assert words(measured(P2P, period=40))["Period"].endswith("λ = 40, as given, 2.4 %"), "enough"
     assert "no need" in said["Overlap"]
     assert "n/λ = 1/20" in said["Rule"]
     assert any("accumulate would do with λ = 2" in line for line in recommend(facts, choose(facts), rules.agn()))
