@@ -198,8 +198,8 @@ def main(comm: MPI.Intracomm, config: Config, options: Options) -> int:
     bench = _Bench(comm, config, configs, options.seconds)
     gradient, move = bench.steps()
     costs = [bench.costs(other, gradient + move) for other in configs]
-    x = bench.work.x
-    measured = Measured(gradient + move, x.size, x.itemsize, config.period, bench.hosts, config.centers, costs)
+    x, centers = bench.work.x, bench.hosts if config.centers == "hosts" else config.centers
+    measured = Measured(gradient + move, x.size, x.itemsize, config.period, bench.hosts, centers, costs)
     choice = choose(measured)
     waiting = bench.waiting(choice, measured.step)
     if comm.rank == 0:
