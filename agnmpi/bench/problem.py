@@ -123,7 +123,7 @@ class _Bench:
         """How to exchange."""
         transport = config.make_transport()
         wire = choose_wire(self.comm, self.work.x, transport.wire)
-        return Setup(replace(transport, wire=wire), caller_uses_mpi=False)
+        return Setup(replace(transport, wire=wire), caller_uses_mpi=False).on_hosts(self.comm)
 
     def exchanges(self, setup: Setup) -> tuple[float, float]:
         """Seconds of an exchange of the last worker alone, after a pause, and of each where all do nothing else."""
