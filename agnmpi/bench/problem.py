@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mpi4py import MPI
 
 from ..arrays.backend import Array, full_like, synchronize
+from ..arrays.encodings import NAMES
 from ..arrays.kernels import set_threads
 from ..cluster.placement import check_world, limit_blas, place, require_equal_model
 from ..cluster.probe import choose_wire
@@ -24,7 +25,7 @@ from ..transport.agreement import ConfigError, allgather, raise_on_all
 from ..version import __version__, mpi_library
 from .exchanges import Ours, barrier
 from .periods import NoWire, Work, about_unrest, alone, by_worker, exchanging, hidden, unrest
-from .recommendation import ENCODED_BYTES, MOST, Choice, Costs, Measured, choose, recommend
+from .recommendation import MOST, Choice, Costs, Measured, choose, recommend
 from .recommendation import options as recommended_options
 from .tables import milliseconds, percent, print_table, size
 from .written import json_file
@@ -228,7 +229,7 @@ def _conclusion(measured: Measured, choice: Choice, waiting: float | None) -> st
 def _encodings() -> list[str]:
     """The encodings that a run can choose, if it has an option for that."""
     choices = next((f.metadata["choices"] for f in fields(Config) if f.name == "encoding"), ())
-    return [name for name in ENCODED_BYTES if name in choices]
+    return [name for name in NAMES if name in choices]
 
 
 def _show(measured: Measured, gradient: float, move: float, refusals: Sequence[str], advice: Sequence[str]) -> None:

@@ -3,17 +3,16 @@
 Arithmetic and words alone; `problem` measures.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from ..arrays.encodings import get
 from ..core.rules import Rule
 from ..reporting.advice import advice
 from .tables import milliseconds, percent, size
 
 MOST = 0.05  # of a worker's time may be spent waiting
-# Bytes per number on the wire: codes, and one scale for each block of 256 or 64 numbers.
-ENCODED_BYTES = {"float32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 256, "int4": 0.5 + 2 / 64}
 _SIMILAR = 1.2  # a period that is not shorter than by this factor is no reason to leave the default
 _LONGEST = 1 << 30
 
@@ -90,13 +89,13 @@ def _first(holds: Callable[[int], bool]) -> int:
     return high
 
 
-def bandwidth_needed(numbers: int, compute: float, bytes_per_number: float) -> float:
-    """Bytes/s with which a worker waits for just 5 % of its time: vectors of `numbers` go both ways in a period.
+def bandwidth_needed(nbytes: int, compute: float) -> float:
+    """Bytes/s with which a worker waits for just 5 % of its time, if `nbytes` go each way in a period.
 
-    >>> f"{bandwidth_needed(1_000_000, 0.19, 4.0):.0f}"
+    >>> f"{bandwidth_needed(4_000_000, 0.19):.0f}"
     '800000000'
     """
-    return 2 * numbers * bytes_per_number / (compute * MOST / (1 - MOST))
+    return 2 * nbytes / (compute * MOST / (1 - MOST))
 
 
 class Measured(NamedTuple):
@@ -169,7 +168,7 @@ def recommend(measured: Measured, choice: Choice, rule: Rule, encodings: Sequenc
     lines = [*_transport_words(measured, costs), _period_words(measured, costs), _overlap_words(measured, costs)]
     lines.append(_centers_words(measured, costs))
     if encodings:
-        lines.append(_encoding_words(measured, costs, {name: ENCODED_BYTES[name] for name in encodings}))
+        lines.append(_encoding_words(measured, costs, encodings))
     return lines + [f"Rule: {line}" for line in advice(rule, costs.workers, choice.period)]
 
 
@@ -228,11 +227,11 @@ def _centers_words(measured: Measured, costs: Costs) -> str:
     return f"Centers: 1; {hosts}, one on each host, would hardly shorten the period: a single one is not busy enough"
 
 
-def _encoding_words(measured: Measured, costs: Costs, encoded_bytes: Mapping[str, float]) -> str:
+def _encoding_words(measured: Measured, costs: Costs, encodings: Sequence[str]) -> str:
     """Below which bandwidth each encoding pays, and which is the first that is enough with the one measured."""
-    numbers, compute = measured.numbers, measured.compute
+    numbers, compute, dtype = measured.numbers, measured.compute, f"f{measured.number_bytes}"
     here = 2 * numbers * measured.number_bytes / costs.exchange(compute)
-    needed = {name: bandwidth_needed(numbers, compute, each) for name, each in encoded_bytes.items()}
+    needed = {name: bandwidth_needed(get(name).nbytes(numbers, dtype), compute) for name in encodings}
     names = sorted(needed, key=lambda name: -needed[name])
     enough = next((name for name in names if needed[name] <= here), None)
     limits = [f"{name} pays below {size(needed[longer])}/s" for longer, name in pairwise(names)]

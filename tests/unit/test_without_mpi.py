@@ -8,7 +8,11 @@ import pytest
 from launcher import ROOT
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["simulate"], ["bench"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["simulate"], ["bench"], ["bench", "utilisation"], ["bench", "module:Problem"], ["doctor"]],
+    ids=" ".join,
+)
 def test_help_needs_no_mpi_and_80_columns(tmp_path, command):
     output = without_mpi(tmp_path, *command, "--help")
     assert "usage:" in output
