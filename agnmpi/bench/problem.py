@@ -4,7 +4,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -78,13 +79,29 @@ def fitting(config: Config, names: Sequence[str], size: int) -> tuple[list[Confi
     fit, refusals = list[Config](), list[str]()
     for name in sorted(names, key=lambda name: name != config.transport):
         try:
-            candidate = replace(config, transport=name).complete()
-            optimizers = candidate.make_optimizer(1), candidate.make_center_optimizer(1)
-            check_setup(candidate.make_rule(), Setup(candidate.make_transport()), size, *optimizers)
-            fit.append(candidate)
+            fit.append(_checked(config, size, transport=name))
         except ValueError as refusal:
             refusals.append(f"not measured: {name}: {refusal}")
     return fit, refusals
+
+
+def usable_encodings(config: Config, size: int) -> list[str]:
+    """The encodings that a run could use both for commits and for pulls; none if it uses one already."""
+    usable = list[str]()
+    if {config.encoding, config.pull_encoding} == {"float32"}:
+        for name in NAMES:
+            with suppress(ValueError):
+                _checked(config, size, encoding=name, pull_encoding=name)
+                usable.append(name)
+    return usable if len(usable) > 1 else []
+
+
+def _checked(config: Config, size: int, **changes: str) -> Config:
+    """The complete `config` with `changes`; raises ValueError if a world of `size` ranks cannot run it."""
+    changed = replace(config, **changes).complete()  # type: ignore[arg-type]
+    optimizers = changed.make_optimizer(1), changed.make_center_optimizer(1)
+    check_setup(changed.make_rule(), Setup(changed.make_transport()), size, *optimizers)
+    return changed
 
 
 class _Bench:
@@ -92,7 +109,9 @@ class _Bench:
 
     def __init__(self, comm: MPI.Intracomm, config: Config, configs: Sequence[Config], seconds: float) -> None:
         self.comm, self.config, self.configs, self.seconds = comm, config, configs, seconds
-        self.trains = comm.rank >= configs[0].make_transport().serving_ranks
+        centers = Setup(configs[0].make_transport()).on_hosts(comm).center_ranks
+        self.trains = comm.rank not in centers
+        self.last = max(set(range(comm.size)).difference(centers))  # the last worker
         here = place(comm, self.trains)
         limit_blas(here.threads)
         set_threads(here.threads)  # as a session does
@@ -135,7 +154,7 @@ class _Bench:
             alone = all_at_once = self._over_workers(ours.exchanges(counts[1], _PAUSE))
         else:
             all_at_once = self._over_workers(ours.exchanges(counts[0]))
-            last = self.comm.rank == self.comm.size - 1  # the likeliest to be on another host than the center
+            last = self.comm.rank == self.last  # the likeliest to be on another host than the center
             alone = self._over_workers(ours.exchanges(counts[1] if last else 0, _PAUSE))
         ours.role.close()
         barrier(self.comm)
@@ -204,7 +223,8 @@ def main(comm: MPI.Intracomm, config: Config, options: Options) -> int:
     choice = choose(measured)
     waiting = bench.waiting(choice, measured.step)
     if comm.rank == 0:
-        lines = recommend(measured, choice, bench.work.rule, _encodings())
+        chosen = next(other for other in configs if other.transport == choice.costs.transport)
+        lines = recommend(measured, choice, bench.work.rule, usable_encodings(chosen, comm.size))
         lines += [_conclusion(measured, choice, waiting), *about_unrest(bench.unrest)]
         _show(measured, gradient, move, refusals, lines)
         report = {
@@ -224,12 +244,6 @@ def _conclusion(measured: Measured, choice: Choice, waiting: float | None) -> st
     else:
         seen = f"tried: workers waited for {percent(max(waiting, 0.0))} of their time"
     return f"So: {recommended_options(measured, choice)} ({seen})"
-
-
-def _encodings() -> list[str]:
-    """The encodings that a run can choose, if it has an option for that."""
-    choices = next((f.metadata["choices"] for f in fields(Config) if f.name == "encoding"), ())
-    return [name for name in NAMES if name in choices]
 
 
 def _show(measured: Measured, gradient: float, move: float, refusals: Sequence[str], advice: Sequence[str]) -> None:

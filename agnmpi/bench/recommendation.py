@@ -222,7 +222,7 @@ def _centers_words(measured: Measured, costs: Costs) -> str:
     if one > _SIMILAR * several:
         return (
             f"Centers: one on each host, {hosts}: a single one is so busy that it takes λ = {one}, and as many would "
-            f"allow about {several}, if their links are apart; measure again with --centers {hosts}"
+            f"allow about {several}, if their links are apart; measure again with --centers hosts"
         )
     return f"Centers: 1; {hosts}, one on each host, would hardly shorten the period: a single one is not busy enough"
 
@@ -237,6 +237,7 @@ def _encoding_words(measured: Measured, costs: Costs, encodings: Sequence[str]) 
     limits = [f"{name} pays below {size(needed[longer])}/s" for longer, name in pairwise(names)]
     verdict = f"{enough} is enough" if enough else f"even {names[-1]} is not enough: a longer period is needed"
     return (
-        f"Encoding, with λ = {measured.period}: {', '.join(limits)}: there the longer numbers make a worker wait "
-        f"more than {100 * MOST:.0f} % of its time. An exchange moves {size(here)}/s here: {verdict}"
+        f"Encoding (--encoding and --pull-encoding), by bytes alone, with λ = {measured.period}: {', '.join(limits)}: "
+        f"there the longer numbers make a worker wait more than {100 * MOST:.0f} % of its time. An exchange moves "
+        f"{size(here)}/s here: {verdict}"
     )

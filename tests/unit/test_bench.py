@@ -5,7 +5,7 @@ import pytest
 
 from agnmpi.arrays.encodings import NAMES
 from agnmpi.bench.periods import NoWire, hidden, period_times
-from agnmpi.bench.problem import fitting, step_times
+from agnmpi.bench.problem import fitting, step_times, usable_encodings
 from agnmpi.bench.recommendation import (
     MOST,
     Costs,
@@ -173,7 +173,7 @@ def test_what_is_chosen(facts, chosen):
 def words(facts, encodings=()):
     lines = recommend(facts, choose(facts), rules.agn(), encodings)
     assert all(": " in line for line in lines)
-    return {line.partition(": ")[0].partition(",")[0]: line for line in reversed(lines)}
+    return {line.partition(":")[0].split()[0]: line for line in reversed(lines)}
 
 
 def test_the_advice_has_the_numbers():
@@ -242,6 +242,21 @@ def test_transports_that_fit_a_problem(given, fit, refused):
     configs, refusals = fitting(config, ["rma", "p2p", "accumulate", "allreduce"], 3)
     assert [other.transport for other in configs] == fit, "that of auto first"
     assert sorted(text.split(": ")[1] for text in refusals) == sorted(refused)
+
+
+@pytest.mark.parametrize(
+    ("given", "usable"),
+    [
+        ({}, list(NAMES)),
+        ({"transport": "rma"}, []),
+        ({"rule": "aeasgd"}, []),
+        ({"encoding": "int8"}, []),
+        ({"pull_encoding": "bf16"}, []),
+    ],
+    ids=str,
+)
+def test_encodings_that_a_problem_can_use(given, usable):
+    assert usable_encodings(Config(problem="module:Problem", **given).complete(), 3) == usable
 
 
 @pytest.mark.parametrize(
