@@ -7,16 +7,15 @@ from hypothesis import settings
 
 sys.path[:0] = [str(Path(__file__).parent / "support"), str(Path(__file__).parent.parent / "examples")]
 
+collect_ignore = ["support"]  # what tests share, and scripts that they start: some do something when imported
+
 settings.register_profile("agnmpi", deadline=None)  # machines are noisy
 settings.load_profile("agnmpi")
 
 
 def pytest_ignore_collect(collection_path, config):
     """Tests that need ranks are collected under mpiexec alone; system/test_under_mpiexec.py starts it."""
-    if collection_path.name == "mpi" and not config.getoption("--with-mpi", default=False):
-        return True
-    # What tests share, and scripts that they start: some do something when they are imported.
-    return True if collection_path == Path(__file__).parent / "support" else None
+    return True if collection_path.name == "mpi" and not config.getoption("--with-mpi", default=False) else None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]  # or a cupy.ndarray, which takes the same ufuncs
+Range: TypeAlias = tuple[int, int]  # [start, stop) of a vector
 
 # Elements in a block: long enough that NumPy's calls cost nothing, short enough that a block stays in cache.
 BLOCK = 1 << 16
@@ -90,13 +91,13 @@ def blocks(x: Array, start: int = 0, stop: int | None = None, size: int | None =
         yield slice(first, min(first + size, stop))
 
 
-def joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def joined(ranges: Sequence[Range]) -> list[Range]:
     """`ranges`, adjacent ones merged: fewer launches.
 
     >>> joined([(0, 3), (3, 5), (7, 9)])
     [(0, 5), (7, 9)]
     """
-    merged: list[tuple[int, int]] = []
+    merged: list[Range] = []
     for lo, hi in ranges:
         if merged and merged[-1][1] == lo:
             lo = merged.pop()[0]
@@ -142,12 +143,6 @@ def full_like(x: Array, value: Any) -> Array:
     filled = empty_like(x)
     filled[...] = value
     return filled
-
-
-def scratch(x: Array, count: int) -> list[Array]:
-    """Allocate `count` work arrays as long as one block of `x`."""
-    size = min(x.size, BLOCK) if on_host(x) else x.size
-    return [empty(size, x.dtype, x) for _ in range(count)]
 
 
 def synchronize(x: Array) -> None:

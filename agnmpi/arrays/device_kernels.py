@@ -20,6 +20,14 @@ class Body(NamedTuple):
     code: str
 
 
+VECTORS = {"g", "x", "o", "c", "sent", "delta"}  # the inputs that are vectors; the others are scalars
+
+
+def names(parameters: str) -> list[str]:
+    """The names in a Body's list of parameters."""
+    return [parameter.split()[-1] for parameter in parameters.split(", ")]
+
+
 def _step(slots: str, scalars: str, code: str) -> Body:
     """An optimizer's kernel: d = scale·g + decay·x is its gradient, y = keep·x its starting point.
 

@@ -5,18 +5,23 @@ The sides alternate in short rounds, so that noise of the machine affects all of
 
 import importlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from ..arrays import kernels
 from ..arrays.backend import Array, choose, empty_like, full_like
 from ..core import optimizers, rules
 from .exchanges import timed
 
 Row = dict[str, Any]
 Timer = Callable[[Callable[[], Any]], float]
+Sides = dict[str, tuple[Callable[[], Any], int]]  # what is timed, and the words that it touches for each parameter
 
 # Optimizer, and the words that it must read and write per parameter.
 _TRIED = {
@@ -43,30 +48,52 @@ def _stepper(optimizer: optimizers.Optimizer, x: Array, g: Array) -> Callable[[]
     return step
 
 
-def _rows(sides: dict[str, tuple[Callable[[], Any], int]], rounds: int, timer: Timer, n: int, copy: str) -> list[Row]:
+def _rows(sides: Sides, rounds: int, timer: Timer, n: int, copy: str) -> list[Row]:
     """Time the sides alternately, each with its words per parameter; the ratio is to the side `copy`."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, (call, _words) in sides.items():
             times[name].append(timer(call))
     # The first round only warms up.
-    rates = {name: 4 * n * sides[name][1] / statistics.median(seconds[1:]) for name, seconds in times.items()}
-    return [
-        {"name": name, "n": n, "bytes_per_second": rate, "ratio": rate / rates[copy]} for name, rate in rates.items()
-    ]
+    medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+    rates = {name: 4 * n * sides[name][1] / median for name, median in medians.items()}
+    rows = []
+    for name, rate in rates.items():
+        row = {"name": name, "n": n, "bytes_per_second": rate, "ratio": rate / rates[copy]}
+        if f"torch {name}" in medians:
+            row["times_torch"] = medians[name] / medians[f"torch {name}"]
+        rows.append(row)
+    return rows
 
 
-def optimizer_bandwidth(n: int, rounds: int = 9) -> list[Row]:
-    """Bytes per second of host optimizers on n float32 parameters, counting the bytes each must touch.
+def _sides(x: Array, g: Array, out: Array) -> Sides:
+    """Our optimizers, what an exchange adds to them, and PyTorch's optimizers where that is installed."""
+    sides: Sides = {name: (_stepper(optimizer, x, g), words) for name, (optimizer, words) in _TRIED.items()}
+    sides["center add"] = partial(rules.center_step, out, g, 0.5, None, None), 3
+    sides["agn delta"] = partial(rules.agn().delta, x, g, g, 10, out), 3
+    return sides | torch_steps(x, g)
 
-    Rows of name, n, bytes_per_second and ratio to memcpy.
+
+def optimizer_bandwidth(n: int, threads: int = 1, rounds: int = 15) -> list[Row]:
+    """Bytes per second of host kernels on n float32 parameters, counting the bytes that each must touch.
+
+    Rows of name, n, bytes_per_second, ratio to memcpy, times_torch (seconds over those of PyTorch's fused optimizer,
+    where that is installed), threads, and the library of our kernels. All sides have the same number of `threads`.
     """
     x, g = _vectors(n, np)
-    y = empty_like(x)
-    sides: dict[str, tuple[Callable[[], Any], int]] = {"memcpy": (partial(np.copyto, y, x), 2)}
-    for name, (optimizer, words) in _TRIED.items():
-        sides[name] = _stepper(optimizer, x, g), words
-    return _rows(sides, rounds, timed, n, "memcpy")
+    out = empty_like(x)
+    edges = [n * i // threads for i in range(threads + 1)]
+    before = kernels.threads()
+    kernels.set_threads(threads)
+    with ThreadPoolExecutor(threads) as pool, torch_threads(threads):
+
+        def memcpy() -> None:
+            wait([pool.submit(np.copyto, out[lo:hi], x[lo:hi]) for lo, hi in pairwise(edges)])
+
+        copy = partial(np.copyto, out, x) if threads == 1 else memcpy
+        rows = _rows({"memcpy": (copy, 2), **_sides(x, g, out)}, rounds, timed, n, "memcpy")
+    kernels.set_threads(before)
+    return [row | {"threads": threads, "library": kernels.library(x)} for row in rows]
 
 
 def device_bandwidth(n: int, rounds: int = 20) -> list[Row]:
@@ -77,13 +104,8 @@ def device_bandwidth(n: int, rounds: int = 20) -> list[Row]:
     """
     xp: Any = choose("gpu", 0)
     x, g = _vectors(n, xp)
-    c = full_like(x, x)
-    sides: dict[str, tuple[Callable[[], Any], int]] = {"device copy": (partial(xp.copyto, c, x), 2)}
-    for name, (optimizer, words) in _TRIED.items():
-        sides[name] = _stepper(optimizer, x, g), words
-    sides["center add"] = partial(rules.center_step, c, g, 0.5, None, None), 3
-    sides["agn delta"] = partial(rules.agn().delta, x, g, g, 10, c), 3
-    sides |= torch_steps(x, g)
+    out = full_like(x, x)
+    sides: Sides = {"device copy": (partial(xp.copyto, out, x), 2), **_sides(x, g, out)}
 
     def events(call: Callable[[], Any]) -> float:
         # Several calls between the events, so that the device never waits for Python.
@@ -98,15 +120,34 @@ def device_bandwidth(n: int, rounds: int = 20) -> list[Row]:
     return _rows(sides, rounds, events, n, "device copy")
 
 
-def torch_steps(x: Array, g: Array) -> dict[str, tuple[Callable[[], Any], int]]:
+def _torch() -> Any:
+    """PyTorch, or None where it is not installed."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        return None
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch, if it is installed, use `count` threads meanwhile."""
+    torch = _torch()
+    before = torch.get_num_threads() if torch else 0
+    if torch:
+        torch.set_num_threads(count)
+    yield
+    if torch:
+        torch.set_num_threads(before)
+
+
+def torch_steps(x: Array, g: Array) -> Sides:
     """Steps of PyTorch's fused optimizers on x with gradient g, sharing their memory, and the words of each.
 
     Empty where PyTorch is not installed, or has no CUDA for a device vector. Its stream, as CuPy's, is the device's
     default stream.
     """
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
+    torch = _torch()
+    if torch is None:
         return {}
     if not (isinstance(x, np.ndarray) or torch.cuda.is_available()):
         return {}

@@ -11,6 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array, choose, full_like, namespace, synchronize
+from ..arrays.kernels import set_threads
 from ..cluster.placement import place
 from ..cluster.probe import choose_wire
 from ..core import rules
@@ -93,6 +94,7 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
     raise_on_all(comm, lambda: path.open("a").close() if path else None)
     comm = comm.Dup()
     here = place(comm, comm.rank > 0)
+    set_threads(here.threads)  # as a session does
     xp = raise_on_all(comm, lambda: choose(options.device, here.worker_index))
     wires = ["direct"]
     if any(allgather(comm, "" if xp is np else "device")):
@@ -108,8 +110,9 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
     barrier(comm)
     report["pack"] = json.loads(allgather(comm, json.dumps(packed))[min(1, comm.size - 1)])
     measured = []
-    if alone and options.optimizer_size:
-        measured = optimizer_bandwidth(options.optimizer_size) if xp is np else device_bandwidth(options.optimizer_size)
+    if alone and (n := options.optimizer_size):
+        counts = sorted({1, here.threads})
+        measured = [row for t in counts for row in optimizer_bandwidth(n, t)] if xp is np else device_bandwidth(n)
     report["optimizers"] = json.loads(allgather(comm, json.dumps(measured))[min(1, comm.size - 1)])
     barrier(comm)
     if comm.rank == 0:
@@ -165,7 +168,12 @@ def _show(report: dict[str, Any]) -> None:
     table("without the wire: delta and adopt", ("n", "median", "memcpy", "x memcpy"), lines)
     if report["optimizers"]:
         lines = [
-            [row["name"], f"{row['n']:,}", f"{row['bytes_per_second'] / 1e9:.1f}", f"{100 * row['ratio']:.0f} %"]
+            [
+                row["name"], f"{row['n']:,}", str(row.get("threads", "")), f"{row['bytes_per_second'] / 1e9:.1f}",
+                f"{100 * row['ratio']:.0f} %", f"{row['times_torch']:.2f}" if "times_torch" in row else "",
+            ]
             for row in report["optimizers"]
-        ]
-        table("optimizers, float32", ("name", "n", "GB/s", "of memcpy"), lines)
+        ]  # fmt: skip
+        library = report["optimizers"][0].get("library", "one launch each")
+        title = f"optimizers, float32 (kernels: {library}; x PyTorch: time over its fused optimizer's)"
+        table(title, ("name", "n", "threads", "GB/s", "of a copy", "x PyTorch"), lines)

@@ -15,18 +15,12 @@ from rich.table import Table
 from ..arrays.backend import device_count
 from ..cluster import probe
 from ..cluster.placement import check_world, fault_tolerant, hosts, one_center_per_host, place, unused_devices
+from ..cluster.setup import LEVELS
 from ..core.backoff import wait_until
 from ..core.rules import agn
 from ..reporting.advice import advice
 from ..transport.agreement import ConfigError, allgather, format_ranks
 from ..version import __version__, mpi_library
-
-_LEVELS = {
-    MPI.THREAD_SINGLE: "single",
-    MPI.THREAD_FUNNELED: "funneled",
-    MPI.THREAD_SERIALIZED: "serialized",
-    MPI.THREAD_MULTIPLE: "multiple",
-}
 
 
 def _wire(comm: MPI.Comm, devices: int, again: bool) -> str:
@@ -97,7 +91,7 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
         "mpi_standard": "{}.{}".format(*MPI.Get_version()),
         "mpi4py": importlib.metadata.version("mpi4py"),
         "fault_tolerant": fault_tolerant(),
-        "thread_level": _LEVELS[MPI.Query_thread()],
+        "thread_level": LEVELS[MPI.Query_thread()],
         "world": comm.size,
         "ranks": ranks,
         "advice": advice(agn(), comm.size - 1, period) if comm.size > 1 else [],

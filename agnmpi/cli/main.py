@@ -50,10 +50,10 @@ def _world() -> Any:
     """All ranks; raises ImportError or RuntimeError where there is no MPI."""
     import mpi4py
 
-    # The display, evaluations and checkpoints have threads; none calls MPI but the main one. Under MPI_THREAD_MULTIPLE,
-    # mpi4py's default, Open MPI 5.0 can lock itself in btl/tcp after a failure.
+    # The display, evaluations and checkpoints have threads, and exchanges that overlap have one; two never call MPI at
+    # a time. Under MPI_THREAD_MULTIPLE, mpi4py's default, Open MPI 5.0 can lock itself in btl/tcp after a failure.
     mpi4py.rc.threads = True
-    mpi4py.rc.thread_level = "funneled"
+    mpi4py.rc.thread_level = "serialized"
     from mpi4py import MPI
 
     return MPI.COMM_WORLD

@@ -15,6 +15,7 @@ from ..core.params import parts
 from ..core.rules import Rule
 from ..core.worker import Worker
 from ..transport.chunks import bcast_in_pieces
+from ..transport.communication_thread import ThreadedEnd
 from ..transport.local import LocalCenter
 from ..transport.sharded import ShardedWorker
 from ..transport.staging import make_wire
@@ -111,6 +112,8 @@ class Connector(NamedTuple):
         for i, span in enumerate(spans):
             ends.append(self.worker_end(_group(comm, i, centers), x[span]))
         end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
+        if self.setup.threaded:
+            end = ThreadedEnd(end, x)
         worker = Worker(
             x, self.rule, self.optimizer, end, index, self.setup.overlap, double_buffer=transport.replicates_state
         )

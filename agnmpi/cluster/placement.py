@@ -22,19 +22,25 @@ class Place(NamedTuple):
     host: str
     local_size: int
     worker_index: int  # among the workers of this node
-    threads: int  # BLAS threads, so that the ranks of the node share the cores
+    threads: int  # of BLAS and of the host kernels, so that the ranks of the node share the cores
 
 
 def place(comm: MPI.Comm, trains: bool) -> Place:
-    """Find this rank's place; collective. `trains`: whether this rank computes (a center hardly does)."""
+    """Find this rank's place; collective. `trains`: whether this rank computes (a center hardly does).
+
+    Ranks that train on the same cores share them; a center has the cores on which none trains, at least one thread.
+    OMP_NUM_THREADS overrides that.
+    """
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     try:
         cores = sorted(os.sched_getaffinity(0))
         ranks = [json.loads(text) for text in allgather(node, json.dumps([trains, cores]))]
         index = sum(busy for busy, _ in ranks[: node.rank])
-        sharing = sum(busy for busy, other_cores in ranks if other_cores == cores)
-        threads = max(1, len(cores) // max(sharing, 1)) if trains else 1
-        return Place(MPI.Get_processor_name(), node.size, index, threads)
+        training = [other_cores for busy, other_cores in ranks if busy]
+        threads = len(cores) // max(training.count(cores), 1) if trains else len(set(cores).difference(*training))
+        if (wanted := os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]).isdigit():
+            threads = int(wanted)
+        return Place(MPI.Get_processor_name(), node.size, index, max(1, threads))
     finally:
         node.Free()
 

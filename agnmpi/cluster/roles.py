@@ -13,7 +13,6 @@ from ..core.worker import Worker
 from ..transport.allreduce import AllreduceEnd
 from ..transport.chunks import bcast_in_pieces
 from ..transport.local import LocalCenter
-from ..transport.sharded import ShardedWorker
 
 Arrays = Mapping[str, Array]
 Facts = Mapping[str, Any]
@@ -80,10 +79,7 @@ class Role:
 
     def ends(self) -> list[WorkerEnd | CenterEnd]:
         """All ends of this rank, in order of the centers."""
-        ends: list[WorkerEnd | CenterEnd] = []
-        for worker in self.workers:
-            ends += worker.end.ends if isinstance(worker.end, ShardedWorker) else [worker.end]
-        return ends
+        return [worker.end for worker in self.workers]
 
     def copy_center(self) -> Callable[[], Array | None]:
         """Begin to copy the center variable; call the result repeatedly until it returns the copy (n,)."""

@@ -12,6 +12,13 @@ from ..transport.agreement import ConfigError
 from ..transport.registry import Transport, names_with, p2p
 from .placement import fault_tolerant, hosts, one_center_per_host
 
+LEVELS = {
+    MPI.THREAD_SINGLE: "single",
+    MPI.THREAD_FUNNELED: "funneled",
+    MPI.THREAD_SERIALIZED: "serialized",
+    MPI.THREAD_MULTIPLE: "multiple",
+}
+
 
 class Setup(NamedTuple):
     """How workers and centers exchange.
@@ -20,12 +27,14 @@ class Setup(NamedTuple):
         transport: how commits travel.
         overlap: compute the next period while the exchange of the last is under way.
         dylu: λ_k in proportion to the workers' speeds, by this machine's clock.
+        caller_uses_mpi: whether this program calls MPI by itself while it computes.
         placed: ranks of the centers, in order of their blocks, rank 0 first; empty: ranks 0 … k−1.
     """
 
     transport: Transport = p2p()
     overlap: bool = False
     dylu: bool = False
+    caller_uses_mpi: bool = True
     placed: tuple[int, ...] = ()
 
     @property
@@ -43,6 +52,26 @@ class Setup(NamedTuple):
     def with_replication(self) -> "Setup":
         """The same, with the center's state replicated if workers and the center survive each other's loss."""
         return self._replace(transport=replace(self.transport, replicates_state=outlives_loss(self.transport)))
+
+    @property
+    def threaded(self) -> bool:
+        """Whether the exchanges of a worker run in a thread of their own."""
+        return self.overlap and not self.unthreaded
+
+    @property
+    def unthreaded(self) -> str:
+        """Why exchanges that overlap cannot run in a thread, and what helps; empty if they can."""
+        if self.transport.capabilities.together:
+            return f"the rounds of transport {self.transport.name} apply their sum where they train"
+        if fault_tolerant():
+            return "with ULFM one thread alone may use MPI"
+        level, needed = MPI.Query_thread(), MPI.THREAD_MULTIPLE if self.caller_uses_mpi else MPI.THREAD_SERIALIZED
+        if level >= needed:
+            return ""
+        return (
+            f"MPI was initialized with thread level {LEVELS[level]!r}: set MPI4PY_RC_THREAD_LEVEL={LEVELS[needed]}, or "
+            f"give MPI_Init_thread that level"
+        )
 
 
 def outlives_loss(transport: Transport) -> bool:

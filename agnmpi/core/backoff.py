@@ -1,6 +1,7 @@
 """Waiting that yields the core: with more ranks than cores, spinning takes time from other ranks."""
 
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -23,15 +24,32 @@ def watch_launcher() -> None:
     _Launcher.pid = os.getppid()
 
 
+class _Pace(threading.local):
+    cap = spin = 1e-3
+
+
+_pace = _Pace()
+
+
+def set_pace(cap: float, spin: float) -> None:
+    """From now on these are the defaults of `Backoff` in this thread."""
+    _pace.cap, _pace.spin = cap, spin
+
+
 class Backoff:
     """Waiting that yields the core: first `sched_yield`, then sleeps that grow with the idle time, up to a cap.
 
     A sleep is an eighth of the idle time so far, so waiting adds at most that fraction, and never more than `cap`
     seconds and the kernel's wake-up latency.
+
+    Args:
+        cap: seconds; by default 1 ms, or what the thread has set.
+        spin: seconds before it sleeps; likewise.
     """
 
-    def __init__(self, cap: float = 1e-3, spin: float = 1e-3) -> None:
-        self.cap, self.spin = cap, spin
+    def __init__(self, cap: float | None = None, spin: float | None = None) -> None:
+        self.cap = _pace.cap if cap is None else cap
+        self.spin = _pace.spin if spin is None else spin
         self._since = time.perf_counter()
 
     def reset(self) -> None:
@@ -49,10 +67,10 @@ class Backoff:
         time.sleep(min(self.cap, idle / 8))
 
 
-def wait_until(test: Callable[[], bool], progress: Callable[[], int] = int, spin: float = 1e-3) -> None:
+def wait_until(test: Callable[[], bool], progress: Callable[[], int] = int, spin: float | None = None) -> None:
     """Call `test` until it is true, yielding the core in between; a change of `progress()` resets the backoff.
 
-    `spin`: idle seconds before it sleeps in between.
+    `spin`: as of `Backoff`.
     """
     backoff, seen = Backoff(spin=spin), progress()
     while not test():

@@ -1,8 +1,7 @@
 """Optimizers as (init, update) pairs over one flat vector.
 
-An update works in place and in cache-sized blocks on the host: x, its gradient and its slots pass through
-the cache once, and no temporary is longer than a block. On a device it is one launch of the kernel of the same name
-in `device_kernels`, with weight decay and scaling in it.
+An update works in place, by one kernel (`arrays.kernels`) with weight decay and scaling in it: x, its gradient and its
+slots pass through the cache once, and no temporary is longer than a block of it.
 
 Letters, here and below: x parameters, g gradient, η rate, w weight decay, each of x's shape (n,) or a number.
 """
@@ -13,15 +12,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from ..arrays.backend import Array, blocks, bring, full_like, joined, on_host, scratch
-from ..arrays.device_kernels import launch
-from ..arrays.host_kernels import HOST, HostKernel
-from ..arrays.reductions import global_norm
+from ..arrays.backend import Array, Range, bring, full_like
+from ..arrays.kernels import OnBlock, global_norm, run
 from .schedules import Schedule, constant, positive
 
-Range: TypeAlias = tuple[int, int]
 State: TypeAlias = Any  # a NamedTuple: `step`, the number of updates so far, and then the slots, vectors (n,)
-OnBlock: TypeAlias = Callable[[int], None]
 
 
 class Update(Protocol):
@@ -120,7 +115,7 @@ class _Method(NamedTuple):
     """What distinguishes one of our optimizers from another, and the numbers that all have."""
 
     name: str
-    kernel: str  # in HOST and in KERNELS
+    kernel: str  # in KERNELS
     state: type[Any]
     scalars: Callable[[float, int, np.dtype[Any]], Sequence[float]]  # of η, step count from 1, dtype: for the kernel
     schedule: Schedule
@@ -144,49 +139,14 @@ class _Method(NamedTuple):
     ) -> State:
         count = state.step + 1
         eta = self.schedule(state.step if step is None else step)
-        ranges = [(0, x.size)] if ranges is None else ranges
         if self.clip:
-            norm = abs(scale) * global_norm(g, ranges)
+            norm = abs(scale) * global_norm(g, [(0, x.size)] if ranges is None else ranges)
             if norm > self.clip:
                 scale *= self.clip / norm
         decay, keep = (0.0, 1 - eta * self.weight_decay) if self.decoupled else (self.weight_decay, 1.0)
-        move = _move_on_host if on_host(x) else _move_on_device
         scalars = scale, decay, keep, *self.scalars(eta, count, x.dtype)
-        move(self.kernel, g, scalars, x, state[1:], ranges, on_block)
+        run(self.kernel, [g], scalars, [x, *state[1:]], ranges, on_block)
         return state._replace(step=count)
-
-
-def _move_on_device(
-    kernel: str, g: Array, scalars: Sequence[float], x: Array, slots: Sequence[Array], ranges: Sequence[Range],
-    on_block: OnBlock | None,
-) -> None:  # fmt: skip
-    for lo, hi in joined(ranges):
-        launch(kernel, g[lo:hi], *scalars, x[lo:hi], *(slot[lo:hi] for slot in slots))
-        if on_block:
-            on_block(hi)
-
-
-def _move_on_host(
-    kernel: str, g: Array, scalars: Sequence[float], x: Array, slots: Sequence[Array], ranges: Sequence[Range],
-    on_block: OnBlock | None,
-) -> None:  # fmt: skip
-    """As the device kernels: against d = scale·g + decay·x, from keep·x."""
-    host: HostKernel = HOST[kernel]
-    scale, decay, keep, *numbers = scalars
-    constants = [np.array(number, x.dtype) for number in numbers]
-    s, r, scaled = scratch(x, 3)
-    for lo, hi in ranges:
-        for part in blocks(x, lo, hi):
-            xb, gb, size = x[part], g[part], part.stop - part.start
-            if scale != 1.0:
-                gb = np.multiply(gb, scale, out=scaled[:size])
-            if decay:
-                gb = np.add(gb, np.multiply(xb, decay, out=s[:size]), out=scaled[:size])
-            if keep != 1.0:
-                xb *= keep
-            host(xb, gb, [slot[part] for slot in slots], s[:size], r[:size], *constants)
-            if on_block:
-                on_block(part.stop)
 
 
 def _make(

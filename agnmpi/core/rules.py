@@ -11,30 +11,22 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..arrays.backend import Array, blocks, on_host, scratch
-from ..arrays.device_kernels import launch
+from ..arrays.backend import Array
+from ..arrays.kernels import run
 from .optimizers import Optimizer
-
-_LONG = 1 << 18  # elements; a fraction of a millisecond
 
 
 def _adopt_center(x: Array, sent: Array, _delta: Array, c: Array) -> None:
     """x ← c + (x − sent), where sent is x when the delta was formed; without overlap sent is x: x ← c."""
     if sent is x:
         x[...] = c
-        return
-    if not on_host(x):
-        launch("adopt", c, sent, x)
-        return
-    (s,) = scratch(x, 1)
-    for part in blocks(x):
-        block = x[part]
-        block += np.subtract(c[part], sent[part], out=s[: part.stop - part.start])
+    else:
+        run("adopt", [c, sent], [], [x])
 
 
 def _adopt_elastic(x: Array, _sent: Array, delta: Array, _c: Array) -> None:
     """x ← x − delta."""
-    x -= delta
+    run("add", [delta], [-1], [x])
 
 
 class CommitInfo(NamedTuple):
@@ -69,6 +61,7 @@ class Rule(NamedTuple):
         name: One word, for logs and checkpoints.
         delta: `delta(x, o, a, k, out)` writes the commit into `out`: x parameters, o the center as last pulled,
             a the sum of the raw gradients since then (x itself unless `accumulates`), k local steps since then, an int.
+            It may return whether all of the commit is finite; None: it has not looked.
         pulls: "after" (default): commit, then pull and adopt; "before": pull, then form the delta against that pull.
         adopt: `adopt(x, sent, delta, c)` moves x after the pull: sent is x when the delta was formed (x itself
             without overlap), c what was pulled. Default: x ← c + (x − sent).
@@ -87,7 +80,7 @@ class Rule(NamedTuple):
     """
 
     name: str
-    delta: Callable[[Array, Array, Array, int, Array], None]
+    delta: Callable[[Array, Array, Array, int, Array], bool | None]
     pulls: Literal["after", "before"] = "after"
     adopt: Callable[[Array, Array, Array, Array], None] = _adopt_center
     weight: Weight = _full
@@ -101,17 +94,12 @@ class Rule(NamedTuple):
         return self.weight is not _full
 
 
-def _displacement(x: Array, o: Array, _a: Array, _k: int, out: Array) -> None:
-    np.subtract(x, o, out=out)
+def _displacement(x: Array, o: Array, _a: Array, _k: int, out: Array) -> bool | None:
+    return run("delta", [x, o], [1], [out])
 
 
-def _mean_displacement(x: Array, o: Array, _a: Array, k: int, out: Array) -> None:
-    if not on_host(x):
-        launch("delta", x, o, k, out)
-        return
-    for part in blocks(x):
-        block = np.subtract(x[part], o[part], out=out[part])
-        block /= k
+def _mean_displacement(x: Array, o: Array, _a: Array, k: int, out: Array) -> bool | None:
+    return run("delta", [x, o], [k], [out])
 
 
 def _mean_gradient(_x: Array, _o: Array, a: Array, k: int, out: Array) -> None:
@@ -139,7 +127,7 @@ def agn(variant: str = "displacement") -> Rule:
     1.14's `tf.contrib.opt.AGNOptimizer` did.
 
     >>> x, o, delta = np.array([4.0]), np.array([1.0]), np.empty(1)
-    >>> agn().delta(x, o, x, 10, delta)
+    >>> finite = agn().delta(x, o, x, 10, delta)
     >>> delta
     array([0.3])
     """
@@ -185,13 +173,8 @@ def _elastic(name: str, alpha: float) -> Rule:
     if not 0 < alpha <= 1:
         raise ValueError(f"{name}: α = ηρ must lie in (0, 1], not {alpha!r}; lower rho or the rate")
 
-    def delta(x: Array, o: Array, _a: Array, _k: int, out: Array) -> None:
-        if not on_host(x):
-            launch("elastic", x, o, alpha, out)
-            return
-        for part in blocks(x):
-            block = np.subtract(x[part], o[part], out=out[part])
-            block *= alpha
+    def delta(x: Array, o: Array, _a: Array, _k: int, out: Array) -> bool | None:
+        return run("elastic", [x, o], [alpha], [out])
 
     return Rule(name, delta, pulls="before", adopt=_adopt_elastic, alpha=alpha)
 
@@ -213,7 +196,7 @@ def aeasgd(alpha: float) -> Rule:
     Source: Zhang, Choromanska, LeCun 2015, arXiv:1412.6651, algorithm 1; the local optimizer is SGD there.
 
     >>> rule, x, c, delta = aeasgd(0.25), np.array([4.0]), np.array([0.0]), np.empty(1)
-    >>> rule.delta(x, c, x, 10, delta)
+    >>> finite = rule.delta(x, c, x, 10, delta)
     >>> rule.adopt(x, x, delta, c)
     >>> x, delta
     (array([3.]), array([1.]))
@@ -406,17 +389,5 @@ def center_step(
     """
     if optimizer is not None:
         return optimizer.update(delta, state, c, scale=-weight, step=steps, on_block=on_block)
-    if not on_host(c):
-        launch("add", delta, weight, c)
-        if on_block:
-            on_block(c.size)
-        return state
-    plain = weight == 1.0  # then nothing is read twice, and blocks serve `on_block` alone
-    (s,) = (c,) if plain else scratch(c, 1)
-    size = (_LONG if on_block else c.size) if plain else None
-    for part in blocks(c, size=size):
-        block, d = c[part], delta[part]
-        block += d if plain else np.multiply(d, weight, out=s[: d.size])
-        if on_block:
-            on_block(part.stop)
+    run("add", [delta], [weight], [c], on_block=on_block)
     return state

@@ -10,12 +10,12 @@ from enum import Enum, auto
 from math import nan
 from typing import Any
 
-from ..arrays.backend import Array, bring, empty_like, host_copy, namespace
-from ..arrays.reductions import all_finite
+from ..arrays.backend import Array, Range, bring, empty_like, host_copy, namespace
+from ..arrays.kernels import all_finite
 from .ends import Elected, Handle, Waits, WorkerEnd, run_waits
 from .leases import Lease
 from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, WAIT, WORK, Commit, Reply
-from .optimizers import Optimizer, Range
+from .optimizers import Optimizer
 from .rules import Rule
 
 
@@ -203,8 +203,10 @@ class Worker:
     def _form_delta(self, steps: int) -> int:
         """Write the delta of `steps` steps; returns the flags about it."""
         delta = self._buffers.delta
-        self.rule.delta(self.x, self.o, self.a, max(steps, 1), delta)
-        return 0 if all_finite(delta) else NOT_FINITE
+        finite = self.rule.delta(self.x, self.o, self.a, max(steps, 1), delta)
+        if finite is None:
+            finite = all_finite(delta)
+        return 0 if finite else NOT_FINITE
 
     def finish_exchange(self) -> None:
         """Wait for the exchange under way, if any, and adopt its pull."""

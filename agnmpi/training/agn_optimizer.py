@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 from mpi4py import MPI
 
-from ..arrays.backend import Array, as_array, bring, namespace
+from ..arrays.backend import Array, Range, as_array, bring, namespace
 from ..cluster.placement import check_world, fault_tolerant, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.setup import Setup, check_setup
-from ..core.optimizers import Optimizer, Range
+from ..core.optimizers import Optimizer
 from ..core.params import Layout, named
 from ..core.rules import Rule, agn
 from ..transport.agreement import raise_on_all
@@ -124,6 +124,9 @@ class AGNOptimizer:
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
         wire = choose_wire(comm, self._x, transport.wire)
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
+        if overlap and comm.rank == 0 and setup.unthreaded:
+            text = f"overlapping exchanges advance between two steps alone: {setup.unthreaded}"
+            warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=4)
         self._sharded = len(setup.center_ranks) > 1
         return Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, self._copy_out)
 

@@ -71,7 +71,7 @@ class Job(Observer):
         self.config = config = raise_on_all(self.world, config.complete)
         self.rule = config.make_rule()
         transport = raise_on_all(self.world, config.make_transport)
-        self.setup = Setup(transport, config.overlap, config.dylu).on_hosts(self.world)
+        self.setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False).on_hosts(self.world)
         check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
         self.centers = self.setup.center_ranks
         self.trains = self.rank not in self.centers
@@ -131,8 +131,7 @@ class Job(Observer):
         threads = [int(text) for text in allgather(self.world, str(blas_threads()))] if config.record else []
         self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
         if self.rank == 0:
-            centers = list(map(self.name, self.centers))
-            lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers)
+            lines = introduction(config, self.layout, plan, session.role.count, self.world.size, self.setup, self.name)
             begins = lines + self._announcements, threads[-session.role.count :]
             self.duties = Duties(self._run(), begins=begins)
             if resumed is not None:
@@ -193,7 +192,8 @@ class Job(Observer):
             self.say(line)
         for saver in self._worker_savers:  # of an earlier round, with a lost center
             saver.finish(None)
-        progress = MPI.COMM_SELF.Iprobe  # moves all on; where ranks may die, a probe among them fails
+        # A probe moves all on; where ranks may die, one among them fails.
+        progress = bool if self.setup.threaded else MPI.COMM_SELF.Iprobe
         self._worker_savers = [WorkerSaver(self.directory, w, count, when, self.say, progress) for w in workers]
 
     # Events of the session.

@@ -8,11 +8,11 @@ from contextlib import closing
 
 from mpi4py import MPI
 
-from ..arrays.backend import Array, bring
+from ..arrays.backend import Array, Range, bring
 from ..cluster.setup import Setup
 from ..core.leases import Lease
 from ..core.observer import Observer
-from ..core.optimizers import Optimizer, Range
+from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..core.worker import Worker
 from .session import Session

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from ..arrays.backend import Array, device_count
 from ..cluster.placement import unused_devices
 from ..cluster.roles import Role
+from ..cluster.setup import Setup
 from ..core.batches import Plan
 from ..core.params import Layout
 from ..recovery.files import save, write_atomic
@@ -153,10 +154,11 @@ def centers_line(centers: Sequence[str], most: int = 8) -> str:
 
 
 def introduction(
-    config: Config, layout: Layout, plan: Plan, workers: int, size: int, centers: Sequence[str]
+    config: Config, layout: Layout, plan: Plan, workers: int, size: int, setup: Setup, name: Callable[[int], str]
 ) -> list[str]:
-    """Messages about a run before it begins; `centers`: names of the ranks that serve."""
-    ranks = f"{size} rank{'s' if size > 1 else ''}"
+    """Messages about a run before it begins; `name`: describes a rank."""
+    ranks, unthreaded = f"{size} rank{'s' if size > 1 else ''}", setup.unthreaded if setup.overlap else ""
+    centers = list(map(name, setup.center_ranks))
     return [
         headline(config, layout, plan),
         f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "
@@ -164,5 +166,6 @@ def introduction(
         f"{mpi_library()}",
         *([centers_line(centers)] if len(centers) > 1 or config.centers == "hosts" else ()),
         *advice(config.make_rule(), workers, config.period),
+        *([f"note: overlapping exchanges advance between two steps alone: {unthreaded}"] if unthreaded else ()),
         *(unused_devices(device_count()) if config.device == "auto" else ()),
     ]

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from mpi4py import MPI
 
 from ..arrays.backend import Array
+from ..arrays.kernels import set_threads
 from ..cluster.connect import Connector
+from ..cluster.placement import place
 from ..cluster.roles import CenterRole, Role
 from ..cluster.setup import Setup, outlives_loss
 from ..core.membership import Membership
@@ -51,6 +53,7 @@ class Session:
         setup = setup.with_replication()
         self.rule, self.members = rule, Membership(comm.size, setup.center_ranks)
         self.rank = comm.rank  # at the beginning
+        set_threads(place(comm, comm.rank not in setup.center_ranks).threads)
         self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
         connector = Connector(rule, optimizer, center_optimizer, setup, observer)
         self.role = connector.connect(comm, x)

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array
@@ -25,6 +26,12 @@ def bcast_in_pieces(comm: MPI.Comm, x: Array, root: int = 0, most: int = MAX_CAL
     """
     for piece in cut(x, most):
         wait_until(comm.Ibcast(piece, root).Test)
+
+
+def discarded(nbytes: int) -> Iterator[Array]:
+    """Receive buffers for pieces that nobody reads, all in the same memory."""
+    scratch = np.empty(min(PIECE, nbytes), np.uint8)
+    return (scratch[: min(PIECE, nbytes - at)] for at in range(0, nbytes, PIECE))
 
 
 class Ticks:

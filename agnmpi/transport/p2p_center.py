@@ -2,17 +2,16 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array, bring, to_host
+from ..arrays.backend import Array, to_host
 from ..core.backoff import wait_until
 from ..core.ends import Apply, CenterEnd
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
-from .chunks import ALL, INLINE, PIECE, Stream, Ticks
+from .chunks import ALL, INLINE, PIECE, Stream, Ticks, discarded
 from .peers import (
     CENTER_VARIABLE,
     DELTA,
@@ -62,7 +61,7 @@ class P2PCenter(CenterEnd):
         self._center = Buffer(c, make_wire(c, wire))
         self._buffers = Buffers(c, message_buffers, wire)
         self._peers = Peers([Peer(rank - 1, comm, rank) for rank in range(1, comm.size)])
-        self._listener = Listener(comm, self._peers.all)
+        self._listener = Listener(comm, self._peers.all, c)
         self._expected = set[int]()  # workers that have not left, and are neither lost nor silent
         self._leave_reply: Reply | None = None  # the reply to workers that have left
         self._left = 0  # workers that have left this session
@@ -268,17 +267,11 @@ class P2PCenter(CenterEnd):
             for peer in dead:
                 self._bury(peer)
 
-    def _received(self, peer: Peer, header: Commit, inline: bytes) -> None:
+    def _received(self, peer: Peer, commit: Commit) -> None:
         self._ticks.count += 1
         if peer.state is State.LOST:
             return
         self._not_silent(peer)
-        commit = header.received_from(peer.index, self.c.nbytes)
-        if inline and len(inline) != commit.nbytes:
-            commit = commit._replace(flags=commit.flags | MISFIT)
-        if inline:
-            dtype = np.dtype(np.uint8) if commit.flags & MISFIT else self.c.dtype
-            commit = commit._replace(payload=bring(np.frombuffer(inline, dtype), self.c))
         peer.inbox.append(commit)
         if peer.state is State.LISTENING:
             self._listen_to(peer)
@@ -330,7 +323,7 @@ class P2PCenter(CenterEnd):
             return True
         post, nbytes = partial(peer.comm.Irecv, source=peer.rank, tag=DELTA), peer.commit.nbytes
         if peer.commit.flags & MISFIT:
-            peer.delta = Stream(post, _scratch(nbytes), nbytes, self._ticks, in_flight=1, limit=0)
+            peer.delta = Stream(post, discarded(nbytes), nbytes, self._ticks, in_flight=1, limit=0)
         else:
             buffer = peer.buffer = self._buffers.acquire(self._lent())
             if buffer is None:
@@ -415,9 +408,3 @@ class P2PCenter(CenterEnd):
             if self.on_loss is not None:
                 self.on_loss(worker)
             self._answer_left()
-
-
-def _scratch(nbytes: int) -> Iterator[Array]:
-    """Receive buffers for discarded pieces, all in the same memory."""
-    scratch = np.empty(min(PIECE, nbytes), np.uint8)
-    return (scratch[: min(PIECE, nbytes - at)] for at in range(0, nbytes, PIECE))

@@ -6,10 +6,11 @@ from enum import IntEnum
 from itertools import tee
 from typing import NamedTuple
 
+import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array, empty_like
-from ..core.messages import COMMIT_BYTES, Commit
+from ..arrays.backend import Array, bring, empty_like
+from ..core.messages import COMMIT_BYTES, MISFIT, Commit
 from .chunks import INLINE, PIECE, Stream
 from .staging import Wire, cut, make_wire
 
@@ -150,7 +151,7 @@ class Peers:
 
 
 class Listener:
-    """Receives headers, one after the other, from any worker of a communicator.
+    """Receives headers, one after the other, from any worker of a communicator; `like`: a vector like c (n,).
 
     One probe, so that the cost of an empty look does not depend on the number of workers. With ULFM the probe fails
     once for each death and works again: so a worker that dies without any message under way is noticed, too.
@@ -160,19 +161,26 @@ class Listener:
     # completes before it is tested again, fails at every later test: its header is lost. Testsome on a receive for
     # each worker takes 50-80 µs for 1,000, and where it raises, hides which others are done.
 
-    def __init__(self, comm: MPI.Comm, peers: list[Peer]) -> None:
-        self._comm, self._peers = comm, {peer.rank: peer for peer in peers}
+    def __init__(self, comm: MPI.Comm, peers: list[Peer], like: Array) -> None:
+        self._comm, self._peers, self._like = comm, {peer.rank: peer for peer in peers}, like
         self._buffer, self._status = bytearray(COMMIT_BYTES + INLINE), MPI.Status()
 
-    def poll(self) -> tuple[Peer, Commit, bytes] | None:
-        """Return the next header that has arrived, unchanged, and what follows it in its message."""
+    def poll(self) -> tuple[Peer, Commit] | None:
+        """Return the next header that has arrived, with MISFIT if need be, and with the payload if that came inline."""
         message = self._comm.Improbe(MPI.ANY_SOURCE, HEADER, self._status)
         if message is None:
             return None
         count = self._status.Get_count()
         message.Recv(self._buffer)  # so small that it came with its envelope
         header, inline = self._buffer[:COMMIT_BYTES], bytes(self._buffer[COMMIT_BYTES:count])
-        return self._peers[self._status.Get_source()], Commit.decode(header), inline
+        peer = self._peers[self._status.Get_source()]
+        commit = Commit.decode(header).received_from(peer.index, self._like.nbytes)
+        if inline and len(inline) != commit.nbytes:
+            commit = commit._replace(flags=commit.flags | MISFIT)
+        if inline:
+            dtype = np.dtype(np.uint8) if commit.flags & MISFIT else self._like.dtype
+            commit = commit._replace(payload=bring(np.frombuffer(inline, dtype), self._like))
+        return peer, commit
 
     def dead(self) -> list[Peer]:
         """Who has died, after `poll` has failed; acknowledged, so that `poll` works again for the others (ULFM)."""

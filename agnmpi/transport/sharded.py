@@ -36,6 +36,11 @@ class ShardedWorker(WorkerEnd):
         self.ends, self.spans = ends, spans
         self._clocks = [0] * len(ends)  # of each shard at the last pull
 
+    def begin(self, total: int | None, period: int, start: int) -> None:
+        """Begin at each."""
+        for end in self.ends:
+            end.begin(total, period, start)
+
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Exchange with each center its block; a request for work alone goes to the first alone."""
         if commit.payload is None and out is None:

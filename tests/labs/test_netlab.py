@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher import ROOT, mpi_kind, mpiexec, mpiexec_path, progresses, started
+from launcher import QUADRATIC, ROOT, mpi_kind, mpiexec, mpiexec_path, progresses, result_of, started
 
 NETLAB = Path(os.environ.get("AGNMPI_NETLAB") or ROOT.parent / "shared/tools/netlab.sh")
 HOSTS = 4
@@ -150,7 +150,7 @@ def test_digits(bed, tmp_path, transport, away):
         *command, "train", f"{ROOT}/examples/digits.py:Digits", *TRANSPORTS[transport],
         "--epochs", 10, "--period", 3, "--run", tmp_path / "run",
     )  # fmt: skip
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert said.count("rank 0 is away") == (1 if away else 0)
     assert result["samples"] == 10 * 1437
     assert result["metrics"]["accuracy"] > 0.75
@@ -219,7 +219,7 @@ def test_a_host_vanishes(tmp_path, order, victim):
         start = [str(NETLAB), "run", "-H", order, "ompi", "--with-ft", "ulfm", *options, "--", sys.executable]
         job = started(
             lambda: progresses(run),
-            3, "-m", "agnmpi", "train", f"{ROOT}/tests/support/problems.py:Quadratic", "--epochs", 400, "--set",
+            3, "-m", "agnmpi", "train", QUADRATIC, "--epochs", 400, "--set",
             "options.slow=0.002", "--evaluate-every", 0, "--log-every", 0.2, "--run", run,
             env=bed.environment, start=start,
         )  # fmt: skip
@@ -231,7 +231,7 @@ def test_a_host_vanishes(tmp_path, order, victim):
             os.killpg(job.process.pid, signal.SIGKILL)
         bed.call("clean")
         output, _ = job.process.communicate(timeout=LIMIT)
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert result["lost"] == [0 if victim == "h1" else 2], output
     assert (result["steps"], result["samples"]) == (3200, 400 * 240), output
     assert f"on {victim} is lost" in output

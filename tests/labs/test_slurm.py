@@ -14,14 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher import INHERITED, KNOWN_FAILURE, ROOT, mpi_kind, progresses
+from launcher import INHERITED, KNOWN_FAILURE, QUADRATIC, ROOT, mpi_kind, progresses
 
 from agnmpi.arrays.backend import device_count
 from agnmpi.recovery.checkpoint import newest
 
 LAB = ROOT / "tests/labs/slurm_lab.sh"
 FILES = sorted(path.name for path in (ROOT / "jobs").glob("*.sbatch"))
-QUADRATIC = f"{ROOT}/tests/support/problems.py:Quadratic"
 RIGHT, WRONG = ("pmix", ("none", "pmi2")) if mpi_kind() == "openmpi" else ("pmi2", ("none", "pmix"))
 LIMIT = 120
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"}

@@ -6,7 +6,7 @@ import pytest
 
 from agnmpi import nesterov, sgd
 from agnmpi.cluster.connect import connect
-from agnmpi.cluster.setup import Setup, check_setup
+from agnmpi.cluster.setup import Setup
 from agnmpi.core import rules
 from agnmpi.core.drive import train
 from agnmpi.core.messages import WORK, Commit
@@ -146,13 +146,6 @@ def test_replicas_that_differ_are_noticed(comm):
             worker.step(-np.ones(3))
             if comm.rank == 0:
                 worker.end.c[0] += 1e-3
-
-
-def test_a_rule_with_a_server_is_refused(comm):
-    with pytest.raises(ConfigError, match="use p2p or rma or accumulate"):
-        check_setup(rules.agn(), Setup(registry.allreduce()), comm.size, sgd(1.0), None)
-    with pytest.raises(ConfigError, match="use allreduce"):
-        check_setup(rules.synchronous(), Setup(registry.p2p()), comm.size, sgd(1.0), None)
 
 
 def test_cpus_and_gpus_together_are_refused(comm):

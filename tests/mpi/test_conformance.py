@@ -4,31 +4,39 @@ from dataclasses import replace
 
 import pytest
 from conformance import CHECKS, SIZES, declared, nothing_lost_nothing_twice
+from mpi4py import MPI
 from worlds import MPIWorld
 
 from agnmpi.transport import registry as transports
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
-# Every registered transport that has center ranks, on the host and on a device, with one center and with several.
-WORLDS = {"p2p-1-buffer": (transports.p2p(message_buffers=1), False)}
+# Every registered transport that has center ranks, on the host and on a device, in a communication thread, with one
+# center and with several.
+WORLDS = {"p2p-1-buffer": (transports.p2p(message_buffers=1), {})}
 for entry in transports.entries():
     if entry.capabilities.center_ranks:
-        WORLDS |= {entry.name: (entry, False), f"{entry.name}-staged": (entry, True)}
+        WORLDS |= {entry.name: (entry, {}), f"{entry.name}-staged": (entry, {"on_fake_device": True})}
+        WORLDS[f"{entry.name}-threaded"] = (entry, {"threaded": True})
     if entry.capabilities.shards:
-        WORLDS[f"{entry.name}-2-centers"] = (replace(entry, centers=2), False)
+        WORLDS[f"{entry.name}-2-centers"] = (replace(entry, centers=2), {})
+        WORLDS[f"{entry.name}-2-centers-threaded"] = (replace(entry, centers=2), {"threaded": True})
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("n", SIZES)
 def test_conformance(comm, check, world, n):
-    transport, on_fake_device = WORLDS[world]
+    transport, options = WORLDS[world]
     if n != SIZES[1] and comm.size > 3:
         pytest.skip("one number, and 24 MB: covered with fewer ranks")
     if transport.centers > 1 and (n < transport.centers or comm.size <= transport.centers):
         pytest.skip("needs a parameter for each center, and a worker")
-    made = MPIWorld(comm, transport, on_fake_device)
+    if options.get("threaded") and MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        pytest.skip("MPI was initialized without MPI_THREAD_MULTIPLE")
+    if options.get("threaded") and n == SIZES[0]:
+        pytest.skip("one number: as a thousand")
+    made = MPIWorld(comm, transport, **options)
     if not declared(made, check):
         pytest.skip(f"{world} does not declare what this needs")
     check(made, n)

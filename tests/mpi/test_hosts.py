@@ -129,6 +129,20 @@ def test_a_silent_worker_is_named_by_its_rank_in_the_world(comm, placed, tmp_pat
         )
 
 
+def test_a_rank_that_serves_has_the_threads_of_one(comm, placed, monkeypatch):
+    """How the cores of a host are shared depends on who trains there."""
+    centers, trains = placed("block"), []
+    original = placement.place
+
+    def place(comm, busy):
+        trains.append(busy)
+        return original(comm, busy)
+
+    monkeypatch.setattr("agnmpi.training.session.place", place)
+    AGNOptimizer(sgd(0.1), np.zeros(3), comm, transport=registry.p2p(centers="hosts")).close()
+    assert trains == [comm.rank not in centers]
+
+
 def test_ranks_that_differ_are_refused_on_all(comm, tmp_path):
     centers = "hosts" if comm.rank == 0 else 1
     with pytest.raises(ConfigError, match=r"option centers differs between ranks: 'hosts' on rank 0; 1 on rank"):

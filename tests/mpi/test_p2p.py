@@ -8,9 +8,7 @@ from agnmpi import adam
 from agnmpi.cluster.connect import connect
 from agnmpi.cluster.setup import Setup
 from agnmpi.core import rules
-from agnmpi.core.center import Center
 from agnmpi.core.ends import Done
-from agnmpi.core.leases import Leases
 from agnmpi.core.messages import OK, REFUSED, WORK, Commit, Reply
 from agnmpi.transport.registry import p2p
 
@@ -220,26 +218,6 @@ def test_what_is_no_commit_to_the_model_is_refused(comm, size, n):
         ((statuses, out),) = outcome.results
         assert statuses == [REFUSED, REFUSED, OK]
         assert out == [workers] * n
-
-
-def test_a_run_of_misfits_ends_with_the_reason(comm):
-    center, c = Center(rules.agn(), np.zeros(10), 1, patience=3), np.zeros(10)
-    center.leases = Leases(40, 3)
-    lease, firsts = center.leases.grant(0), []
-
-    def misfit():
-        return Commit(0, 1, lease.steps, lease.first, requests=WORK, nbytes=88).received_from(0, 80)
-
-    for _ in range(2):
-        reply = center.apply(misfit(), c)
-        firsts.append(lease.first)
-        lease = reply.work
-        assert reply.status == REFUSED
-    assert [*firsts, lease.first] == [0, 3, 6], "others come first"
-    with pytest.raises(RuntimeError, match="no commit to this model: 88 bytes, the center has 80"):
-        center.apply(misfit(), c)
-    with pytest.raises(ValueError, match="worker 0 announces -8 bytes"):
-        Commit(0, 1, nbytes=-8).received_from(0, 80)
 
 
 @pytest.mark.mpi(min_size=3)

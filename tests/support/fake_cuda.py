@@ -1,31 +1,31 @@
 """A fake CUDA device: CuPy's names over host memory, every launch and copy written down.
 
-Its ElementwiseKernels are the bodies of `agnmpi.arrays.device_kernels`, compiled by g++ into plain C loops.
+Its ElementwiseKernels are the bodies of `agnmpi.arrays.device_kernels`, compiled by g++ into plain C loops; so are its
+RawModules, the kernels of `agnmpi.arrays.device_encodings`.
 """
 
 import ctypes
-import re
 import shutil
 import subprocess
+import tempfile
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from agnmpi.arrays.device_kernels import KERNELS, REDUCTIONS
+from agnmpi.arrays.device_encodings import CUDA
+from agnmpi.arrays.device_kernels import KERNELS, REDUCTIONS, VECTORS, names
 
 MODULE = "cupy_fake"  # where `backend.namespace` finds the device, and that it is one of CuPy's
 TYPES = {"float32": ("float", ctypes.c_float), "float64": ("double", ctypes.c_double)}
 
 
-def names(params):
-    return re.findall(r"T (\w+)(?:, |$)", params)
-
-
 def vectors(name):
     """The inputs of a kernel that are vectors: those with the letters of vectors; the others are scalars."""
-    return [p for p in names(KERNELS[name].inputs) if p in {"g", "x", "o", "c", "sent", "delta"}]
+    return [p for p in names(KERNELS[name].inputs) if p in VECTORS]
 
 
 def source(qualifiers, loop):
@@ -72,16 +72,48 @@ def _reductions(qualifiers, loop):
 
 def compile_host(folder):
     """Compile the kernels into loops over host memory; skips without a compiler."""
+    loop = "for (long index = 0; index < size; ++index)"
+    return _compiled(
+        "#include <cmath>\n#include <cstddef>\nusing std::isfinite;\nusing std::sqrt;\n" + source("", loop), folder
+    )
+
+
+def _compiled(text, folder):
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler here (g++)")
-    loop = "for (long index = 0; index < size; ++index)"
-    (folder / "kernels.cpp").write_text(
-        "#include <cmath>\n#include <cstddef>\nusing std::isfinite;\nusing std::sqrt;\n" + source("", loop)
-    )
+    (folder / "kernels.cpp").write_text(text)
     command = [compiler, "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "kernels.cpp", "-o", "kernels.so"]
     subprocess.run(command, cwd=folder, check=True, timeout=120)
     return ctypes.CDLL(str(folder / "kernels.so"))
+
+
+# What `device_encodings.CUDA` defines, as loops over all threads that were launched. The lanes of a warp go through one
+# step after the other, as they do where they exchange values.
+HOST = """
+#include <cmath>
+#include <cstring>
+#define KERNEL extern "C" void
+#define DEVICE inline
+#define EACH_THREAD(i, count) for (i64 i = 0; i < (count) && i < launched; ++i)
+#define EACH_WARP(b, count) for (i64 b = 0; b < (count) && b < launched / 32; ++b)
+#define EACH_LANE for (int lane = 0; lane < 32; ++lane)
+#define MAX_OVER_LANES(top, magnitude) \\
+    u32 top = 0; EACH_LANE { const u32 found = magnitude; top = found > top ? found : top; }
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+extern "C" { i64 launched = 0; }
+DEVICE u32 bits_of(float f) { u32 b; std::memcpy(&b, &f, 4); return b; }
+DEVICE float float_of(u32 b) { float f; std::memcpy(&f, &b, 4); return f; }
+"""
+
+
+@cache
+def _raw_library(code):
+    assert CUDA in code
+    with tempfile.TemporaryDirectory() as folder:
+        return _compiled(code.replace(CUDA, HOST), Path(folder))
 
 
 class Vector(np.lib.mixins.NDArrayOperatorsMixin):
@@ -93,6 +125,14 @@ class Vector(np.lib.mixins.NDArrayOperatorsMixin):
     def __init__(self, memory, log):
         self.memory, self.log = memory, log
         self.size, self.dtype, self.shape, self.nbytes = memory.size, memory.dtype, memory.shape, memory.nbytes
+        self.flags = memory.flags
+
+    def view(self, dtype):
+        return Vector(self.memory.view(dtype), self.log)
+
+    def any(self):
+        self.log.append("any")
+        return Vector(self.memory.any(), self.log)
 
     def __getitem__(self, key):
         return Vector(self.memory[key], self.log)
@@ -183,6 +223,25 @@ def device(library):
             reduction = getattr(library, f"{self.name}_{x.dtype.name}")
             reduction(ctypes.c_long(found.size), at, ctypes.c_long(x.size), to)
 
+    class RawModule:
+        def __init__(self, code, options):
+            assert options == ("--fmad=false",)
+            self.library = _raw_library(code)
+
+        def get_function(self, name):
+            def call(grid, block, arguments):
+                log.append(name)
+                (blocks,), (threads,) = grid, block
+                ctypes.c_longlong.in_dll(self.library, "launched").value = blocks * threads
+                getattr(self.library, name)(*map(passed, arguments))
+
+            def passed(value):
+                if isinstance(value, Vector):
+                    return ctypes.c_void_p(value.memory.ctypes.data)
+                return np.ctypeslib.as_ctypes_type(value.dtype)(value.item())  # a scalar without a dtype is refused
+
+            return call
+
     class Memory:  # one cudaMalloc
         def __init__(self, size):
             log.append(f"malloc {size}")
@@ -192,7 +251,7 @@ def device(library):
         memory, offset = memptr
         assert offset == 0
         assert np.dtype(dtype).itemsize * int(np.prod(shape)) == memory.size
-        made = Vector(np.full(shape, np.nan, dtype), log)
+        made = Vector(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 0xAB, dtype), log)
         fake.pointers.append(memptr)
         return made
 
@@ -210,6 +269,8 @@ def device(library):
         return SimpleNamespace(record=lambda: None, synchronize=lambda: None)
 
     fake.ElementwiseKernel, fake.ndarray, fake.concatenate = ElementwiseKernel, ndarray, concatenate
+    fake.RawModule = RawModule
+    fake.zeros = lambda size, dtype=float: Vector(np.zeros(size, dtype), log)
     fake.array, fake.asarray, fake.copyto = array, array, copyto
     fake.empty = lambda size, dtype=float: Vector(np.empty(size, dtype), log)
     fake.asnumpy = lambda x: x.memory.copy()

@@ -9,7 +9,7 @@ import sys
 import cupy as cp
 import numpy as np
 
-from agnmpi.arrays.reductions import all_finite, global_norm
+from agnmpi.arrays.kernels import all_finite, global_norm
 
 FINITE = cp.ReductionKernel("T x", "bool y", "isfinite(x)", "a && b", "y = a", "true", "theirs_finite")
 SQUARES = cp.ReductionKernel("T x", "float64 y", "(double)x * x", "a + b", "y = a", "0", "theirs_squares")

@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+PROBLEMS = f"{ROOT}/tests/support/problems.py"
+QUADRATIC = f"{PROBLEMS}:Quadratic"
 # What a parent that is itself an MPI process would hand down, and its children must not see.
 INHERITED = ("PMI", "PMIX", "PRTE", "OMPI_", "HYDRA", "MPIR_", "MPIEXEC")
+ULFM = ("--with-ft", "ulfm")  # the mpiexec option of Open MPI with which a job survives a lost rank
 KNOWN_FAILURE = "PMIx server's listener thread failed to start"  # Open MPI 5.0, about one launch in 50
 
 
@@ -104,6 +107,16 @@ def progresses(run, since=0.0):
         return False
     last = events.read_text().split("\n")[:-1][-1:]  # what follows may be half a line
     return bool(last) and '"progress"' in last[0] and json.loads(last[0])["step"] > 0
+
+
+def events_of(run):
+    """What the run in that directory has written, line by line."""
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def result_of(run):
+    """The result of the run in that directory."""
+    return json.loads((run / "result.json").read_text())
 
 
 def agnmpi(n, *args, **options):

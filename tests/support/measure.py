@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from launcher import ROOT, Job, mpi_kind
+from launcher import QUADRATIC, ULFM, Job, events_of, mpi_kind
 
 from agnmpi import adam
 from agnmpi.core import rules
@@ -24,8 +24,6 @@ from agnmpi.core.center import Center
 from agnmpi.core.worker import Worker
 from agnmpi.recovery.checkpoint import read_center
 from agnmpi.recovery.saver import CenterSaver, WorkerSaver
-
-PROBLEM = f"{ROOT / 'tests/support/problems.py'}:Quadratic"
 
 
 def spread(values):
@@ -45,8 +43,8 @@ def kill_to_report(where, rank, event):
     """Seconds between a SIGKILL of `rank` and the event that tells of it."""
     run = where / "run"
     job = Job(
-        4, sys.executable, "-m", "agnmpi", "train", PROBLEM, "--epochs", "1000", "--set", "options.slow=0.001",
-        "--evaluate-every", "0", "--log-every", "0.2", "--run", run, launcher=("--with-ft", "ulfm"),
+        4, sys.executable, "-m", "agnmpi", "train", QUADRATIC, "--epochs", "1000", "--set", "options.slow=0.001",
+        "--evaluate-every", "0", "--log-every", "0.2", "--run", run, launcher=ULFM,
     )  # fmt: skip
     while not (run / "events.jsonl").exists() or "progress" not in (run / "events.jsonl").read_text():
         time.sleep(0.05)
@@ -57,7 +55,7 @@ def kill_to_report(where, rank, event):
         time.sleep(0.01)
     job.process.send_signal(signal.SIGUSR1)
     job.finish(60)
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = events_of(run)
     return next(told["time"] for told in events if told["event"] == event) - killed
 
 

@@ -144,30 +144,35 @@ class Stuck(Quadratic):
         return super().gradient(params, indices)
 
 
-class SometimesNaN(Quadratic):
-    """The first gradients of each rank go wrong, once."""
+class Spoilt(Quadratic):
+    """The gradients for which `spoils(indices)` holds are NaN."""
+
+    def gradient(self, params, indices):
+        loss, grads = super().gradient(params, indices)
+        return loss, {name: g * np.nan for name, g in grads.items()} if self.spoils(indices) else grads
+
+
+class SometimesNaN(Spoilt):
+    """One of the first gradients of each rank goes wrong, once."""
 
     calls = 0
 
-    def gradient(self, params, indices):
+    def spoils(self, indices):
         self.calls += 1
-        loss, grads = super().gradient(params, indices)
-        return loss, {name: g * np.nan for name, g in grads.items()} if self.calls == 6 else grads
+        return self.calls == 6
 
 
-class AlwaysNaN(Quadratic):
-    def gradient(self, params, indices):
-        loss, grads = super().gradient(params, indices)
-        return loss, {name: g * np.nan for name, g in grads.items()}
+class AlwaysNaN(Spoilt):
+    def spoils(self, indices):
+        return True
 
 
-class OneBadSample(Quadratic):
+class OneBadSample(Spoilt):
     """The gradient of one sample is NaN, whoever computes it and whenever."""
 
     def __init__(self, xp=np, dtype="float32", slow=0.0, bad=40):
         super().__init__(xp, dtype, slow)
         self.bad = bad
 
-    def gradient(self, params, indices):
-        loss, grads = super().gradient(params, indices)
-        return loss, {name: g * np.nan for name, g in grads.items()} if self.bad in indices else grads
+    def spoils(self, indices):
+        return self.bad in indices

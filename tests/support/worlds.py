@@ -22,10 +22,14 @@ class Log(Observer):
 
 
 class MPIWorld:
-    """The first ranks serve, the others work. `on_fake_device`: the workers' vectors lie on a device of fake_device."""
+    """The first ranks serve, the others work.
 
-    def __init__(self, comm, transport, on_fake_device=False):
+    `on_fake_device`: the workers' vectors lie on a device of fake_device; `threaded`: exchanges run in a thread.
+    """
+
+    def __init__(self, comm, transport, on_fake_device=False, threaded=False):
         self.comm, self.transport, self.on_fake_device = comm, transport, on_fake_device
+        self.threaded = threaded
         self.workers = transport.workers_among(comm.size)
         self.capabilities = transport.capabilities
 
@@ -34,7 +38,9 @@ class MPIWorld:
 
     def play(self, n, work, sessions=1, on_end=None, total=None):
         log, results = Log(), []
-        role = connect(self.comm, rules.agn(), np.zeros(n), setup=Setup(self.transport), observer=log)
+        role = connect(
+            self.comm, rules.agn(), np.zeros(n), setup=Setup(self.transport, overlap=self.threaded), observer=log
+        )
         if role.serves and on_end:
             on_end(role.end, role.center)
         for _ in range(sessions):

@@ -1,6 +1,5 @@
 """A run that survives: ranks are killed, stalled and corrupted, and what is left is counted."""
 
-import json
 import os
 import random
 import signal
@@ -12,29 +11,23 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from launcher import ROOT, Job, agnmpi, mpi_kind, mpiexec
-
-pytest.importorskip("mpi4py.MPI")
-
+from launcher import QUADRATIC, ROOT, ULFM, Job, agnmpi, events_of, mpi_kind, mpiexec, result_of
 from mpi4py import MPI
 
-from agnmpi.cluster.placement import fault_tolerant
 from agnmpi.recovery.checkpoint import newest
 from agnmpi.training import job
 from agnmpi.training.config import Config
-from agnmpi.training.fault_injection import Fault, read_faults
 
 DIGITS = f"{ROOT / 'examples/digits.py'}:Digits"
 EPOCHS, SAMPLES, STEPS = 40, 1437, 45  # of digits: samples and steps in an epoch
 LIMIT = 90
-ULFM = ("--with-ft", "ulfm")
 
 ulfm = pytest.mark.skipif(
     mpi_kind() != "openmpi", reason="MPICH 5.0 ends the whole job when a rank dies: no ULFM in the wheel"
 )
 
 
-def train(run, ranks, faults, *options, epochs=EPOCHS, launcher=("--with-ft", "ulfm"), problem=DIGITS):
+def train(run, ranks, faults, *options, epochs=EPOCHS, launcher=ULFM, problem=DIGITS):
     return agnmpi(
         ranks, "train", problem, "--period", "3", "--epochs", epochs, "--run", run, "--evaluate-every", "0",
         "--inject-faults", *options, launcher=launcher, env={"AGNMPI_FAULTS": faults}, timeout=LIMIT,
@@ -76,13 +69,13 @@ def undisturbed():
 def check(run, code, output, lost, accuracy=None, epochs=EPOCHS):
     """The run went to its end, every sample of every epoch once, whatever was lost on the way."""
     assert code == (76 if lost else 0), output
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert sorted(result["lost"]) == sorted(lost)
     assert result["steps"] == epochs * STEPS
     assert result["samples"] == epochs * SAMPLES
     room = 0.0101 if len(lost) < 3 else 0.0201  # a sole survivor trains most of it alone
     assert result["metrics"]["accuracy"] > (accuracy or undisturbed() - room), result
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = events_of(run)
     turn = max((i for i, event in enumerate(events) if event["event"] == "resume"), default=0)
     said = {event["rank"] for event in events[turn:] if event["event"] == "lost"}
     said |= {rank for event in events[turn:] if event["event"] == "failover" for rank in event["lost"]}
@@ -143,7 +136,7 @@ def test_a_lost_center_is_followed_by_another(tmp_path, faults, lost, options):
     run = tmp_path / "run"
     code, output = train(run, 5, faults, *options)
     result = check(run, code, output, lost, 0.9 if options else None)
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = events_of(run)
     followed = [event for event in events if event["event"] == "failover"]
     assert followed
     for event in followed:
@@ -192,12 +185,10 @@ def test_slots_that_no_checkpoint_has_start_anew(tmp_path):
 def test_a_worker_that_dies_in_the_last_period(tmp_path):
     """Nothing is left to grant, and the others wait for what the dead one held."""
     run = tmp_path / "run"
-    problem = f"{ROOT / 'tests/support/problems.py'}:Quadratic"
-    code, output = train(
-        run, 3, "stall:1@2:3,kill:1@2,slow:2@0:0.02", "--steps", "30", "--batch", "16", problem=problem
-    )
+    faults = "stall:1@2:3,kill:1@2,slow:2@0:0.02"
+    code, output = train(run, 3, faults, "--steps", "30", "--batch", "16", problem=QUADRATIC)
     assert code == 76, output
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert result["steps"] == 30
     assert result["samples"] == 480
 
@@ -274,7 +265,7 @@ def test_all_workers_die(tmp_path):
 
 @pytest.mark.parametrize(
     ("launcher", "options"),
-    [((), []), pytest.param(("--with-ft", "ulfm"), ["--centers", "2"], marks=ulfm)],
+    [((), []), pytest.param(ULFM, ["--centers", "2"], marks=ulfm)],
     ids=["plain", "sharded"],
 )
 @pytest.mark.parametrize("faults", ["kill:0@60", pytest.param("kill:2@40", marks=pytest.mark.long)])
@@ -303,7 +294,7 @@ def test_random_kill_schedules(tmp_path, seed):
         lost, faults = [0, *lost], f"{faults},kill:0@{rng.randint(0, 150)}"
     run = tmp_path / "run"
     code, output = train(run, ranks, faults, "--seed", seed)
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     check(run, code, output, result["lost"], undisturbed() - 0.0201)  # one worker may be left, with another seed
     assert set(result["lost"]) <= set(lost)
     assert 0 in result["lost"] or not seed % 2
@@ -326,16 +317,6 @@ def test_soak(tmp_path):
             if code in (0, 76):
                 break
         assert code in (0, 76), output
-        result = json.loads((run / "result.json").read_text())
+        result = result_of(run)
         assert result["samples"] == epochs * SAMPLES
     assert turns > 5
-
-
-def test_faults_are_read_and_only_when_asked():
-    assert read_faults("") == []
-    assert read_faults("stall:1@20:2") == [Fault("stall", 1, 20, 2.0)]
-    with pytest.raises(ValueError, match="KIND:RANK@AT"):
-        read_faults("explode:1@2")
-    assert fault_tolerant({"OMPI_MCA_mpi_ft_enable": "1"})
-    assert fault_tolerant({"AGNMPI_FT": "1"})
-    assert not fault_tolerant({})

@@ -1,11 +1,10 @@
 """A whole run against the same algorithm written out plainly, with neither rules nor optimizers of the library."""
 
-import json
 import sys
 
 import numpy as np
 import pytest
-from launcher import ROOT, agnmpi
+from launcher import ROOT, agnmpi, result_of
 
 from agnmpi.core.batches import Plan
 from agnmpi.recovery.files import load
@@ -65,5 +64,5 @@ def test_a_run_is_the_published_algorithm(tmp_path, workers, period):
     center, _ = load(tmp_path / "run/center.safetensors")
     for name, x in expected.items():
         np.testing.assert_allclose(center[name], x, rtol=1e-7, atol=1e-10)
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["steps"] == 90

@@ -4,7 +4,7 @@ import re
 import sys
 
 import pytest
-from launcher import ROOT, mpi_kind, mpiexec
+from launcher import ROOT, ULFM, mpi_kind, mpiexec
 
 
 @pytest.mark.skipif(
@@ -22,12 +22,7 @@ from launcher import ROOT, mpi_kind, mpiexec
 def test_a_loop_of_ones_own_survives(deaths, left):
     """AGNOptimizer: every commit of the clock is in the center once, and `comm` is what is left."""
     code, output = mpiexec(
-        4,
-        sys.executable,
-        ROOT / "tests/support/own_loop_with_losses.py",
-        deaths,
-        launcher=("--with-ft", "ulfm"),
-        timeout=90,
+        4, sys.executable, ROOT / "tests/support/own_loop_with_losses.py", deaths, launcher=ULFM, timeout=90
     )
     assert "Traceback" not in output, output
     said = re.findall(r"rank (\d): clock (\d+), center rank (\w+), (\d+) left", output)

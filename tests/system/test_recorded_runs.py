@@ -1,12 +1,11 @@
 """Runs that are recorded and replayed, and timed against their simulation."""
 
-import json
 import signal
 import sys
 
 import pytest
 from in_process import center, config
-from launcher import ROOT, agnmpi, started
+from launcher import PROBLEMS, agnmpi, result_of, started
 
 from agnmpi.cli.main import main
 from agnmpi.reporting import record
@@ -25,7 +24,7 @@ from agnmpi.simulation.timing import Timing
     ids=" ".join,
 )
 def test_a_recorded_run_replays_to_the_same_bits(tmp_path, capsys, options):
-    run, blobs = tmp_path / "run", f"{ROOT}/tests/support/problems.py:Blobs"
+    run, blobs = tmp_path / "run", f"{PROBLEMS}:Blobs"
     code, output = agnmpi(4, "train", blobs, "--epochs", 6, "--period", 3, *options, "--record", "--run", run)
     assert code == 0, output
     assert main(["simulate", "--replay", str(run), "--run", str(tmp_path / "replay")]) == 0
@@ -33,7 +32,7 @@ def test_a_recorded_run_replays_to_the_same_bits(tmp_path, capsys, options):
     assert "the same bits as" in output
     assert "BLAS" not in output
     assert center(run) == center(tmp_path / "replay")
-    original, replayed = (json.loads((path / "result.json").read_text()) for path in (run, tmp_path / "replay"))
+    original, replayed = result_of(run), result_of(tmp_path / "replay")
     assert replayed["same_bits"] is True
     for key in ("clock", "workers", "metrics", "samples"):
         assert original[key] == replayed[key]
@@ -45,9 +44,8 @@ def test_a_record_of_an_interrupted_run_replays(tmp_path, capsys):
     served = run / record.NAME
     job = started(
         lambda: served.exists() and served.read_text().count("\n") >= 50,
-        3, sys.executable, "-m", "agnmpi", "train", f"{ROOT}/tests/support/problems.py:Blobs", "--epochs", "100000",
-        "--period",
-        "3", "--log-every", "0.1", "--evaluate-every", "0", "--record", "--run", run,
+        3, sys.executable, "-m", "agnmpi", "train", f"{PROBLEMS}:Blobs", "--epochs", "100000",
+        "--period", "3", "--log-every", "0.1", "--evaluate-every", "0", "--record", "--run", run,
     )  # fmt: skip
     job.process.send_signal(signal.SIGUSR1)
     code, output = job.finish(60)
@@ -55,7 +53,7 @@ def test_a_record_of_an_interrupted_run_replays(tmp_path, capsys):
     _, order = record.read(run)
     commits = max(served.clock for served in order)
     assert main(["simulate", "--replay", str(run), "--run", str(tmp_path / "replay")]) == 0
-    assert json.loads((tmp_path / "replay" / "result.json").read_text())["clock"] == commits
+    assert result_of(tmp_path / "replay")["clock"] == commits
 
 
 @pytest.mark.long
@@ -68,13 +66,13 @@ def test_a_real_run_takes_the_time_that_was_simulated(tmp_path, workers, spread,
     real, options = tmp_path / "real", {"rule": rule, "period": 5, "steps": 250 * workers, "evaluate_every": 0}
     given = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
     times = ["--set", "options.mean=0.02", "--set", f"options.spread={spread}", "--set", f"options.last={last}"]
-    timed = f"{ROOT}/tests/support/problems.py:Timed"
+    timed = f"{PROBLEMS}:Timed"
     code, output = agnmpi(workers + 1, "train", timed, "--rate", 0.05, *given, *times, "--run", real, timeout=120)
     assert code == 0, output
     factors = ",".join(["1"] * (workers - 1) + [str(last)])
     timing = Timing(step_time=0.02, step_distribution="exponential", step_spread=spread, speed_factors=factors)
     virtual = simulate.run(config(tmp_path / "virtual", workers, **options), timing)()
-    real = json.loads((real / "result.json").read_text())
+    real = result_of(real)
     rates = real["commits"] / real["seconds"], virtual["virtual"]["commits_per_second"]
     staleness = real["staleness"]["mean"], virtual["staleness"]["mean"]
     print(f"real and virtual: {rates} commits/s, staleness {staleness}, {real['staleness']} {virtual['staleness']}")

@@ -24,10 +24,10 @@ def under_mpiexec(tmp_path, size, least, *selected):
 
 @pytest.mark.parametrize("size", [2, 3, 5, 9])
 def test_under_mpiexec(tmp_path, size):
-    under_mpiexec(tmp_path, size, 300)
+    under_mpiexec(tmp_path, size, 300, "-m", "not long")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize("size", [2, 3, 5, 9])
 def test_long_ones_under_mpiexec(tmp_path, size):
     under_mpiexec(tmp_path, size, 3, "-m", "long")

@@ -1,24 +1,12 @@
 """Centers that weigh commits, over MPI."""
 
-import json
 import tomllib
 
 import pytest
-from in_process import QUADRATIC, config
-from launcher import agnmpi
+from in_process import config
+from launcher import QUADRATIC, agnmpi, result_of
 
 from agnmpi.simulation.replay import replay
-
-OPTIONS = {
-    "outer rate": {"outer_rate": 1.0},
-    "staleness": {"staleness_power": 0.5, "staleness_cap": 6},
-    "nesterov": {"center_optimizer": "nesterov", "center_rate": 1.0, "center_options": {"beta": 0.3}, "centers": 2},
-    "dylu": {"dylu": True, "staleness_cap": 6},
-    "all": {
-        "outer_rate": 1.5, "staleness_power": 1.0, "staleness_cap": 8, "dylu": True,
-        "center_optimizer": "momentum", "center_rate": 1.0, "center_options": {"beta": 0.3},
-    },
-}  # fmt: skip
 
 
 def test_all_of_them_over_mpi(tmp_path):
@@ -29,12 +17,14 @@ def test_all_of_them_over_mpi(tmp_path):
     )  # fmt: skip
     assert code == 0, output
     assert "effective outer rate 1.5" in output
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["staleness"]["max"] <= 4
     assert tomllib.loads((tmp_path / "run/config.toml").read_text())["center_rate"] == 1.0
-    again = replay(tmp_path / "run", config(tmp_path / "again", 3, **OPTIONS["all"] | {
-        "staleness_cap": 4, "batch": 16}))()  # fmt: skip
-    assert again["same_bits"] is True
+    again = config(
+        tmp_path / "again", 3, outer_rate=1.5, staleness_power=1.0, staleness_cap=4, dylu=True,
+        center_optimizer="momentum", center_rate=1.0, center_options={"beta": 0.3},
+    )  # fmt: skip
+    assert replay(tmp_path / "run", again)()["same_bits"] is True
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,17 @@
 """No module imports itself by way of others, not even for its types."""
 
-import ast
 from graphlib import TopologicalSorter
-from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent.parent / "agnmpi"
+from modules import modules
 
 
 def imports():
-    """For each module of ours, those that it names in an import, wherever that stands."""
-    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    """For each module of ours, those that it names in an import."""
+    named = {".".join(parts): names for parts, names in modules() if parts[-1] != "__init__"}
     graph = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if parts[-1] == "__init__":
-            continue
-        own = ".".join(parts)
-        graph[own] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = [*parts[: len(parts) - node.level], *(node.module or "").split(".")]
-                base = ".".join(filter(None, base))
-                graph[own] |= {base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)} & names
+    for module, names in named.items():
+        own = [name[1:] for name in names if name.startswith(".")]  # a module, or what is in one
+        graph[module] = {*own, *(name.rpartition(".")[0] for name in own)} & set(named)
     return graph
 
 

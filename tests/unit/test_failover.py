@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("mpi4py.MPI")
-
+from agnmpi.cluster.placement import fault_tolerant
 from agnmpi.core import rules
 from agnmpi.core.center import Center
 from agnmpi.core.leases import Lease, Leases
@@ -24,6 +23,7 @@ from agnmpi.core.messages import (
     reply_bytes,
 )
 from agnmpi.recovery.election import SurvivorReport, elect, take_over
+from agnmpi.training.fault_injection import Fault, read_faults
 
 TOTAL = 40
 
@@ -181,3 +181,13 @@ def test_after_any_history_each_step_is_taken_once(data):
     taken = TOTAL - center.leases.given_up
     assert c[0] == taken
     assert (center.steps, center.leases.committed, center.leases.open()) == (taken, taken, [])
+
+
+def test_faults_are_read_and_only_when_asked():
+    assert read_faults("") == []
+    assert read_faults("stall:1@20:2") == [Fault("stall", 1, 20, 2.0)]
+    with pytest.raises(ValueError, match="KIND:RANK@AT"):
+        read_faults("explode:1@2")
+    assert fault_tolerant({"OMPI_MCA_mpi_ft_enable": "1"})
+    assert fault_tolerant({"AGNMPI_FT": "1"})
+    assert not fault_tolerant({})

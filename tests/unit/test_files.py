@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from agnmpi import adam, momentum
+from agnmpi.cluster.placement import check_world
 from agnmpi.core import rules
 from agnmpi.core.center import Center
 from agnmpi.core.timer import Every
@@ -20,6 +22,7 @@ from agnmpi.recovery.saver import CenterSaver, WorkerSaver, state_bytes, workers
 from agnmpi.reporting.events import JsonLines, RecentMean
 from agnmpi.training.config import Config
 from agnmpi.training.outputs import run_directory
+from agnmpi.transport.agreement import ConfigError
 
 
 def test_save_and_load(tmp_path):
@@ -262,18 +265,11 @@ def test_recent_mean():
 
 
 def test_worlds_of_one_that_were_meant_to_be_many():
-    from mpi4py import MPI
-
-    from agnmpi.cluster.placement import check_world
-    from agnmpi.transport.agreement import ConfigError
-
-    if MPI.COMM_WORLD.size > 1:
-        pytest.skip("one rank only")
     speaks = "pmix" if MPI.Get_library_version().startswith("Open MPI") else "pmi2"
-    check_world(MPI.COMM_WORLD, {})
-    check_world(MPI.COMM_WORLD, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"})
+    check_world(MPI.COMM_SELF, {})
+    check_world(MPI.COMM_SELF, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"})
     # `mpiexec -n 1` over two nodes: the step is that of its daemons.
-    check_world(MPI.COMM_WORLD, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"})
+    check_world(MPI.COMM_SELF, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"})
     for environment, text in [
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "started 4 ranks, but each is a world of its own"),
         ({"PMI_SIZE": "8"}, "another MPI"),
@@ -282,4 +278,4 @@ def test_worlds_of_one_that_were_meant_to_be_many():
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "2"}, "another MPI"),
     ]:
         with pytest.raises(ConfigError, match=text):
-            check_world(MPI.COMM_WORLD, environment)
+            check_world(MPI.COMM_SELF, environment)

@@ -1,18 +1,17 @@
 """One batch that always gives NaN costs its own steps, not the run; and who finds no work asks once."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from in_process import UNEVEN, center, config, world
-from launcher import ROOT
+from launcher import PROBLEMS, events_of, result_of
 
 from agnmpi import sgd
 from agnmpi.cli.main import main
 from agnmpi.core import rules
 from agnmpi.core.center import Center
+from agnmpi.core.drive import drive, train
 from agnmpi.core.leases import NONE, Lease, Leases
 from agnmpi.core.messages import (
     CONTINUE,
@@ -34,7 +33,7 @@ from agnmpi.simulation.replay import replay
 from agnmpi.simulation.timing import Timing
 from agnmpi.transport.local import LocalCenter
 
-BAD = f"{ROOT}/tests/support/problems.py:OneBadSample"
+BAD = f"{PROBLEMS}:OneBadSample"
 
 
 def play(workers, total, bad, period=2, overlap=False, rule=None):
@@ -42,15 +41,7 @@ def play(workers, total, bad, period=2, overlap=False, rule=None):
     held, local, made = world(
         rule or rules.agn(), sgd(0.1), [0.0], workers, period, total=total, overlap=overlap, begin=False
     )
-    loops = [(worker, worker.steps()) for worker in made]
-    while loops:
-        going = []
-        for worker, steps in loops:
-            step = next(steps, None)
-            if step is not None:
-                worker.step(np.full(1, np.nan if step in bad else 1.0))
-                going.append((worker, steps))
-        loops = going
+    drive([train(worker, lambda step: (0.0, np.full(1, np.nan if step in bad else 1.0))) for worker in made])
     assert np.isfinite(local.c).all()
     return held
 
@@ -74,13 +65,13 @@ def test_a_run_goes_on_past_its_bad_sample(tmp_path, capsys):
     run = tmp_path / "run"
     options = ["--transport", "local", "--workers", "4", "--epochs", "5", "--batch", "4", "--period", "3"]
     assert main(["train", BAD, *options, "--rate", "0.05", "--run", str(run)]) == 0
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert result["given_up"] == 5 * 3
     assert result["steps"] == 5 * 60 - 5 * 3
     assert result["metrics"]["distance"] < 0.5
     output = capsys.readouterr().out
     assert "gave NaN or infinity again and again" in output
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = events_of(run)
     assert sum(event["steps"] for event in events if event["event"] == "given_up") == 15
 
 
@@ -89,7 +80,7 @@ def test_a_resumed_run_does_not_try_again_and_does_not_count_them(tmp_path, caps
     options = ["--transport", "local", "--workers", "2", "--batch", "4", "--period", "3", "--rate", "0.05"]
     assert main(["train", BAD, *options, "--epochs", "2", "--run", str(run)]) == 0
     assert main(["train", BAD, "--resume", str(run), "--epochs", "3"]) == 0
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert (result["steps"], result["given_up"]) == (3 * 60 - 9, 9)
     assert main(["train", BAD, "--resume", str(run), "--epochs", "3"]) == 0
     assert "the run was complete" in capsys.readouterr().out
@@ -273,3 +264,23 @@ def test_a_reply_does_not_grow_with_the_workers():
         assert (reply.applied, reply.snapshot, reply.status) == ((), None, OK)
         held.replicates_state = True
         assert len(ask(held, 0, WORK | PULL).applied) == workers
+
+
+def test_a_run_of_misfits_ends_with_the_reason():
+    center, c = Center(rules.agn(), np.zeros(10), 1, patience=3), np.zeros(10)
+    center.leases = Leases(40, 3)
+    lease, firsts = center.leases.grant(0), []
+
+    def misfit():
+        return Commit(0, 1, lease.steps, lease.first, requests=WORK, nbytes=88).received_from(0, 80)
+
+    for _ in range(2):
+        reply = center.apply(misfit(), c)
+        firsts.append(lease.first)
+        lease = reply.work
+        assert reply.status == REFUSED
+    assert [*firsts, lease.first] == [0, 3, 6], "others come first"
+    with pytest.raises(RuntimeError, match="no commit to this model: 88 bytes, the center has 80"):
+        center.apply(misfit(), c)
+    with pytest.raises(ValueError, match="worker 0 announces -8 bytes"):
+        Commit(0, 1, nbytes=-8).received_from(0, 80)

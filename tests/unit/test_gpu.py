@@ -6,12 +6,12 @@ test_kernels.py proves the same without: the kernels as C on the host, the launc
 import fake_cuda
 import numpy as np
 import pytest
-from golden import ONE_WORKER, close
-from in_process import world
+from golden import ONE_WORKER
+from in_process import device_and_host, follow_golden
 
-from agnmpi.arrays import backend
+from agnmpi.arrays import backend, encodings
 from agnmpi.arrays import device_kernels as kernels
-from agnmpi.arrays.reductions import all_finite, global_norm
+from agnmpi.arrays.kernels import all_finite, global_norm
 from agnmpi.bench import optimizers as bench_optimizers
 from agnmpi.core import rules
 from agnmpi.core.optimizers import OPTIMIZERS
@@ -34,14 +34,7 @@ def require_equal(there, here, dtype):
 
 @pytest.mark.parametrize("case", ONE_WORKER)
 def test_golden_one_worker(cupy, case):
-    rule, optimizer, center_optimizer, gradients, start, period, local_after, center_after = ONE_WORKER[case]
-    _, local, (worker,) = world(rule, optimizer, start, 1, period, center_optimizer=center_optimizer, xp=cupy)
-    for t, g in enumerate(gradients, 1):
-        worker.step(cupy.full(len(start), float(g)))
-        if t in local_after:
-            close(cupy.asnumpy(worker.x), local_after[t])
-        if t in center_after:
-            close(cupy.asnumpy(local.c), center_after[t])
+    follow_golden(case, cupy)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -93,15 +86,7 @@ def test_delta_and_adopt_agree_with_the_host(cupy, rule, dtype):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_workers_follow_the_host(cupy, overlap):
-    start, trajectories = np.linspace(-1, 1, 5), []
-    for xp in (cupy, np):
-        _, local, workers = world(rules.agn(), OPTIMIZERS["adam"](0.05, clip=0.5), start, 2, 3, overlap=overlap, xp=xp)
-        rng = np.random.default_rng(4)
-        for _ in range(20):
-            for worker in workers:
-                worker.step(xp.asarray(rng.normal(size=5)))
-        trajectories.append([backend.to_host(v) for v in (local.c, workers[0].x, workers[1].x)])
-    np.testing.assert_allclose(*trajectories, rtol=1e-10)
+    np.testing.assert_allclose(*device_and_host(cupy, overlap), rtol=1e-10)
 
 
 def test_each_kernel_compiles_for_both_dtypes(cupy):
@@ -180,3 +165,26 @@ def test_the_bench_measures_each_side(cupy):
     rows = bench_optimizers.device_bandwidth(10_000, rounds=3)
     assert {"device copy", "sgd", "momentum", "adam", "center add", "agn delta"} <= {row["name"] for row in rows}
     assert all(row["bytes_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("key", [None, 7])
+@pytest.mark.parametrize("name", encodings.NAMES)
+def test_encodings_are_the_hosts_bit_for_bit(cupy, name, key, dtype):
+    rng, encoding = np.random.default_rng(5), encodings.get(name)
+    x, residual, c = rng.normal(size=(3, SIZE)).astype(dtype)
+    results = []
+    for xp in (np, cupy):
+        out, new, back = xp.zeros(encoding.nbytes(SIZE, dtype), "u1"), xp.zeros(SIZE, dtype), xp.zeros(SIZE, dtype)
+        there = xp.asarray(x)
+        finite = encoding.encode(there, out, residual=xp.asarray(residual), new_residual=new, key=key)
+        encoding.decode(out, back)
+        summed = xp.asarray(c.copy())
+        encoding.decode_add(out, summed, 1 / 3)
+        there[SIZE // 2] = np.nan
+        results.append((finite, encoding.encode(there, xp.zeros_like(out)), out, new, back, summed))
+    here, there = results
+    assert there[:2] == here[:2] == (True, False)
+    for on_device, on_host in zip(there[2:5], here[2:5]):
+        np.testing.assert_array_equal(on_device.get(), on_host)
+    require_equal(there[5], here[5], dtype)

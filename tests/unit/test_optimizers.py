@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from agnmpi import Optimizer, adagrad, adam, adamw, momentum, nesterov, rmsprop, sgd
 from agnmpi.arrays import backend
-from agnmpi.arrays.reductions import global_norm
+from agnmpi.arrays.kernels import global_norm
 from agnmpi.core.optimizers import OPTIMIZERS
 
 STEPS = 5

@@ -4,9 +4,6 @@ import sys
 
 import numpy as np
 import pytest
-
-pytest.importorskip("mpi4py.MPI")
-
 from mpi4py import MPI
 
 from agnmpi.bench.fake_peers import FakePeers

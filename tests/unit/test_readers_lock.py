@@ -3,7 +3,6 @@
 import threading
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -198,8 +197,7 @@ def test_any_interleaving(readers, script, changes):
     assert c == [changes, changes]
 
 
-@pytest.mark.parametrize("patient", [True, False])
-def test_a_stage_shows_what_a_broken_lock_does(patient):
+def test_a_stage_shows_what_a_broken_lock_does():
     """The test above is able to fail: with readers that come in whatever the word says, it does."""
     stage, within, torn = Stage(), [], []
 
@@ -214,11 +212,11 @@ def test_a_stage_shows_what_a_broken_lock_does(patient):
     def reader(word):
         lock = ReadersLock(word)
         lock.enter_behind()
-        within.append(patient)
+        within.append("reader")
         word.turn()
         lock.leave()
 
     stage.add(center)
     stage.add(reader)
     stage.run([0, 0, 1, 1, 0])
-    assert torn == [patient]
+    assert torn == ["reader"]

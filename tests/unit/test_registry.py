@@ -7,9 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("mpi4py.MPI")
-
 from conformance import CHECKS, declared
 from mpi4py import MPI
 
@@ -68,16 +65,42 @@ def test_the_command_line_and_bench_offer_what_is_registered(tmp_path):
     assert said.stdout.split() == ["pigeon", "['pigeon']"]
 
 
-class Declaring:
-    """A world of a transport, for what the conformance suite asks of it."""
+@pytest.mark.parametrize("size", [2, 3, 5, 9])
+@pytest.mark.parametrize(
+    ("rule", "transport", "center_optimizer", "text"),
+    [
+        (rules.dynsgd(), registry.accumulate(), None, "weighs commits"),
+        (rules.agn("gradient"), registry.accumulate(), sgd(1.0), "no center optimizer"),
+        (rules.agn(), registry.accumulate(), sgd(1.0), "no center optimizer"),
+        (rules.agn(), registry.allreduce(), None, "use p2p or rma or accumulate"),
+        (rules.synchronous(), registry.p2p(), None, "use allreduce"),
+        (rules.synchronous(), registry.rma(), None, "use allreduce"),
+        (rules.synchronous(), replace(registry.allreduce(), centers=2), None, "centers = 2 needs transport p2p"),
+        (rules.agn(), registry.p2p(centers=99), None, "99 centers and at least one worker"),
+    ],
+)
+def test_what_a_transport_lacks_is_refused(rule, transport, center_optimizer, text, size):
+    with pytest.raises(ConfigError, match=text):
+        check_setup(rule, Setup(transport), size, sgd(1.0), center_optimizer)
 
-    def __init__(self, capabilities):
-        self.capabilities = capabilities
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("p2p", {"use_locking": False}, "needs transport 'rma'"),
+        ("rma", {"center_device": "gpu"}, "center on a GPU needs transport p2p"),
+        ("p2p", {"message_buffers": 0}, "at least 1, not 0"),
+        ("pigeon", {}, "unknown transport 'pigeon'"),
+    ],
+)
+def test_what_no_transport_can_be_is_refused(name, options, text):
+    with pytest.raises(ValueError, match=text):
+        registry.resolve(name, **options)
 
 
 @pytest.mark.parametrize("entry", list(registry.entries()), ids=lambda entry: entry.name)
 def test_what_is_declared_is_what_is_checked(entry):
-    checked = {check.__name__ for check in CHECKS if declared(Declaring(entry.capabilities), check)}
+    checked = {check.__name__ for check in CHECKS if declared(entry, check)}
     whole = entry.capabilities.whole_pulls and entry.capabilities.exact_clock
     assert ("no_torn_read_and_an_exact_clock" in checked) == whole
     assert len(checked) >= 5

@@ -5,7 +5,7 @@ import pytest
 from golden import ONE_WORKER, TWO_WORKERS, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_process import world
+from in_process import follow_golden, world
 
 from agnmpi import nesterov, sgd
 from agnmpi.core import rules
@@ -25,14 +25,7 @@ def is_collective(name):
 
 @pytest.mark.parametrize("case", ONE_WORKER)
 def test_golden_one_worker(case):
-    rule, optimizer, center_optimizer, gradients, start, period, local_after, center_after = ONE_WORKER[case]
-    _, local, (worker,) = world(rule, optimizer, start, 1, period, center_optimizer=center_optimizer)
-    for t, g in enumerate(gradients, 1):
-        worker.step(np.full(len(start), float(g)))
-        if t in local_after:
-            close(worker.x, local_after[t])
-        if t in center_after:
-            close(local.c, center_after[t])
+    follow_golden(case)
 
 
 @pytest.mark.parametrize("case", TWO_WORKERS)

