@@ -94,6 +94,11 @@ class Encoding:
     nbytes_per_block: int
 
     @property
+    def number(self) -> int:
+        """On the wire: its place in NAMES."""
+        return NAMES.index(self.name)
+
+    @property
     def exact(self) -> bool:
         """Whether the decoded numbers are the numbers."""
         return not self.nbytes_per_block
@@ -238,6 +243,11 @@ _ENCODINGS = {
 NAMES = tuple(_ENCODINGS)
 
 
+def sizes(size: int, dtype: Any) -> list[int]:
+    """Bytes of `size` numbers of `dtype` in each encoding, by number."""
+    return [encoding.nbytes(size, dtype) for encoding in _ENCODINGS.values()]
+
+
 def get(name: str) -> Encoding:
     """Return the encoding of this name.
 
@@ -247,3 +257,8 @@ def get(name: str) -> Encoding:
     if name not in _ENCODINGS:
         raise ValueError(f"encoding {name!r}: choose one of {', '.join(NAMES)}")
     return _ENCODINGS[name]
+
+
+def encode_pull(encoding: Encoding, c: Array, out: Array, clock: int) -> None:
+    """Encode the center `c` (n,) at `clock` into `out` (nbytes,): without bias, since nobody keeps its residual."""
+    encoding.encode(c, out, key=rounding_key(0, 0, clock))

@@ -22,8 +22,8 @@ from ..core import rules
 from ..core.backoff import wait_until
 from ..core.messages import WORK, Commit
 from ..transport.agreement import allgather
-from ..transport.registry import Transport, resolve
-from .floors import FLOORS
+from ..transport.registry import resolve
+from .floors import make_floor
 
 _BLOCKS = 20  # rounds of each side
 
@@ -45,17 +45,26 @@ def zeros(n: int, xp: ModuleType = np) -> Array:
     return full_like(xp.empty(n, np.float32), 0)
 
 
-class _Ours:
-    """Exchanges through agnmpi, as a run makes them, without the optimizer."""
+class Ours:
+    """Exchanges through agnmpi, as a run makes them, without the optimizer; collective.
 
-    def __init__(self, comm: MPI.Intracomm, transport: Transport, x: Array) -> None:
-        rule = rules.synchronous() if transport.capabilities.together else rules.agn()
-        self.role = connect(comm, rule, x, setup=Setup(transport))
+    Args:
+        comm: ours; its first ranks serve, where any does.
+        setup: how they exchange.
+        x: (n,) the delta.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, setup: Setup, x: Array) -> None:
+        rule = rules.synchronous() if setup.transport.capabilities.together else rules.agn()
+        self.role = connect(comm, rule, x, setup=setup)
         self._x, self._out = x, full_like(x, 0)
         self._sequence = 0
 
-    def exchanges(self, count: int) -> list[float]:
-        """Seconds of each of `count` exchanges of this worker; a center rank serves meanwhile."""
+    def exchanges(self, count: int, pause: float = 0.0) -> list[float]:
+        """Seconds of each of `count` exchanges of this worker; a center rank serves meanwhile.
+
+        `pause`: seconds before each, in which the center goes to sleep.
+        """
         self.role.begin(None, 1)
         if isinstance(self.role, CenterRole):
             self.role.serve()
@@ -66,6 +75,7 @@ class _Ours:
         for _ in range(count):
             self._sequence += 1
             commit = Commit(worker.index, self._sequence, 1, work.first, requests=WORK, payload=self._x)
+            time.sleep(pause)
             start = time.perf_counter()
             reply = worker.end.exchange(commit, self._out).wait()
             times.append(time.perf_counter() - start)
@@ -115,9 +125,9 @@ def _compare(comm: MPI.Intracomm, case: Case, repeats: int, xp: ModuleType) -> l
     entry = resolve(case.transport)
     serves = comm.rank < entry.serving_ranks
     x = zeros(case.n, np if serves else xp)
-    ours = _Ours(comm, replace(entry, wire=case.wire), x)
+    ours = Ours(comm, Setup(replace(entry, wire=case.wire)), x)
     target = zeros(case.n)
-    with FLOORS[entry.floor](comm, zeros(case.n)) as floor:
+    with make_floor(entry.floor, comm, zeros(case.n)) as floor:
         times: dict[str, list[float]] = {"agnmpi": [], "floor": [], "memcpy": []}
         count = max(1, repeats // _BLOCKS)
         for block in range(_BLOCKS + 1):

@@ -1,5 +1,6 @@
 """The floor of an exchange: the same bytes by bare mpi4py calls, in the straightforward way."""
 
+import os
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
@@ -9,6 +10,7 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like, full_like
 from ..core.backoff import wait_until
+from ..transport.chunks import INLINE
 
 
 class Floor(ABC):
@@ -51,7 +53,7 @@ class Floor(ABC):
 
 
 class TwoSided(Floor):
-    """Recv, add, Send."""
+    """Recv, add, Send: one message each way, whatever the length."""
 
     def exchanges(self, count: int) -> list[float]:
         """A center that blocks in Recv."""
@@ -132,6 +134,72 @@ class Mailbox(Floor):
         self.center.Unlock(0)
 
 
+class ShortMailbox(Floor):
+    """One message each way: Put of delta and number, add at the center, Get of c and number; locked throughout.
+
+    The number is the last word of its record, and a floor takes it for granted that it arrives last. MPI does not
+    promise that; a transport must not rely on it, and pays for a flag. Polls yield the core: with more busy processes
+    than cores the floor would be slower than what it bounds.
+    """
+
+    def __init__(self, comm: MPI.Comm, x: Array) -> None:
+        super().__init__(comm, x)
+        self.stride = -(-x.nbytes // 8) * 8 + 8
+        self.posted, self.served = (self.window((comm.size - 1) * self.stride) for _ in range(2))
+        self.sent, self.seen = (np.zeros(self.stride, np.uint8) for _ in range(2))
+        self.count, self.last = self.sent[-8:].view(np.int64), self.seen[-8:].view(np.int64)
+        if comm.rank == 0:
+            for win in self.wins:
+                np.asarray(win.tomemory())[:] = 0
+        comm.Barrier()
+        for win in self.wins:  # MPICH's Lock waits for the target to enter MPI
+            win.Lock_all()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:
+            for win in self.wins:
+                win.Unlock_all()
+        super().__exit__(kind, error, tb)
+
+    def exchanges(self, count: int) -> list[float]:
+        """A center that polls the numbers and adds."""
+        comm, x = self.comm, self.x
+        if comm.rank:
+            return self.timed(count)
+        c = full_like(x, 0)
+        posted, served = (np.asarray(win.tomemory()).reshape(-1, self.stride) for win in self.wins)
+        (posted_numbers,), (served_numbers,) = (records[:, -8:].view(np.int64).T for records in (posted, served))
+        left = count * (comm.size - 1)
+        while left:
+            comm.Iprobe()
+            self.posted.Sync()
+            waiting = np.flatnonzero(posted_numbers != served_numbers)
+            for worker in waiting:
+                c += posted[worker, : x.nbytes].view(x.dtype)
+                served[worker, : x.nbytes].view(x.dtype)[:] = c
+                served_numbers[worker] = posted_numbers[worker]
+            self.served.Sync()
+            left -= waiting.size
+            if not waiting.size:
+                os.sched_yield()
+        return []
+
+    def exchange(self) -> None:
+        """Put, Get until the number comes back."""
+        at = (self.comm.rank - 1) * self.stride
+        self.sent[: self.x.nbytes].view(self.x.dtype)[:] = self.x
+        self.count += 1
+        self.posted.Put(self.sent, 0, at)
+        self.posted.Flush(0)
+        while True:
+            self.served.Get(self.seen, 0, at)
+            self.served.Flush(0)
+            if self.last[0] == self.count[0]:
+                break
+            os.sched_yield()
+        self.out[:] = self.seen[: self.x.nbytes].view(self.x.dtype)
+
+
 class Sums(Floor):
     """Lock Accumulate Get Unlock."""
 
@@ -172,10 +240,16 @@ class Allreduce(Floor):
         self.c += self.out
 
 
-# By `Transport.floor`.
-FLOORS: dict[str, type[Floor]] = {
-    "two-sided": TwoSided,
-    "mailbox": Mailbox,
-    "sum": Sums,
-    "allreduce": Allreduce,
+# By `Transport.floor`: of a vector that travels with its header, and of a longer one.
+_FLOORS: dict[str, tuple[type[Floor], type[Floor]]] = {
+    "two-sided": (TwoSided, TwoSided),
+    "mailbox": (ShortMailbox, Mailbox),
+    "sum": (Sums, Sums),
+    "allreduce": (Allreduce, Allreduce),
 }
+
+
+def make_floor(name: str, comm: MPI.Comm, x: Array) -> Floor:
+    """The floor of that name for vectors like x (n,); collective."""
+    short, long = _FLOORS[name]
+    return (short if x.nbytes <= INLINE else long)(comm, x)

@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,28 +15,15 @@ from ..arrays.kernels import set_threads
 from ..cluster.placement import place
 from ..cluster.probe import choose_wire
 from ..core import rules
-from ..core.ends import Done, Handle, WorkerEnd
-from ..core.leases import Lease
-from ..core.messages import Commit, Reply
 from ..core.worker import Worker
 from ..transport.agreement import ConfigError, allgather, raise_on_all
 from ..version import __version__, mpi_library
 from .exchanges import barrier, exchanges, timed, zeros
 from .optimizers import device_bandwidth, optimizer_bandwidth
+from .periods import NoWire
+from .tables import print_table
 from .waiting import waiting_cost
-
-
-class _NoWire(WorkerEnd):
-    """An end that replies immediately: only forming the delta and adopting the center remain."""
-
-    def exchange(self, _commit: Commit, _out: Array | None) -> Handle:
-        return Done(Reply(0, work=Lease(0, 1)))
-
-    def pull(self, _out: Array) -> Handle:
-        return Done(Reply(0))
-
-    def leave(self, _commit: Commit | None, _out: Array) -> Handle:
-        return Done(Reply(0))
+from .written import json_file
 
 
 def pack_only(sizes: Sequence[int], repeats: int, xp: ModuleType = np) -> list[dict[str, Any]]:
@@ -45,7 +32,7 @@ def pack_only(sizes: Sequence[int], repeats: int, xp: ModuleType = np) -> list[d
     for n in sizes:
         x = zeros(n, xp)
         y = full_like(x, 0)
-        worker = Worker(x, rules.agn(), None, _NoWire(), 0)
+        worker = Worker(x, rules.agn(), None, NoWire(), 0)
         worker.begin()
         times: dict[str, list[float]] = {"pack": [], "memcpy": []}
 
@@ -89,9 +76,7 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
     counts = list(options.workers) or [comm.size - 1]
     if comm.size > 1 and not 0 < min(counts) <= max(counts) < comm.size:
         raise ConfigError(f"workers must be 1 to {comm.size - 1} in a world of {comm.size}, not {counts}")
-    path = Path(options.json) if options.json and comm.rank == 0 else None
-    # An unwritable file is refused before anything is measured.
-    raise_on_all(comm, lambda: path.open("a").close() if path else None)
+    write = json_file(comm, options.json)
     comm = comm.Dup()
     here = place(comm, comm.rank > 0)
     set_threads(here.threads)  # as a session does
@@ -117,29 +102,18 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
     barrier(comm)
     if comm.rank == 0:
         _show(report)
-        if path:
-            path.write_text(json.dumps(report, indent=2) + "\n")
+        write(json.dumps(report, indent=2) + "\n")
     comm.Free()
     return 0
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
     from ..reporting.terminal import console as make_console
 
     console = make_console()
     console.print(f"agnmpi {report['agnmpi']}, {report['mpi']}, {report['world']} ranks")
 
-    def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        console.print(title, style="italic")  # a Table's own title is wrapped to its width
-        grid = Table(box=None, pad_edge=False)
-        for column in columns:
-            grid.add_column(column, justify="left" if column in ("transport", "wire", "side", "name") else "right")
-        for row in rows:
-            grid.add_row(*row)
-        console.print(grid)
-
+    table = partial(print_table, console, left=("transport", "wire", "side", "name"))
     if report["exchanges"]:
         lines = []
         for row in report["exchanges"]:

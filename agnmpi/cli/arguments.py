@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -14,8 +15,9 @@ from ..transport.registry import entries
 from ..version import __version__
 
 _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
-# Fixed values in a simulation of options of `train`.
+# Fixed values of options of `train`: in a simulation, and where a problem is measured, with each transport.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
+BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "overlap": False, "dylu": False, "record": False}
 _GROUPS = {
     "rule": "rule of exchange",
     "transport": "transport",
@@ -25,6 +27,44 @@ _GROUPS = {
     "checkpoint": "checkpoints and losses",
     "time": "virtual time",
 }
+_UTILISATION = """\
+Measure how much of their time the workers compute, for each transport, without
+and with overlap. A step sleeps, as a host does while its GPU computes, and then
+moves the parameters by SGD; each λ steps a worker exchanges with the center.
+
+  n         workers
+  period    seconds of λ steps and an exchange, by the clock on the wall
+  compute   seconds of the same λ steps where nobody exchanges: the sleep, and
+            our own work, which is the optimizer's, forming the delta and taking
+            up the new center; on all workers at once, between the rows
+  exchange  period - compute: what the exchange costs, by waiting or by the
+            processor time that it takes from the steps
+  utilised  compute/period, the mean over the workers; lowest: of the worst one
+  hidden    with overlap, the share of the exchange that goes by while the next
+            period is computed: 1 - exchange/(exchange without overlap); a dash
+            where the exchange is too short beside this machine's noise
+  bytes     of the vectors that a worker sends and receives in one exchange
+
+A number is the mean over the periods of a round, its first two left out; of the
+rounds the median, and of the workers the mean."""
+_PROBLEM = """\
+Measure a problem's own steps, on all workers at once, and exchanges of its
+parameters by each transport that fits, at this world, and say in words which
+options suit them. Options of train that change what a step or an exchange costs
+hold here, too.
+
+  n            workers
+  alone        an exchange of one worker while the others do nothing, after a
+               pause of 20 ms, in which the center goes to sleep
+  all at once  of each worker, where all exchange and nobody computes
+  MB/s         bytes of the vectors, both ways, over the seconds alone
+  λ            the smallest period for which a worker waits less than 5 % of its
+               time. In between, exchanges meet at the center as in a queue
+  hidden       share of an exchange that overlap hides, where a period's steps
+               take about as long as the exchange
+  λ overlap    the smallest period with overlap
+
+At the end the choice is tried, unless a period takes longer than --seconds."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_simulate(commands)
     _add_bench(commands)
+    _add_bench_utilisation(commands)
+    _add_bench_problem(commands)
     _add_doctor(commands)
     return top
 
@@ -49,17 +91,14 @@ def _add_bench(commands: Any) -> None:
         help="measure exchanges and optimizers against the limit of this machine",
         description="Measure, side by side in one run, exchanges against bare mpi4py calls and memcpy, what a worker "
         "does for an exchange besides the wire, and host optimizers against memcpy. The exchange part needs "
-        "mpiexec -n 2 or more.",
+        "mpiexec -n 2 or more. Of other things: `agnmpi bench utilisation`, how much of their time workers compute; "
+        "`agnmpi bench MODULE:PROBLEM`, which options suit a problem.",
     )
     bench.add_argument("--sizes", type=int, nargs="+", default=[1, 1_000_000], metavar="N", help="float32 numbers")
-    bench.add_argument(
-        "--transports", nargs="+", default=_TRANSPORTS, choices=_TRANSPORTS, metavar="NAME",
-        help=f"of {', '.join(_TRANSPORTS)}",
-    )  # fmt: skip
+    _add_transports(bench)
     bench.add_argument(
         "--workers", type=int, nargs="+", default=[], metavar="N", help="numbers of workers [default: all]"
     )
-    bench.add_argument("--device", default="cpu", choices=("cpu", "gpu"), help="where the workers' vectors lie")
     bench.add_argument(
         "--pack-only", action="store_true", help="no wire: only forming the delta and adopting the center"
     )
@@ -74,6 +113,60 @@ def _add_bench(commands: Any) -> None:
         metavar="N",
         help="numbers in the vector for the optimizers' bandwidth; 0: none",
     )
+    _add_device_and_json(bench)
+
+
+def _add_bench_utilisation(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench utilisation",
+        help="measure how much of their time workers compute",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="mpiexec -n P python -m agnmpi bench utilisation [options]",
+        description=_UTILISATION,
+    )
+    bench.add_argument(
+        "--step", type=float, default=0.02, metavar="S", help="seconds a step sleeps, as for a GPU [default: 0.02]"
+    )
+    bench.add_argument(
+        "--parameters", type=int, default=1_000_000, metavar="N", help="float32 numbers [default: 1000000]"
+    )
+    bench.add_argument("--period", type=int, default=10, metavar="N", help="λ, steps between exchanges [default: 10]")
+    _add_transports(bench)
+    bench.add_argument(
+        "--periods", type=int, default=4, metavar="N", help="periods measured in each round [default: 4]"
+    )
+    bench.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of all rows [default: 3]")
+    _add_device_and_json(bench)
+
+
+def _add_bench_problem(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench problem",
+        help="measure a problem's steps and exchanges, and say which options suit them",
+        usage="mpiexec -n P python -m agnmpi bench MODULE:PROBLEM [options]",
+        description=_PROBLEM,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_sources(bench, "as in train")
+    _add_transports(bench)
+    bench.add_argument(
+        "--seconds", type=float, default=1.0, metavar="S", help="how long each part is measured [default: 1]"
+    )
+    bench.add_argument("--json", metavar="FILE", default=None, help="write the results to it, too")
+    unused = [f.name for f in fields(Config) if f.metadata["group"] in ("output", "checkpoint")]
+    _add_fields(bench, Config, (*BENCHED, *unused, "epochs", "steps"))
+
+
+def _add_transports(bench: Any) -> None:
+    bench.add_argument(
+        "--transports", nargs="+", default=_TRANSPORTS, choices=_TRANSPORTS, metavar="NAME",
+        help=f"of {', '.join(_TRANSPORTS)}",
+    )  # fmt: skip
+
+
+def _add_device_and_json(bench: Any) -> None:
+    bench.add_argument("--device", default="cpu", choices=("cpu", "gpu"), help="where the workers' vectors lie")
     bench.add_argument("--json", metavar="FILE", help="write the results to it, too")
 
 
@@ -193,12 +286,21 @@ class ArgumentsRefused(Exception):
     """Invalid arguments; the parser's message, to be printed by one rank."""
 
 
+def _join_commands(argv: Sequence[str]) -> Sequence[str]:
+    """Join the words of `bench utilisation`, a command of its own; `bench MODULE:PROBLEM` is `bench problem` of it."""
+    if len(argv) < 2 or argv[0] != "bench":
+        return argv
+    if argv[1] in ("utilisation", "problem"):
+        return [f"bench {argv[1]}", *argv[2:]]
+    return ["bench problem", *argv[1:]] if ":" in argv[1] else argv
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse; usage errors and --help raise their text, so that one rank alone prints it."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return parser().parse_args(argv)
+            return parser().parse_args(_join_commands(sys.argv[1:] if argv is None else argv))
     except SystemExit as request:
         if request.code in (0, None):
             raise HelpAsked(output.getvalue()) from None

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from ..simulation.timing import Timing, load_timing
 from ..training.config import Config, load
-from .arguments import SIMULATED, ArgumentsRefused, HelpAsked, parse
+from .arguments import BENCHED, SIMULATED, ArgumentsRefused, HelpAsked, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,16 +126,14 @@ def _command(args: argparse.Namespace, world: Any) -> int:
         from . import doctor
 
         return doctor.main(world, args.period, args.probe, args.json)
-    if args.command == "bench":
-        from ..bench import report as bench
-
-        return bench.main(world, bench.Options(*(getattr(args, name) for name in bench.Options._fields)))
+    if args.command.startswith("bench"):
+        return _bench(args, world)
     if args.command == "simulate":
         return _simulate(args, world)
     from ..training.abort import abort
     from ..training.exits import Signals
     from ..training.job import train
-    from ..transport.agreement import ConfigError, raise_on_all
+    from ..transport.agreement import raise_on_all
 
     not_config = {"command", "config", "sets", "inject_faults"}
     given = {key: value for key, value in vars(args).items() if key not in not_config}
@@ -144,10 +142,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
         path, resume = args.config, given.get("resume")
         if path is None and resume not in (None, "auto"):
             path = str(Path(resume) / "config.toml")  # the run continues with its own configuration
-        config = load(path, given, args.sets)
-        if not config.problem:
-            raise ConfigError("which problem? Give MODULE:PROBLEM, or a --config that names one")
-        return config
+        return _named(load(path, given, args.sets))
 
     config = raise_on_all(world, read)
     signals = Signals(lambda code: abort(world, code))
@@ -157,6 +152,34 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     finally:
         signals.remove()
     return 0
+
+
+def _bench(args: argparse.Namespace, world: Any) -> int:
+    def chosen(options: Any) -> Any:
+        return options(*(getattr(args, name) for name in options._fields))
+
+    if args.command == "bench":
+        from ..bench import report
+
+        return report.main(world, chosen(report.Options))
+    if args.command == "bench utilisation":
+        from ..bench import utilisation
+
+        return utilisation.main(world, chosen(utilisation.Options))
+    from ..bench import problem
+    from ..transport.agreement import raise_on_all
+
+    names = {f.name for f in fields(Config)}
+    given = {key: value for key, value in vars(args).items() if key in names}
+    config = raise_on_all(world, lambda: _named(load(args.config, given | BENCHED, args.sets)))
+    return problem.main(world, config, chosen(problem.Options))
+
+
+def _named(config: Config, alternative: str = "") -> Config:
+    """`config`, which must name a problem."""
+    if not config.problem:
+        raise ValueError(f"which problem? Give MODULE:PROBLEM, or a --config that names one{alternative}")
+    return config
 
 
 def _simulate(args: argparse.Namespace, world: Any) -> int:
@@ -182,9 +205,7 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
         if args.timing_only:
             result = simulate.network(config, timing)
             return lambda: result
-        if not config.problem:
-            raise ConfigError("which problem? Give MODULE:PROBLEM, or a --config that names one, or --timing-only")
-        return simulate.run(config, timing)
+        return simulate.run(_named(config, ", or --timing-only"), timing)
 
     result = raise_on_all(world, prepare_run)()
     if args.timing_only:

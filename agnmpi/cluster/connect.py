@@ -7,6 +7,7 @@ from typing import NamedTuple
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, full_like, to_host
+from ..arrays.encodings import get
 from ..core.center import Center, SummedCenter
 from ..core.ends import CenterEnd, WorkerEnd
 from ..core.observer import Observer
@@ -16,8 +17,8 @@ from ..core.rules import Rule
 from ..core.worker import Worker
 from ..transport.chunks import bcast_in_pieces
 from ..transport.communication_thread import ThreadedEnd
+from ..transport.composed import ShardedWorker, encode
 from ..transport.local import LocalCenter
-from ..transport.sharded import ShardedWorker
 from ..transport.staging import make_wire
 from .roles import CenterRole, LocalRole, PeerRole, Role, ShardRole, WorkerRole
 from .setup import Setup
@@ -62,6 +63,10 @@ class Connector(NamedTuple):
         assert transport.make_worker is not None
         return transport.make_worker(comm, like, transport)
 
+    def encoded(self, end: WorkerEnd, like: Array, residual: Array | None) -> WorkerEnd:
+        """`end` with the encodings of the transport, for vectors like `like` (n,)."""
+        return encode(end, like, self.setup.transport.encoding, self.setup.transport.pull_encoding, residual)
+
     def center(self, comm: MPI.Comm, x: Array) -> CenterRole:
         """The role of the center, rank 0 of `comm`, which begins from `x` (n,)."""
         x = x if self.setup.transport.center_device == "gpu" else to_host(x)
@@ -99,23 +104,28 @@ class Connector(NamedTuple):
     def _local(self, x: Array) -> LocalRole:
         c, count = x.copy(), self.setup.transport.workers
         center = self._state(c, count)
-        end = LocalCenter(c, count, center.apply)
-        copies = [x if i == 0 else x.copy() for i in range(count)]
-        workers = [Worker(copy, self.rule, self.optimizer, end.worker_end(i), i) for i, copy in enumerate(copies)]
+        end = LocalCenter(c, count, center.apply, self.setup.transport.pull_encoding)
+        workers = []
+        for i, copy in enumerate([x, *(x.copy() for _ in range(count - 1))]):
+            residual = None if get(self.setup.transport.encoding).exact else full_like(x, 0)
+            encoded = self.encoded(end.worker_end(i), copy, residual)
+            workers.append(Worker(copy, self.rule, self.optimizer, encoded, i, residual=residual))
         return LocalRole(center, workers, count, end)
 
     def _worker(self, comm: MPI.Comm, x: Array) -> WorkerRole:
         transport = self.setup.transport
         centers = self.setup.center_ranks
         spans, index = list(parts(x.size, len(centers))), comm.rank - sum(rank < comm.rank for rank in centers)
+        residual = None if get(transport.encoding).exact else full_like(x, 0)
         ends = []
         for i, span in enumerate(spans):
-            ends.append(self.worker_end(_group(comm, i, centers), x[span]))
+            end = self.worker_end(_group(comm, i, centers), x[span])
+            ends.append(self.encoded(end, x[span], None if residual is None else residual[span]))
         end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
         if self.setup.threaded:
             end = ThreadedEnd(end, x)
         worker = Worker(
-            x, self.rule, self.optimizer, end, index, self.setup.overlap, double_buffer=transport.replicates_state
+            x, self.rule, self.optimizer, end, index, self.setup.overlap, transport.replicates_state, residual
         )
         count = comm.size - len(centers)
         return WorkerRole(Center(self.rule, x[:0], count), [worker], count)  # the center's state is on another rank

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from mpi4py import MPI
 
+from ..arrays.encodings import get
 from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
@@ -130,6 +131,15 @@ def _refusals(
         (
             optimizer is None and rule.accumulates,
             "variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'",
+        ),
+        (
+            rule.pulls == "before" and not (get(transport.encoding).exact and get(transport.pull_encoding).exact),
+            f"rule {rule.name} takes from x what it adds to c, so both must be exact: leave encoding and pull_encoding",
+        ),
+        (
+            outlives_loss(transport) and transport.pull_encoding in ("int8", "int4"),
+            f"pull_encoding {transport.pull_encoding} with ULFM: a worker that takes over would begin from rounded "
+            "numbers; use float32 or bf16",
         ),
         (
             setup.overlap and not caps.overlap,

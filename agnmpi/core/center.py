@@ -281,7 +281,8 @@ class Center:
     def _step(self, commit: Commit, c: Array, weight: float) -> None:
         assert commit.payload is not None
         staleness = self.clock - commit.clock
-        self.state = center_step(c, commit.payload, weight, self.optimizer, self.state, self.steps, self.on_block)
+        delta, encoding = commit.payload, commit.encoding
+        self.state = center_step(c, delta, weight, self.optimizer, self.state, self.steps, self.on_block, encoding)
         self.clock += commit.commits
         self.steps += commit.steps
         self.staleness_sum += staleness * commit.commits

@@ -30,6 +30,7 @@ class Capabilities(NamedTuple):
     outlives_loss: bool = False  # where MPI reports failed ranks, workers and center go on without them
     device_center: bool = False  # the center variable may lie on a GPU
     direct: bool = False  # device pointers may be handed to MPI
+    encodings: bool = False  # deltas and pulls may be encoded
     overlap: bool = True  # exchanges take time, in which a worker can compute
 
 

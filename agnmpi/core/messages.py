@@ -1,7 +1,7 @@
 """The messages between a worker and a center: commits, replies, and the snapshot of a center's state beside c."""
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import nan
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ from .leases import NONE, Lease
 # Plain ints, not IntFlags: each `&` of an IntFlag takes 1 µs in Python 3.11, and a message of one number some 50 µs.
 # Commit.requests: what a message asks for, besides applying its payload.
 # IDLE: this worker holds no steps, whatever the center thinks; it waits for work, if others hold some.
-PULL, WORK, LEAVE, IDLE = 1, 2, 4, 8
+# ENCODED: c is to come in the encoding of pulls.
+PULL, WORK, LEAVE, IDLE, ENCODED = 1, 2, 4, 8, 16
 # Commit.flags: what is known of the payload.
 # NOT_FINITE: its worker has checked it, so that the center need not read it again.
 # MISFIT: not a commit to this model; set by the center's end.
@@ -38,9 +39,9 @@ class Commit(NamedTuple):
         first_step: number of the first of them, over the whole run.
         clock: of the center when this worker last pulled.
         commits: deltas summed in the payload.
-        requests: PULL, WORK, LEAVE, IDLE.
+        requests: PULL, WORK, LEAVE, IDLE, ENCODED.
         flags: NOT_FINITE, MISFIT.
-        encoding: of the payload; 0: the vector as it is.
+        encoding: of the payload, its number; 0: the vector as it is.
         nbytes: of the payload.
         total: with WORK and no payload, this rank's number of steps in the session; -1 without end.
         loss: mean training loss over the steps.
@@ -75,14 +76,16 @@ class Commit(NamedTuple):
             raise ValueError(f"a commit's header has {_COMMIT.size} bytes, not {len(header)}")
         return cls(*_COMMIT.unpack(header))
 
-    def received_from(self, worker: int, nbytes: int) -> "Commit":
-        """This header as it came from `worker`: with MISFIT unless its payload is empty or a vector of `nbytes`.
+    def received_from(self, worker: int, sizes: Sequence[int]) -> "Commit":
+        """This header as it came from `worker`: with MISFIT unless its payload is empty or a vector of this model.
+
+        `sizes`: bytes of a vector in each encoding that is understood, by number.
 
         Raises ValueError for an impossible length: then the payload cannot be separated from later messages.
         """
         if not 0 <= self.nbytes <= _MAX_BYTES:
             raise ValueError(f"worker {worker} announces {self.nbytes} bytes")
-        fits = self.nbytes in (0, nbytes) and not self.encoding
+        fits = self.nbytes == 0 or (0 <= self.encoding < len(sizes) and self.nbytes == sizes[self.encoding])
         if self.worker == worker and fits and self.steps >= 0 and self.commits == 1:
             return self
         return self._replace(worker=worker, steps=max(self.steps, 0), commits=1, flags=self.flags | MISFIT)

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..arrays.backend import Array
-from ..arrays.kernels import run
+from ..arrays.backend import Array, blocks, empty_like
+from ..arrays.encodings import NAMES, Encoding, get
+from ..arrays.kernels import PIECE, run
 from .optimizers import Optimizer
 
 
@@ -380,14 +381,33 @@ def center_step(
     state: Any,
     steps: int = 0,
     on_block: Callable[[int], None] | None = None,
+    encoding: int = 0,
 ) -> Any:
     """Move the center in place: c ← c + weight·delta, or one step of `optimizer` on −weight·delta.
 
-    `c`, `delta`: (n,); `delta` is not changed; `steps`: local steps in all earlier commits, the position of the
-    center's rate schedule; `on_block`: called after each block with its end: c is final up to there. Returns the new
-    state of the optimizer.
+    `c`: (n,); `delta`: (n,) or, with `encoding`, its bytes; not changed; `steps`: local steps in all earlier commits,
+    the position of the center's rate schedule; `on_block`: called after each block with its end: c is final up to
+    there. Returns the new state of the optimizer.
     """
+    if encoding:
+        return _decoded_step(c, delta, get(NAMES[encoding]), weight, optimizer, state, steps, on_block)
     if optimizer is not None:
         return optimizer.update(delta, state, c, scale=-weight, step=steps, on_block=on_block)
     run("add", [delta], [weight], [c], on_block=on_block)
+    return state
+
+
+def _decoded_step(
+    c: Array, data: Array, encoding: Encoding, weight: float, optimizer: Optimizer | None, state: Any, steps: int,
+    on_block: Callable[[int], None] | None,
+) -> Any:  # fmt: skip
+    """As `center_step`, with encoded `data`: decoded and added in one pass."""
+    if optimizer is not None:
+        encoding.decode(data, delta := empty_like(c))
+        return center_step(c, delta, weight, optimizer, state, steps, on_block)
+    for part in blocks(c, size=PIECE):  # a multiple of the encodings' blocks
+        first, last = encoding.nbytes(part.start), encoding.nbytes(part.stop)
+        encoding.decode_add(data[first:last], c[part], weight)
+        if on_block:
+            on_block(part.stop)
     return state

@@ -8,7 +8,6 @@ from math import cos, isfinite, pi
 from typing import TypeAlias
 
 Schedule: TypeAlias = Callable[[int], float]
-SCHEDULES = ("constant", "step", "cosine")
 
 
 def positive(name: str, value: float) -> None:
@@ -102,3 +101,11 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
     """
     positive("steps", steps)
     return lambda step: schedule(step) * min(1.0, (step + 1) / steps)
+
+
+# By name on the command line: (rate, steps of the run, every, factor) -> the schedule.
+SCHEDULES: dict[str, Callable[[float, int, int, float], Schedule]] = {
+    "constant": lambda rate, _steps, _every, _factor: constant(rate),
+    "step": lambda rate, _steps, every, factor: step_decay(rate, every, factor),
+    "cosine": lambda rate, steps, _every, _factor: cosine(rate, steps),
+}

@@ -127,7 +127,8 @@ class VirtualWorker(WorkerEnd):
     """
 
     def __init__(self, worker: int, stations: list[Station], parts: list[slice]) -> None:
-        self._worker, self._stations, self._parts = worker, stations, parts
+        self._worker, self._stations = worker, stations
+        self._parts = parts if len(parts) > 1 else [slice(None)]  # bytes, where they are encoded
         self._clocks = [0] * len(parts)  # of each center when this worker last pulled
 
     def exchange(self, commit: Commit, out: Array | None) -> VirtualHandle:

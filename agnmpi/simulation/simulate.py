@@ -26,6 +26,7 @@ from ..training.config import Config
 from ..training.monitor import Monitor, format_metrics
 from ..training.outputs import conclude, dropped_lines, headline, repeatable, run_directory
 from ..training.problem import gradient_of, prepare
+from ..transport.composed import EncodedHandle, encode
 from ..transport.local import LocalCenter
 from ..version import __version__
 from .network import Agenda, Station, VirtualHandle, VirtualWorker
@@ -47,6 +48,9 @@ class Stage:
         self.problem, layout, self.x = prepare(config.problem, config.options, config.seed, config.device, 0)
         self.layout = layout
         self.plan = Plan(self.problem.samples, config.batch, config.epochs, config.steps, config.seed)
+        encodings = config.encoding, config.pull_encoding
+        if centers > 1 and encodings != ("float32", "float32"):
+            raise ValueError(f"encodings {encodings} with {centers} centers are not simulated: take one center")
         if centers > layout.size:
             raise ValueError(f"{centers} centers for a model of {layout.size} numbers: each needs at least one")
         self.c = full_like(self.x, self.x)
@@ -54,7 +58,9 @@ class Stage:
         optimizer = config.make_center_optimizer(self.plan.steps)
         self.centers = [Center(self.rule, self.c[part], n, optimizer) for part in self.parts]
         self.leases = self.centers[0].leases = Leases(self.plan.steps, config.period)
-        self.locals = [LocalCenter(self.c[p], n, partial(self._apply, i)) for i, p in enumerate(self.parts)]
+        self.locals = [
+            LocalCenter(self.c[p], n, partial(self._apply, i), config.pull_encoding) for i, p in enumerate(self.parts)
+        ]
         self.staleness: list[int] = []
         self._monitor: Monitor | None = None
         self._recorder: record.Recorder | None = None
@@ -79,7 +85,8 @@ class Stage:
         optimizer, g = self.config.make_optimizer(self.plan.steps), self.x.copy()
         sessions = list[Iterator[int | Handle]]()
         for i in range(self.config.workers):
-            worker = Worker(full_like(self.x, self.x), self.rule, optimizer, end(i), i, self.config.overlap)
+            encoded = encode(end(i), self.x, self.config.encoding, self.config.pull_encoding)
+            worker = Worker(full_like(self.x, self.x), self.rule, optimizer, encoded, i, self.config.overlap)
             worker.total = self.plan.steps
             # One vector for all gradients: each is used before the next is computed.
             sessions.append(session(worker, gradient_of(self.problem, self.layout, self.plan, worker.x, g)))
@@ -196,9 +203,10 @@ def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
                 computed += duration
                 agenda.at(agenda.now + duration, worker, partial(advance, worker))
                 return
-            assert isinstance(item, VirtualHandle)
-            if not item.test():
-                item.then = partial(advance, worker)
+            handle = item.handle if isinstance(item, EncodedHandle) else item
+            assert isinstance(handle, VirtualHandle)
+            if not handle.test():
+                handle.then = partial(advance, worker)
                 return
 
     def drive() -> None:

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..arrays.encodings import NAMES
 from ..core.ends import Capabilities
 from ..core.optimizers import OPTIMIZERS, Optimizer
 from ..core.rules import RULES, Rule, Weight, outer_rate, staleness_cap, staleness_power, weighted
-from ..core.schedules import SCHEDULES, Schedule, constant, cosine, step_decay, warmup
+from ..core.schedules import SCHEDULES, Schedule, constant, warmup
 from ..transport import registry
 from .options import Refusal, canonical, check, documented, known, option, overlay, read_toml, refuse
 
@@ -83,6 +84,8 @@ class Config:
     message_buffers: int = option(
         4, "transport", "vectors at a p2p center for messages on their way", int, least=1, also=("slots",)
     )
+    encoding: str = option("float32", "transport", "of commits on the wire, with error feedback", choices=NAMES)
+    pull_encoding: str = option("float32", "transport", "of pulls; the last of a run is float32", choices=NAMES)
     wire: str = option(
         "auto",
         "transport",
@@ -107,7 +110,7 @@ class Config:
     )
     weight_decay: float | None = option(None, "optimizer", "weight decay w [default: the optimizer's]", float)
     clip: float = option(0.0, "optimizer", "largest global norm of a gradient; 0: none", float, least=0)
-    schedule: str = option("constant", "optimizer", "how the rate goes over the run's steps", choices=SCHEDULES)
+    schedule: str = option("constant", "optimizer", "how the rate goes over the run's steps", choices=list(SCHEDULES))
     decay_every: int = option(0, "optimizer", "steps between decays, for --schedule step", int)
     decay_factor: float = option(0.1, "optimizer", "factor of a decay, for --schedule step", float, positive=True)
     warmup: int = option(0, "optimizer", "steps over which the rate rises at the start", int, least=0)
@@ -195,7 +198,8 @@ class Config:
 
     def make_transport(self) -> registry.Transport:
         """The transport, with its options."""
-        options = {name: getattr(self, name) for name in ("centers", "message_buffers", "wire", "center_device")}
+        names = ("centers", "message_buffers", "wire", "center_device", "encoding", "pull_encoding")
+        options = {name: getattr(self, name) for name in names}
         return registry.resolve(self.transport, self.make_rule().allreduce, workers=self.workers, **options)
 
     @property
@@ -218,11 +222,7 @@ class Config:
     def make_schedule(self, steps: int) -> Schedule:
         """The rate as a function of the step, in a run of `steps` steps."""
         assert self.rate is not None
-        schedule = constant(self.rate)
-        if self.schedule == "step":
-            schedule = step_decay(self.rate, self.decay_every, self.decay_factor)
-        elif self.schedule == "cosine":
-            schedule = cosine(self.rate, steps)
+        schedule = SCHEDULES[self.schedule](self.rate, steps, self.decay_every, self.decay_factor)
         return warmup(schedule, self.warmup) if self.warmup else schedule
 
     def make_optimizer(self, steps: int) -> Optimizer:

@@ -131,7 +131,8 @@ class Job(Observer):
         threads = [int(text) for text in allgather(self.world, str(blas_threads()))] if config.record else []
         self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
         if self.rank == 0:
-            lines = introduction(config, self.layout, plan, session.role.count, self.world.size, self.setup, self.name)
+            centers = list(map(self.name, self.centers))
+            lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers, self.setup)
             begins = lines + self._announcements, threads[-session.role.count :]
             self.duties = Duties(self._run(), begins=begins)
             if resumed is not None:

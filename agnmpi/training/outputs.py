@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -154,11 +154,10 @@ def centers_line(centers: Sequence[str], most: int = 8) -> str:
 
 
 def introduction(
-    config: Config, layout: Layout, plan: Plan, workers: int, size: int, setup: Setup, name: Callable[[int], str]
+    config: Config, layout: Layout, plan: Plan, workers: int, size: int, centers: Sequence[str], setup: Setup
 ) -> list[str]:
-    """Messages about a run before it begins; `name`: describes a rank."""
+    """Messages about a run before it begins; `centers`: names of the ranks that serve."""
     ranks, unthreaded = f"{size} rank{'s' if size > 1 else ''}", setup.unthreaded if setup.overlap else ""
-    centers = list(map(name, setup.center_ranks))
     return [
         headline(config, layout, plan),
         f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "

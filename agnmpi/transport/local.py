@@ -4,8 +4,9 @@ from collections import deque
 from collections.abc import Callable
 
 from ..arrays.backend import Array
+from ..arrays.encodings import encode_pull, get
 from ..core.ends import Apply, CenterEnd, Chained, Handle, WorkerEnd
-from ..core.messages import LEAVE, PULL, Commit, Reply
+from ..core.messages import ENCODED, LEAVE, PULL, Commit, Reply
 
 
 class LocalCenter(CenterEnd):
@@ -15,12 +16,13 @@ class LocalCenter(CenterEnd):
         c: (n,) center variable, moved in place.
         workers: their number.
         apply: processes the messages that a worker's `wait` serves.
+        pull_encoding: of c, for those who ask for it.
     """
 
     live = progress = 0  # workers that have not left; nothing here takes time
 
-    def __init__(self, c: Array, workers: int, apply: Apply) -> None:
-        self._c, self.live = c, workers
+    def __init__(self, c: Array, workers: int, apply: Apply, pull_encoding: str = "float32") -> None:
+        self._c, self.live, self.pull_encoding = c, workers, get(pull_encoding)
         self.apply = apply
         self._workers = workers
         self._queue: deque[LocalHandle] = deque()
@@ -61,7 +63,9 @@ class LocalCenter(CenterEnd):
             return False
         if handle.commit.requests & LEAVE:
             self.live -= 1
-        if handle.out is not None:
+        if handle.commit.requests & ENCODED and handle.out is not None:
+            encode_pull(self.pull_encoding, self.c, handle.out, reply.clock)
+        elif handle.out is not None:
             handle.out[...] = self.c
         handle.reply = reply
         handle.on_reply()

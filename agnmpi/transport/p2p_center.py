@@ -8,24 +8,13 @@ from functools import partial
 from mpi4py import MPI
 
 from ..arrays.backend import Array, to_host
+from ..arrays.encodings import get
 from ..core.backoff import wait_until
 from ..core.ends import Apply, CenterEnd
-from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
+from ..core.messages import ENCODED, LEAVE, MISFIT, PULL, Commit, Reply
 from .chunks import ALL, INLINE, PIECE, Stream, Ticks, discarded
-from .peers import (
-    CENTER_VARIABLE,
-    DELTA,
-    REPLY,
-    Answer,
-    Buffer,
-    Buffers,
-    Listener,
-    Peer,
-    Peers,
-    State,
-    peer_failed,
-)
-from .staging import cut, make_wire
+from .peers import CENTER_VARIABLE, DELTA, REPLY, Answer, Buffer, Listener, Peer, Peers, State, Vectors, peer_failed
+from .staging import cut
 
 CENTER = 0  # rank
 _PAUSE = 2e-4  # least time between polls while a commit is applied, in seconds
@@ -43,6 +32,7 @@ class P2PCenter(CenterEnd):
         c: (n,) center variable, changed in place.
         message_buffers: Vectors beside c for incoming deltas and outgoing replies.
         wire: "staged" or "direct", where c lies on a device.
+        pull_encoding: Of c in the replies to those who ask for it.
 
     Attributes:
         lost: Workers that have died, with `on_loss` alone; else the error is raised.
@@ -55,11 +45,12 @@ class P2PCenter(CenterEnd):
 
     in_flight_deltas = 0
 
-    def __init__(self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged") -> None:
+    def __init__(
+        self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged", pull_encoding: str = "float32"
+    ) -> None:
         if message_buffers < 1:
             raise ValueError(f"the center needs at least one message buffer, not {message_buffers}")
-        self._center = Buffer(c, make_wire(c, wire))
-        self._buffers = Buffers(c, message_buffers, wire)
+        self._vectors = Vectors(c, message_buffers, wire, get(pull_encoding))
         self._peers = Peers([Peer(rank - 1, comm, rank) for rank in range(1, comm.size)])
         self._listener = Listener(comm, self._peers.all, c)
         self._expected = set[int]()  # workers that have not left, and are neither lost nor silent
@@ -78,7 +69,7 @@ class P2PCenter(CenterEnd):
     @property
     def c(self) -> Array:
         """(n,) the center variable."""
-        return self._center.x
+        return self._vectors.center.x
 
     @property
     def live(self) -> int:
@@ -98,11 +89,12 @@ class P2PCenter(CenterEnd):
     @property
     def buffers_allocated(self) -> int:
         """Vectors allocated beside c."""
-        return self._buffers.allocated
+        return self._vectors.messages.allocated
 
     def open(self) -> None:
         """Begin a session of all workers."""
         self._left = 0
+        self._vectors.pulls.forget()
         self._expected = {peer.index for peer in self._peers.all if peer.state is not State.LOST} - self.silent
         for peer in self._peers.at(State.LEFT):
             self._listen_to(peer)
@@ -123,7 +115,7 @@ class P2PCenter(CenterEnd):
         peer = self._peers.first(State.READY)
         if peer is None:
             return time.perf_counter() >= self._retry_at and self._serve_parked(apply)
-        if peer.commit.nbytes and not self._writable_center():
+        if not self._vectors.may_serve(peer.commit, self._lent(), len(self._used_by_silent())):
             self._poll_at = 0.0  # for the reply that reads c
             return False
         self._serve(peer, apply)
@@ -137,11 +129,11 @@ class P2PCenter(CenterEnd):
         commit, buffer = peer.commit, peer.buffer
         peer.buffer, self._serving = None, peer
         self._peers.move(peer, State.ANSWERING)
-        reply = apply(commit if buffer is None else commit._replace(payload=buffer.x), self.c)
+        reply = apply(commit if buffer is None else commit._replace(payload=buffer.delta), self.c)
         self._serving = None
         self.in_flight_deltas -= commit.nbytes > 0
         if buffer is not None:
-            self._buffers.release(buffer, self._lent())
+            self._vectors.messages.release(buffer, self._lent())
         if peer.state is State.LOST:
             return
         if reply is None:
@@ -169,25 +161,25 @@ class P2PCenter(CenterEnd):
         """Begin a reply, with c if requested."""
 
         def begin() -> bool:
-            header, c = reply.encode(), self._center.x
-            if peer.commit.requests & PULL and c.nbytes <= INLINE:
-                header = to_host(c).tobytes() + header
+            header, source = reply.encode(), self._vectors.pulled(peer.commit, reply.clock, self._lent())
+            if peer.commit.requests & PULL and source.x.nbytes <= INLINE:
+                header = to_host(source.x).tobytes() + header
             elif peer.commit.requests & PULL:
-                self._send(peer, c.size)
+                self._send(peer, source, source.x.size)
             request = peer.comm.Isend(header, peer.rank, REPLY)
-            peer.answer, peer.out = Answer(header, request, peer.out, self._center), None
-            self._center.readers += peer.answer.stream is not None
+            peer.answer, peer.out = Answer(header, request, peer.out, source), None
+            source.readers += peer.answer.stream is not None
             return True
 
         if self._try(peer, begin):
             self._push(peer)
 
-    def _send(self, peer: Peer, stop: int) -> bool:
-        """Send c to a worker, up to element `stop`."""
-        c = self._center.x
+    def _send(self, peer: Peer, source: Buffer, stop: int) -> bool:
+        """Send c in `source` to a worker, up to element `stop`."""
+        c = source.x
         if peer.out is None:
             post = partial(peer.comm.Isend, dest=peer.rank, tag=CENTER_VARIABLE)
-            peer.out = Stream(post, self._center.outgoing(), c.size, self._ticks, limit=0)
+            peer.out = Stream(post, source.outgoing(), c.size, self._ticks, limit=0)
         peer.out.extend(stop if stop == c.size else stop - stop % (PIECE // c.dtype.itemsize))
         return True
 
@@ -203,20 +195,8 @@ class P2PCenter(CenterEnd):
             self._listen_to(peer)
 
     def _done_reading(self, answer: Answer) -> None:
-        buffer = answer.buffer
-        buffer.readers -= answer.stream is not None
-        if answer.stream and not buffer.readers and buffer is not self._center:
-            self._buffers.release(buffer, self._lent())
-
-    def _writable_center(self) -> bool:
-        """Make c safe to change: if a reply still reads it, continue with a copy; False if no buffer is free."""
-        if self._center.readers:
-            copy = self._buffers.acquire(len(self._used_by_silent()))
-            if copy is None:
-                return False
-            copy.x[...] = self._center.x
-            self._center = copy  # the old one becomes a message buffer when its last reply is sent
-        return True
+        if answer.stream is not None:
+            self._vectors.done_reading(answer.buffer, self._lent())
 
     def _used_by_silent(self) -> set[Buffer]:
         if not self.silent:
@@ -224,12 +204,8 @@ class P2PCenter(CenterEnd):
         return set[Buffer]().union(*(self._peers.all[worker].buffers_in_use for worker in self.silent))
 
     def _lent(self) -> int:
-        """Message buffers in use by silent workers: the others get as many extra, until these are returned.
-
-        If they read c itself, one extra may be allocated for its copy, but for nothing else: without it nobody could be
-        served.
-        """
-        return len(self._used_by_silent() - {self._center}) if self.silent else 0
+        """Message buffers in use by silent workers, as `Vectors` says."""
+        return len(self._used_by_silent() - {self._vectors.center}) if self.silent else 0
 
     # Polling: receives headers and deltas, sends replies. It applies and reports nothing and does not change c: so it
     # may run during an apply.
@@ -240,8 +216,9 @@ class P2PCenter(CenterEnd):
         Its worker may turn out to be dead here, as any other. `serve_one` reports it later.
         """
         peer = self._serving
-        if peer and peer.state is not State.LOST and peer.commit.requests & PULL and self.c.nbytes > INLINE:
-            self._try(peer, partial(self._send, peer, stop))
+        follows = peer and peer.state is not State.LOST and peer.commit.requests & (PULL | ENCODED) == PULL
+        if peer and follows and self.c.nbytes > INLINE:
+            self._try(peer, partial(self._send, peer, self._vectors.center, stop))
         if self.live > 1 and time.perf_counter() >= self._poll_at:
             self._poll()
 
@@ -306,7 +283,7 @@ class P2PCenter(CenterEnd):
         for peer in self._peers.at(State.RECEIVING):
             if peer.delta and self._try(peer, peer.delta.test):
                 if peer.buffer is not None:
-                    peer.buffer.wire.settle(peer.buffer.x)
+                    peer.buffer.wire.settle(peer.buffer.delta)
                 self._complete(peer)
 
     def _next_delta(self) -> Peer | None:
@@ -325,12 +302,12 @@ class P2PCenter(CenterEnd):
         if peer.commit.flags & MISFIT:
             peer.delta = Stream(post, discarded(nbytes), nbytes, self._ticks, in_flight=1, limit=0)
         else:
-            buffer = peer.buffer = self._buffers.acquire(self._lent())
+            buffer = peer.buffer = self._vectors.messages.acquire(self._lent())
             if buffer is None:
                 return False
-            pieces = cut(buffer.wire.incoming(buffer.x), PIECE)
-            arrived = partial(buffer.wire.arrived, buffer.x)
-            peer.delta = Stream(post, pieces, buffer.x.size, self._ticks, done=arrived, limit=0)
+            buffer.delta = delta = buffer.x if not peer.commit.encoding else buffer.x.view("u1")[:nbytes]
+            pieces, arrived = cut(buffer.wire.incoming(delta), PIECE), partial(buffer.wire.arrived, delta)
+            peer.delta = Stream(post, pieces, delta.size, self._ticks, done=arrived, limit=0)
         self._peers.move(peer, State.RECEIVING)
         self.in_flight_deltas += 1
         # The stream belongs to the peer already: if a later receive fails, the memory of the posted ones lives on
@@ -390,9 +367,9 @@ class P2PCenter(CenterEnd):
         if peer.state in (State.RECEIVING, State.READY):
             self.in_flight_deltas -= peer.commit.nbytes > 0
         if peer.buffer is not None and peer.state is State.READY:
-            self._buffers.release(peer.buffer, self._lent())
+            self._vectors.messages.release(peer.buffer, self._lent())
         elif peer.buffer is not None:
-            self._buffers.abandon()
+            self._vectors.messages.abandon()
         if peer.answer is not None:
             self._done_reading(peer.answer)
         self._peers.move(peer, State.LOST)

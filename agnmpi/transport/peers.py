@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array, bring, empty_like
-from ..core.messages import COMMIT_BYTES, MISFIT, Commit
+from ..arrays.backend import Array, bring, empty, empty_like
+from ..arrays.encodings import Encoding, encode_pull, sizes
+from ..core.messages import COMMIT_BYTES, ENCODED, MISFIT, Commit
 from .chunks import INLINE, PIECE, Stream
 from .staging import Wire, cut, make_wire
 
@@ -22,6 +23,7 @@ class Buffer:
 
     def __init__(self, x: Array, wire: Wire) -> None:
         self.x, self.wire, self.readers = x, wire, 0
+        self.delta = x  # what is received into x: all of it, or the bytes of an encoded delta
         self._copied: Iterator[Array] = iter(())  # what the wire gives out for the current x, from the beginning
 
     def outgoing(self) -> Iterator[Array]:
@@ -46,12 +48,16 @@ class Buffers:
 
     def acquire(self, lent: int) -> Buffer | None:
         """Return a buffer, or None if all are in use; `lent`: how many are in use by silent workers."""
+        if not self.available(lent):
+            return None
         if self._free:
             return self._free.pop()
-        if self.allocated - lent >= self._limit:
-            return None
         self.allocated += 1
         return Buffer(empty_like(self._like), make_wire(self._like, self._wire))
+
+    def available(self, lent: int) -> bool:
+        """Whether `acquire` would return one."""
+        return bool(self._free) or self.allocated - lent < self._limit
 
     def release(self, buffer: Buffer, lent: int) -> None:
         """Make `buffer` free again, or drop it if it only replaced one that a silent worker has returned since."""
@@ -63,6 +69,94 @@ class Buffers:
     def abandon(self) -> None:
         """Do not count one that stays with a dead worker; another may be allocated instead."""
         self.allocated -= 1
+
+
+class EncodedPulls:
+    """c as workers pull it, encoded once for each clock, in vectors that replies read while c moves on.
+
+    Args:
+        encoding: of the pulls.
+        like: c (n,).
+        limit: vectors that replies under way may read at a time.
+        wire: as of the center.
+    """
+
+    def __init__(self, encoding: Encoding, like: Array, limit: int, wire: str) -> None:
+        self._encoding = encoding
+        self._buffers = Buffers(empty(encoding.nbytes(like.size, like.dtype), "u1", like), limit, wire)
+        self._current: Buffer | None = None
+        self._clock = -1  # of what `_current` holds
+        encoding.prepare(like)
+
+    def room(self, lent: int) -> bool:
+        """Whether c can be encoded at another clock; else some replies must be sent first. `lent`: as of `Buffers`."""
+        return self._current is None or not self._current.readers or self._buffers.available(lent)
+
+    def at(self, c: Array, clock: int, lent: int) -> Buffer:
+        """`c` at `clock`, encoded; there is `room`."""
+        if clock != self._clock:
+            if self._current is None or self._current.readers:
+                self._current = self._buffers.acquire(lent)
+            assert self._current is not None
+            encode_pull(self._encoding, c, self._current.x, clock)
+            self._clock = clock
+        assert self._current is not None
+        return self._current
+
+    def forget(self) -> None:
+        """c may have changed without its clock."""
+        self._clock = -1
+
+    def done(self, buffer: Buffer, lent: int) -> None:
+        """Nobody reads `buffer` any more."""
+        if buffer is not self._current:
+            self._buffers.release(buffer, lent)
+
+
+class Vectors:
+    """The vectors of a center: c, message buffers, c as it is pulled.
+
+    `lent`, below: message buffers in use by silent workers; the others get as many extra, until these are returned.
+    If they read c itself, one extra may be allocated for its copy, but for nothing else: without it nobody could be
+    served.
+
+    Args:
+        c: (n,) the center variable.
+        limit: message buffers.
+        wire: as of the center.
+        pulls: the encoding of c for those who ask for it.
+    """
+
+    def __init__(self, c: Array, limit: int, wire: str, pulls: Encoding) -> None:
+        self.center = Buffer(c, make_wire(c, wire))
+        self.messages = Buffers(c, limit, wire)
+        self.pulls = EncodedPulls(pulls, c, limit, wire)
+
+    def may_serve(self, commit: Commit, lent: int, lent_with_center: int) -> bool:
+        """Whether there is room to serve this message. c is safe to change then: if a reply reads it, a copy of it."""
+        if commit.requests & ENCODED and not self.pulls.room(lent):
+            return False
+        if commit.nbytes and self.center.readers:
+            copy = self.messages.acquire(lent_with_center)
+            if copy is None:
+                return False
+            copy.x[...] = self.center.x
+            self.center = copy  # the old one becomes a message buffer when its last reply is sent
+        return True
+
+    def pulled(self, commit: Commit, clock: int, lent: int) -> Buffer:
+        """What the reply to this message sends of c."""
+        return self.pulls.at(self.center.x, clock, lent) if commit.requests & ENCODED else self.center
+
+    def done_reading(self, buffer: Buffer, lent: int) -> None:
+        """A reply that has read `buffer` is sent."""
+        buffer.readers -= 1
+        if buffer.readers or buffer is self.center:
+            return
+        if buffer.x.dtype == np.uint8:
+            self.pulls.done(buffer, lent)
+        else:
+            self.messages.release(buffer, lent)
 
 
 def peer_failed(error: MPI.Exception) -> bool:
@@ -163,6 +257,7 @@ class Listener:
 
     def __init__(self, comm: MPI.Comm, peers: list[Peer], like: Array) -> None:
         self._comm, self._peers, self._like = comm, {peer.rank: peer for peer in peers}, like
+        self._sizes = sizes(like.size, like.dtype)
         self._buffer, self._status = bytearray(COMMIT_BYTES + INLINE), MPI.Status()
 
     def poll(self) -> tuple[Peer, Commit] | None:
@@ -174,11 +269,11 @@ class Listener:
         message.Recv(self._buffer)  # so small that it came with its envelope
         header, inline = self._buffer[:COMMIT_BYTES], bytes(self._buffer[COMMIT_BYTES:count])
         peer = self._peers[self._status.Get_source()]
-        commit = Commit.decode(header).received_from(peer.index, self._like.nbytes)
+        commit = Commit.decode(header).received_from(peer.index, self._sizes)
         if inline and len(inline) != commit.nbytes:
             commit = commit._replace(flags=commit.flags | MISFIT)
         if inline:
-            dtype = np.dtype(np.uint8) if commit.flags & MISFIT else self._like.dtype
+            dtype = np.dtype(np.uint8) if commit.flags & MISFIT or commit.encoding else self._like.dtype
             commit = commit._replace(payload=bring(np.frombuffer(inline, dtype), self._like))
         return peer, commit
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..arrays.backend import Array
+from ..arrays.encodings import get
 from ..core.ends import Apply, Capabilities, CenterEnd, WorkerEnd
 from .staging import make_wire
 
@@ -42,6 +43,8 @@ class Transport:
         center_device: "gpu" keeps the center where rank 0's parameters lie, else "cpu".
         workers: where all of them run in one process.
         replicates_state: replies hold the center's state beside c, so that a worker can take over.
+        encoding: of commits on the wire, a name of `arrays.encodings`.
+        pull_encoding: of pulls.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Transport:
     center_device: str = "cpu"
     workers: int = 1
     replicates_state: bool = False
+    encoding: str = "float32"
+    pull_encoding: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("centers", "message_buffers", "workers"):
@@ -65,6 +70,11 @@ class Transport:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}")
         if self.center_device == "gpu" and not self.capabilities.device_center:
             raise ValueError(f"a center on a GPU needs transport {names_with('device_center')}, not {self.name}")
+        for name in ("encoding", "pull_encoding"):
+            if not get(getattr(self, name)).exact and not self.capabilities.encodings:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} needs transport {names_with('encodings')}: {self.name} sends numbers"
+                )
 
     @property
     def wanted_centers(self) -> Centers:
@@ -92,7 +102,7 @@ def _p2p_worker(comm: "MPI.Comm", like: Array, transport: Transport) -> WorkerEn
 def _p2p_center(comm: "MPI.Comm", c: Array, transport: Transport) -> CenterEnd:
     from .p2p_center import P2PCenter
 
-    return P2PCenter(comm, c, transport.message_buffers, transport.wire)
+    return P2PCenter(comm, c, transport.message_buffers, transport.wire, transport.pull_encoding)
 
 
 def _rma_worker(comm: "MPI.Comm", like: Array, transport: Transport) -> WorkerEnd:
@@ -146,7 +156,7 @@ register(
         "messages, the center applies one whole commit after the other",
         Capabilities(
             center_ranks=True, message_order=True, shards=True, silent_workers=True, outlives_loss=True,
-            device_center=True, direct=True,
+            device_center=True, direct=True, encodings=True,
         ),
         make_worker=_p2p_worker,
         make_center=_p2p_center,
@@ -182,7 +192,9 @@ register(
         floor="allreduce",
     )
 )
-register(Transport("local", "all workers in one process", Capabilities(message_order=True, overlap=False)))
+register(
+    Transport("local", "all workers in one process", Capabilities(message_order=True, overlap=False, encodings=True))
+)
 
 
 def entries() -> Iterator[Transport]:
@@ -249,7 +261,10 @@ def locked(name: str, use_locking: bool) -> str:
     return name if use_locking else "accumulate"
 
 
-def p2p(centers: Centers = 1, message_buffers: int = 4, wire: str = "auto", center_device: str = "cpu") -> Transport:
+def p2p(
+    centers: Centers = 1, message_buffers: int = 4, wire: str = "auto", center_device: str = "cpu",
+    encoding: str = "float32", pull_encoding: str = "float32",
+) -> Transport:  # fmt: skip
     """Two-sided messages: the center applies one whole commit after the other; the default, the best across hosts.
 
     Args:
@@ -258,11 +273,16 @@ def p2p(centers: Centers = 1, message_buffers: int = 4, wire: str = "auto", cent
         message_buffers: vectors at the center for incoming deltas and outgoing replies.
         wire: of vectors on a GPU: "staged", "direct" with CUDA-aware MPI, or "auto".
         center_device: "cpu", or "gpu" to keep the center where rank 0's parameters lie.
+        encoding: of commits: "float32", as they are; "bf16", "int8" or "int4", with error feedback.
+        pull_encoding: of pulls, likewise, without.
 
     Raises:
-        ValueError: for a number below 1.
+        ValueError: for a number below 1, or an unknown encoding.
     """
-    return resolve("p2p", centers=centers, message_buffers=message_buffers, wire=wire, center_device=center_device)
+    return resolve(
+        "p2p", centers=centers, message_buffers=message_buffers, wire=wire, center_device=center_device,
+        encoding=encoding, pull_encoding=pull_encoding,
+    )  # fmt: skip
 
 
 def rma(centers: Centers = 1, wire: str = "auto") -> Transport:

@@ -215,7 +215,7 @@ class RMACenter(WindowsCenter):
                 windows.sync()
                 synced = True
             header = windows.words[windows.header(worker) :][:COMMIT_WORDS].tobytes()
-            self._due.append(Commit.decode(header).received_from(worker, self._c.nbytes))
+            self._due.append(Commit.decode(header).received_from(worker, [self._c.nbytes]))
             self._seen[worker] = posted[worker]
 
     def _first(self) -> Commit | None:

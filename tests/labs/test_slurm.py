@@ -101,9 +101,9 @@ class Slurm:
         """How often the job went back to the queue."""
         return int(re.search(r"Restarts=(\d+)", self.call("scontrol", "show", "job", job)[1])[1])
 
-    def until(self, job, directory, what, holds, seconds=LIMIT):
+    def until(self, job, directory, what, holds):
         """Wait until `holds()`; fails the test if that takes too long, or the job ends without it."""
-        stop = time.monotonic() + seconds
+        stop = time.monotonic() + LIMIT
         while not holds():
             over = ENDED.issuperset(self.states(job))
             if over and holds():

@@ -24,7 +24,7 @@ class Log(Observer):
 class MPIWorld:
     """The first ranks serve, the others work.
 
-    `on_fake_device`: the workers' vectors lie on a device of fake_device; `threaded`: exchanges run in a thread.
+    `on_fake_device`: the workers' vectors lie on a fake device; `threaded`: exchanges run in a thread.
     """
 
     def __init__(self, comm, transport, on_fake_device=False, threaded=False):

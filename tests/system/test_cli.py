@@ -321,6 +321,70 @@ def test_bench_refuses_a_file_that_cannot_be_written_before_it_measures(tmp_path
     assert "exchanges" not in output
 
 
+def test_bench_utilisation(tmp_path):
+    code, output = agnmpi(
+        3, "bench", "utilisation", "--step", "0.002", "--parameters", "20000", "--period", "3", "--periods", "2",
+        "--rounds", "2", "--json", tmp_path / "utilisation.json", timeout=LIMIT,
+    )  # fmt: skip
+    assert code == 0, output
+    report = json.loads((tmp_path / "utilisation.json").read_text())
+    assert [(row["transport"], row["overlap"], row["workers"]) for row in report["rows"]] == [
+        (transport, overlap, 3 if transport == "allreduce" else 2)
+        for transport in ("p2p", "rma", "accumulate", "allreduce")
+        for overlap in (False, True)
+    ]
+    for row in report["rows"]:
+        assert row["bytes"] == 2 * 4 * 20000
+        assert row["compute_seconds"] > 3 * 0.002, "the sleep is part of it"
+        assert row["exchange_seconds"] == row["period_seconds"] - row["compute_seconds"]
+        assert 0 < row["lowest_utilisation"] <= row["utilisation"]
+        assert row["overlap"] or row["hidden"] is None
+    assert output.count("accumulate") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "fit"),
+    [
+        (["--batch", "8"], ["p2p", "rma", "accumulate"]),
+        (["--rule", "synchronous", "--set", "options.dtype=float64"], ["allreduce"]),
+        (["--centers", "2", "--transports", "rma", "p2p"], ["p2p", "rma"]),
+    ],
+    ids=["agn", "synchronous", "centers"],
+)
+def test_bench_of_a_problem(tmp_path, options, fit):
+    code, output = agnmpi(
+        4, "bench", QUADRATIC, "--seconds", "0.02", "--json", tmp_path / "b.json", *options, timeout=LIMIT
+    )
+    assert code == 0, output
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert [costs["transport"] for costs in report["costs"]] == fit
+    assert all(costs["alone"] > 0 and costs["all_at_once"] > 0 for costs in report["costs"])
+    assert {costs["workers"] for costs in report["costs"]} == {4 if fit == ["allreduce"] else 4 - report["centers"]}
+    assert report["step"] == report["gradient_seconds"] + report["optimizer_seconds"] > 0
+    assert (report["numbers"], report["number_bytes"]) == (6, 8 if "synchronous" in options else 4)
+    assert f"So: {report['options']} (" in output
+    assert ("not measured: allreduce" in output) == ("--batch" in options)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "said"),
+    [
+        (1, ["utilisation"], "type: mpiexec -n 3"),
+        (2, ["utilisation", "--step", "nan"], "--step must be a number of seconds, 0 or more, not nan"),
+        (2, ["utilisation", "--period", "0"], "--period must be at least 1, not 0"),
+        (2, [QUADRATIC, "--seconds", "0"], "--seconds must be positive, not 0.0"),
+        (2, [QUADRATIC, "--transports", "allreduce"], "rule agn cannot use transport 'allreduce'; use p2p"),
+        (2, [f"{PROBLEMS}:OtherShape"], "parameter 'w' differs between ranks"),
+        (2, ["problem"], "which problem? Give MODULE:PROBLEM"),
+    ],
+    ids=lambda value: " ".join(value).replace(str(PROBLEMS), "") if isinstance(value, list) else None,
+)
+def test_bench_refuses(tmp_path, ranks, options, said):
+    code, output = agnmpi(ranks, "bench", *options, timeout=LIMIT, cwd=tmp_path)
+    assert code == 2, output
+    assert output.count(said) == 1
+
+
 def test_help():
     code, output = agnmpi(2, "train", "--help", timeout=LIMIT)
     assert code == 0

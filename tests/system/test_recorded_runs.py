@@ -20,6 +20,7 @@ from agnmpi.simulation.timing import Timing
         ["--rule", "aeasgd", "--rate", "0.05"],
         ["--rule", "dynsgd", "--set", "options.dtype=float64"],
         ["--variant", "gradient", "--clip", "0.5"],
+        ["--encoding", "int4", "--pull-encoding", "int8"],
     ],
     ids=" ".join,
 )

@@ -35,6 +35,10 @@ def train(ranks, *options, code=0, problem=QUADRATIC):
         pytest.param(2, ["--transport", "rma", "--no-use-locking"], marks=pytest.mark.long),
         (2, ["--outer-rate", "0.7", "--center-optimizer", "momentum", "--set", "center_options.beta=0.3"]),
         (1, ["--rule", "diloco"]),
+        (2, ["--encoding", "int8", "--pull-encoding", "int4", "--set", "options.unused=600"]),
+        pytest.param(
+            3, ["--centers", "2", "--encoding", "int4", "--set", "options.unused=600"], marks=pytest.mark.long
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )

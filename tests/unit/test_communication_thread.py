@@ -4,9 +4,6 @@ import threading
 
 import numpy as np
 import pytest
-
-pytest.importorskip("mpi4py.MPI")
-
 from mpi4py import MPI
 
 from agnmpi.cluster import setup as setups

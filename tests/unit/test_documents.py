@@ -35,9 +35,9 @@ def options_in(text):
 def options():
     """All options that --help of a command shows, and hidden ones."""
     found = options_in(" ".join(HIDDEN))
-    for command in ("train", "simulate", "bench", "doctor"):
+    for command in ("train", "simulate", "bench", "bench utilisation", "bench problem", "doctor"):
         with pytest.raises(HelpAsked) as asked:
-            parse([command, "--help"])
+            parse([*command.split(), "--help"])
         found |= options_in(str(asked.value))
     return found
 

@@ -1,4 +1,4 @@
-"""Who takes over from a lost center, and that no step is lost or taken twice: without MPI's help, then with it."""
+"""Who takes over from a lost center, and that no step is lost or taken twice; what tests may lose: all without MPI."""
 
 import numpy as np
 import pytest

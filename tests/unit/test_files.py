@@ -130,8 +130,8 @@ def test_saving_takes_no_second_copy(tmp_path):
     assert most < 1e6
 
 
-def a_worker(index=0, size=10):
-    return Worker(np.ones(size, "f4"), rules.agn(), momentum(0.1), None, index)
+def a_worker(index=0):
+    return Worker(np.ones(10, "f4"), rules.agn(), momentum(0.1), None, index)
 
 
 def test_workers_states_are_written_with_each_checkpoint_while_they_are_small():

@@ -47,7 +47,7 @@ def test_messages():
             center.leases.grant(1)
         header = mutate(rng, good.encode())
         try:
-            commit = Commit.decode(header).received_from(1, 24)
+            commit = Commit.decode(header).received_from(1, [24])
             payload = np.ones(3) if commit.nbytes and not commit.flags & MISFIT else None
             reply = center.apply(commit._replace(payload=payload), c)
             assert reply.clock in (2, 3)

@@ -36,10 +36,10 @@ from agnmpi.transport.local import LocalCenter
 BAD = f"{PROBLEMS}:OneBadSample"
 
 
-def play(workers, total, bad, period=2, overlap=False, rule=None):
+def play(workers, total, bad, overlap=False, rule=None):
     """Workers in turn, a step each; the gradients of the steps in `bad` are NaN. Returns the center."""
     held, local, made = world(
-        rule or rules.agn(), sgd(0.1), [0.0], workers, period, total=total, overlap=overlap, begin=False
+        rule or rules.agn(), sgd(0.1), [0.0], workers, 2, total=total, overlap=overlap, begin=False
     )
     drive([train(worker, lambda step: (0.0, np.full(1, np.nan if step in bad else 1.0))) for worker in made])
     assert np.isfinite(local.c).all()
@@ -93,9 +93,9 @@ def test_where_nothing_is_finite_the_run_ends_with_the_reason(workers, total):
         play(workers, total, range(total))
 
 
-def center_of(total=8, workers=3, wait=True):
+def center_of(total, workers):
     held = Center(rules.agn(), np.zeros(1), workers)
-    held.leases, held.idle_workers_wait = Leases(total, 2), wait
+    held.leases, held.idle_workers_wait = Leases(total, 2), True
     return held
 
 
@@ -272,7 +272,7 @@ def test_a_run_of_misfits_ends_with_the_reason():
     lease, firsts = center.leases.grant(0), []
 
     def misfit():
-        return Commit(0, 1, lease.steps, lease.first, requests=WORK, nbytes=88).received_from(0, 80)
+        return Commit(0, 1, lease.steps, lease.first, requests=WORK, nbytes=88).received_from(0, [80])
 
     for _ in range(2):
         reply = center.apply(misfit(), c)
@@ -283,4 +283,4 @@ def test_a_run_of_misfits_ends_with_the_reason():
     with pytest.raises(RuntimeError, match="no commit to this model: 88 bytes, the center has 80"):
         center.apply(misfit(), c)
     with pytest.raises(ValueError, match="worker 0 announces -8 bytes"):
-        Commit(0, 1, nbytes=-8).received_from(0, 80)
+        Commit(0, 1, nbytes=-8).received_from(0, [80])

@@ -8,8 +8,8 @@ import threading
 
 import numpy as np
 import pytest
-from golden import ONE_WORKER, close
-from in_process import world
+from golden import ONE_WORKER
+from in_process import follow_golden
 from mpi4py import MPI
 
 from agnmpi.arrays import backend, host_kernels, kernels
@@ -92,14 +92,7 @@ def test_numbas_rules_give_numpys_numbers(use, dtype):
 @pytest.mark.parametrize("case", ONE_WORKER)
 def test_golden_one_worker_by_numba(use, case):
     use("numba")
-    rule, optimizer, center_optimizer, gradients, start, period, local_after, center_after = ONE_WORKER[case]
-    _, local, (worker,) = world(rule, optimizer, start, 1, period, center_optimizer=center_optimizer)
-    for t, g in enumerate(gradients, 1):
-        worker.step(np.full(len(start), float(g)))
-        if t in local_after:
-            close(worker.x, local_after[t])
-        if t in center_after:
-            close(local.c, center_after[t])
+    follow_golden(case)
 
 
 @needs_numba

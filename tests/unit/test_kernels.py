@@ -453,19 +453,16 @@ def test_torch_steps_move_the_same_vector_to_the_same_place():
         assert (there != x).all()
 
 
-def facts_of(center, clock=3):
-    return {
-        "clock": clock, "steps": 9, "refused": 0, "dropped": 0, "staleness": [1, 1], "center_optimizer": "momentum",
-        "center_optimizer_step": 4, "served": 5,
-    }  # fmt: skip
-
-
 def test_a_center_on_the_host_goes_on_from_a_pull_on_a_device_and_back(xp):
     """A worker on a GPU is elected: c and slots come to the host; left alone, it takes them to the device again."""
     here = np.zeros(6, "f4")
     center = Center(rules.agn(), here, 1, OPTIMIZERS["momentum"](1.0))
     pulled = xp.array(np.arange(6, dtype="f4"))
-    center.restore({"c": pulled, "slot/momentum": xp.array(np.full(6, 2, "f4"))}, facts_of(center), here)
+    facts = {
+        "clock": 3, "steps": 9, "refused": 0, "dropped": 0, "staleness": [1, 1], "center_optimizer": "momentum",
+        "center_optimizer_step": 4, "served": 5,
+    }  # fmt: skip
+    center.restore({"c": pulled, "slot/momentum": xp.array(np.full(6, 2, "f4"))}, facts, here)
     assert here.tolist() == list(range(6))
     center.move(pulled)
     assert isinstance(center.state.momentum, fake_cuda.Vector)

@@ -1,4 +1,4 @@
-"""A p2p center and its workers, center_of_fakes in one process: what more workers cost, who waits, who is lost."""
+"""A p2p center and its workers, fakes in one process: what more workers cost, who waits, who is lost."""
 
 import sys
 
@@ -15,7 +15,6 @@ from agnmpi.transport.p2p_center import P2PCenter
 from agnmpi.transport.peers import DELTA
 
 N = 1000  # too long to travel with a header
-BYTES = 8 * N
 ASK = WORK | IDLE | PULL
 
 

@@ -1,4 +1,4 @@
-"""Which buffer MPI would see, and when the stream is synchronised: proved with a device made of fake_device."""
+"""Which buffer MPI would see, and when the stream is synchronised: proved with a fake device."""
 
 import fake_device
 import numpy as np

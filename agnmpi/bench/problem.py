@@ -1,0 +1,258 @@
+"""`agnmpi bench MODULE:PROBLEM`: the time of a problem's own steps and of exchanges of its parameters, and advice."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from functools import partial
+from typing import NamedTuple
+
+from mpi4py import MPI
+
+from ..arrays.backend import Array, full_like, synchronize
+from ..arrays.kernels import set_threads
+from ..cluster.placement import check_world, limit_blas, place, require_equal_model
+from ..cluster.probe import choose_wire
+from ..cluster.setup import Setup, check_setup
+from ..core.batches import Plan
+from ..core.ends import run_waits
+from ..core.worker import Worker
+from ..training.config import Config
+from ..training.problem import gradient_of, prepare
+from ..transport.agreement import ConfigError, allgather, raise_on_all
+from ..version import __version__, mpi_library
+from .exchanges import Ours, barrier
+from .periods import NoWire, Work, about_unrest, alone, by_worker, exchanging, hidden, unrest
+from .recommendation import ENCODED_BYTES, MOST, Choice, Costs, Measured, choose, recommend
+from .recommendation import options as recommended_options
+from .tables import milliseconds, percent, print_table, size
+from .written import json_file
+
+_ROUNDS = 3
+_WARM_UP = 2  # steps, or exchanges
+_PAUSE = 0.02  # seconds: a rank that waits for longer does not sleep more deeply
+_LONGEST = 1000  # λ, where overlap is measured
+
+
+class Options(NamedTuple):
+    """What to measure; see `agnmpi bench problem --help`."""
+
+    transports: Sequence[str]
+    seconds: float
+    json: str | None
+
+
+def step_times(
+    worker: Worker, gradient: Callable[[int], tuple[float, Array]], seconds: float,
+    now: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:  # fmt: skip
+    """Median seconds of the gradient, and of moving the parameters; measures for `seconds`, and at least 3 steps."""
+    parts = list[tuple[float, float]]()
+    began = now()
+    for step in worker.steps():
+        start = now()
+        loss, g = gradient(step)
+        synchronize(worker.x)
+        middle = now()
+        worker.local_step(g, loss)
+        synchronize(worker.x)
+        end = now()
+        run_waits(worker.waits_after_step())
+        parts.append((middle - start, end - middle))
+        if len(parts) >= _WARM_UP + 3 and end - began > seconds:
+            break
+    gradients, moves = zip(*parts[_WARM_UP:])
+    return statistics.median(gradients), statistics.median(moves)
+
+
+def fitting(config: Config, names: Sequence[str], size: int) -> tuple[list[Config], list[str]]:
+    """The configuration with each of the transports `names` that it can use, that of `auto` first; why not, of others.
+
+    Args:
+        config: complete.
+        names: of transports.
+        size: of the world.
+    """
+    fit, refusals = list[Config](), list[str]()
+    for name in sorted(names, key=lambda name: name != config.transport):
+        try:
+            candidate = replace(config, transport=name).complete()
+            optimizers = candidate.make_optimizer(1), candidate.make_center_optimizer(1)
+            check_setup(candidate.make_rule(), Setup(candidate.make_transport()), size, *optimizers)
+            fit.append(candidate)
+        except ValueError as refusal:
+            refusals.append(f"not measured: {name}: {refusal}")
+    return fit, refusals
+
+
+class _Bench:
+    """A problem on this rank, and what is measured of it."""
+
+    def __init__(self, comm: MPI.Intracomm, config: Config, configs: Sequence[Config], seconds: float) -> None:
+        self.comm, self.config, self.configs, self.seconds = comm, config, configs, seconds
+        self.trains = comm.rank >= configs[0].make_transport().serving_ranks
+        here = place(comm, self.trains)
+        limit_blas(here.threads)
+        set_threads(here.threads)  # as a session does
+        device = config.device if self.trains else config.center_device
+        load = partial(prepare, config.problem, config.options, config.seed, device, here.worker_index)
+        problem, layout, x = raise_on_all(comm, load)
+        numbers = problem.samples, config.batch, config.epochs, config.steps, config.seed
+        plan = raise_on_all(comm, lambda: Plan(*numbers))
+        limit_blas(here.threads)  # again, for the libraries that the problem has imported
+        options = {f"option {k}": repr(v) for k, v in asdict(config).items()}
+        require_equal_model(comm, layout, {"samples": str(problem.samples), **options})
+        optimizers = config.make_optimizer(plan.steps), config.make_center_optimizer(plan.steps)
+        self.work = Work(x, gradient_of(problem, layout, plan, x), config.make_rule(), *optimizers)
+        self.unrest = 0.0  # the worst that was seen
+        self.hosts = len(set(allgather(comm, here.host)))
+
+    def steps(self) -> tuple[float, float]:
+        """Seconds of gradient and of optimizer, where all workers compute; the mean over them."""
+        barrier(self.comm)
+        work, parts = self.work, list[tuple[float, float]]()
+        if self.trains:
+            worker = Worker(work.x, work.rule, work.optimizer, NoWire(work.x.copy(), self.config.period), 0)
+            parts.append(step_times(worker, work.gradient, self.seconds))
+        everyone = [tuple(part) for text in allgather(self.comm, json.dumps(parts)) for part in json.loads(text)]
+        gradients, moves = zip(*everyone)
+        return statistics.fmean(gradients), statistics.fmean(moves)
+
+    def setup(self, config: Config) -> Setup:
+        """How to exchange."""
+        transport = config.make_transport()
+        wire = choose_wire(self.comm, self.work.x, transport.wire)
+        return Setup(replace(transport, wire=wire), caller_uses_mpi=False)
+
+    def exchanges(self, setup: Setup) -> tuple[float, float]:
+        """Seconds of an exchange of the last worker alone, after a pause, and of each where all do nothing else."""
+        ours = Ours(self.comm, setup, full_like(self.work.x, 0))
+        first = self._over_workers(ours.exchanges(_WARM_UP + 1)[_WARM_UP:])
+        counts = [min(max(int(self.seconds / seconds), 5), 200) for seconds in (first, first + _PAUSE)]
+        if setup.transport.capabilities.together:
+            alone = all_at_once = self._over_workers(ours.exchanges(counts[1], _PAUSE))
+        else:
+            all_at_once = self._over_workers(ours.exchanges(counts[0]))
+            last = self.comm.rank == self.comm.size - 1  # the likeliest to be on another host than the center
+            alone = self._over_workers(ours.exchanges(counts[1] if last else 0, _PAUSE))
+        ours.role.close()
+        barrier(self.comm)
+        return alone, all_at_once
+
+    def _over_workers(self, times: Sequence[float]) -> float:
+        """The mean over workers of the medians of their times."""
+        own = [statistics.median(times)] if times else []
+        return statistics.fmean(by_worker(self.comm, [own]))
+
+    def periods(self, setups: Sequence[Setup], period: int, seconds: float) -> list[float]:
+        """Mean seconds of periods without exchanges, and with each of `setups`; a period takes about `seconds`."""
+        count = min(max(int(self.seconds / _ROUNDS / seconds), 3), 200)
+        sides: list[list[list[float]]] = [[] for _ in range(len(setups) + 1)]
+        for _ in range(_ROUNDS):
+            sides[0].append(alone(self.comm, self.work, self.trains, period, count))
+            for side, setup in zip(sides[1:], setups):
+                side.append(exchanging(self.comm, setup, self.work, period, count))
+        self.unrest = max(self.unrest, unrest(self.comm, sides[0]))
+        return [statistics.fmean(by_worker(self.comm, rounds)) for rounds in sides]
+
+    def hidden(self, setup: Setup, step: float, exchange: float) -> float | None:
+        """The share of an exchange that overlap hides, in periods in which as much is computed as exchanged."""
+        period = min(max(round(exchange / step), 1), _LONGEST)
+        return hidden(*self.periods([setup, setup._replace(overlap=True)], period, period * step + exchange))
+
+    def waiting(self, choice: Choice, step: float) -> float | None:
+        """The share of their time for which workers wait with this choice; None where periods are too long to try."""
+        if choice.period * step > self.seconds:
+            return None
+        config = next(config for config in self.configs if config.transport == choice.costs.transport)
+        setup = self.setup(config)._replace(overlap=choice.overlap)
+        compute, wall = self.periods([setup], choice.period, choice.period * step)
+        return 1 - compute / wall
+
+    def costs(self, config: Config, step: float) -> Costs:
+        """What exchanges by the transport of `config` cost."""
+        setup = self.setup(config)
+        transport = setup.transport
+        one, all_at_once = self.exchanges(setup)
+        workers, together = transport.workers_among(self.comm.size), transport.capabilities.together
+        costs = Costs(transport.name, workers, together, one, all_at_once, transport.capabilities.single_commits)
+        if costs.waiting(step) < MOST:
+            return costs
+        return costs._replace(hidden=self.hidden(setup, step, all_at_once))
+
+
+def main(comm: MPI.Intracomm, config: Config, options: Options) -> int:
+    """Measure, print times and advice on rank 0, and write JSON; collective."""
+    check_world(comm)
+    if comm.size == 1:
+        raise ConfigError("one rank has nobody to exchange with; type: mpiexec -n 3 python -m agnmpi bench PROBLEM")
+    if not options.seconds > 0:
+        raise ConfigError(f"--seconds must be positive, not {options.seconds}")
+    write = json_file(comm, options.json)
+    comm = comm.Dup()
+    config = raise_on_all(comm, config.complete)
+    configs, refusals = fitting(config, options.transports, comm.size)
+    if not configs:
+        raise ConfigError("\n".join(refusals))
+    bench = _Bench(comm, config, configs, options.seconds)
+    gradient, move = bench.steps()
+    costs = [bench.costs(other, gradient + move) for other in configs]
+    x = bench.work.x
+    measured = Measured(gradient + move, x.size, x.itemsize, config.period, bench.hosts, config.centers, costs)
+    choice = choose(measured)
+    waiting = bench.waiting(choice, measured.step)
+    if comm.rank == 0:
+        lines = recommend(measured, choice, bench.work.rule, _encodings())
+        lines += [_conclusion(measured, choice, waiting), *about_unrest(bench.unrest)]
+        _show(measured, gradient, move, refusals, lines)
+        report = {
+            "agnmpi": __version__, "mpi": mpi_library(), "world": comm.size, "gradient_seconds": gradient,
+            "optimizer_seconds": move, **measured._asdict(), "costs": [cost._asdict() for cost in costs],
+            "advice": lines, "options": recommended_options(measured, choice), "waiting": waiting,
+            "unrest": bench.unrest,
+        }  # fmt: skip
+        write(json.dumps(report, indent=2) + "\n")
+    comm.Free()
+    return 0
+
+
+def _conclusion(measured: Measured, choice: Choice, waiting: float | None) -> str:
+    if waiting is None:
+        seen = f"not tried, since a period takes {choice.period * measured.step:.1f} s: give --seconds as many"
+    else:
+        seen = f"tried: workers waited for {percent(max(waiting, 0.0))} of their time"
+    return f"So: {recommended_options(measured, choice)} ({seen})"
+
+
+def _encodings() -> list[str]:
+    """The encodings that a run can choose, if it has an option for that."""
+    choices = next((f.metadata["choices"] for f in fields(Config) if f.name == "encoding"), ())
+    return [name for name in ENCODED_BYTES if name in choices]
+
+
+def _show(measured: Measured, gradient: float, move: float, refusals: Sequence[str], advice: Sequence[str]) -> None:
+    from ..reporting.terminal import console as make_console
+
+    console = make_console()
+    vector = size(measured.numbers * measured.number_bytes)
+    console.print(f"agnmpi {__version__}, {mpi_library()}, hosts: {measured.hosts}", markup=False)
+    console.print(
+        f"your step: {milliseconds(gradient + move)}; gradient {milliseconds(gradient)}, optimizer "
+        f"{milliseconds(move)}; parameters: {measured.numbers:,}, {vector}",
+        markup=False,
+    )
+    lines = [
+        [
+            costs.transport, str(costs.workers), milliseconds(costs.alone), milliseconds(costs.all_at_once),
+            f"{2e-6 * measured.numbers * measured.number_bytes / costs.alone:,.1f}",
+            str(costs.smallest_period(measured.step)), percent(costs.hidden),
+            "-" if costs.hidden is None else str(costs.smallest_period(measured.step, overlap=True)),
+        ]
+        for costs in measured.costs
+    ]  # fmt: skip
+    columns = "transport", "n", "alone", "all at once", "MB/s", "λ", "hidden", "λ overlap"
+    title = f"exchanges, and the smallest λ for which workers wait less than {100 * MOST:.0f} % of their time"
+    print_table(console, title, columns, lines, left=("transport",))
+    for line in [*refusals, *advice]:
+        console.print(line, markup=False)

@@ -1,0 +1,185 @@
+"""Workers' ends that are made of others: several centers, each with a block of the center variable, and encodings.
+
+Any transport that carries bytes carries an encoded vector.
+"""
+
+from collections.abc import Callable, Sequence
+
+from ..arrays.backend import Array, empty, empty_like, full_like
+from ..arrays.encodings import Encoding, get
+from ..core.ends import Handle, WorkerEnd, all_done
+from ..core.messages import DUPLICATE, ENCODED, NOT_FINITE, OK, WORK, Commit, Reply
+
+
+class _AllShards:
+    """Exchanges with all shards, under way at once; the reply is the first shard's."""
+
+    def __init__(self, handles: Sequence[Handle], done: Callable[[list[Reply]], None]) -> None:
+        self._handles, self._done = handles, done
+        self._replies: list[Reply] = []
+
+    def test(self) -> bool:
+        """Make progress on all; whether all are done."""
+        return all_done(self._handles)
+
+    def wait(self) -> Reply:
+        """Finish all."""
+        if not self._replies:
+            self._replies = [handle.wait() for handle in self._handles]
+            self._done(self._replies)
+        return self._replies[0]
+
+
+class ShardedWorker(WorkerEnd):
+    """A worker's end for several centers.
+
+    A pull is whole per shard, not over all of them, and each shard has a clock of its own. The first grants the work.
+
+    Args:
+        ends: one for each center.
+        spans: the block of each, together the whole vector.
+    """
+
+    def __init__(self, ends: Sequence[WorkerEnd], spans: Sequence[slice]) -> None:
+        self.ends, self.spans = ends, spans
+        self._clocks = [0] * len(ends)  # of each shard at the last pull
+
+    def begin(self, total: int | None, period: int, start: int) -> None:
+        """Begin at each."""
+        for end in self.ends:
+            end.begin(total, period, start)
+
+    def exchange(self, commit: Commit, out: Array | None) -> Handle:
+        """Exchange with each center its block; a request for work alone goes to the first alone."""
+        if commit.payload is None and out is None:
+            return self.ends[0].exchange(commit, None)
+        handles = [
+            end.exchange(self._part(commit, i), None if out is None else out[self.spans[i]])
+            for i, end in enumerate(self.ends)
+        ]
+        return _AllShards(handles, self._pulled if out is not None else lambda _replies: None)
+
+    def pull(self, out: Array) -> Handle:
+        """Pull each block; each is whole."""
+        return _AllShards([end.pull(out[span]) for end, span in zip(self.ends, self.spans)], self._pulled)
+
+    def leave(self, commit: Commit | None, out: Array) -> Handle:
+        """Leave all centers."""
+        handles = [
+            end.leave(None if commit is None else self._part(commit, i), out[self.spans[i]])
+            for i, end in enumerate(self.ends)
+        ]
+        return _AllShards(handles, self._pulled)
+
+    def _part(self, commit: Commit, i: int) -> Commit:
+        payload = None if commit.payload is None else commit.payload[self.spans[i]]
+        requests = commit.requests if i == 0 else commit.requests & ~WORK
+        return commit._replace(payload=payload, requests=requests, clock=self._clocks[i])
+
+    def _pulled(self, replies: list[Reply]) -> None:
+        self._clocks = [reply.clock for reply in replies]
+
+    def close(self) -> None:
+        """Free what the ends hold; collective."""
+        for end in self.ends:
+            end.close()
+
+
+class EncodedEnd(WorkerEnd):
+    """A worker's end whose deltas and pulls are encoded.
+
+        sent = encoded (delta + residual);  residual = delta + residual − decoded, if the commit is not refused
+
+    A delta that is refused or dropped leaves the residual as it was. The last pull, in `leave`, is c itself.
+
+    Args:
+        end: what carries the bytes.
+        like: a vector such as those that are exchanged (n,).
+        commits: the encoding of deltas.
+        pulls: that of c.
+        residual: (n,) what earlier commits have left behind, changed in place; None: zeros.
+
+    Source: Seide et al. 2014 (error feedback); Philippenko and Dieuleveut 2021, arXiv:2102.12528 (what is pulled needs
+    none, where the worker's o is what was decoded).
+    """
+
+    def __init__(
+        self, end: WorkerEnd, like: Array, commits: Encoding, pulls: Encoding, residual: Array | None = None
+    ) -> None:
+        self.end, self.commits, self.pulls = end, commits, pulls
+        self.residual = residual
+        if residual is None and not commits.exact:
+            self.residual = full_like(like, 0)
+        self._next = None if commits.exact else empty_like(like)  # the residual, if the commit is accepted
+        self._sent = None if commits.exact else empty(commits.nbytes(like.size, like.dtype), "u1", like)
+        self._received = None if pulls.exact else empty(pulls.nbytes(like.size, like.dtype), "u1", like)
+        for encoding in (commits, pulls):
+            encoding.prepare(like)
+
+    def begin(self, total: int | None, period: int, start: int) -> None:
+        """As the wrapped end."""
+        self.end.begin(total, period, start)
+
+    def exchange(self, commit: Commit, out: Array | None) -> "EncodedHandle":
+        """Encode the delta, and exchange."""
+        commit, into = self._encoded(commit), out
+        if out is not None and self._received is not None:
+            commit, into = commit._replace(requests=commit.requests | ENCODED), self._received
+        return EncodedHandle(self, self.end.exchange(commit, into), bool(commit.encoding), out, into)
+
+    def pull(self, out: Array) -> Handle:
+        """As the wrapped end: c itself."""
+        return self.end.pull(out)
+
+    def leave(self, commit: Commit | None, out: Array) -> "EncodedHandle":
+        """Encode the last delta, and leave; the final center arrives as it is."""
+        commit = None if commit is None else self._encoded(commit)
+        return EncodedHandle(self, self.end.leave(commit, out), commit is not None and bool(commit.encoding))
+
+    def close(self) -> None:
+        """As the wrapped end."""
+        self.end.close()
+
+    def _encoded(self, commit: Commit) -> Commit:
+        if commit.payload is None or self._sent is None:
+            return commit
+        good = self.commits.encode(commit.payload, self._sent, residual=self.residual, new_residual=self._next)
+        flags = commit.flags if good else commit.flags | NOT_FINITE
+        return commit._replace(payload=self._sent, encoding=self.commits.number, flags=flags)
+
+    def finish(self, reply: Reply, committed: bool, out: Array | None, received: Array | None) -> None:
+        """An exchange is done: keep its residual if its delta was applied, and decode what was pulled."""
+        if committed and reply.status in (OK, DUPLICATE) and self.residual is not None:
+            self.residual[...] = self._next
+        if out is not None and received is not out and received is not None:
+            self.pulls.decode(received, out)
+
+
+class EncodedHandle(Handle):
+    """An exchange whose delta or pull is encoded; `handle`: that of the bytes."""
+
+    def __init__(
+        self, end: EncodedEnd, handle: Handle, committed: bool, out: Array | None = None, received: Array | None = None
+    ) -> None:
+        self.handle = handle
+        self._end, self._committed, self._out, self._received = end, committed, out, received
+        self._reply: Reply | None = None
+
+    def test(self) -> bool:
+        """Make progress; whether the bytes are there."""
+        return self.handle.test()
+
+    def wait(self) -> Reply:
+        """Finish the exchange; may be called again."""
+        if self._reply is None:
+            reply = self.handle.wait()
+            self._end.finish(reply, self._committed, self._out, self._received)
+            self._reply = reply
+        return self._reply
+
+
+def encode(end: WorkerEnd, like: Array, commits: str, pulls: str, residual: Array | None = None) -> WorkerEnd:
+    """`end` with encodings of these names, each where it makes a vector like `like` (n,) shorter."""
+    shorter = [e.nbytes(like.size, like.dtype) < like.nbytes for e in (get(commits), get(pulls))]
+    first, second = (get(name if short else "float32") for name, short in zip((commits, pulls), shorter))
+    return EncodedEnd(end, like, first, second, residual) if any(shorter) else end

@@ -1,0 +1,115 @@
+"""Encoded exchanges within one process and in virtual time."""
+
+import numpy as np
+import pytest
+from in_process import config
+
+from agnmpi.arrays.encodings import get, rounding_key
+from agnmpi.core import rules
+from agnmpi.core.center import Center
+from agnmpi.core.messages import DROPPED, ENCODED, OK, PULL, Commit
+from agnmpi.simulation import simulate
+from agnmpi.simulation.timing import Timing
+from agnmpi.transport import registry as transports
+from agnmpi.transport.composed import EncodedEnd, encode
+from agnmpi.transport.local import LocalCenter
+
+N = 1000
+
+
+def connected(commits, pulls, weight=None):
+    rule = rules.agn() if weight is None else rules.agn()._replace(weight=weight)
+    c = np.random.default_rng(0).normal(size=N).astype("f4")
+    center = Center(rule, c, 1)
+    local = LocalCenter(c, 1, center.apply, pulls)
+    return local, EncodedEnd(local.worker_end(0), c, get(commits), get(pulls))
+
+
+@pytest.mark.parametrize("pulls", ["bf16", "int8", "int4"])
+def test_a_pull_is_c_encoded_by_its_clock_and_the_last_one_is_c(pulls):
+    local, end = connected("float32", pulls)
+    out, form = np.empty(N, "f4"), get(pulls)
+    for sequence in (1, 2):
+        reply = end.exchange(Commit(0, sequence, payload=np.ones(N, "f4"), requests=PULL), out).wait()
+        data, expected = np.empty(form.nbytes(N), "u1"), np.empty(N, "f4")
+        form.encode(local.c, data, key=rounding_key(0, 0, reply.clock))
+        form.decode(data, expected)
+        np.testing.assert_array_equal(out, expected)
+        assert (out != local.c).any()
+    end.leave(Commit(0, 3, payload=np.ones(N, "f4")), out).wait()
+    np.testing.assert_array_equal(out, local.c)
+
+
+def test_the_residual_is_what_was_not_sent_and_a_dropped_commit_leaves_it():
+    weights = iter([1.0, 0.0, 1.0])
+    local, end = connected("int4", "float32", lambda _commit: next(weights))
+    start, rng, sent = local.c.copy(), np.random.default_rng(1), np.zeros(N)
+    statuses = []
+    for sequence in (1, 2, 3):
+        before, delta = end.residual.copy(), rng.normal(size=N).astype("f4")
+        reply = end.exchange(Commit(0, sequence, payload=delta), None).wait()
+        statuses.append(reply.status)
+        if reply.status == OK:
+            sent += delta
+            assert (end.residual != before).any()
+        else:
+            np.testing.assert_array_equal(end.residual, before)
+    assert statuses == [OK, DROPPED, OK]
+    np.testing.assert_allclose(local.c - start + end.residual, sent, atol=1e-5)
+
+
+def test_a_short_vector_goes_as_it_is():
+    local, _ = connected("int8", "int8")
+    end = local.worker_end(0)
+    assert encode(end, np.zeros(64, "f4"), "int8", "int8") is end, "260 bytes are no fewer than 256"
+    assert encode(end, np.zeros(66, "f4"), "float32", "float32") is end
+    made = encode(end, np.zeros(10, "f4"), "int8", "int4")
+    assert (made.commits.name, made.pulls.name) == ("float32", "int4")
+    assert made.residual is None
+
+
+def test_who_asks_for_an_encoded_pull_says_so():
+    seen = []
+
+    class Watched(LocalCenter):
+        def put(self, handle):
+            seen.append(handle.commit)
+            super().put(handle)
+
+    c = np.zeros(N, "f4")
+    local = Watched(c, 1, Center(rules.agn(), c, 1).apply, "int8")
+    end = EncodedEnd(local.worker_end(0), c, get("bf16"), get("int8"))
+    out = np.empty(N, "f4")
+    end.exchange(Commit(0, 1, payload=np.ones(N, "f4"), requests=PULL), out).wait()
+    end.exchange(Commit(0), None).wait()
+    end.pull(out).wait()
+    assert [bool(commit.requests & ENCODED) for commit in seen] == [True, False, False]
+    assert (seen[0].encoding, seen[0].payload.nbytes) == (get("bf16").number, 2 * N)
+
+
+@pytest.mark.parametrize("name", ["rma", "accumulate", "allreduce"])
+@pytest.mark.parametrize("option", ["encoding", "pull_encoding"])
+def test_transports_that_send_numbers_refuse(name, option):
+    with pytest.raises(ValueError, match=f"{option} int8 needs transport p2p or local: {name} sends numbers"):
+        transports.resolve(name, name == "allreduce", **{option: "int8"})
+    with pytest.raises(ValueError, match="encoding 'int9': choose one of float32, bf16, int8, int4"):
+        transports.p2p(**{option: "int9"})
+
+
+def test_in_virtual_time_an_encoded_exchange_takes_the_time_of_its_bytes(tmp_path):
+    size = {"options": {"unused": 2000}}
+    timing = Timing(step_time=1.0, latency=0.0, bandwidth=1000.0, service=0.0)
+    raw = simulate.run(config(tmp_path / "raw", 1, **size), timing)()
+    small = simulate.run(config(tmp_path / "small", 1, encoding="int8", pull_encoding="int4", **size), timing)()
+    n, commits = 2004, raw["clock"]
+    by_commits, by_pulls = 4 * n - get("int8").nbytes(n), 4 * n - get("int4").nbytes(n)
+    saved = (commits * by_commits + (commits + 1) * by_pulls) / 1000.0  # one pull at the start; the last is as it is
+    assert raw["virtual"]["seconds"] - small["virtual"]["seconds"] == pytest.approx(saved)
+    assert small["clock"] == commits
+    assert small["metrics"]["distance"] < 0.6
+
+
+def test_several_centers_are_not_simulated_with_encodings(tmp_path):
+    given = config(tmp_path / "run", 2, encoding="int8", centers=2)
+    with pytest.raises(ValueError, match="with 2 centers are not simulated: take one center"):
+        simulate.run(given, Timing())
