@@ -91,7 +91,7 @@ class _Bench:
 
     def __init__(self, comm: MPI.Intracomm, config: Config, configs: Sequence[Config], seconds: float) -> None:
         self.comm, self.config, self.configs, self.seconds = comm, config, configs, seconds
-        self.trains = comm.rank >= configs[0].make_transport().serving_ranks
+        self.trains = comm.rank not in Setup(configs[0].make_transport()).on_hosts(comm).center_ranks
         here = place(comm, self.trains)
         limit_blas(here.threads)
         set_threads(here.threads)  # as a session does
@@ -123,7 +123,7 @@ class _Bench:
         """How to exchange."""
         transport = config.make_transport()
         wire = choose_wire(self.comm, self.work.x, transport.wire)
-        return Setup(replace(transport, wire=wire), caller_uses_mpi=False)
+        return Setup(replace(transport, wire=wire), caller_uses_mpi=False).on_hosts(self.comm)
 
     def exchanges(self, setup: Setup) -> tuple[float, float]:
         """Seconds of an exchange of the last worker alone, after a pause, and of each where all do nothing else."""
@@ -199,7 +199,8 @@ def main(comm: MPI.Intracomm, config: Config, options: Options) -> int:
     gradient, move = bench.steps()
     costs = [bench.costs(other, gradient + move) for other in configs]
     x = bench.work.x
-    measured = Measured(gradient + move, x.size, x.itemsize, config.period, bench.hosts, config.centers, costs)
+    centers = bench.setup(configs[0]).transport.centers
+    measured = Measured(gradient + move, x.size, x.itemsize, config.period, bench.hosts, centers, costs)
     choice = choose(measured)
     waiting = bench.waiting(choice, measured.step)
     if comm.rank == 0:
