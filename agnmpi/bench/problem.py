@@ -218,7 +218,7 @@ def main(comm: MPI.Intracomm, config: Config, options: Options) -> int:
     bench = _Bench(comm, config, configs, options.seconds)
     gradient, move = bench.steps()
     costs = [bench.costs(other, gradient + move) for other in configs]
-    x, centers = bench.work.x, bench.hosts if config.centers == "hosts" else config.centers
+    x, centers = bench.work.x, bench.setup(configs[0]).transport.centers
     measured = Measured(gradient + move, x.size, x.itemsize, config.period, bench.hosts, centers, costs)
     choice = choose(measured)
     waiting = bench.waiting(choice, measured.step)

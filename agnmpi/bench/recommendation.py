@@ -222,7 +222,8 @@ def _centers_words(measured: Measured, costs: Costs) -> str:
     if one > _SIMILAR * several:
         return (
             f"Centers: one on each host, {hosts}: a single one is so busy that it takes λ = {one}, and as many would "
-            f"allow about {several}, if their links are apart; measure again with --centers hosts"
+            f"allow about {several}, if their links are apart; measure again with --centers hosts, and "
+            "one rank more on each"
         )
     return f"Centers: 1; {hosts}, one on each host, would hardly shorten the period: a single one is not busy enough"
 

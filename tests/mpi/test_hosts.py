@@ -1,5 +1,6 @@
 """A center on each host, with the ranks of this machine placed on hosts that are told."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from mpi4py import MPI
 
 import agnmpi
 from agnmpi import AGNOptimizer, Config, sgd
+from agnmpi.bench import problem
 from agnmpi.cluster import placement
 from agnmpi.cluster.placement import one_center_per_host
 from agnmpi.recovery.checkpoint import folders, newest, read_center
@@ -127,6 +129,29 @@ def test_a_silent_worker_is_named_by_its_rank_in_the_world(comm, placed, tmp_pat
             for line in output.splitlines()
             if "silent" in line
         )
+
+
+def test_a_rank_that_serves_has_the_threads_of_one(comm, placed, monkeypatch):
+    """How the cores of a host are shared depends on who trains there."""
+    centers, trains = placed("block"), []
+    original = placement.place
+
+    def place(comm, busy):
+        trains.append(busy)
+        return original(comm, busy)
+
+    monkeypatch.setattr("agnmpi.training.session.place", place)
+    AGNOptimizer(sgd(0.1), np.zeros(3), comm, transport=registry.p2p(centers="hosts")).close()
+    assert trains == [comm.rank not in centers]
+
+
+def test_the_bench_of_a_problem_measures_with_these_centers(comm, placed, tmp_path):
+    centers, file = placed("block"), tmp_path / "bench.json"
+    problem.main(comm, quadratic(comm, None, centers="hosts"), problem.Options(["p2p"], 0.02, str(file)))
+    if comm.rank == 0:
+        report = json.loads(file.read_text())
+        assert report["centers"] == len(centers)
+        assert [costs["workers"] for costs in report["costs"]] == [comm.size - len(centers)]
 
 
 def test_ranks_that_differ_are_refused_on_all(comm, tmp_path):
