@@ -30,7 +30,7 @@ _BF16_BLOCK = 256
 
 # Compiled code is kept in files only where the user names a folder for them. Numba's own choice is beside this module
 # or in the home folder: often one NFS, where hundreds of ranks would write and read the same index at once. Compiling
-# takes each rank a second or two (`Encoding.prepare`).
+# takes each rank two to three seconds (`Encoding.prepare`).
 _compile: Callable[[Any], Any] = numba.njit(
     nogil=True,
     error_model="numpy",  # no check for a division by zero in the loops
