@@ -55,13 +55,9 @@ def fast() -> ModuleType | None:
     return fast_encodings
 
 
-def _kernels(x: Array, wire: Array) -> Any:
-    """The module that encodes and decodes vectors such as `x`, and bytes such as `wire`."""
-    if not on_host(x):
-        return device_encodings
-    if wire.ctypes.data % 2:  # numba would read bf16 across the borders of its words
-        return host_encodings
-    return fast() or host_encodings
+def _kernels(x: Array) -> Any:
+    """The module that encodes and decodes vectors such as `x`."""
+    return (fast() or host_encodings) if on_host(x) else device_encodings
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ class Encoding:
     def prepare(self, x: Array) -> None:
         """Compile what encodes and decodes vectors such as `x` now, not at the first message.
 
-        By numba it takes about two seconds on a free core, and other threads wait: compiling holds the GIL.
+        By numba it takes two to three seconds on a free core, and other threads wait: compiling holds the GIL.
         """
         if not self.exact:
             y, wire = empty(1, x.dtype, x), empty(self.nbytes(1), np.uint8, x)
@@ -164,7 +160,7 @@ class Encoding:
             )
         if self.exact:
             return _copy(x, out.view(x.dtype), residual, new_residual)
-        kernels = _kernels(x, out)
+        kernels = _kernels(x)
         return bool(kernels.encode(self.name, x, out, residual, new_residual, key, first))
 
     def decode(self, data: Array, out: Array) -> None:
@@ -177,7 +173,7 @@ class Encoding:
         if self.exact:
             out[...] = data.view(out.dtype)
         else:
-            _kernels(out, data).decode(self.name, data, out)
+            _kernels(out).decode(self.name, data, out)
 
     def decode_add(self, data: Array, c: Array, weight: float = 1.0) -> None:
         """Add `data` to `c` (n,): c = c + weight·decoded, in one pass; equal to decoding, then adding.
@@ -192,7 +188,7 @@ class Encoding:
         """
         self._require(c, data)
         if not self.exact:
-            _kernels(c, data).decode_add(self.name, data, c, weight)
+            _kernels(c).decode_add(self.name, data, c, weight)
             return
         numbers, factor = data.view(c.dtype), c.dtype.type(weight)
         if not on_host(c):

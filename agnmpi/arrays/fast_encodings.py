@@ -30,7 +30,7 @@ _BF16_BLOCK = 256
 
 # Compiled code is kept in files only where the user names a folder for them. Numba's own choice is beside this module
 # or in the home folder: often one NFS, where hundreds of ranks would write and read the same index at once. Compiling
-# takes each rank a second or two (`Encoding.prepare`).
+# takes each rank two to three seconds (`Encoding.prepare`).
 _compile: Callable[[Any], Any] = numba.njit(
     nogil=True,
     error_model="numpy",  # no check for a division by zero in the loops
@@ -41,7 +41,7 @@ _compile: Callable[[Any], Any] = numba.njit(
 @cache
 def _encoder(name: str, real: Any) -> Any:
     form = FORMATS[name]
-    block, half, is_int8 = form.block, form.block // 2, form.scale_bytes == 4
+    block, half, is_int8, is_double = form.block, form.block // 2, form.scale_bytes == 4, real is _DOUBLE
     nbytes, head = form.nbytes, form.scale_bytes
     top_code, below = _SINGLE(form.top), np.uint32((1 << form.cut) - 1)
     magnitude, limit, smallest = np.uint32(MAGNITUDE), np.uint32(BLOCK_LIMIT), np.uint32(SMALLEST_SCALE)
@@ -56,22 +56,24 @@ def _encoder(name: str, real: Any) -> Any:
         x, out, residual, after, has_residual, has_after, stochastic, key, first_block
     ):
         size, finite = x.size, True
-        exact, v, number = np.empty(block, real), np.empty(block, np.float32), np.empty(1, np.float32)
+        v, number = np.empty(block, np.float32), np.empty(1, np.float32)
+        exact = np.empty(block, np.float64) if is_double else v
         bits, word = v.view(np.uint32), number.view(np.uint32)
         codes = np.empty(block, np.int32)
         for b in range((size + block - 1) // block):
-            lo, hi = b * block, min((b + 1) * block, size)
-            here, old, row = x[lo:hi], residual[lo:hi], out[b * nbytes : (b + 1) * nbytes]
+            lo, at = b * block, b * nbytes  # not slices: each would count references to its array
+            count = min(block, size - lo)
             if has_residual:
-                for j in range(hi - lo):
-                    exact[j] = here[j] + old[j]
+                for j in range(count):
+                    exact[j] = x[lo + j] + residual[lo + j]
             else:
-                for j in range(hi - lo):
-                    exact[j] = here[j]
-            for j in range(hi - lo, block):
+                for j in range(count):
+                    exact[j] = x[lo + j]
+            for j in range(count, block):
                 exact[j] = 0
-            for j in range(block):
-                v[j] = exact[j]
+            if is_double:
+                for j in range(block):
+                    v[j] = exact[j]
 
             top = np.uint32(0)
             for j in range(block):
@@ -109,20 +111,17 @@ def _encoder(name: str, real: Any) -> Any:
                     codes[j] = np.int32(v[j] / divisor + rounder - rounder)
 
             if is_int8:
-                row[0], row[1] = scale_bits & 255, (scale_bits >> 8) & 255
-                row[2], row[3] = (scale_bits >> 16) & 255, scale_bits >> 24
-                body = row[head:]
+                out[at + 0], out[at + 1] = scale_bits & 255, (scale_bits >> 8) & 255
+                out[at + 2], out[at + 3] = (scale_bits >> 16) & 255, scale_bits >> 24
                 for j in range(block):
-                    body[j] = codes[j] & 255
+                    out[at + head + j] = codes[j] & 255
             else:
-                row[0], row[1] = (scale_bits >> 16) & 255, scale_bits >> 24
-                body = row[head:]
+                out[at + 0], out[at + 1] = (scale_bits >> 16) & 255, scale_bits >> 24
                 for j in range(half):
-                    body[j] = (codes[j] & 15) | ((codes[j + half] & 15) << 4)
+                    out[at + head + j] = (codes[j] & 15) | ((codes[j + half] & 15) << 4)
             if has_after:
-                new = after[lo:hi]
-                for j in range(hi - lo):  # it may be `old`, which is read no more
-                    new[j] = exact[j] - real(_SINGLE(codes[j]) * scale)
+                for j in range(count):  # `after` may be `residual`, which is read no more
+                    after[lo + j] = exact[j] - real(_SINGLE(codes[j]) * scale)
         return finite
 
     return encode
@@ -131,13 +130,8 @@ def _encoder(name: str, real: Any) -> Any:
 @cache
 def _decoder(name: str, real: Any, add: bool) -> Any:
     form = FORMATS[name]
-    block, half, is_int8, nbytes, head = (
-        form.block,
-        form.block // 2,
-        form.scale_bytes == 4,
-        form.nbytes,
-        form.scale_bytes,
-    )
+    block, half, is_int8 = form.block, form.block // 2, form.scale_bytes == 4
+    nbytes, head = form.nbytes, form.scale_bytes
 
     @_compile
     def decode(data, out, weight):  # type: ignore[no-untyped-def]

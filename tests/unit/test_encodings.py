@@ -373,7 +373,7 @@ def test_a_piece_begins_with_a_block():
 
 @pytest.mark.parametrize("name", LOSSY)
 def test_bytes_on_the_host_may_lie_at_any_address(name):
-    """With numba installed, too: such bytes go to NumPy."""
+    """As behind a header: bf16 then crosses the borders of words."""
     x = mixed(300)
     nbytes = get(name).nbytes(300)
     straight, memory = np.empty(nbytes, np.uint8), np.empty(nbytes + 1, np.uint8)

@@ -176,7 +176,7 @@ def test_encodings_are_the_hosts_bit_for_bit(cupy, name, key, dtype):
     results = []
     for xp in (np, cupy):
         out, new, back = xp.zeros(encoding.nbytes(SIZE, dtype), "u1"), xp.zeros(SIZE, dtype), xp.zeros(SIZE, dtype)
-        there = xp.asarray(x)
+        there = xp.array(x)
         finite = encoding.encode(there, out, residual=xp.asarray(residual), new_residual=new, key=key)
         encoding.decode(out, back)
         summed = xp.asarray(c.copy())
