@@ -489,6 +489,7 @@ def test_what_differs_between_ranks_is_refused_with_the_ranks(comm):
         ("alpha 0.1", {"rule": rules.aeasgd(0.2 if last else 0.1)}),
         ("rate 0.1", {"optimizer": sgd(0.3 if last else 0.1)}),
         ("center_optimizer", {"center_optimizer": sgd(0.3) if last else None}),
+        ("encodings", {"transport": registry.p2p(encoding="int8" if last else "int4")}),
     ]
     for text, options in cases:
         arguments = {"params": {"w": np.zeros(3)}, "communication_period": 3, "optimizer": sgd(0.1)} | options
