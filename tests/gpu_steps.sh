@@ -1,8 +1,13 @@
 # What must be shown on a GPU beside the tests marked gpu: functions step_NAME, and the names of those to run first.
 # Sourced by a kit that provides `ran TITLE` (a heading) and `lim SECONDS COMMAND…` (a time limit).
-AGNMPI_GPU_STEPS="reductions"
+AGNMPI_GPU_STEPS="reductions encodings"
 
 step_reductions() { # one pass over memory each; and is CuPy's own ReductionKernel slower, as arrays/device_kernels.py says?
     ran "reductions against half a copy"
     lim 60 python tests/support/gpu_reductions.py
+}
+
+step_encodings() { # the host's bytes; and is int8, encoded before the copy, staged at least twice as fast as float32?
+    ran "encodings against a copy, and staged"
+    lim 60 python tests/support/gpu_encodings.py
 }
