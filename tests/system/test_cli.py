@@ -283,7 +283,7 @@ def test_doctor(ranks):
     report = json.loads(output[output.index("{") : output.rindex("}") + 1])
     assert report["world"] == len(report["ranks"]) == ranks
     roles = [rank["role"] for rank in report["ranks"]]
-    assert report["thread_level"] == "funneled", "more locks itself under ULFM, less forbids threads"
+    assert report["thread_level"] == "serialized", "more locks itself under ULFM, less forbids a communication thread"
     assert roles == (["alone"] if ranks == 1 else ["center", "worker", "worker"])
     assert report["mpi"].startswith("Open MPI" if mpi_kind() == "openmpi" else "MPICH")
     assert bool(report["advice"]) == (ranks > 1)
