@@ -8,7 +8,7 @@ import time
 
 import mpi4py
 
-mpi4py.rc.thread_level = "funneled"  # as agnmpi's own command line
+mpi4py.rc.thread_level = "serialized"  # as agnmpi's own command line
 
 from agnmpi.cli.main import main  # noqa: E402
 from agnmpi.training.monitor import Monitor  # noqa: E402

@@ -12,7 +12,7 @@ import time
 
 import mpi4py
 
-mpi4py.rc.thread_level = "funneled"  # as agnmpi's own command line
+mpi4py.rc.thread_level = "serialized"  # as agnmpi's own command line
 
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
