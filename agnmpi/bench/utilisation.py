@@ -1,4 +1,4 @@
-"""`agnmpi bench utilisation`: how much of their time workers compute, for each transport, with overlap and without.
+"""`agnmpi bench utilisation`: how much of their time workers compute, by transport, encoding and overlap.
 
 A step sleeps, as a host does while its GPU computes, and then moves the parameters. The sides alternate in rounds:
 periods without exchanges, and those of each case.
@@ -16,6 +16,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array, choose, full_like, on_host
+from ..arrays.encodings import get
 from ..cluster.placement import place
 from ..cluster.probe import choose_wire
 from ..cluster.setup import Setup
@@ -37,6 +38,7 @@ class Options(NamedTuple):
     parameters: int
     period: int
     transports: Sequence[str]
+    encodings: Sequence[str]
     periods: int
     rounds: int
     device: str
@@ -51,6 +53,7 @@ class Case(NamedTuple):
 
     transport: str
     overlap: bool
+    encoding: str = "float32"  # of commits and pulls
 
     def setup(self, wire: str) -> Setup:
         """The setup that it stands for."""
@@ -59,7 +62,7 @@ class Case(NamedTuple):
     @property
     def entry(self) -> Transport:
         """Its transport."""
-        return resolve(self.transport)
+        return resolve(self.transport, encoding=self.encoding, pull_encoding=self.encoding)
 
     def without_overlap(self) -> "Case":
         """The case to compare with."""
@@ -67,12 +70,16 @@ class Case(NamedTuple):
 
     def exchange_bytes(self, x: Array) -> int:
         """Bytes of the vectors that a worker sends and receives in an exchange of parameters `x` (n,)."""
-        return 2 * x.nbytes
+        return 2 * min(get(self.encoding).nbytes(x.size, x.dtype), x.nbytes)
 
 
-def cases(transports: Iterable[str]) -> list[Case]:
-    """All rows, each after the one that it is compared with."""
-    return [Case(*values) for values in product(transports, (False, True))]
+def cases(transports: Iterable[str], encodings: Iterable[str] = ("float32",)) -> list[Case]:
+    """All rows, each after the one that it is compared with; a transport that cannot encode has those of float32."""
+    return [
+        Case(transport, overlap, encoding)
+        for transport, encoding, overlap in product(transports, encodings, (False, True))
+        if get(encoding).exact or resolve(transport).capabilities.encodings
+    ]
 
 
 def row(
@@ -116,7 +123,7 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
         time.sleep(options.step)
         return 0.0, g
 
-    chosen = cases(options.transports)
+    chosen = cases(options.transports, options.encodings)
     times: dict[Any, list[list[float]]] = {}
     for _ in range(options.rounds):
         for serving in sorted({case.entry.serving_ranks for case in chosen}):
@@ -162,18 +169,30 @@ def _show(report: dict[str, Any], where: str) -> None:
     console.print(f"agnmpi {report['agnmpi']}, {report['mpi']}, {report['world']} ranks", markup=False)
     lines = [
         [
-            row["transport"], "yes" if row["overlap"] else "no", str(row["workers"]),
+            row["transport"], row["encoding"], "yes" if row["overlap"] else "no", str(row["workers"]),
             milliseconds(row["period_seconds"]), milliseconds(row["compute_seconds"]),
             milliseconds(row["exchange_seconds"]), percent(row["utilisation"]), percent(row["lowest_utilisation"]),
             percent(row["hidden"]), size(row["bytes"]),
         ]
         for row in report["rows"]
     ]  # fmt: skip
-    columns = "transport", "overlap", "n", "period", "compute", "exchange", "utilised", "lowest", "hidden", "bytes"
+    columns = (
+        "transport",
+        "encoding",
+        "overlap",
+        "n",
+        "period",
+        "compute",
+        "exchange",
+        "utilised",
+        "lowest",
+        "hidden",
+        "bytes",
+    )
     title = (
         f"λ = {report['period']}, steps of {milliseconds(report['step'])}, {report['parameters']:,} float32 "
         f"({where}); n: workers"
     )
-    print_table(console, title, columns, lines, left=("transport", "overlap"))
+    print_table(console, title, columns, lines, left=("transport", "encoding", "overlap"))
     for line in about_unrest(report["unrest"]):
         console.print(line, markup=False)

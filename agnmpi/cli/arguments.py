@@ -9,6 +9,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+from ..arrays.encodings import NAMES
 from ..simulation.timing import Timing
 from ..training.config import Config
 from ..transport.registry import entries
@@ -28,8 +29,8 @@ _GROUPS = {
     "time": "virtual time",
 }
 _UTILISATION = """\
-Measure how much of their time the workers compute, for each transport, without
-and with overlap. A step sleeps, as a host does while its GPU computes, and then
+Measure how much of their time the workers compute, for each transport and
+encoding, without and with overlap. A step sleeps, as a host does while its GPU computes, and then
 moves the parameters by SGD; each λ steps a worker exchanges with the center.
 
   n         workers
@@ -132,6 +133,10 @@ def _add_bench_utilisation(commands: Any) -> None:
     )
     bench.add_argument("--period", type=int, default=10, metavar="N", help="λ, steps between exchanges [default: 10]")
     _add_transports(bench)
+    bench.add_argument(
+        "--encodings", nargs="+", default=["float32", "int8"], choices=NAMES, metavar="NAME",
+        help=f"of {', '.join(NAMES)}, both ways, where a transport has them [default: float32 int8]",
+    )  # fmt: skip
     bench.add_argument(
         "--periods", type=int, default=4, metavar="N", help="periods measured in each round [default: 4]"
     )

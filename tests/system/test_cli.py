@@ -328,13 +328,15 @@ def test_bench_utilisation(tmp_path):
     )  # fmt: skip
     assert code == 0, output
     report = json.loads((tmp_path / "utilisation.json").read_text())
-    assert [(row["transport"], row["overlap"], row["workers"]) for row in report["rows"]] == [
-        (transport, overlap, 3 if transport == "allreduce" else 2)
-        for transport in ("p2p", "rma", "accumulate", "allreduce")
+    names = ["p2p", "p2p int8", "rma", "accumulate", "allreduce"]
+    found = [(row["transport"], row["encoding"], row["overlap"], row["workers"]) for row in report["rows"]]
+    assert found == [
+        (name.split()[0], "int8" if "int8" in name else "float32", overlap, 3 if name == "allreduce" else 2)
+        for name in names
         for overlap in (False, True)
     ]
     for row in report["rows"]:
-        assert row["bytes"] == 2 * 4 * 20000
+        assert row["bytes"] == 2 * (79 * 260 if row["encoding"] == "int8" else 4 * 20000)
         assert row["compute_seconds"] > 3 * 0.002, "the sleep is part of it"
         assert row["exchange_seconds"] == row["period_seconds"] - row["compute_seconds"]
         assert 0 < row["lowest_utilisation"] <= row["utilisation"]

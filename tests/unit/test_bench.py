@@ -69,12 +69,14 @@ def test_gradient_and_optimizer_are_timed_apart():
 
 
 def test_each_row_comes_after_the_one_that_it_is_compared_with():
-    rows = cases(["p2p", "rma"])
-    assert rows == [Case("p2p", False), Case("p2p", True), Case("rma", False), Case("rma", True)]
+    rows = cases(["p2p", "rma"], ["float32", "int4"])
+    p2p = [Case("p2p", overlap, encoding) for encoding in ("float32", "int4") for overlap in (False, True)]
+    assert rows == [*p2p, Case("rma", False), Case("rma", True)]
     for case in rows:
         assert rows.index(case.without_overlap()) == rows.index(case) - case.overlap
         setup = case.setup("staged")
         assert (setup.transport.name, setup.transport.wire, setup.overlap) == (case.transport, "staged", case.overlap)
+        assert (setup.transport.encoding, setup.transport.pull_encoding) == (case.encoding, case.encoding)
         assert not setup.caller_uses_mpi, "as in train: else overlap has no thread"
 
 
