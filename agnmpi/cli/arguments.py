@@ -30,8 +30,9 @@ _GROUPS = {
 }
 _UTILISATION = """\
 Measure how much of their time the workers compute, for each transport and
-encoding, without and with overlap. A step sleeps, as a host does while its GPU computes, and then
-moves the parameters by SGD; each λ steps a worker exchanges with the center.
+encoding, without and with overlap. A step sleeps, as a host does while its GPU
+computes, and then moves the parameters by SGD; each λ steps a worker exchanges
+with the center.
 
   n         workers
   period    seconds of λ steps and an exchange, by the clock on the wall
