@@ -169,30 +169,19 @@ def _show(report: dict[str, Any], where: str) -> None:
     console.print(f"agnmpi {report['agnmpi']}, {report['mpi']}, {report['world']} ranks", markup=False)
     lines = [
         [
-            row["transport"], row["encoding"], "yes" if row["overlap"] else "no", str(row["workers"]),
+            row["transport"] if get(row["encoding"]).exact else f"{row['transport']} {row['encoding']}",
+            "yes" if row["overlap"] else "no", str(row["workers"]),
             milliseconds(row["period_seconds"]), milliseconds(row["compute_seconds"]),
             milliseconds(row["exchange_seconds"]), percent(row["utilisation"]), percent(row["lowest_utilisation"]),
             percent(row["hidden"]), size(row["bytes"]),
         ]
         for row in report["rows"]
     ]  # fmt: skip
-    columns = (
-        "transport",
-        "encoding",
-        "overlap",
-        "n",
-        "period",
-        "compute",
-        "exchange",
-        "utilised",
-        "lowest",
-        "hidden",
-        "bytes",
-    )
+    columns = "transport", "overlap", "n", "period", "compute", "exchange", "utilised", "lowest", "hidden", "bytes"
     title = (
         f"λ = {report['period']}, steps of {milliseconds(report['step'])}, {report['parameters']:,} float32 "
         f"({where}); n: workers"
     )
-    print_table(console, title, columns, lines, left=("transport", "encoding", "overlap"))
+    print_table(console, title, columns, lines, left=("transport", "overlap"))
     for line in about_unrest(report["unrest"]):
         console.print(line, markup=False)
