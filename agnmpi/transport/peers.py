@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array, bring, empty, empty_like
+from ..arrays.backend import Array, bring, empty
 from ..arrays.encodings import Encoding, encode_pull, sizes
 from ..core.messages import COMMIT_BYTES, ENCODED, MISFIT, Commit
 from .chunks import INLINE, PIECE, Stream
@@ -19,10 +19,13 @@ HEADER, DELTA, REPLY, CENTER_VARIABLE = range(1, 5)  # tags, on a communicator o
 
 
 class Buffer:
-    """A vector at the center, the wire that carries it, and the number of replies under way that read it."""
+    """A vector at the center, the wire that carries it, and the number of replies under way that read it.
 
-    def __init__(self, x: Array, wire: Wire) -> None:
-        self.x, self.wire, self.readers = x, wire, 0
+    `pool`: takes it back when nobody needs it.
+    """
+
+    def __init__(self, x: Array, wire: Wire, pool: "Buffers") -> None:
+        self.x, self.wire, self.pool, self.readers = x, wire, pool, 0
         self.delta = x  # what is received into x: all of it, or the bytes of an encoded delta
         self._copied: Iterator[Array] = iter(())  # what the wire gives out for the current x, from the beginning
 
@@ -35,14 +38,15 @@ class Buffer:
 
 
 class Buffers:
-    """The message buffers of a center, allocated when first needed.
+    """Vectors at a center, allocated when first needed, where c lies.
 
-    `like`: (n,) c; `limit`: how many there may be, besides those in use by silent workers; `allocated`: how many
-    there are.
+    `c`: (n,); `size`, `dtype`: of each, as c's by default; `limit`: how many there may be, besides those in use by
+    silent workers; `allocated`: how many there are.
     """
 
-    def __init__(self, like: Array, limit: int, wire: str) -> None:
-        self._like, self._limit, self._wire = like, limit, wire
+    def __init__(self, c: Array, limit: int, wire: str, size: int | None = None, dtype: str | None = None) -> None:
+        self._c, self._limit, self._wire = c, limit, wire
+        self._size, self._dtype = c.size if size is None else size, dtype or c.dtype
         self._free: list[Buffer] = []
         self.allocated = 0
 
@@ -53,7 +57,7 @@ class Buffers:
         if self._free:
             return self._free.pop()
         self.allocated += 1
-        return Buffer(empty_like(self._like), make_wire(self._like, self._wire))
+        return Buffer(empty(self._size, self._dtype, self._c), make_wire(self._c, self._wire), self)
 
     def available(self, lent: int) -> bool:
         """Whether `acquire` would return one."""
@@ -83,34 +87,29 @@ class EncodedPulls:
 
     def __init__(self, encoding: Encoding, like: Array, limit: int, wire: str) -> None:
         self._encoding = encoding
-        self._buffers = Buffers(empty(encoding.nbytes(like.size, like.dtype), "u1", like), limit, wire)
-        self._current: Buffer | None = None
-        self._clock = -1  # of what `_current` holds
+        self._buffers = Buffers(like, limit, wire, encoding.nbytes(like.size, like.dtype), "u1")
+        self.current: Buffer | None = None  # what was encoded last
+        self._clock = -1  # of what it holds
         encoding.prepare(like)
 
     def room(self, lent: int) -> bool:
         """Whether c can be encoded at another clock; else some replies must be sent first. `lent`: as of `Buffers`."""
-        return self._current is None or not self._current.readers or self._buffers.available(lent)
+        return self.current is None or not self.current.readers or self._buffers.available(lent)
 
     def at(self, c: Array, clock: int, lent: int) -> Buffer:
         """`c` at `clock`, encoded; there is `room`."""
         if clock != self._clock:
-            if self._current is None or self._current.readers:
-                self._current = self._buffers.acquire(lent)
-            assert self._current is not None
-            encode_pull(self._encoding, c, self._current.x, clock)
+            if self.current is None or self.current.readers:
+                self.current = self._buffers.acquire(lent)
+            assert self.current is not None
+            encode_pull(self._encoding, c, self.current.x, clock)
             self._clock = clock
-        assert self._current is not None
-        return self._current
+        assert self.current is not None
+        return self.current
 
     def forget(self) -> None:
         """c may have changed without its clock."""
         self._clock = -1
-
-    def done(self, buffer: Buffer, lent: int) -> None:
-        """Nobody reads `buffer` any more."""
-        if buffer is not self._current:
-            self._buffers.release(buffer, lent)
 
 
 class Vectors:
@@ -128,8 +127,8 @@ class Vectors:
     """
 
     def __init__(self, c: Array, limit: int, wire: str, pulls: Encoding) -> None:
-        self.center = Buffer(c, make_wire(c, wire))
         self.messages = Buffers(c, limit, wire)
+        self.center = Buffer(c, make_wire(c, wire), self.messages)
         self.pulls = EncodedPulls(pulls, c, limit, wire)
 
     def may_serve(self, commit: Commit, lent: int, lent_with_center: int) -> bool:
@@ -151,12 +150,8 @@ class Vectors:
     def done_reading(self, buffer: Buffer, lent: int) -> None:
         """A reply that has read `buffer` is sent."""
         buffer.readers -= 1
-        if buffer.readers or buffer is self.center:
-            return
-        if buffer.x.dtype == np.uint8:
-            self.pulls.done(buffer, lent)
-        else:
-            self.messages.release(buffer, lent)
+        if not buffer.readers and buffer not in (self.center, self.pulls.current):
+            buffer.pool.release(buffer, lent)
 
 
 def peer_failed(error: MPI.Exception) -> bool:

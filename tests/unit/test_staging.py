@@ -6,7 +6,7 @@ import pytest
 from fake_device import Vector
 
 from agnmpi.arrays import backend
-from agnmpi.transport.peers import Buffer
+from agnmpi.transport.peers import Buffer, Buffers
 from agnmpi.transport.staging import Direct, Staged, cut, make_wire
 
 
@@ -72,7 +72,8 @@ def test_staged_makes_its_events_once(log):
 
 
 def test_a_buffer_that_several_read_is_copied_once_and_waited_for_chunk_by_chunk(log):
-    buffer = Buffer(Vector(range(5)), Staged(chunk=8))
+    x = Vector(range(5))
+    buffer = Buffer(x, Staged(chunk=8), Buffers(x, 1, "staged"))
     first = buffer.outgoing()
     assert log.count("record") == 3
     assert "wait for the copy" not in log, "c may be sent while later chunks are still copied"
