@@ -122,10 +122,12 @@ class EncodedEnd(WorkerEnd):
 
     def exchange(self, commit: Commit, out: Array | None) -> "EncodedHandle":
         """Encode the delta, and exchange."""
-        commit, into = self._encoded(commit), out
-        if out is not None and self._received is not None:
-            commit, into = commit._replace(requests=commit.requests | ENCODED), self._received
-        return EncodedHandle(self, self.end.exchange(commit, into), bool(commit.encoding), out, into)
+        commit = self._encoded(commit)
+        committed = bool(commit.encoding)
+        if out is None or self._received is None:
+            return EncodedHandle(self, self.end.exchange(commit, out), committed)
+        commit = commit._replace(requests=commit.requests | ENCODED)
+        return EncodedHandle(self, self.end.exchange(commit, self._received), committed, out)
 
     def pull(self, out: Array) -> Handle:
         """As the wrapped end: c itself."""
@@ -147,22 +149,19 @@ class EncodedEnd(WorkerEnd):
         flags = commit.flags if good else commit.flags | NOT_FINITE
         return commit._replace(payload=self._sent, encoding=self.commits.number, flags=flags)
 
-    def finish(self, reply: Reply, committed: bool, out: Array | None, received: Array | None) -> None:
-        """An exchange is done: keep its residual if its delta was applied, and decode what was pulled."""
+    def finish(self, reply: Reply, committed: bool, out: Array | None) -> None:
+        """An exchange is done: keep its residual if its delta was applied; decode its pull into `out`, if any."""
         if committed and reply.status in (OK, DUPLICATE) and self.residual is not None:
             self.residual[...] = self._next
-        if out is not None and received is not out and received is not None:
-            self.pulls.decode(received, out)
+        if out is not None and self._received is not None:
+            self.pulls.decode(self._received, out)
 
 
 class EncodedHandle(Handle):
-    """An exchange whose delta or pull is encoded; `handle`: that of the bytes."""
+    """An exchange of bytes (`handle`): `committed`: an encoded delta; `out`: where the encoded pull goes, if any."""
 
-    def __init__(
-        self, end: EncodedEnd, handle: Handle, committed: bool, out: Array | None = None, received: Array | None = None
-    ) -> None:
-        self.handle = handle
-        self._end, self._committed, self._out, self._received = end, committed, out, received
+    def __init__(self, end: EncodedEnd, handle: Handle, committed: bool, out: Array | None = None) -> None:
+        self.handle, self._end, self._committed, self._out = handle, end, committed, out
         self._reply: Reply | None = None
 
     def test(self) -> bool:
@@ -173,7 +172,7 @@ class EncodedHandle(Handle):
         """Finish the exchange; may be called again."""
         if self._reply is None:
             reply = self.handle.wait()
-            self._end.finish(reply, self._committed, self._out, self._received)
+            self._end.finish(reply, self._committed, self._out)
             self._reply = reply
         return self._reply
 
