@@ -67,6 +67,10 @@ class Connector(NamedTuple):
         """`end` with the encodings of the transport, for vectors like `like` (n,)."""
         return encode(end, like, self.setup.transport.encoding, self.setup.transport.pull_encoding, residual)
 
+    def _residual(self, x: Array) -> Array | None:
+        """What a worker's encoded commits have left behind (n,), none so far; None where they leave nothing."""
+        return None if get(self.setup.transport.encoding).exact else full_like(x, 0)
+
     def center(self, comm: MPI.Comm, x: Array) -> CenterRole:
         """The role of the center, rank 0 of `comm`, which begins from `x` (n,)."""
         x = x if self.setup.transport.center_device == "gpu" else to_host(x)
@@ -107,7 +111,7 @@ class Connector(NamedTuple):
         end = LocalCenter(c, count, center.apply, self.setup.transport.pull_encoding)
         workers = []
         for i, copy in enumerate([x, *(x.copy() for _ in range(count - 1))]):
-            residual = None if get(self.setup.transport.encoding).exact else full_like(x, 0)
+            residual = self._residual(x)
             encoded = self.encoded(end.worker_end(i), copy, residual)
             workers.append(Worker(copy, self.rule, self.optimizer, encoded, i, residual=residual))
         return LocalRole(center, workers, count, end)
@@ -116,7 +120,7 @@ class Connector(NamedTuple):
         transport = self.setup.transport
         centers = self.setup.center_ranks
         spans, index = list(parts(x.size, len(centers))), comm.rank - sum(rank < comm.rank for rank in centers)
-        residual = None if get(transport.encoding).exact else full_like(x, 0)
+        residual = self._residual(x)
         ends = []
         for i, span in enumerate(spans):
             end = self.worker_end(_group(comm, i, centers), x[span])

@@ -57,11 +57,18 @@ class Setup(NamedTuple):
     @property
     def threaded(self) -> bool:
         """Whether the exchanges of a worker run in a thread of their own."""
-        return self.overlap and not self.unthreaded
+        return self.overlap and not self._obstacle
 
     @property
     def unthreaded(self) -> str:
-        """Why exchanges that overlap cannot run in a thread, and what helps; empty if they can."""
+        """What it means where exchanges overlap and cannot run in a thread, why, and what helps; empty elsewhere."""
+        if not self.overlap or self.threaded:
+            return ""
+        return f"overlapping exchanges advance between two steps alone: {self._obstacle}"
+
+    @property
+    def _obstacle(self) -> str:
+        """Why there can be no thread for exchanges; empty if there can."""
         if self.transport.capabilities.together:
             return f"the rounds of transport {self.transport.name} apply their sum where they train"
         if fault_tolerant():

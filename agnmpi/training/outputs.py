@@ -157,7 +157,7 @@ def introduction(
     config: Config, layout: Layout, plan: Plan, workers: int, size: int, centers: Sequence[str], setup: Setup
 ) -> list[str]:
     """Messages about a run before it begins; `centers`: names of the ranks that serve."""
-    ranks, unthreaded = f"{size} rank{'s' if size > 1 else ''}", setup.unthreaded if setup.overlap else ""
+    ranks = f"{size} rank{'s' if size > 1 else ''}"
     return [
         headline(config, layout, plan),
         f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "
@@ -165,6 +165,6 @@ def introduction(
         f"{mpi_library()}",
         *([centers_line(centers)] if len(centers) > 1 or config.centers == "hosts" else ()),
         *advice(config.make_rule(), workers, config.period),
-        *([f"note: overlapping exchanges advance between two steps alone: {unthreaded}"] if unthreaded else ()),
+        *([f"note: {setup.unthreaded}"] if setup.unthreaded else ()),
         *(unused_devices(device_count()) if config.device == "auto" else ()),
     ]
