@@ -4,7 +4,6 @@ Pure functions of their arguments. A block of numbers is a block of bytes, one b
 vector are a contiguous range of the message, and may be sent, encoded and decoded piece by piece.
 """
 
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -16,6 +15,7 @@ from . import device_encodings, host_encodings
 from .backend import Array, blocks, empty, on_host
 from .device_kernels import launch
 from .host_encodings import FORMATS, GOLDEN64, mix64
+from .host_kernels import find_numba
 from .kernels import all_finite
 
 
@@ -41,17 +41,11 @@ def rounding_key(seed: int, sender: int, count: int) -> int:
 @cache
 def fast() -> ModuleType | None:
     """The kernels by numba; None without numba. It is imported at the first call: that takes about a second."""
-    try:
-        import numba
+    numba = find_numba("encodings")
+    if numba is None or numba.config.DISABLE_JIT:  # the loops would run in the interpreter
+        return None
+    from . import fast_encodings
 
-        if numba.config.DISABLE_JIT:  # the loops would run in the interpreter
-            return None
-        from . import fast_encodings
-    except ModuleNotFoundError:
-        return None
-    except ImportError as error:  # such as a NumPy that is too new for it
-        warnings.warn(f"numba cannot be used, so encodings are NumPy's: {error}", RuntimeWarning, 2)
-        return None
     return fast_encodings
 
 

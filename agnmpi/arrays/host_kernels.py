@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from math import isfinite
+from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -227,6 +228,21 @@ def _loop(name: str) -> Any:
     return scope[name]
 
 
+def find_numba(what: str) -> ModuleType | None:
+    """Import numba, which takes a moment at first; None where it is not installed.
+
+    Warns, naming `what` is NumPy's then, of one that cannot be used, such as with a NumPy that it does not know.
+    """
+    try:
+        import numba
+    except ModuleNotFoundError:
+        return None
+    except ImportError as error:
+        warnings.warn(f"numba cannot be used, so {what} are NumPy's: {error}", RuntimeWarning, 3)
+        return None
+    return numba  # type: ignore[no-any-return]
+
+
 @cache
 def compiled(name: str) -> Callable[..., Any] | None:
     """The kernel, or reduction, `name`, compiled at its first call for each dtype; None without numba.
@@ -235,14 +251,10 @@ def compiled(name: str) -> Callable[..., Any] | None:
     rank compiles for itself, 0.1 to 0.4 s for a kernel, and no file is written: numba's cache, in one directory for
     hosts with different processors, can mix up their code where they write at once.
     """
-    try:
-        from numba import njit
-    except ModuleNotFoundError:
-        return None
-    except ImportError as error:  # of a NumPy that it does not know
-        warnings.warn(f"numba cannot be used, so the host's kernels are NumPy's: {error}", RuntimeWarning, 2)
+    numba = find_numba("the host's kernels")
+    if numba is None:
         return None
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # NumPy's: no exception at a division by 0
     if name == "squares":  # a sum in order would not be vectorised
-        return njit(_squares, fastmath={"reassoc"}, **options)  # type: ignore[no-any-return]
-    return njit(_finite if name == "finite" else _loop(name), **options)  # type: ignore[no-any-return]
+        return numba.njit(_squares, fastmath={"reassoc"}, **options)  # type: ignore[no-any-return]
+    return numba.njit(_finite if name == "finite" else _loop(name), **options)  # type: ignore[no-any-return]
