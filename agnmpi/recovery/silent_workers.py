@@ -92,8 +92,11 @@ def leave_behind(comm: MPI.Intracomm, role: Role, members: Membership, outlives_
             remaining = received[1:][: received[0]].tolist()
         if len(remaining) == comm.size:
             return comm
-        # Not Create_group: Open MPI 5.0 refuses it where a rank outside of the group has died.
-        living = MPI.Intracomm.Create_from_group(comm.Get_group().Incl(remaining), "agnmpi.living")
+        group = comm.Get_group().Incl(remaining)
+        if outlives_loss:  # Open MPI 5.0 refuses Create_group where a rank outside of the group has died
+            living = MPI.Intracomm.Create_from_group(group, "agnmpi.living")
+        else:  # Open MPI 4.1 has no Create_from_group
+            living = comm.Create_group(group)
     except MPI.Exception:
         if not outlives_loss:
             raise
