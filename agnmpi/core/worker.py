@@ -155,6 +155,8 @@ class Worker:
             if g is None:
                 raise ValueError("local_step needs a gradient")
             at = self.before + self.step_number
+            if ranges is None and self.rule.buffers:
+                ranges = [(0, self.x.size - self.rule.buffers)]
             self.state = self.optimizer.update(g, self.state, self.x, step=at, ranges=ranges)
             if self.rule.accumulates:
                 for lo, hi in ranges or [(0, g.size)]:
@@ -207,10 +209,7 @@ class Worker:
     def _form_delta(self, steps: int) -> int:
         """Write the delta of `steps` steps; returns the flags about it."""
         delta = self._buffers.delta
-        finite = self.rule.delta(self.x, self.o, self.a, max(steps, 1), delta)
-        if finite is None:
-            finite = all_finite(delta)
-        return 0 if finite else NOT_FINITE
+        return 0 if self.rule.form_commit(self.x, self.o, self.a, max(steps, 1), delta) else NOT_FINITE
 
     def finish_exchange(self) -> None:
         """Wait for the exchange under way, if any, and adopt its pull."""
@@ -236,7 +235,7 @@ class Worker:
         if reply.status == REFUSED:
             self._reset()
         else:  # the pull is adopted even where the commit was dropped
-            self.rule.adopt(self.x, self._buffers.sent, self._buffers.delta, self.o)
+            self.rule.adopt_pull(self.x, self._buffers.sent, self._buffers.delta, self.o)
         self._commit = None
         self._obey(reply)
 

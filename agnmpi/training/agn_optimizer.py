@@ -3,7 +3,7 @@
 import atexit
 import operator
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import nan
 from typing import Any, NamedTuple, TypeAlias
@@ -49,6 +49,8 @@ class AGNOptimizer:
             (default) depends on the rule.
         overlap: compute while an exchange is under way; default False.
         dylu: λ is that of the fastest worker, the others' are proportional to their speeds; default False.
+        buffers: names of those `params` that no gradient moves, but you: running means, as of batch normalization. The
+            center takes their convex mean, c_b ← c_b + (b − c_b)/n; a pull brings them back. Default: none.
 
     Raises:
         TypeError: for what is not an array or optimizer.
@@ -82,6 +84,7 @@ class AGNOptimizer:
         transport: str | Transport = "auto",
         overlap: bool = False,
         dylu: bool = False,
+        buffers: Collection[str] = (),
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
@@ -91,7 +94,9 @@ class AGNOptimizer:
         self._comm = comm.Dup()
         self._hook = AbortOnException(self._comm)
         try:
-            arguments = _Arguments(optimizer, center_optimizer, params, communication_period, rule, variant, transport)
+            arguments = _Arguments(
+                optimizer, center_optimizer, params, communication_period, rule, variant, transport, buffers
+            )
             self._loop = self._set_up(arguments, use_locking, overlap, dylu)
         except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
@@ -354,6 +359,7 @@ class _Arguments(NamedTuple):
     rule: Rule | None
     variant: str
     transport: str | Transport
+    buffers: Collection[str]
 
     def checked(self, use_locking: bool) -> tuple[Rule, Layout, int, Transport]:
         """The rule, the layout, λ and the transport. Raises TypeError or ValueError for invalid arguments."""
@@ -376,8 +382,9 @@ class _Arguments(NamedTuple):
                     f"parameter {key!r} is read-only, but is to be updated: give a writable array "
                     "(of a PyTorch tensor: tensor.detach().numpy())"
                 )
-        rule = self.rule or agn(self.variant)
-        return rule, Layout.of(self.params), period, resolve(self.transport, rule.allreduce, use_locking)
+        layout = Layout.of(self.params, self.buffers)
+        rule = (self.rule or agn(self.variant))._replace(buffers=layout.buffers)
+        return rule, layout, period, resolve(self.transport, rule.allreduce, use_locking)
 
 
 def _warn_of_threads(name: str) -> None:
