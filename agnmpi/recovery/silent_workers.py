@@ -12,6 +12,7 @@ from ..core.membership import Membership
 from ..core.timer import Every
 
 _REMAINING = 9  # tag: the ranks that continue
+_LIVING = "agnmpi.living"  # their communicator
 
 
 class SilentWorkers:
@@ -93,10 +94,8 @@ def leave_behind(comm: MPI.Intracomm, role: Role, members: Membership, outlives_
         if len(remaining) == comm.size:
             return comm
         group = comm.Get_group().Incl(remaining)
-        if outlives_loss:  # Open MPI 5.0 refuses Create_group where a rank outside of the group has died
-            living = MPI.Intracomm.Create_from_group(group, "agnmpi.living")
-        else:  # Open MPI 4.1 has no Create_from_group
-            living = comm.Create_group(group)
+        # Open MPI 4.1 has no Create_from_group; 5.0 refuses Create_group where a rank outside of the group has died.
+        living = MPI.Intracomm.Create_from_group(group, _LIVING) if outlives_loss else comm.Create_group(group)
     except MPI.Exception:
         if not outlives_loss:
             raise
