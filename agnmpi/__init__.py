@@ -2,7 +2,8 @@
 
 In your own training loop: `AGNOptimizer`, with an optimizer (`sgd` … `adamw`, or your own `Optimizer`), a rule of
 exchange (`rules`), a rate schedule (`schedules`) and a transport (`transports`). As a whole run, as the command line
-does it: `train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`.
+does it: `train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`. Within a solver,
+which trains a surrogate of itself: `insitu.Run`.
 
 `import agnmpi` needs only numpy. Modules that use MPI are imported, and MPI initialised, at first use.
 """
@@ -17,6 +18,7 @@ from .core.rules import Rule
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .frameworks import insitu
     from .simulation.simulate import simulate
     from .training.agn_optimizer import AGNOptimizer
     from .training.config import Config
@@ -39,6 +41,7 @@ __all__ = [
     "adagrad",
     "adam",
     "adamw",
+    "insitu",
     "momentum",
     "nesterov",
     "rmsprop",
@@ -58,6 +61,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Degraded": (".training.exits", "Degraded"),
     "Interrupted": (".training.exits", "Interrupted"),
     "Problem": (".training.problem", "Problem"),
+    "insitu": (".frameworks.insitu", None),
     "simulate": (".simulation.simulate", "simulate"),
     "train": (".training.job", "train"),
     "transports": (".transport.registry", None),

@@ -23,7 +23,7 @@ OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3
 # Reply.control; STOP: commit the steps done, return the rest of the lease, leave. WAIT: no work is free now, but other
 # workers hold leases that may become free: a request with IDLE is answered then.
 CONTINUE, STOP, WAIT = 0, 1, 2
-_COMMIT = struct.Struct("<11qd")
+_COMMIT = struct.Struct("<12qd")
 _REPLY = struct.Struct("<9q")
 _SNAPSHOT = struct.Struct("<8q")
 _MAX_BYTES = 1 << 42  # of a vector
@@ -44,6 +44,7 @@ class Commit(NamedTuple):
         encoding: of the payload, its number; 0: the vector as it is.
         nbytes: of the payload.
         total: with WORK and no payload, this rank's number of steps in the session; -1 without end.
+        samples: that this worker's own data have had so far; 0: all workers draw from the same.
         loss: mean training loss over the steps.
         payload: the delta (n,); sent separately, after the header.
 
@@ -62,6 +63,7 @@ class Commit(NamedTuple):
     encoding: int = 0
     nbytes: int = 0
     total: int = -1
+    samples: int = 0
     loss: float = nan
     payload: Array | None = None
 

@@ -84,7 +84,7 @@ class _Exchange:
 
 
 class P2PWorker(WorkerEnd):
-    """A worker's end: every rank but 0 of `comm`.
+    """A worker's end: every rank but 0 of `comm`; rank 0, too, where the center says so.
 
     Args:
         comm: Communicator of the center (rank 0) and its workers, of our own.
@@ -93,7 +93,7 @@ class P2PWorker(WorkerEnd):
     """
 
     def __init__(self, comm: MPI.Comm, wire: Wire | None = None, replicates_state: bool = False) -> None:
-        self._comm, self._worker, self.wire = comm, comm.rank - 1, wire or Direct()
+        self._comm, self._worker, self.wire = comm, (comm.rank - 1) % comm.size, wire or Direct()
         self._headers: list[bytearray] = []  # free buffers for headers of replies
         self._header_bytes = INLINE + reply_bytes(comm.size - 1, replicates_state)
 

@@ -33,6 +33,7 @@ class P2PCenter(CenterEnd):
         message_buffers: Vectors beside c for incoming deltas and outgoing replies.
         wire: "staged" or "direct", where c lies on a device.
         pull_encoding: Of c in the replies to those who ask for it.
+        trains: Whether rank 0 is a worker, too, the last: by messages to itself, so neither may wait for the other.
 
     Attributes:
         lost: Workers that have died, with `on_loss` alone; else the error is raised.
@@ -46,12 +47,14 @@ class P2PCenter(CenterEnd):
     in_flight_deltas = 0
 
     def __init__(
-        self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged", pull_encoding: str = "float32"
-    ) -> None:
+        self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged",
+        pull_encoding: str = "float32", trains: bool = False,
+    ) -> None:  # fmt: skip
         if message_buffers < 1:
             raise ValueError(f"the center needs at least one message buffer, not {message_buffers}")
         self._vectors = Vectors(c, message_buffers, wire, get(pull_encoding))
-        self._peers = Peers([Peer(rank - 1, comm, rank) for rank in range(1, comm.size)])
+        ranks = [*range(1, comm.size), *([CENTER] if trains else [])]
+        self._peers = Peers([Peer(worker, comm, rank) for worker, rank in enumerate(ranks)])
         self._listener = Listener(comm, self._peers.all, c)
         self._expected = set[int]()  # workers that have not left, and are neither lost nor silent
         self._leave_reply: Reply | None = None  # the reply to workers that have left
