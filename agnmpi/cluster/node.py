@@ -55,7 +55,7 @@ class NodeEnd(CenterEnd):
         self._handle: Handle | None = None  # of the exchange under way
         self._after: Callable[[Reply, Array], None] = self._adopt  # what follows it
         self._asked = self._fruitful = False  # whether it, and the last that did, asked for work and found some
-        self._taken_meanwhile = 0  # leases that the workers took while the last exchange was under way
+        self._meanwhile = 0  # leases that the workers took, or wanted to, while the last exchange was under way
 
     @property
     def c(self) -> Array:
@@ -161,7 +161,7 @@ class NodeEnd(CenterEnd):
             shares.add(reply.work)
             shares.more = self._fruitful = reply.work.steps > 0
             shares.more |= reply.control == WAIT
-        self._taken_meanwhile = shares.taken
+        self._meanwhile = shares.taken + len(center.waiting)
         center.checkpoint = max(center.checkpoint, reply.checkpoint)
         self._events += 1
         self.below.retry()
@@ -169,7 +169,7 @@ class NodeEnd(CenterEnd):
     def _request(self, requests: int = 0) -> Commit:
         """A request for as much work as the workers take until the reply to the next one."""
         shares = self._shares
-        wanted = ceil(max(self.live, shares.taken) + self._taken_meanwhile - shares.stock)
+        wanted = ceil(max(self.live, shares.taken) + self._meanwhile - shares.stock)
         shares.taken = 0
         self._asked = wanted > 0
         requests |= WORK if self._asked else 0
