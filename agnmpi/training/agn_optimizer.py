@@ -1,6 +1,7 @@
 """AGNOptimizer: for programs with their own training loop."""
 
 import atexit
+import logging
 import operator
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -11,19 +12,24 @@ from typing import Any, NamedTuple, TypeAlias
 from mpi4py import MPI
 
 from ..arrays.backend import Array, Range, as_array, bring, namespace
-from ..cluster.placement import check_world, fault_tolerant, require_equal_model
+from ..cluster.placement import check_world, fault_tolerant, limit_blas, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.setup import Setup, check_setup
 from ..core.optimizers import Optimizer
 from ..core.params import Layout, named
-from ..core.rules import Rule, agn
+from ..core.rules import Rule, agn, outer_rate, weighted
+from ..reporting.advice import advice
 from ..transport.agreement import raise_on_all
 from ..transport.registry import Transport, resolve
 from .abort import AbortOnException
-from .loop import Hook, Loop
+from .loop import Caller, Hook, Loop
+from .own_arrays import OwnArrays
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
 Loss: TypeAlias = Callable[[Mapping[str, Array]], tuple[float, Gradients]]
+Event: TypeAlias = Callable[["AGNOptimizer"], object]
+
+_log = logging.getLogger("agnmpi")
 
 
 class AGNOptimizer:
@@ -49,6 +55,12 @@ class AGNOptimizer:
             (default) depends on the rule.
         overlap: compute while an exchange is under way; default False.
         dylu: λ is that of the fastest worker, the others' are proportional to their speeds; default False.
+        outer_rate: r, how many mean displacements a round of n commits moves the center: commits of AGN, DOWNPOUR and
+            DynSGD count rλ/n. None (default): as they are, which is n/λ with AGN.
+        copy: False: `params` is one contiguous vector, and the flat vector itself. Default True.
+        on_pull: called with this optimizer when the parameters have become a center that was pulled.
+        on_refused: called, after that, where this worker's last commit was refused (NaN, infinity): if you keep moments
+            of your own, set them to 0.
 
     Raises:
         TypeError: for what is not an array or optimizer.
@@ -82,6 +94,10 @@ class AGNOptimizer:
         transport: str | Transport = "auto",
         overlap: bool = False,
         dylu: bool = False,
+        outer_rate: float | None = None,
+        copy: bool = True,
+        on_pull: "Event | None" = None,
+        on_refused: "Event | None" = None,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
@@ -90,8 +106,11 @@ class AGNOptimizer:
         self._name, self._optimizer, self.loss = name, optimizer, nan
         self._comm = comm.Dup()
         self._hook = AbortOnException(self._comm)
+        self._on_pull, self._on_refused = on_pull, on_refused
         try:
-            arguments = _Arguments(optimizer, center_optimizer, params, communication_period, rule, variant, transport)
+            arguments = _Arguments(
+                optimizer, center_optimizer, params, communication_period, rule, variant, transport, outer_rate, copy
+            )
             self._loop = self._set_up(arguments, use_locking, overlap, dylu)
         except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
@@ -104,7 +123,7 @@ class AGNOptimizer:
         comm, optimizer = self._comm, arguments.optimizer
         rule, layout, period, transport = raise_on_all(comm, lambda: arguments.checked(use_locking))
         facts = {
-            "rule": f"{rule.name}, alpha {rule.alpha:g}",
+            "rule": f"{rule.name}, alpha {rule.alpha:g}, outer rate {arguments.outer_rate}",
             "variant": arguments.variant,
             "communication_period": str(period),
             "optimizer": _describe(optimizer),
@@ -119,21 +138,32 @@ class AGNOptimizer:
         check_setup(rule, setup, comm.size, optimizer, arguments.center_optimizer)
         # Of variant "gradient": of the same kind, with its own slots.
         center_optimizer = arguments.center_optimizer or (optimizer if rule.accumulates else None)
-        self._layout, self._x = layout, layout.pack(arguments.params)
+        self._layout = layout
+        self._x = layout.pack(arguments.params) if arguments.copy else next(iter(named(arguments.params).values()))
         self._views = layout.views(self._x)
-        self._user_arrays = named(arguments.params) if optimizer is None else {}
+        self._own = OwnArrays(arguments.params, layout, self._x) if optimizer is None else None
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
         wire = choose_wire(comm, self._x, transport.wire)
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
         if comm.rank == 0 and setup.unthreaded:
             warnings.warn(f"{self._name}: {setup.unthreaded}", RuntimeWarning, stacklevel=4)
         self._sharded = len(setup.center_ranks) > 1
-        return Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, self._copy_out)
+        caller = Caller(self._own.pack if self._own else _nothing, self._pulled, self._refused)
+        loop = Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller)
+        self._restore_blas = limit_blas(loop.session.threads)
+        if comm.rank == 0 and not (arguments.rule and arguments.rule.weighs):  # a weight of the caller's is not called
+            _advise(self._name, rule, loop.session.role.count, period)
+        return loop
 
     @property
     def params(self) -> dict[str, Array]:
         """The parameters by name: views of the flat vector, or with `optimizer=None` your own arrays. Never blocks."""
-        return dict(self._user_arrays or self._views)
+        return dict(self._own.arrays if self._own else self._views)
+
+    @property
+    def flat(self) -> Array:
+        """(n,) the parameters as one vector; where your own arrays are copied, it is filled at exchanges alone."""
+        return self._x
 
     @property
     def center(self) -> dict[str, Array]:
@@ -177,8 +207,9 @@ class AGNOptimizer:
         """Yield the number of each step granted to this worker; each of 0 … total−1 is granted to one worker.
 
         On a center rank it serves until all workers are done, and yields nothing. May be called again: parameters,
-        slots, clock and schedules continue. At the end `params` and `center` are the final center on every rank; after
-        a `break` they are once `finish` has been called. The body calls `minimize`, `apply_gradients` or `step` once.
+        slots, clock and schedules continue. Every rank starts from rank 0's parameters as they are then. At the end
+        `params` and `center` are the final center on every rank; after a `break` they are once `finish` has been
+        called. The body calls `minimize`, `apply_gradients` or `step` once, or `skip`.
 
         Args:
             total: steps over all workers; None (default) until the workers `break`.
@@ -257,9 +288,11 @@ class AGNOptimizer:
         self._loop.check()
         if self._optimizer is not None:
             raise RuntimeError(f"{self._name} has an optimizer: call minimize() or apply_gradients()")
-        self._layout.pack(self._user_arrays, out=self._x)
         self._loop.step(None, loss)
-        self._loop.refresh()
+
+    def skip(self) -> None:
+        """Take no step in this turn: gradients accumulate, or a scaler has found infinity. The next has its number."""
+        self._loop.skip()
 
     def make_session_run_hook(
         self, is_chief: bool | None = None, task_index: int | None = None, total: int | None = None
@@ -305,6 +338,7 @@ class AGNOptimizer:
         self._loop.end()
         atexit.unregister(self._at_exit)
         self._hook.remove()
+        self._restore_blas()
         session = self._loop.session
         session.close()
         if not session.members.lost:  # with dead ranks it would not return
@@ -334,14 +368,20 @@ class AGNOptimizer:
             if variable in self._views:
                 return variable
             raise ValueError(f"no parameter {variable!r}; there are {list(self._views)}")
-        for name, view in (self._views | self._user_arrays).items():
+        for name, view in (self._views | (self._own.arrays if self._own else {})).items():
             if variable is view:
                 return name
         raise TypeError(f"{type(variable).__name__} is no variable of {self._name}: give one of `params`, or its name")
 
-    def _copy_out(self) -> None:
-        for name, array in self._user_arrays.items():
-            array[...] = bring(self._views[name], array)
+    def _pulled(self) -> None:
+        if self._own is not None:
+            self._own.unpack()
+        if self._on_pull is not None:
+            self._on_pull(self)
+
+    def _refused(self) -> None:
+        if self._on_refused is not None:
+            self._on_refused(self)
 
 
 class _Arguments(NamedTuple):
@@ -354,6 +394,8 @@ class _Arguments(NamedTuple):
     rule: Rule | None
     variant: str
     transport: str | Transport
+    outer_rate: float | None
+    copy: bool
 
     def checked(self, use_locking: bool) -> tuple[Rule, Layout, int, Transport]:
         """The rule, the layout, λ and the transport. Raises TypeError or ValueError for invalid arguments."""
@@ -376,8 +418,32 @@ class _Arguments(NamedTuple):
                     f"parameter {key!r} is read-only, but is to be updated: give a writable array "
                     "(of a PyTorch tensor: tensor.detach().numpy())"
                 )
+        if not self.copy:
+            self._check_shared()
         rule = self.rule or agn(self.variant)
+        if self.outer_rate is not None:
+            rule = weighted(rule, outer_rate(self.outer_rate))
         return rule, Layout.of(self.params), period, resolve(self.transport, rule.allreduce, use_locking)
+
+    def _check_shared(self) -> None:
+        arrays = named(self.params)
+        for key, x in arrays.items():
+            if len(arrays) > 1 or x.ndim != 1 or not x.flags.c_contiguous or not getattr(x.flags, "writeable", True):
+                raise ValueError(
+                    f"copy=False needs one contiguous, writeable vector, but {len(arrays)} parameters are given, and "
+                    f"{key!r} has shape {x.shape}; give views of a vector of yours that vector, or leave copy on"
+                )
+
+
+def _nothing() -> None:
+    pass
+
+
+def _advise(name: str, rule: Rule, workers: int, period: int) -> None:
+    """Log the advice about n/λ: what is only slow as information, which Python does not show by default."""
+    for line in advice(rule, workers, period):
+        text = line.removeprefix("WARNING: ")
+        _log.log(logging.INFO if text == line else logging.WARNING, "%s: %s", name, text)
 
 
 def _warn_of_threads(name: str) -> None:
