@@ -143,7 +143,8 @@ class Connector(NamedTuple):
         block = whole[spans[index]]
         like = block if self.setup.transport.center_device != "gpu" else x[spans[index]]
         c = full_like(like, bring(block, like))
-        center, end = self._serving(_group(comm, index, centers), c, count)
+        connector = self._replace(rule=self.rule.of_block(spans[index], x.size))
+        center, end = connector._serving(_group(comm, index, centers), c, count)
         others = []
         if comm.rank == 0:
             for i, span in list(enumerate(spans))[1:]:

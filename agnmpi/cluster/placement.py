@@ -156,4 +156,4 @@ def require_equal_model(comm: MPI.Comm, layout: Layout, facts: Mapping[str, str]
     """Refuse, on all ranks, parameters or `facts` that differ between them."""
     shapes = {f"parameter {name!r}": f"shape {shape}" for name, shape in zip(layout.names, layout.shapes)}
     require_equal(comm, {"agnmpi version": __version__, **facts, "dtype": layout.dtype, **shapes})
-    require_equal(comm, {"order of parameters": ", ".join(layout.names)})
+    require_equal(comm, {"order of parameters": ", ".join(layout.names), "numbers in buffers": str(layout.buffers)})

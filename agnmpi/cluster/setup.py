@@ -117,6 +117,16 @@ def _refusals(
             f"{adds_only}: no center optimizer; leave use_locking on",
         ),
         (
+            bool(rule.buffers) and not caps.single_commits,
+            f"buffers are averaged, but {adds_only}: use transport {names_with('single_commits')}; or layers without "
+            "buffers (GroupNorm for BatchNorm)",
+        ),
+        (
+            bool(rule.buffers) and not (get(transport.encoding).exact and get(transport.pull_encoding).exact),
+            "buffers must arrive exactly: leave encoding and pull_encoding, or use layers without buffers (GroupNorm "
+            "for BatchNorm)",
+        ),
+        (
             setup.dylu and (caps.together or not caps.single_commits),
             f"dylu needs a center that grants the work, which transport {name!r} has not",
         ),

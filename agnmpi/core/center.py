@@ -278,11 +278,20 @@ class Center:
             raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
         return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.workers))
 
+    def _buffers(self, commit: Commit) -> tuple[Array, float] | None:
+        """The buffers of a commit, and their weight; None without buffers."""
+        if not self.rule.buffers or commit.payload is None:
+            return None
+        b = commit.payload[-self.rule.buffers :]
+        return (b / commit.commits, 1.0) if self.rule.allreduce else (b, 1 / self.workers)
+
     def _step(self, commit: Commit, c: Array, weight: float) -> None:
         assert commit.payload is not None
         staleness = self.clock - commit.clock
         delta, encoding = commit.payload, commit.encoding
-        self.state = center_step(c, delta, weight, self.optimizer, self.state, self.steps, self.on_block, encoding)
+        self.state = center_step(
+            c, delta, weight, self.optimizer, self.state, self.steps, self.on_block, encoding, self._buffers(commit)
+        )
         self.clock += commit.commits
         self.steps += commit.steps
         self.staleness_sum += staleness * commit.commits

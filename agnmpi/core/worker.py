@@ -4,6 +4,7 @@ Code that must wait is a generator of the handles to wait for: over MPI each is 
 virtual clock (`simulate`) resumes it when the handle is done.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from enum import Enum, auto
@@ -113,6 +114,7 @@ class Worker:
         self._work_may_come = False  # other workers hold leases
         self._commit: Commit | None = None
         self._handle: Handle | None = None  # of the exchange under way, or of leaving
+        self._process = os.getpid()
 
     @property
     def clock(self) -> int:
@@ -154,6 +156,8 @@ class Worker:
             if g is None:
                 raise ValueError("local_step needs a gradient")
             at = self.before + self.step_number
+            if ranges is None and self.rule.buffers:
+                ranges = [(0, self.x.size - self.rule.buffers)]
             self.state = self.optimizer.update(g, self.state, self.x, step=at, ranges=ranges)
             if self.rule.accumulates:
                 for lo, hi in ranges or [(0, g.size)]:
@@ -207,10 +211,7 @@ class Worker:
     def _form_delta(self, steps: int) -> int:
         """Write the delta of `steps` steps; returns the flags about it."""
         delta = self._buffers.delta
-        finite = self.rule.delta(self.x, self.o, self.a, max(steps, 1), delta)
-        if finite is None:
-            finite = all_finite(delta)
-        return 0 if finite else NOT_FINITE
+        return 0 if self.rule.form_commit(self.x, self.o, self.a, max(steps, 1), delta) else NOT_FINITE
 
     def finish_exchange(self) -> None:
         """Wait for the exchange under way, if any, and adopt its pull."""
@@ -238,7 +239,7 @@ class Worker:
         if reply.status == REFUSED:
             self._reset()
         else:  # the pull is adopted even where the commit was dropped
-            self.rule.adopt(self.x, self._buffers.sent, self._buffers.delta, self.o)
+            self.rule.adopt_pull(self.x, self._buffers.sent, self._buffers.delta, self.o)
         self._commit = None
         self._obey(reply)
 
@@ -371,7 +372,12 @@ class Worker:
         self._handle = self._commit = None
 
     def leave(self) -> None:
-        """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply."""
+        """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply.
+
+        In a process that the caller has forked it does nothing: the connection is the parent's.
+        """
+        if os.getpid() != self._process:
+            return
         try:
             run_waits(self.waits_to_leave())
         except Elected:

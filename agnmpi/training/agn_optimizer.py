@@ -4,7 +4,7 @@ import atexit
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import nan
 from typing import Any, NamedTuple, TypeAlias
@@ -21,9 +21,9 @@ from ..core.rules import Rule, agn, outer_rate, weighted
 from ..reporting.advice import advice
 from ..transport.agreement import raise_on_all
 from ..transport.registry import Transport, resolve
-from .abort import AbortOnException
+from .abort import AbortOnException, forked
 from .loop import Caller, Hook, Loop
-from .own_arrays import OwnArrays
+from .own_arrays import OwnArrays, one_vector
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
 Loss: TypeAlias = Callable[[Mapping[str, Array]], tuple[float, Gradients]]
@@ -55,9 +55,12 @@ class AGNOptimizer:
             (default) depends on the rule.
         overlap: compute while an exchange is under way; default False.
         dylu: λ is that of the fastest worker, the others' are proportional to their speeds; default False.
+        buffers: names of those `params` that no gradient moves, but you: running means, as of batch normalization. The
+            center takes their convex mean, c_b ← c_b + (b − c_b)/n; a pull brings them back. Default: none.
         outer_rate: r, how many mean displacements a round of n commits moves the center: commits of AGN, DOWNPOUR and
             DynSGD count rλ/n. None (default): as they are, which is n/λ with AGN.
-        copy: False: `params` is one contiguous vector, and the flat vector itself. Default True.
+        copy: False: `params` are one vector, or lie in one, one after the other (`buffers` last), the flat one.
+            Default True.
         on_pull: called with this optimizer when the parameters have become a center that was pulled.
         on_refused: called, after that, where this worker's last commit was refused (NaN, infinity): if you keep moments
             of your own, set them to 0.
@@ -94,6 +97,7 @@ class AGNOptimizer:
         transport: str | Transport = "auto",
         overlap: bool = False,
         dylu: bool = False,
+        buffers: Collection[str] = (),
         outer_rate: float | None = None,
         copy: bool = True,
         on_pull: "Event | None" = None,
@@ -109,7 +113,16 @@ class AGNOptimizer:
         self._on_pull, self._on_refused = on_pull, on_refused
         try:
             arguments = _Arguments(
-                optimizer, center_optimizer, params, communication_period, rule, variant, transport, outer_rate, copy
+                optimizer,
+                center_optimizer,
+                params,
+                communication_period,
+                rule,
+                variant,
+                transport,
+                buffers,
+                outer_rate,
+                copy,
             )
             self._loop = self._set_up(arguments, use_locking, overlap, dylu)
         except ValueError:  # a ConfigError among them: on all ranks
@@ -139,7 +152,7 @@ class AGNOptimizer:
         # Of variant "gradient": of the same kind, with its own slots.
         center_optimizer = arguments.center_optimizer or (optimizer if rule.accumulates else None)
         self._layout = layout
-        self._x = layout.pack(arguments.params) if arguments.copy else next(iter(named(arguments.params).values()))
+        self._x = layout.pack(arguments.params) if arguments.copy else one_vector(arguments.params, layout)
         self._views = layout.views(self._x)
         self._own = OwnArrays(arguments.params, layout, self._x) if optimizer is None else None
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
@@ -346,7 +359,7 @@ class AGNOptimizer:
 
     def _at_exit(self) -> None:
         """It was not closed, perhaps after a sys.exit on this rank alone: leave, so that the others can end, too."""
-        if not MPI.Is_finalized():
+        if not MPI.Is_finalized() and not forked():
             self.close()
 
     def __enter__(self) -> "AGNOptimizer":
@@ -394,6 +407,7 @@ class _Arguments(NamedTuple):
     rule: Rule | None
     variant: str
     transport: str | Transport
+    buffers: Collection[str]
     outer_rate: float | None
     copy: bool
 
@@ -418,21 +432,13 @@ class _Arguments(NamedTuple):
                     f"parameter {key!r} is read-only, but is to be updated: give a writable array "
                     "(of a PyTorch tensor: tensor.detach().numpy())"
                 )
+        layout = Layout.of(self.params, self.buffers)
         if not self.copy:
-            self._check_shared()
-        rule = self.rule or agn(self.variant)
+            one_vector(self.params, layout)
+        rule = (self.rule or agn(self.variant))._replace(buffers=layout.buffers)
         if self.outer_rate is not None:
             rule = weighted(rule, outer_rate(self.outer_rate))
-        return rule, Layout.of(self.params), period, resolve(self.transport, rule.allreduce, use_locking)
-
-    def _check_shared(self) -> None:
-        arrays = named(self.params)
-        for key, x in arrays.items():
-            if len(arrays) > 1 or x.ndim != 1 or not x.flags.c_contiguous or not getattr(x.flags, "writeable", True):
-                raise ValueError(
-                    f"copy=False needs one contiguous, writeable vector, but {len(arrays)} parameters are given, and "
-                    f"{key!r} has shape {x.shape}; give views of a vector of yours that vector, or leave copy on"
-                )
+        return rule, layout, period, resolve(self.transport, rule.allreduce, use_locking)
 
 
 def _nothing() -> None:

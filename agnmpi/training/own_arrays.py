@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..arrays.backend import Array, bring, on_host
+from ..arrays.backend import Array, bring, namespace, on_host
 from ..core.params import Layout, named
 
 
@@ -19,7 +19,7 @@ class OwnArrays:
         self._params, self._layout, self._x = params, layout, x
         self.arrays = named(params)
         self._seen = {name: _place(array) for name, array in self.arrays.items()}
-        self._shared = _place(x) in self._seen.values()
+        self._shared = _place(x)[0] in [place[0] for place in self._seen.values()]
 
     def pack(self) -> None:
         """Copy them into the flat vector. Raises ValueError, with the name, where one was replaced."""
@@ -43,6 +43,29 @@ class OwnArrays:
             views = self._layout.views(self._x)
             for name, array in self.arrays.items():
                 array[...] = bring(views[name], array)
+
+
+def one_vector(params: Any, layout: Layout) -> Array:
+    """The flat vector (n,) in which `params` lie one after the other, in the order of `layout`; copies nothing.
+
+    Raises ValueError, with the first name, where they do not.
+    """
+    arrays = [(name, array) for name, array in named(params).items() if array.size]
+    arrays.sort(key=lambda item: layout.names.index(item[0]))
+    first = arrays[0][1]
+    at = _place(first)[0]
+    for name, array in arrays:
+        if not (array.flags.c_contiguous and getattr(array.flags, "writeable", True) and _place(array)[0] == at):
+            raise ValueError(
+                f"copy=False: {name!r} of shape {array.shape} is not a contiguous, writeable array that lies "
+                f"{'in one vector behind the one before' if array is not first else 'in one vector'}; copy them into "
+                "views of one vector of yours, or leave copy on"
+            )
+        at += array.nbytes
+    if first.shape == (layout.size,):
+        return first
+    vector: Array = namespace(first).lib.stride_tricks.as_strided(first.reshape(-1), (layout.size,), (first.itemsize,))
+    return vector
 
 
 def _place(array: Array) -> tuple[int, str, str, str]:

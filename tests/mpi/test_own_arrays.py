@@ -80,8 +80,20 @@ def test_a_vector_of_ones_own_is_the_flat_vector(comm):
         for _ in opt.steps(opt.num_workers):
             opt.minimize(minus_one)
         assert (opt.center["v"] == x).all()
-    for wrong in ({"a": x, "b": x.copy()}, np.zeros((2, 2)), np.zeros(8)[::2]):
-        with pytest.raises(ValueError, match="copy=False needs one contiguous, writeable vector"):
+    whole = np.arange(9.0)
+    parts = {"mean": whole[7:], "w": whole[:6].reshape(2, 3), "b": whole[6:7]}
+    with AGNOptimizer(None, parts, comm, 3, copy=False, buffers=["mean"]) as opt:
+        assert opt.flat.tolist() == list(range(9))
+        assert np.shares_memory(opt.flat, whole)
+        for _ in opt.steps(6 * opt.num_workers):
+            whole[:7] += 1
+            whole[7:] = 5
+            opt.step()
+        assert whole[:7].tolist() == [i + opt.clock for i in range(7)]
+        assert (whole[7:] > 5 if comm.size > 2 else whole[7:] == 5).all(), "a mean that began with 7 and 8"
+        assert (opt.center["mean"] == whole[7:]).all()
+    for wrong in ({"a": x, "b": x.copy()}, np.zeros((4, 2)).T, np.zeros(8)[::2], {"b": x[2:], "a": x[:2]}):
+        with pytest.raises(ValueError, match=r"copy=False: '\w' of shape .* is not a contiguous, writeable array"):
             AGNOptimizer(None, wrong, comm, copy=False)
 
 
