@@ -14,7 +14,7 @@ from ..arrays.backend import Array, Range, bring, empty_like, host_copy, namespa
 from ..arrays.kernels import all_finite
 from .ends import Elected, Handle, Waits, WorkerEnd, run_waits
 from .leases import Lease
-from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, WAIT, WORK, Commit, Reply
+from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
 from .optimizers import Optimizer
 from .rules import Rule
 
@@ -356,6 +356,22 @@ class Worker:
         self.leases.clear()
         self.done, self._loss, self._work_may_come = 0, 0.0, False
         self._handle = self._commit = None
+
+    def stop_all(self) -> None:
+        """Ask that all workers stop, after the period that each is computing; this one goes on until it leaves."""
+        if self.rule.allreduce:
+            return  # a rank that leaves ends the rounds of all
+        try:
+            run_waits(self._waits_to_stop_all())
+        except Elected:
+            self._retire()
+
+    def _waits_to_stop_all(self) -> Waits[None]:
+        if self._handle is not None:
+            yield from self._finish_exchange()
+        handle = self.end.exchange(Commit(self.index, requests=STOP_ALL), None)
+        yield handle
+        handle.wait()
 
     def leave(self) -> None:
         """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply."""
