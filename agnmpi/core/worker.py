@@ -4,6 +4,7 @@ Code that must wait is a generator of the handles to wait for: over MPI each is 
 virtual clock (`simulate`) resumes it when the handle is done.
 """
 
+import os
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from enum import Enum, auto
@@ -112,6 +113,7 @@ class Worker:
         self._work_may_come = False  # other workers hold leases
         self._commit: Commit | None = None
         self._handle: Handle | None = None  # of the exchange under way, or of leaving
+        self._process = os.getpid()
 
     @property
     def clock(self) -> int:
@@ -374,7 +376,12 @@ class Worker:
         handle.wait()
 
     def leave(self) -> None:
-        """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply."""
+        """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply.
+
+        In a process that the caller has forked it does nothing: the connection is the parent's.
+        """
+        if os.getpid() != self._process:
+            return
         try:
             run_waits(self.waits_to_leave())
         except Elected:

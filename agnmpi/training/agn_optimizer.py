@@ -19,7 +19,7 @@ from ..core.params import Layout, named
 from ..core.rules import Rule, agn
 from ..transport.agreement import raise_on_all
 from ..transport.registry import Transport, resolve
-from .abort import AbortOnException
+from .abort import AbortOnException, forked
 from .loop import Hook, Loop
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
@@ -317,7 +317,7 @@ class AGNOptimizer:
 
     def _at_exit(self) -> None:
         """It was not closed, perhaps after a sys.exit on this rank alone: leave, so that the others can end, too."""
-        if not MPI.Is_finalized():
+        if not MPI.Is_finalized() and not forked():
             self.close()
 
     def __enter__(self) -> "AGNOptimizer":
