@@ -30,6 +30,7 @@ from ..recovery.checkpoint import newest
 from ..recovery.restore import resume
 from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
 from ..transport.agreement import ConfigError, allgather, format_ranks, raise_on_all
+from .abort import forked, say_and_abort
 from .config import Config
 from .duties import Duties, Run
 from .exits import DEGRADED, Degraded, Failed, Interrupted, Signals
@@ -178,6 +179,8 @@ class Job(Observer):
             try:
                 loss, g = gradient(step)
             except Exception as error:  # the user's: what is committed is saved before the job ends
+                if forked():
+                    say_and_abort(self.world, error)
                 self._fail(step, error)
                 worker.stop_all()
                 raise
