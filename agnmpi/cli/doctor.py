@@ -15,7 +15,15 @@ from rich.table import Table
 
 from ..arrays.backend import device_count
 from ..cluster import probe
-from ..cluster.placement import check_world, fault_tolerant, hosts, one_center_per_host, place, same_host, unused_devices
+from ..cluster.placement import (
+    check_world,
+    fault_tolerant,
+    hosts,
+    one_center_per_host,
+    place,
+    same_host,
+    unused_devices,
+)
 from ..cluster.setup import LEVELS
 from ..core.backoff import wait_until
 from ..core.rules import agn

@@ -1,4 +1,4 @@
-"""Windows that are no shared memory, although all ranks are on one host: doctor and train say so, and sums are right."""
+"""Windows that are no shared memory, with all ranks on one host: doctor and train say so, and nothing is lost."""
 
 import json
 
@@ -7,7 +7,7 @@ from launcher import QUADRATIC, agnmpi, mpi_kind, result_of
 
 # MPICH 5 as over a network: Debian's MPICH 4.0 is so by itself. Open MPI 5 has a thread for it.
 TCP = {"MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp"}
-pytestmark = pytest.mark.skipif(mpi_kind() != "mpich", reason="windows of Open MPI are served by a thread over TCP, too")
+pytestmark = pytest.mark.skipif(mpi_kind() != "mpich", reason="Open MPI has a thread that serves windows over TCP")
 
 
 def test_doctor_says_so():
