@@ -107,6 +107,11 @@ class CenterEnd(ABC):
     silent: AbstractSet[int] = frozenset()  # workers that nobody waits for, until they send something
 
     @property
+    def caveat(self) -> str:
+        """What a user should know of this transport with this MPI on these hosts; empty if nothing."""
+        return ""
+
+    @property
     def deserted(self) -> bool:
         """Whether all workers were lost, and none has left."""
         return False
