@@ -138,6 +138,8 @@ class Job(Observer):
         if self.rank == 0:
             centers = list(map(self.name, self.centers))
             lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers, self.setup)
+            if caveat := session.role.caveat:
+                lines.append(f"WARNING: {caveat}")
             begins = lines + self._announcements, threads[-session.role.count :]
             self.duties = Duties(self._run(), begins=begins)
             if resumed is not None:

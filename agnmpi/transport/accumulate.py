@@ -60,7 +60,7 @@ class AccumulateWorker(WindowsWorker):
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c, then pull."""
         windows, status = self.windows, OK
-        if not windows.one_host:
+        if not windows.shared:
             windows.add(READERS, 1)  # the center stays awake during the transfer
         if commit.payload is not None and commit.sequence <= self._sequence:
             status = DUPLICATE
@@ -75,7 +75,7 @@ class AccumulateWorker(WindowsWorker):
         head = windows.get(0, COUNTS)
         if out is not None:
             windows.pull(self.wire, out)  # a race by design: others may be adding to c
-        if not windows.one_host:
+        if not windows.shared:
             windows.add(READERS, -1)
         work = self._grant() if commit.requests & WORK and head[CONTROL] != STOP else NONE
         return Done(Reply(int(head[CLOCK]), status, int(head[CONTROL]), work, int(head[STEPS]), int(head[CHECKPOINT])))
@@ -165,7 +165,7 @@ class AccumulateCenter(WindowsCenter):
         """Report to `apply` what was summed since the last call, as one commit without payload."""
         windows = self.windows
         windows.comm.Iprobe()  # progress for what comes from other hosts
-        if not windows.one_host and windows.read(READERS):
+        if not windows.shared and windows.read(READERS):
             self.progress += 1
         left = windows.read(LEFT)  # before the clock: who has left has committed
         clock, steps = windows.read(CLOCK), windows.read(STEPS)
