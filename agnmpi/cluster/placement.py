@@ -31,7 +31,7 @@ def place(comm: MPI.Comm, trains: bool) -> Place:
     Ranks that train on the same cores share them; a center has the cores on which none trains, at least one thread.
     OMP_NUM_THREADS overrides that.
     """
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node = same_host(comm)
     try:
         cores = sorted(os.sched_getaffinity(0))
         ranks = [json.loads(text) for text in allgather(node, json.dumps([trains, cores]))]
@@ -51,6 +51,12 @@ def hosts(comm: MPI.Comm) -> list[str]:
     Not by Split_type: for MPICH 5.0 each rank is alone where its hosts are listed in turn (h0,h1,h0,h1).
     """
     return allgather(comm, MPI.Get_processor_name())
+
+
+def same_host(comm: MPI.Comm) -> MPI.Comm:
+    """A communicator of the ranks on this host; collective."""
+    names = hosts(comm)
+    return comm.Split(names.index(names[comm.rank]), comm.rank)
 
 
 def one_center_per_host(hosts: Sequence[object]) -> list[int]:

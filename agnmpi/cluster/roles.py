@@ -46,6 +46,11 @@ class Role:
         """The part of the center variable that this rank holds, or all."""
         return slice(None)
 
+    @property
+    def caveat(self) -> str:
+        """What a user should know of the transport here; empty if nothing, or if another rank knows it."""
+        return ""
+
     def resume(self, arrays: Arrays, facts: Facts) -> None:
         """Continue, in the next session, from a checkpoint, whose facts are those of the first center; on every rank.
 
@@ -132,6 +137,11 @@ class CenterRole(HoldingRole):
     def __init__(self, center: Center, count: int, end: CenterEnd, grants: bool = True) -> None:
         super().__init__(center, [], count, end)
         self._grants = grants
+
+    @property
+    def caveat(self) -> str:
+        """Of this center's end."""
+        return self.end.caveat
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
         """As `HoldingRole.resume`."""

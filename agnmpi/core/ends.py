@@ -74,6 +74,17 @@ class WorkerEnd(ABC):
         The handle is done when all workers have left, with the final center in `out`.
         """
 
+    @property
+    def residual(self) -> Array | None:
+        """(n,) what the encoding of its deltas has left behind, for checkpoints; None where nothing is left.
+
+        The array does not change before another exchange is started.
+        """
+        return None
+
+    def restore(self, residual: Array) -> None:
+        """Continue from such a `residual`, if the end has one; between two exchanges."""
+
     def close(self) -> None:
         """Free what the end holds; collective."""
 
@@ -94,6 +105,11 @@ class CenterEnd(ABC):
 
     lost: AbstractSet[int] = frozenset()  # workers that have died
     silent: AbstractSet[int] = frozenset()  # workers that nobody waits for, until they send something
+
+    @property
+    def caveat(self) -> str:
+        """What a user should know of this transport with this MPI on these hosts; empty if nothing."""
+        return ""
 
     @property
     def deserted(self) -> bool:

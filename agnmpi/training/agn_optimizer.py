@@ -130,10 +130,12 @@ class AGNOptimizer:
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
         wire = choose_wire(comm, self._x, transport.wire)
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
-        if comm.rank == 0 and setup.unthreaded:
-            warnings.warn(f"{self._name}: {setup.unthreaded}", RuntimeWarning, stacklevel=4)
         self._sharded = len(setup.center_ranks) > 1
-        return Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, self._copy_out)
+        loop = Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, self._copy_out)
+        for text in (setup.unthreaded, loop.session.role.caveat):
+            if text and comm.rank == 0:
+                warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=4)
+        return loop
 
     @property
     def params(self) -> dict[str, Array]:
