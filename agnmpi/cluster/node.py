@@ -9,7 +9,7 @@ from ..arrays.backend import Array, empty_like, full_like
 from ..core.center import Center
 from ..core.ends import Apply, CenterEnd, Chained, Handle, WorkerEnd
 from ..core.leases import Shares, merged
-from ..core.messages import IDLE, LEAVE, NOT_FINITE, REFUSED, STOP, WAIT, WORK, Commit, Reply
+from ..core.messages import IDLE, LEAVE, NOT_FINITE, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
 from ..core.rules import downpour
 
 
@@ -55,6 +55,7 @@ class NodeEnd(CenterEnd):
         self._handle: Handle | None = None  # of the exchange under way
         self._after: Callable[[Reply, Array], None] = self._adopt  # what follows it
         self._asked = self._fruitful = False  # whether it, and the last that did, asked for work and found some
+        self._stopped = False  # whether the center above knows that all shall stop
         self._meanwhile = 0  # leases that the workers took, or wanted to, while the last exchange was under way
 
     @property
@@ -85,7 +86,7 @@ class NodeEnd(CenterEnd):
 
     def open(self) -> None:
         """Begin to serve; the workers are answered once c is here."""
-        self._phase = _Phase.BEGINNING
+        self._phase, self._stopped = _Phase.BEGINNING, False
         self.below.open()
 
     def serve_one(self, apply: Apply) -> bool:
@@ -129,6 +130,9 @@ class NodeEnd(CenterEnd):
         idle = not shares.lent and not shares.stock  # nothing more comes from below before something comes from above
         if self._phase is _Phase.BEGINNING:
             self._begun(exchange(self._request(), pulled), self._replace)
+        elif self.center.control == STOP and not self._stopped:  # a worker wants that
+            self._stopped = True
+            self._begun(exchange(Commit(self._number, requests=STOP_ALL), None), _take_nothing)
         elif self._phase is _Phase.ENDING:
             self._phase = _Phase.LEAVING
             self._begun(
@@ -143,7 +147,7 @@ class NodeEnd(CenterEnd):
             self._sent[...] = self.c
             self._begun(Chained(*self._refusals(), exchange(self._request(IDLE), pulled)), self._adopt)
         elif shares.more and self._fruitful and not shares.stock:
-            self._begun(exchange(self._request(), None), lambda _reply, _c: None)
+            self._begun(exchange(self._request(), None), _take_nothing)
 
     def _begun(self, handle: Handle, after: Callable[[Reply, Array], None]) -> None:
         self._handle, self._after = handle, after
@@ -156,7 +160,7 @@ class NodeEnd(CenterEnd):
         shares, center = self._shares, self.center
         self._after(reply, c)
         if reply.control == STOP:
-            center.control, shares.more = STOP, False
+            center.control, shares.more, self._stopped = STOP, False, True
         elif self._asked:
             shares.add(reply.work)
             shares.more = self._fruitful = reply.work.steps > 0
@@ -232,3 +236,7 @@ class NodeEnd(CenterEnd):
     def _swap_in_pull(self, reply: Reply) -> None:
         self._o, self._pulled = self._pulled, self._o
         self._clock = reply.clock
+
+
+def _take_nothing(_reply: Reply, _c: Array) -> None:
+    """What follows an exchange without a pull."""

@@ -20,6 +20,7 @@ from .messages import (
     PULL,
     REFUSED,
     STOP,
+    STOP_ALL,
     WAIT,
     WORK,
     Commit,
@@ -115,6 +116,8 @@ class Center:
         is_sum = commit.commits != 1 or bool(commit.parts)
         if is_sum and commit.worker not in self.nodes and not self.rule.allreduce:
             commit = commit._replace(commits=1, parts=(), flags=commit.flags | MISFIT)
+        if commit.requests & STOP_ALL:
+            self.control = STOP
         has_delta = commit.payload is not None or bool(commit.flags & (MISFIT | NOT_FINITE))
         if has_delta:
             status = self._receive(commit, c)

@@ -15,7 +15,7 @@ from agnmpi.core import rules
 from agnmpi.core.center import Center
 from agnmpi.core.leases import Lease, Leases
 from agnmpi.core.membership import Membership
-from agnmpi.core.messages import MISFIT, OK, REFUSED, STOP, Commit
+from agnmpi.core.messages import MISFIT, OK, REFUSED, STOP, STOP_ALL, Commit
 from agnmpi.core.observer import Observer
 from agnmpi.training.config import Config
 from agnmpi.transport.agreement import ConfigError
@@ -215,6 +215,21 @@ def test_a_request_to_stop_reaches_every_worker_and_nothing_is_lost():
     assert 100 < len(steps) < 400
     np.testing.assert_array_equal(np.flatnonzero(tree.local.c), sorted(steps))
     assert tree.top.steps == len(steps)
+
+
+def test_a_worker_that_asks_all_to_stop_is_heard_on_every_host():
+    tree = Tree(rules.downpour(), sgd(1.0), np.zeros(500), 1, [2, 2], 5)
+
+    def gradient(worker, step):
+        if worker.index == 4 and worker.sequence == 3 and not worker.done:
+            worker.end.exchange(Commit(4, requests=STOP_ALL), None)
+        return one_hot(500)(worker, step)
+
+    taken = tree.play(None, gradient, random.Random(0).randrange)
+    steps = sorted(step for steps in taken for step in steps)
+    assert 20 <= len(steps) < 400
+    np.testing.assert_array_equal(np.flatnonzero(tree.local.c), steps)
+    assert {center.control for center in tree.centers} == {STOP}
 
 
 def test_a_checkpoint_announced_at_the_center_reaches_every_worker():
