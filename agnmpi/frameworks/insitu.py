@@ -183,8 +183,9 @@ class Run:
         self._served = _Served(self._comm, rule, x, period, center, steps) if comm.rank == CENTER else None
         self._training: Unblocking | None = None
         if not self.is_center:
-            end = P2PWorker(self._comm)
-            worker = Worker(x, rule, optimizer, end, (comm.rank - 1) % comm.size, overlap=True)
+            number = (comm.rank - 1) % comm.size  # rank 0's is the last
+            end = P2PWorker(self._comm, number=number)
+            worker = Worker(x, rule, optimizer, end, number, overlap=True)
             worker.total = steps
             self._training = Unblocking(worker)
         self._views, self._g = self._layout.views(x), np.empty_like(x)

@@ -11,6 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, to_host
+from ..core.backoff import wait_until
 from ..core.ends import Apply, Handle, Polled
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
 from .chunks import INLINE
@@ -58,7 +59,7 @@ class RMAWorker(WindowsWorker):
         inline = to_host(payload).tobytes() if payload is not None and windows.inline else b""
         windows.put(windows.header(self.worker), commit.encode() + inline)
         if payload is not None and not inline:
-            if not windows.one_host:
+            if not windows.shared:
                 # Odd: the center stays awake while a transfer needs progress by it.
                 windows.add(windows.posted + self.worker, self._posted + 1, MPI.REPLACE)
             slots = windows.slots
@@ -164,6 +165,7 @@ class RMACenter(WindowsCenter):
         self._readable = 0  # up to where c may be read behind the apply
         self._applied: Commit | None = None  # while it is, if its worker may read behind
         self._left = list(range(workers))  # no session has begun
+        self._start: Array | None = None  # what the next session starts from, if not from c as it is
         self._read_by = -workers  # final centers that must have been read before c may change again
         self._all_read = False
 
@@ -178,11 +180,20 @@ class RMACenter(WindowsCenter):
             return windows.vector_behind(windows.words[windows.header(worker) + COMMIT_WORDS :])
         return windows.vector(windows.slots, worker)
 
+    def start_from(self, c: Array) -> None:
+        """Let the next session start from `c`, once all have read the final center of the last."""
+        self._start = c
+
     def open(self) -> None:
         """Begin a session."""
         self._left.clear()
         self._read_by += self._workers
         self._all_read = False
+        if self._start is not None:
+            wait_until(self._final_center_was_read)
+            self._c[...] = bring(self._start, self._c)
+            self.windows.sync()
+            self._start = None
 
     def serve_one(self, apply: Apply) -> bool:
         """Serve the first complete message not on hold; before it, a parked request that can be answered now."""
@@ -196,7 +207,7 @@ class RMACenter(WindowsCenter):
         if self.lock.locked and (commit is None or not _changes(commit)):
             self.lock.unlock()  # the commit that it was for is on hold now
         served = commit is not None and self._serve(commit, apply)
-        if not served and not self.windows.one_host and self.lock.in_use():
+        if not served and not self.windows.shared and self.lock.in_use():
             self.progress += 1
         return served
 
@@ -204,7 +215,7 @@ class RMACenter(WindowsCenter):
         """Read the headers of all new complete messages."""
         windows = self.windows
         posted = windows.read_each(windows.posted, self._workers)
-        if (words := posted.tobytes()) == self._last_poll and windows.one_host:
+        if (words := posted.tobytes()) == self._last_poll and windows.shared:
             return
         self._last_poll, synced = words, False
         for worker in (posted != self._seen).nonzero()[0].tolist():
@@ -230,7 +241,7 @@ class RMACenter(WindowsCenter):
             if not self._final_center_was_read() or not self.lock.lock():
                 return False
             commit = commit._replace(payload=self._slots[commit.worker])
-            if windows.one_host and commit.requests & (PULL | LEAVE) == PULL:
+            if windows.shared and commit.requests & (PULL | LEAVE) == PULL:
                 self._applied = commit
         reply = apply(commit, self._c)
         self._applied = None

@@ -88,7 +88,7 @@ def test_no_call_waits_for_a_rank_that_does_not_call(comm, late):
 
 @pytest.mark.mpi(min_size=2)
 def test_a_thread_serves_while_rank_0_is_elsewhere(comm):
-    """The others train until they have pulled what each has committed; rank 0 is in a barrier of its own all the time."""
+    """The others train until the clock has come far; rank 0 is in a barrier all the time."""
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         pytest.skip("MPI without MPI_THREAD_MULTIPLE")
     run = insitu.Run(Mean(), comm, 2, "thread", optimizer=sgd(0.1), batch=1)

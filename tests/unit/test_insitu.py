@@ -69,9 +69,7 @@ def test_steps_use_no_more_than_their_share_and_the_last_of_them(share, calls):
         assert used <= share * now + longest + 1e-9
 
 
-@given(
-    st.integers(1, 4), st.integers(1, 6), st.integers(1, 60), st.booleans(), st.integers(0, 999), st.integers(0, 80)
-)
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 60), st.booleans(), st.integers(0, 999), st.integers(0, 80))
 def test_workers_that_never_wait_take_each_step_once(workers, period, total, overlap, seed, leave_after):
     """Whatever the order in which workers are called and the center serves, and whenever they are told to leave."""
     center, local, made = world(
@@ -102,7 +100,7 @@ def test_workers_that_never_wait_take_each_step_once(workers, period, total, ove
     [((3, 1), (1, 1), (1, 0)), ((1, 3), (1, 1), (1, 0)), ((10, 5, 1, 1), (1, 1, 1, 1), (0, 1, 2, 3))],
 )
 def test_weights_by_samples_take_out_the_speeds(speeds, samples, targets, overlap):
-    """Workers with data of their own: the center rests at the mean over all samples; unweighed, where the fastest is."""
+    """The center rests at the mean over all samples; without weights it rests near the fastest worker."""
 
     def rest(rule):
         _, local, workers = world(rule, sgd(0.01), [0.0], len(speeds), 10, overlap=overlap)
