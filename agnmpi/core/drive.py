@@ -110,7 +110,8 @@ class Unblocking:
         worker = self.worker
         yield from worker.waits_to_begin()
         while not self._leaving and (yield from worker.waits_for_work()):
-            yield None
+            if not self._leaving:
+                yield None
             if self._leaving:
                 break
             worker.local_step(*self._g)

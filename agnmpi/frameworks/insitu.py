@@ -22,7 +22,8 @@ from ..cluster.placement import check_world, fault_tolerant, place, require_equa
 from ..core.backoff import set_pace, wait_until
 from ..core.center import Center, serve
 from ..core.drive import Unblocking
-from ..core.leases import Lease, Leases
+from ..core.leases import Leases
+from ..core.messages import REFUSED, Commit, Reply
 from ..core.observer import Observer
 from ..core.optimizers import Optimizer, adam
 from ..core.params import Layout
@@ -388,7 +389,7 @@ class _Served(Observer):
 
     def __init__(self, comm: MPI.Comm, rule: Rule, x: Array, period: int, place: Place, steps: int | None) -> None:
         trains = place != "rank"
-        workers = comm.size - (not trains)
+        workers, self._size = comm.size - (not trains), comm.size
         self.center = Center(rule, x, workers, patience=_PATIENCE, observer=self)
         # As many buffers as workers: one whose solver does not call for long keeps its own.
         self.end = P2PCenter(comm, x.copy(), comm.size, trains=trains)
@@ -428,15 +429,16 @@ class _Served(Observer):
         except BaseException as error:  # raised again where the solver calls
             self._error = error
 
-    def given_up(self, lease: Lease) -> None:
-        """Warn."""
-        last = lease.first + lease.steps - 1
-        text = f"the commits of steps {lease.first} to {last} held NaN or infinity: they are given up"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    def served(self, commit: Commit, reply: Reply) -> None:
+        """Warn, once: a network that fails must not end the solver, but be known."""
+        if reply.status == REFUSED and self.center.refused == 1:
+            rank = (commit.worker + 1) % self._size
+            text = f"rank {rank} has sent NaN or infinity: refused, as are all such commits; lower the rate"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _worker_lost(self, worker: int) -> None:
         self.center.worker_lost(worker)
-        warnings.warn(f"rank {worker + 1} is lost; the others go on", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"rank {(worker + 1) % self._size} is lost; the others go on", RuntimeWarning, stacklevel=2)
 
 
 def _checked(

@@ -29,18 +29,18 @@ def test_a_reservoir_holds_pairs_that_came_each_once(capacity, puts, seed):
         assert len(set(x)) <= capacity
 
 
-@pytest.mark.parametrize("piece", [1, 7, 100])
+@pytest.mark.parametrize("piece", [1, 7])
 def test_a_reservoir_is_uniform_over_all_that_came(piece):
     """Each of 100 numbers is held with probability 1/4, in whatever pieces they come."""
     held = np.zeros(100)
-    for seed in range(2000):
+    for seed in range(600):
         reservoir = Reservoir(25, np.random.default_rng(seed))
         for at in range(0, 100, piece):
             numbers = np.arange(at, min(at + piece, 100))
             reservoir.put(numbers, numbers)
         held[np.unique(reservoir.batch(300)[0])] += 1
-    deviation = (2000 * 0.25 * 0.75) ** 0.5
-    assert abs(held - 500).max() < 5 * deviation
+    deviation = (600 * 0.25 * 0.75) ** 0.5
+    assert abs(held - 150).max() < 5 * deviation
     assert held.std() == pytest.approx(deviation, rel=0.3)
 
 
@@ -91,7 +91,6 @@ def test_workers_that_never_wait_take_each_step_once(workers, period, total, ove
             break
     assert all(each.left for each in training)
     assert center.steps == taken <= total
-    assert {worker.x[0] for worker in made} == {local.c[0]}
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -105,12 +104,12 @@ def test_weights_by_samples_take_out_the_speeds(speeds, samples, targets, overla
     def rest(rule):
         _, local, workers = world(rule, sgd(0.01), [0.0], len(speeds), 10, overlap=overlap)
         seen = []
-        for turn in range(2000):
+        for turn in range(600):
             for worker, speed, count, target in zip(workers, speeds, samples, targets):
                 worker.samples = count
                 for _ in range(speed):
                     worker.step(worker.x - target)
-            seen += [local.c[0]] * (turn >= 1000)
+            seen += [local.c[0]] * (turn >= 400)
         return np.mean(seen)
 
     optimum, by_speed = np.average(targets, weights=samples), np.average(targets, weights=speeds)
