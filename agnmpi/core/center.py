@@ -226,8 +226,9 @@ class Center:
         in_a_row = len(self._refused_in_a_row)
         if in_a_row < self.patience and not (leases and leases.total and leases.given_up == leases.total):
             return
+        sender = "node center" if commit.worker in self.nodes else "worker"
         raise RuntimeError(
-            f"{in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
+            f"{in_a_row} commits in a row were refused, the last from {sender} {commit.worker} (steps from "
             f"{done.first}): "
             + (
                 f"it is no commit to this model: {commit.nbytes} bytes, the center has {nbytes}"
