@@ -122,10 +122,10 @@ class Monitor:
         if self._wanted and idle and self._center.settled < self._plan.steps:
             self._wanted = False
             self._pending_at = (self._center.steps, self._center.clock, self._loss.value)
-            if not self.role.serves:
+            if self.role.serves:
+                self._copying = self.role.copy_center()
+            else:
                 self._evaluated(self._evaluate(c), *self._pending_at)
-                return
-            self._copying = self.role.copy_center()
         self.tick()
 
     def tick(self) -> None:
