@@ -7,7 +7,6 @@ from typing import NamedTuple
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, full_like, to_host
-from ..arrays.encodings import get
 from ..core.center import Center, SummedCenter
 from ..core.ends import CenterEnd, WorkerEnd
 from ..core.observer import Observer
@@ -63,13 +62,9 @@ class Connector(NamedTuple):
         assert transport.make_worker is not None
         return transport.make_worker(comm, like, transport)
 
-    def encoded(self, end: WorkerEnd, like: Array, residual: Array | None) -> WorkerEnd:
+    def encoded(self, end: WorkerEnd, like: Array) -> WorkerEnd:
         """`end` with the encodings of the transport, for vectors like `like` (n,)."""
-        return encode(end, like, self.setup.transport.encoding, self.setup.transport.pull_encoding, residual)
-
-    def _residual(self, x: Array) -> Array | None:
-        """What a worker's encoded commits have left behind (n,), none so far; None where they leave nothing."""
-        return None if get(self.setup.transport.encoding).exact else full_like(x, 0)
+        return encode(end, like, self.setup.transport.encoding, self.setup.transport.pull_encoding)
 
     def center(self, comm: MPI.Comm, x: Array) -> CenterRole:
         """The role of the center, rank 0 of `comm`, which begins from `x` (n,)."""
@@ -111,26 +106,21 @@ class Connector(NamedTuple):
         end = LocalCenter(c, count, center.apply, self.setup.transport.pull_encoding)
         workers = []
         for i, copy in enumerate([x, *(x.copy() for _ in range(count - 1))]):
-            residual = self._residual(x)
-            encoded = self.encoded(end.worker_end(i), copy, residual)
-            workers.append(Worker(copy, self.rule, self.optimizer, encoded, i, residual=residual))
+            workers.append(Worker(copy, self.rule, self.optimizer, self.encoded(end.worker_end(i), copy), i))
         return LocalRole(center, workers, count, end)
 
     def _worker(self, comm: MPI.Comm, x: Array) -> WorkerRole:
         transport = self.setup.transport
         centers = self.setup.center_ranks
         spans, index = list(parts(x.size, len(centers))), comm.rank - sum(rank < comm.rank for rank in centers)
-        residual = self._residual(x)
         ends = []
         for i, span in enumerate(spans):
             end = self.worker_end(_group(comm, i, centers), x[span])
-            ends.append(self.encoded(end, x[span], None if residual is None else residual[span]))
+            ends.append(self.encoded(end, x[span]))
         end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
         if self.setup.threaded:
             end = ThreadedEnd(end, x)
-        worker = Worker(
-            x, self.rule, self.optimizer, end, index, self.setup.overlap, transport.replicates_state, residual
-        )
+        worker = Worker(x, self.rule, self.optimizer, end, index, self.setup.overlap, transport.replicates_state)
         count = comm.size - len(centers)
         return WorkerRole(Center(self.rule, x[:0], count), [worker], count)  # the center's state is on another rank
 

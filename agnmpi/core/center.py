@@ -19,6 +19,7 @@ from .messages import (
     PULL,
     REFUSED,
     STOP,
+    STOP_ALL,
     WAIT,
     WORK,
     Commit,
@@ -110,6 +111,8 @@ class Center:
         """
         status, leases = OK, self.leases
         self.waiting.discard(commit.worker)
+        if commit.requests & STOP_ALL:
+            self.control = STOP
         has_delta = commit.payload is not None or bool(commit.flags & MISFIT)
         if has_delta:
             status = self._receive(commit, c)

@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
-from ..arrays.backend import Array
+from ..arrays.backend import Array, bring
 from .backoff import wait_until
 from .messages import Commit, Reply
 
@@ -74,6 +74,17 @@ class WorkerEnd(ABC):
         The handle is done when all workers have left, with the final center in `out`.
         """
 
+    @property
+    def residual(self) -> Array | None:
+        """(n,) what the encoding of its deltas has left behind, for checkpoints; None where nothing is left.
+
+        The array does not change before another exchange is started.
+        """
+        return None
+
+    def restore(self, residual: Array) -> None:
+        """Continue from such a `residual`, if the end has one; between two exchanges."""
+
     def close(self) -> None:
         """Free what the end holds; collective."""
 
@@ -139,6 +150,10 @@ class CenterEnd(ABC):
     def summed(self) -> Summed:
         """Counters that the workers keep themselves."""
         return Summed()
+
+    def start_from(self, c: Array) -> None:
+        """Let the next session, which has not begun, start from `c` (n,)."""
+        self.c[...] = bring(c, self.c)
 
     def open(self) -> None:
         """Begin to serve a session of all workers."""

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 
@@ -92,11 +93,9 @@ class Leases:
         return {"next": self._next, "free": free, "committed": self.committed, "given_up": self.given_up}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`; leases longer than λ are cut."""
+        """Restore `state`; its leases may be longer than λ, and are cut when they are granted."""
         self._next, self.given_up = int(state["next"]), int(state.get("given_up", 0))
-        for first, steps in reversed(state["free"]):
-            for at in reversed(range(first, first + steps, self.period)):
-                self._free.append(Lease(at, min(self.period, first + steps - at)))
+        self._free.extend(Lease(first, steps) for first, steps in reversed(state["free"]))
 
     def take_over(
         self,
@@ -321,13 +320,16 @@ def rounds(
 
     A round takes λ consecutive steps for each worker. Every worker sees the same number of rounds; in the last
     one its lease may be empty, and it takes part all the same. `start`: steps that were granted before, of which
-    those in `free` were not done: they come first.
+    those in `free` were not done: they come first, in pieces of at most λ.
 
     >>> [list(rounds(8, 3, worker, 2)) for worker in (0, 1)]
     [[Lease(first=0, steps=3), Lease(first=6, steps=1)], [Lease(first=3, steps=3), Lease(first=7, steps=1)]]
     """
-    for i in range(0, len(free), workers):
-        yield free[i + worker] if i + worker < len(free) else Lease(start, 0)
+    pieces = (
+        Lease(at, min(period, _end(lease) - at)) for lease in free for at in range(lease.first, _end(lease), period)
+    )
+    while first := list(islice(pieces, workers)):
+        yield first[worker] if worker < len(first) else Lease(start, 0)
     while total is None or start < total:
         share = period * workers if total is None else min(period * workers, total - start)
         base, extra = divmod(share, workers)

@@ -12,7 +12,8 @@ from .leases import NONE, Lease
 # Commit.requests: what a message asks for, besides applying its payload.
 # IDLE: this worker holds no steps, whatever the center thinks; it waits for work, if others hold some.
 # ENCODED: c is to come in the encoding of pulls.
-PULL, WORK, LEAVE, IDLE, ENCODED = 1, 2, 4, 8, 16
+# STOP_ALL: this worker has failed, or wants no more: all are to stop.
+PULL, WORK, LEAVE, IDLE, ENCODED, STOP_ALL = 1, 2, 4, 8, 16, 32
 # Commit.flags: what is known of the payload.
 # NOT_FINITE: its worker has checked it, so that the center need not read it again.
 # MISFIT: not a commit to this model; set by the center's end.
@@ -39,7 +40,7 @@ class Commit(NamedTuple):
         first_step: number of the first of them, over the whole run.
         clock: of the center when this worker last pulled.
         commits: deltas summed in the payload.
-        requests: PULL, WORK, LEAVE, IDLE, ENCODED.
+        requests: PULL, WORK, LEAVE, IDLE, ENCODED, STOP_ALL.
         flags: NOT_FINITE, MISFIT.
         encoding: of the payload, its number; 0: the vector as it is.
         nbytes: of the payload.

@@ -133,6 +133,16 @@ class Config:
         None, "output", "directory for what the run writes [default: runs/PROBLEM-DATE]", also=("run",)
     )
     evaluate_every: float = option(1.0, "output", "epochs between evaluations; 0: only at the end", float, least=0)
+    monitor: str | None = option(
+        None,
+        "output",
+        "keep the center with the best value of this metric: NAME:max or NAME:min; without it names with loss or error "
+        "are min, with acc max",
+    )
+    patience: int | None = option(
+        None, "output", "evaluations without a better value of --monitor, after which the run ends", int, least=1
+    )
+    stop_at: float | None = option(None, "output", "value of --monitor at which the run ends", float)
     log_every: float = option(1.0, "output", "seconds between lines in events.jsonl", float, positive=True)
     record: bool = option(False, "output", "write the order of messages at the center, for simulate --replay", bool)
 
@@ -169,6 +179,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self, _REFUSALS)
+        if self.monitor is not None:
+            self.monitored  # noqa: B018  # refused at once
 
     def complete(self) -> "Config":
         """Return the configuration with each default that depends on others filled in, and checked.
@@ -195,6 +207,22 @@ class Config:
         if center != "add":
             rate = rate or self.rate
         return replace(self, center_optimizer=center, center_rate=rate, center_options=options)
+
+    @property
+    def monitored(self) -> tuple[str, int]:
+        """The metric of `monitor`, and its sign: 1 if the largest is the best, -1 if the smallest.
+
+        Raises:
+            ValueError: where neither the option nor the name says which.
+        """
+        name, _, best = (self.monitor or "").partition(":")
+        known = {"max": 1, "min": -1}
+        guessed = {"loss": "min", "error": "min", "acc": "max"}
+        best = best or next((sign for part, sign in guessed.items() if part in name), "")
+        if not name or best not in known:
+            name = name or "NAME"
+            raise ValueError(f"monitor {self.monitor!r}: say which is best, {name}:max or {name}:min")
+        return name, known[best]
 
     def make_transport(self) -> registry.Transport:
         """The transport, with its options."""
@@ -273,6 +301,10 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
     (
         lambda c: c.drop_stalled and not c.stall_limit,
         "drop_stalled drops workers that are silent for longer than stall_limit: give that, too",
+    ),
+    (
+        lambda c: c.monitor is None and (c.patience is not None or c.stop_at is not None),
+        "patience and stop_at are of a metric: name it with monitor",
     ),
     (
         lambda c: c.record and c.overlap,
@@ -362,6 +394,12 @@ def load(path: str | None = None, given: Mapping[str, Any] | None = None, sets: 
     if "epochs" in named and "steps" not in named:
         values.pop("steps", None)  # the file's
     return Config(**known(Config, _locking(values, values.get("transport", "auto"))))
+
+
+def newest_config(directory: Path) -> Path:
+    """The file with the configuration that the run in `directory` had last: config.toml, or config-N.toml."""
+    later = [path for path in directory.glob("config-*.toml") if path.stem[7:].isdigit()]
+    return max(later, key=lambda path: int(path.stem[7:]), default=directory / "config.toml")
 
 
 def _layer(values: Mapping[str, Any]) -> dict[str, Any]:

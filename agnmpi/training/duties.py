@@ -12,14 +12,14 @@ from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout
 from ..recovery.checkpoint import prune
 from ..recovery.cut import ConsistentCut, MPIMail
-from ..recovery.files import write_atomic
 from ..recovery.saver import CenterSaver
 from ..recovery.silent_workers import SilentWorkers
 from ..reporting.record import Recorder
 from ..version import __version__
 from .config import Config
-from .monitor import Evaluate, Monitor
-from .outputs import repeatable
+from .evaluations import Evaluate
+from .monitor import Monitor
+from .outputs import write_config
 from .session import Session
 
 
@@ -31,6 +31,7 @@ class Run(NamedTuple):
         plan: its batches.
         layout: of the parameters.
         data: determines the samples of each step.
+        initial: (n,) the parameters of this rank before it trains.
         directory: of its files.
         session: of this rank.
         consistent: whether a checkpoint can be one consistent cut over all centers.
@@ -43,6 +44,7 @@ class Run(NamedTuple):
     plan: Plan
     layout: Layout
     data: Mapping[str, int]
+    initial: Array
     directory: Path
     session: Session
     consistent: bool
@@ -98,9 +100,10 @@ class Duties:
         if not self.first:
             return
         self.monitor.tick()
-        if stop_signal and center.control != STOP:
+        why = stop_signal or self.monitor.stop_reason
+        if why and center.control != STOP:
             center.control = STOP
-            self._run.say(f"{stop_signal}: the workers commit what they have done; then a checkpoint, and the end")
+            self._run.say(f"{why}: the workers commit what they have done; then a checkpoint, and the end")
         if self._silent is not None:
             self._silent.tick()
         if self._saver is not None:
@@ -133,24 +136,25 @@ class Duties:
 
     def change_role(self, role: Role) -> None:
         """This rank changes its role; the center is the same."""
-        self._role = self.monitor.role = role
+        self._role = self.monitor.evaluations.role = role
         self._silent = None
 
     def _open(self, lines: Sequence[str] | None, threads: Sequence[int]) -> None:
         run, config, role = self._run, self._config, self._role
         run.directory.mkdir(parents=True, exist_ok=True)  # a new center may be on another host
-        if lines is not None:
-            write_atomic(run.directory / "config.toml", repeatable(config).to_toml().encode())
+        changed = {} if lines is None else write_config(run.directory, config)
         if config.record and lines is not None:
             self._recorder = Recorder(run.directory, role.count, threads, role.center.idle_workers_wait)
-        self.monitor = Monitor(config, run.plan, role, run.directory, run.evaluate)
+        self.monitor = Monitor(config, run.plan, role, run.directory, run.layout, run.evaluate)
         for line in lines or ():
             self.monitor.say(line)
         if isinstance(role, CenterRole):
             self._silent = SilentWorkers(
                 role, run.session.members, config.stall_limit, config.drop_stalled, run.name, run.say
             )
-        self.monitor.start()
+        self.monitor.start(run.initial if lines is not None and not role.center.steps else None)
+        if changed:
+            self.monitor.note("changed", options=changed)
 
     def _set_up_checkpoints(self) -> None:
         """Prepare to write checkpoints."""
