@@ -142,6 +142,7 @@ class AGNOptimizer:
             "optimizer": _describe(optimizer),
             "center_optimizer": _describe(arguments.center_optimizer),
             "transport": f"{transport.name}, centers {transport.wanted_centers}, center on {transport.center_device}",
+            "node_centers": str(transport.node_centers),
             "encodings": f"{transport.encoding}, pulls {transport.pull_encoding}",
             "overlap": str(overlap),
             "dylu": str(dylu),
