@@ -9,7 +9,7 @@ from typing import Any
 from mpi4py import MPI
 
 from ..arrays.backend import Array
-from ..cluster.roles import Role, WorkerRole
+from ..cluster.roles import Role
 from ..core.params import Layout
 from ..transport.agreement import allgather, raise_on_all
 from .checkpoint import folders, left_out, read_facts, read_span, read_worker, set_aside
@@ -113,7 +113,7 @@ def _read(comm: MPI.Comm, role: Role, checkpoint: Path, facts: Mapping[str, Any]
 
     Raises OSError where they cannot be read here, though rank 0 can.
     """
-    if isinstance(role, WorkerRole):
+    if not role.stores:
         return {}, ""
     try:
         return read_span(checkpoint, facts, role.span), ""

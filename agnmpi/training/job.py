@@ -36,7 +36,7 @@ from .duties import Duties, Run
 from .exits import DEGRADED, Degraded, Failed, Interrupted, Signals
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor
-from .outputs import finish_run, introduction, run_directory, save_center, write_result
+from .outputs import finish_run, introduction, node_centers_lines, run_directory, save_center, write_result
 from .problem import evaluate, gradient_of, prepare
 from .session import Session
 from .user_code import user_frames
@@ -77,7 +77,7 @@ class Job(Observer):
         self.setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False).on_hosts(self.world)
         check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
         self.centers = self.setup.center_ranks
-        self.trains = self.rank not in self.centers
+        self.trains = self.rank not in self.setup.serving_ranks
         here = place(self.world, self.trains)
         limit_blas(here.threads)
         device = config.device if self.trains else config.center_device
@@ -138,6 +138,7 @@ class Job(Observer):
         if self.rank == 0:
             centers = list(map(self.name, self.centers))
             lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers, self.setup)
+            lines += node_centers_lines(config, [(self.name(node), len(of)) for node, *of in self.setup.nodes])
             if caveat := session.role.caveat:
                 lines.append(f"WARNING: {caveat}")
             begins = lines + self._announcements, threads[-session.role.count :]
