@@ -18,7 +18,7 @@ from ..core.backoff import Backoff, wait_until
 from ..core.ends import CenterEnd, WorkerEnd
 from ..core.messages import COMMIT_BYTES, Reply
 from ..version import mpi_library
-from .agreement import ConfigError, allgather, equal_on_all, require_equal
+from .agreement import ConfigError, allgather, equal_on_all, require_equal, require_equal_total
 from .staging import MAX_CALL_BYTES, Direct, Wire, cut
 
 CENTER = 0  # rank
@@ -97,6 +97,12 @@ class Windows:
         self.one_host = equal_on_all(comm, MPI.Get_processor_name())
         self.shared = self.one_host and (comm.size == 1 or self._reach_an_absent_center())
         wait_until(comm.Ibarrier().Test)
+
+    def begin(self, total: int | None, between: Callable[[], object] = bool) -> None:
+        """Begin a session of `total` steps; collective. `between` is called when none reads c, or adds to it."""
+        require_equal_total(self.comm, total)
+        between()
+        wait_until(self.comm.Ibarrier().Test)
 
     def _reach_an_absent_center(self) -> bool:
         """Whether what the first worker writes is seen at the center while that does not enter MPI; collective.

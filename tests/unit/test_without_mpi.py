@@ -10,7 +10,17 @@ from launcher import ROOT
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["simulate"], ["bench"], ["bench", "utilisation"], ["bench", "module:Problem"], ["doctor"]],
+    [
+        [],
+        ["train"],
+        ["simulate"],
+        ["bench"],
+        ["bench", "utilisation"],
+        ["bench", "module:Problem"],
+        ["doctor"],
+        ["export"],
+        ["evaluate"],
+    ],
     ids=" ".join,
 )
 def test_help_needs_no_mpi_and_80_columns(tmp_path, command):
