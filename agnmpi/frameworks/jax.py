@@ -82,7 +82,7 @@ class Run(AnyRun):
         self.params, self.opt_state = params, opt_state
         self._step()
 
-    def _pack(self) -> None:
+    def _pack(self, _opt: AGNOptimizer) -> None:
         self._x[...] = self._ravel(self.params)
         if self._error is not None:
             self._x -= self._error

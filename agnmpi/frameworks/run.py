@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, Self, TypeVar
 
 from ..arrays.backend import Array
@@ -18,7 +18,6 @@ class Run(ABC):
         self._opt = opt
         self._taken = True  # the step of this turn
         self._passes = 0  # over loaders
-        self._before = 0  # steps of earlier loops, over all workers
 
     def batches(self, loader: Iterable[Batch], steps: int | None = None) -> Generator[Batch, None, None]:
         """Yield batches of `loader` to train on, one for each step granted to this worker; on a center rank none.
@@ -34,21 +33,34 @@ class Run(ABC):
             ValueError: for a loader without batches, where steps are to be taken.
         """
         source = self._batches_of(loader, endless=steps is not None)
-        numbers = self._opt.steps(steps)
-        try:
-            for number in numbers:
-                self._turn(self._before + number)
+        with closing(self.turns(steps)) as turns:
+            for _ in turns:
                 try:
                     batch = next(source)
                 except StopIteration:  # one's own data end
                     break
-                self._taken = False
                 yield batch
+            else:
+                return
+        self._finish()
+
+    def turns(self, steps: int | None = None) -> Generator[int, None, None]:
+        """As `batches`, without a loader: yield the numbers of the steps, for a loop that fetches its own data."""
+        self._opt.finish()  # after a break
+        before = self._opt.taken
+        with closing(self._opt.steps(steps)) as numbers:
+            for number in numbers:
+                self._turn(before + number)
+                self._taken = False
+                yield before + number
                 if not self._taken:
                     self._opt.skip()
-        finally:
-            numbers.close()
+        self._finish()
+
+    def _finish(self) -> None:
+        """Wait for the other workers, and take the final center."""
         self._opt.finish()
+        self._turn(self._opt.taken)
 
     def _batches_of(self, loader: Iterable[Batch], endless: bool) -> Iterator[Batch]:
         """The batches of `loader`, once or again and again; its iterator begins with the first: never at a center."""
@@ -68,7 +80,7 @@ class Run(ABC):
                 raise ValueError(f"rank {rank}: the loader has no batches, but there are steps to be taken")
 
     def _turn(self, step: int) -> None:
-        """A step is about to be taken, number `step` of all loops and workers."""
+        """Step number `step` of all loops and workers is about to be taken, or would be next."""
 
     def _step(self) -> None:
         """Count the step that was taken, and exchange when λ are done."""

@@ -70,7 +70,7 @@ class Run(AnyRun):
         opt = AGNOptimizer(
             None, self._flat.x, comm, period, name="agnmpi.torch.Run", copy=False,
             rule=(rule or agn())._replace(buffers=self._flat.buffers), outer_rate=outer_rate, transport=transport,
-            overlap=overlap, dylu=dylu, on_commit=self._flat.pack, on_pull=self._pulled, on_refused=self._refused,
+            overlap=overlap, dylu=dylu, on_commit=self._read, on_pull=self._pulled, on_refused=self._refused,
         )  # fmt: skip
         super().__init__(opt)
         self._threads = torch.get_num_threads()
@@ -98,8 +98,12 @@ class Run(AnyRun):
         if not was_skipped(self.optimizer):
             self._step()
 
-    def _pulled(self, _opt: AGNOptimizer) -> None:
+    def _read(self, _opt: AGNOptimizer) -> None:
+        self._flat.pack()
+
+    def _pulled(self, opt: AGNOptimizer) -> None:
         self._flat.unpack()
+        self._flat.count(opt.taken)
 
     def _refused(self, _opt: AGNOptimizer) -> None:
         self._reset()
