@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -310,4 +311,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     except SystemExit as request:
         if request.code in (0, None):
             raise HelpAsked(output.getvalue()) from None
-        raise ArgumentsRefused(output.getvalue()) from None
+        raise ArgumentsRefused(_with_suggestions(output.getvalue())) from None
+
+
+def _with_suggestions(message: str) -> str:
+    """A refusal with the options that misspelt ones are like.
+
+    >>> _with_suggestions("agnmpi: error: unrecognized arguments: --perod 3")
+    'agnmpi: error: unrecognized arguments: --perod 3; did you mean --period?\\n'
+    """
+    _, found, words = message.rpartition("unrecognized arguments: ")
+    known = [
+        f"--{other}".replace("_", "-")
+        for o in (Config, Timing)
+        for f in fields(o)
+        for other in (f.name, *f.metadata["also"])
+    ]
+    unknown = [word.partition("=")[0] for word in words.split() if word.startswith("--")] if found else []
+    near = [match for word in unknown for match in difflib.get_close_matches(word, known, 1)]
+    return f"{message.rstrip()}; did you mean {', '.join(near)}?\n" if near else message

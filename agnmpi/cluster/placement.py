@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -70,13 +70,14 @@ def one_center_per_host(hosts: Sequence[object]) -> list[int]:
     return [rank for host, rank in lowest.items() if rank == 0 or counts[host] > 1]
 
 
-def limit_blas(threads: int) -> None:
-    """Let BLAS use `threads` threads, unless the environment sets a number."""
+def limit_blas(threads: int) -> Callable[[], None]:
+    """Let BLAS use `threads` threads, unless the environment sets a number; returns what restores its own number."""
     if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")):
-        return
+        return lambda: None
     import threadpoolctl
 
-    threadpoolctl.threadpool_limits(threads)
+    restore: Callable[[], None] = threadpoolctl.threadpool_limits(threads).restore_original_limits
+    return restore
 
 
 def blas_threads() -> int:

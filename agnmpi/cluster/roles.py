@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array, empty_like, to_host
+from ..arrays.backend import Array, bring, empty_like, host_copy, to_host
+from ..core.backoff import wait_until
 from ..core.center import Center, serve
 from ..core.ends import CenterEnd, Handle, WorkerEnd, all_done
 from ..core.leases import Leases, SpeedProportional, rounds
@@ -59,6 +61,9 @@ class Role:
         self._resumed = facts
         for worker in self.workers:
             worker.sequence = max(worker.sequence, *facts["applied"], 0)  # new commits differ from applied ones
+
+    def start_from(self, x: Array) -> None:
+        """Let the next session start from rank 0's `x` (n,); collective over those that hold any of the center."""
 
     def begin(self, total: int | None, period: int) -> None:
         """Prepare the work of a session: `total` steps over all workers (None: no end), λ = `period`; collective."""
@@ -139,6 +144,10 @@ class CenterRole(HoldingRole):
         center = self.center
         self.end.resume(center.clock, center.steps, (center.staleness_sum, center.staleness_max), center.refused)
 
+    def start_from(self, x: Array) -> None:
+        """As `Role.start_from`."""
+        self.end.start_from(x)
+
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         if self._grants:
             self.center.leases = leases
@@ -183,6 +192,12 @@ class ShardRole(CenterRole):
         """The block of this center."""
         return self._spans[self.centers.rank]
 
+    def start_from(self, x: Array) -> None:
+        """As `Role.start_from`."""
+        if (changed := _bcast_changed(self.centers, x, self._whole)) is not None:
+            self._whole[...] = changed
+            self.end.start_from(self._whole[self.span])
+
     def ends(self) -> list[WorkerEnd | CenterEnd]:
         """The end of this center, and those for reading the others."""
         return [self.end, *self._others]
@@ -225,6 +240,11 @@ class PeerRole(HoldingRole):
         super().resume(arrays, facts)
         self.end.clock, self.end.steps = self.center.clock, self.center.steps
 
+    def start_from(self, x: Array) -> None:
+        """As `Role.start_from`."""
+        if (changed := _bcast_changed(self.end.comm, x, self.c)) is not None:
+            self.c[...] = bring(changed, self.c)
+
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         self.end.begin_rounds(total, rounds(total, period, self.end.comm.rank, self.count, leases.next, leases.free))
 
@@ -238,6 +258,21 @@ class LocalRole(HoldingRole):
         """The end of a worker."""
         return self.end.worker_end(worker)
 
+    def start_from(self, x: Array) -> None:
+        """As `Role.start_from`."""
+        self.end.start_from(x)
+
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         self.center.leases = leases
         self.end.open()
+
+
+def _bcast_changed(comm: MPI.Comm, x: Array, c: Array) -> Array | None:
+    """Rank 0's `x` (n,) on the host of every rank, None if it equals rank 0's `c`; collective."""
+    changed = np.array([comm.rank == 0 and not np.array_equal(to_host(x), to_host(c))])
+    wait_until(comm.Ibcast(changed, 0).Test)
+    if not changed[0]:
+        return None
+    whole = host_copy(x)
+    bcast_in_pieces(comm, whole)
+    return whole

@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
-from ..arrays.backend import Array
+from ..arrays.backend import Array, bring
 from .backoff import wait_until
 from .messages import Commit, Reply
 
@@ -134,6 +134,10 @@ class CenterEnd(ABC):
     def summed(self) -> Summed:
         """Counters that the workers keep themselves."""
         return Summed()
+
+    def start_from(self, c: Array) -> None:
+        """Let the next session, which has not begun, start from `c` (n,)."""
+        self.c[...] = bring(c, self.c)
 
     def open(self) -> None:
         """Begin to serve a session of all workers."""

@@ -106,7 +106,11 @@ class Layout(NamedTuple):
         """
         items = named(params)
         if set(items) != set(self.names):
-            raise ValueError(f"parameters are named {sorted(items)}, expected {sorted(self.names)}")
+            missing, unknown = (
+                ", ".join(sorted(names)) for names in (set(self.names) - set(items), set(items) - set(self.names))
+            )
+            parts = [f"missing {missing}"] * bool(missing) + [f"unknown {unknown}"] * bool(unknown)
+            raise ValueError(f"{', '.join(parts)}; the parameters are named {', '.join(self.names[:20])}")
         if out is None:
             out = empty(self.size, self.dtype, items[self.names[0]])
         if not on_host(out) and not any(on_host(value) for value in items.values()):

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..arrays.backend import Array, blocks, empty_like
+from ..arrays.backend import Array, empty_like
 from ..arrays.encodings import NAMES, Encoding, get
-from ..arrays.kernels import PIECE, all_finite, run
+from ..arrays.kernels import all_finite, run
 from .optimizers import Optimizer
 
 
@@ -455,12 +455,10 @@ def _decoded_step(
     on_block: Callable[[int], None] | None,
 ) -> Any:  # fmt: skip
     """As `center_step`, with encoded `data`: decoded and added in one pass."""
+    # One commit at a time, though several may wait: added block by block while the block of c is in the cache, four of
+    # them took 0.9 to 1.4 times as long as one after the other, as the arithmetic and the deltas' own bytes remain.
     if optimizer is not None:
         encoding.decode(data, delta := empty_like(c))
         return center_step(c, delta, weight, optimizer, state, steps, on_block)
-    for part in blocks(c, size=PIECE):  # a multiple of the encodings' blocks
-        first, last = encoding.nbytes(part.start), encoding.nbytes(part.stop)
-        encoding.decode_add(data[first:last], c[part], weight)
-        if on_block:
-            on_block(part.stop)
+    encoding.decode_add(data, c, weight, on_block)
     return state

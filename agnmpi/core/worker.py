@@ -4,8 +4,9 @@ Code that must wait is a generator of the handles to wait for: over MPI each is 
 virtual clock (`simulate`) resumes it when the handle is done.
 """
 
+import os
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from enum import Enum, auto
 from math import nan
 from typing import Any
@@ -99,7 +100,8 @@ class Worker:
         self.a = namespace(x).zeros_like(x) if rule.accumulates else x
         self._buffers = _Buffers(x, self.o, overlap, overlap or double_buffer)
         self.last_reply: Reply | None = None  # to the last pull
-        self.pulls = 0  # number of pulls
+        self.pulls = self.refusals = 0  # numbers of pulls, and of commits of this worker that were refused
+        self.form_x: Callable[[], object] = bool  # called before x is read, where the caller moves arrays of its own
         self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
         self.before = 0  # steps of all workers in earlier sessions: schedules continue
@@ -112,6 +114,7 @@ class Worker:
         self._work_may_come = False  # other workers hold leases
         self._commit: Commit | None = None
         self._handle: Handle | None = None  # of the exchange under way, or of leaving
+        self._process = os.getpid()
 
     @property
     def clock(self) -> int:
@@ -191,6 +194,7 @@ class Worker:
         self._handle = self.end.exchange(self._commit, self._buffers.pulled)
 
     def _form_commit(self, requests: int) -> Commit:
+        self.form_x()
         lease, steps, loss = self.leases.popleft(), self.done, self._loss
         if self.rule.pulls == "after":
             flags = self._form_delta(steps)
@@ -217,6 +221,8 @@ class Worker:
     def _finish_exchange(self) -> Waits[None]:
         assert self._handle is not None
         assert self._commit is not None
+        if self.overlap:  # else x is as it was sent
+            self.form_x()
         handle, self._handle = self._handle, None
         yield handle
         reply = handle.wait()
@@ -243,12 +249,20 @@ class Worker:
         self.last_reply = reply
         self.pulls += 1
 
+    def abandon(self) -> None:
+        """Forget the steps done since the last exchange: if this worker leaves now, they go to the others."""
+        self.done, self._loss = 0, 0.0
+
     def _reset(self) -> None:
         """The last commit was refused: x, the slots and all steps since are discarded."""
         self.x[...] = self.o
         self.done, self._loss = 0, 0.0  # with overlap: the current lease starts again
         if self.rule.accumulates:
             self.a[...] = 0
+        self._refused()
+
+    def _refused(self) -> None:
+        self.refusals += 1
         if self.optimizer is not None:
             count = self.state.step
             self.state = self.optimizer.init(self.x)._replace(step=count)
@@ -358,7 +372,12 @@ class Worker:
         self._handle = self._commit = None
 
     def leave(self) -> None:
-        """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply."""
+        """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply.
+
+        In a process that the caller has forked it does nothing: the connection is the parent's.
+        """
+        if os.getpid() != self._process:
+            return
         try:
             run_waits(self.waits_to_leave())
         except Elected:
@@ -378,6 +397,8 @@ class Worker:
             yield from self._finish_exchange()  # leaving returns the lease that it was granted
         elif self.done:
             self._commit = last = self._form_commit(0)
+            if last.flags & NOT_FINITE:  # the reply comes when all have left, and is the others'
+                self._refused()
         self.leases.clear()
         self._handle = self.end.leave(last, self._buffers.pulled)
         self.phase = Phase.LEAVING

@@ -12,6 +12,7 @@ from ..core.membership import Membership
 from ..core.timer import Every
 
 _REMAINING = 9  # tag: the ranks that continue
+_LIVING = "agnmpi.living"  # their communicator
 
 
 class SilentWorkers:
@@ -92,8 +93,9 @@ def leave_behind(comm: MPI.Intracomm, role: Role, members: Membership, outlives_
             remaining = received[1:][: received[0]].tolist()
         if len(remaining) == comm.size:
             return comm
-        # Not Create_group: Open MPI 5.0 refuses it where a rank outside of the group has died.
-        living = MPI.Intracomm.Create_from_group(comm.Get_group().Incl(remaining), "agnmpi.living")
+        group = comm.Get_group().Incl(remaining)
+        # Open MPI 4.1 has no Create_from_group; 5.0 refuses Create_group where a rank outside of the group has died.
+        living = MPI.Intracomm.Create_from_group(group, _LIVING) if outlives_loss else comm.Create_group(group)
     except MPI.Exception:
         if not outlives_loss:
             raise

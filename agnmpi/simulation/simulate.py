@@ -25,7 +25,7 @@ from ..reporting.events import json_safe
 from ..training.config import Config
 from ..training.monitor import Monitor, format_metrics
 from ..training.outputs import conclude, dropped_lines, headline, repeatable, run_directory
-from ..training.problem import gradient_of, prepare
+from ..training.problem import evaluate, gradient_of, prepare
 from ..transport.composed import EncodedHandle, encode
 from ..transport.local import LocalCenter
 from ..version import __version__
@@ -114,7 +114,7 @@ class Stage:
             plan,
             role,
             directory,
-            lambda c: self.problem.evaluate(layout.views(c)),
+            lambda c: evaluate(self.problem, layout.views(c)),
             stamp,
         )
         if config.record:

@@ -1,11 +1,19 @@
 """How a failure of one rank ends the whole job."""
 
+import os
 import sys
 import time
 import traceback
 from types import TracebackType
 
 from mpi4py import MPI
+
+_pid = os.getpid()
+
+
+def forked() -> bool:
+    """Whether a problem has forked this process from a rank: MPI is its parent's."""
+    return os.getpid() != _pid
 
 
 def say(comm: MPI.Comm, error: BaseException) -> None:
@@ -18,10 +26,18 @@ def say(comm: MPI.Comm, error: BaseException) -> None:
 
 
 def say_and_abort(comm: MPI.Comm, error: BaseException) -> None:
-    """Print the error, and end the whole job; code 1, or that of a sys.exit."""
-    say(comm, error)
+    """Print the error, and end the whole job; code 1, or that of a sys.exit.
+
+    A forked process ends alone.
+    """
     code = error.code if isinstance(error, SystemExit) else 1
-    abort(comm, code if isinstance(code, int) and code else 1)
+    code = code if isinstance(code, int) and code else 1
+    if forked():
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        os._exit(code)
+    say(comm, error)
+    abort(comm, code)
 
 
 def abort(comm: MPI.Comm, code: int) -> None:

@@ -1,6 +1,8 @@
 """How a run ends other than with code 0 or 1: stopped by a signal, or with fewer ranks."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -41,6 +43,9 @@ class Signals:
 
     `abort` is called with the exit code. Python calls handlers between two bytecodes of the main thread; except
     while survivors regroup nothing of ours blocks in MPI, so a handler runs at once.
+
+    A forked child does not inherit the handlers: it would not end at TERM, and `multiprocessing.Pool` would wait for
+    it for ever.
     """
 
     def __init__(self, abort: Callable[[int], None]) -> None:
@@ -52,6 +57,7 @@ class Signals:
         """Install the handlers; from the main thread."""
         for number in _STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        _Forks.signals = self
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
@@ -60,6 +66,39 @@ class Signals:
 
     def remove(self) -> None:
         """Restore the previous handlers."""
+        _Forks.signals = None
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous.clear()
+
+    def remove_in_child(self) -> None:
+        """Restore the previous handlers in a forked child; it ignores USR1 and USR2.
+
+        Launchers pass them on to all processes of a rank's group, and who loses a task of a pool waits for ever.
+        """
+        self.remove()
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, signal.SIG_IGN)
+
+
+class _Forks(threading.local):
+    """What a fork does with the handlers: no signal comes between it and their removal in the child."""
+
+    signals: Signals | None = None  # installed, in the whole process
+    mask: set[int]  # of the thread that forks
+
+    def before(self) -> None:
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS if _Forks.signals else ())
+
+    def after_in_parent(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+    def after_in_child(self) -> None:
+        if _Forks.signals is not None:
+            _Forks.signals.remove_in_child()
+        self.after_in_parent()
+
+
+_forks = _Forks()
+os.register_at_fork(before=_forks.before, after_in_parent=_forks.after_in_parent, after_in_child=_forks.after_in_child)

@@ -36,7 +36,7 @@ from .exits import DEGRADED, Degraded, Interrupted, Signals
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor
 from .outputs import finish_run, introduction, run_directory, write_result
-from .problem import gradient_of, prepare
+from .problem import evaluate, gradient_of, prepare
 from .session import Session
 
 Result: TypeAlias = dict[str, Any]  # as in result.json
@@ -280,7 +280,7 @@ class Job(Observer):
     def evaluate(self, c: Array) -> Mapping[str, float]:
         """Evaluate `c` (n,), which may lie on any device, on this rank's device; in any thread."""
         with current(self.x):
-            return self.problem.evaluate(self.layout.views(bring(c, self.x)))
+            return evaluate(self.problem, self.layout.views(bring(c, self.x)))
 
     def name(self, rank: int) -> str:
         """The rank and its host, as text."""

@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from typing import NamedTuple
 
 from mpi4py import MPI
 
@@ -16,6 +17,14 @@ from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..core.worker import Worker
 from .session import Session
+
+
+class Caller(NamedTuple):
+    """What a loop calls in the program that it belongs to."""
+
+    pack: Callable[[], None]  # before x is read: copy arrays of the caller's own into it
+    pulled: Callable[[], None]  # x has become a pulled center, or the final one
+    refused: Callable[[], None]  # then, if this worker's commit was refused
 
 
 class Loop(Observer):
@@ -30,18 +39,20 @@ class Loop(Observer):
         setup: how they exchange.
         period: λ.
         name: of the optimizer, in messages.
-        moved: called when x has become a pulled center, or the final one.
+        caller: what the caller does meanwhile.
     """
 
     def __init__(
         self, comm: MPI.Intracomm, rule: Rule, x: Array, optimizer: Optimizer | None,
-        center_optimizer: Optimizer | None, setup: Setup, period: int, name: str, moved: Callable[[], None],
+        center_optimizer: Optimizer | None, setup: Setup, period: int, name: str, caller: Caller,
     ) -> None:  # fmt: skip
         self.session = Session(comm, rule, x, optimizer, center_optimizer, setup, self)
         self.closed = self._running = self._stepped = False
-        self._x, self._period, self._name, self._moved = x, period, name, moved
+        self._x, self._period, self._name, self._caller = x, period, name, caller
+        if self.worker is not None:
+            self.worker.form_x = self._form_x
         self._generators: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
-        self._pulls = 0  # of the worker, when `moved` was last called
+        self._pulls = self._refusals = 0  # of the worker, when the caller was last told
 
     @property
     def worker(self) -> Worker | None:
@@ -73,6 +84,12 @@ class Loop(Observer):
         """Let the worker take its current step; see `Worker.step`."""
         self.check().step(g, loss, ranges)
         self._stepped = True
+        self.refresh()
+
+    def skip(self) -> None:
+        """Let this turn of the loop go by without a step."""
+        self.check()
+        self._stepped = True
 
     def finish(self) -> None:
         """After a break: wait for the others, and take the final center."""
@@ -81,10 +98,23 @@ class Loop(Observer):
             self._finish(worker)
 
     def refresh(self) -> None:
-        """Call `moved` if a center was pulled since."""
-        if self.worker and self.worker.pulls != self._pulls:
-            self._pulls = self.worker.pulls
-            self._moved()
+        """Tell the caller if a center was pulled since, and if this worker's commit was refused."""
+        if (worker := self.worker) is None or worker.pulls == self._pulls:
+            return
+        refused = worker.refusals > self._refusals
+        self._pulls, self._refusals = worker.pulls, worker.refusals
+        self._caller.pulled()
+        if refused:
+            self._caller.refused()
+
+    def _form_x(self) -> None:
+        self.refresh()  # with overlap a pull may have moved x since
+        try:
+            self._caller.pack()
+        except (TypeError, ValueError):
+            if self.worker is not None:
+                self.worker.abandon()
+            raise
 
     def end(self) -> None:
         """Leave a loop whose generator is still referenced after a break, or a hook that was not ended; for good."""
@@ -101,7 +131,7 @@ class Loop(Observer):
         """Where this rank serves, no worker does this."""
         if self.session.role.serves:
             self._x[...] = bring(self.session.role.c, self._x)
-            self._moved()
+            self._caller.pulled()
         self.refresh()
 
     def _steps(self, total: int | None) -> Generator[int, None, None]:
@@ -114,6 +144,9 @@ class Loop(Observer):
             raise ValueError(f"the number of steps must not be negative, but is {total}")
         self.finish()
         before = self.session.role.center.settled
+        if self.session.comm.rank == 0:
+            self._caller.pack()
+        self.session.role.start_from(self._x)
         self.session.begin(total, self._period)
         dropped = 0
         for workers in self.session.rounds():
@@ -155,7 +188,7 @@ class Loop(Observer):
                     if not self._stepped:
                         raise RuntimeError(
                             f"step {number} was not taken: the loop over {self._name}.steps() must call minimize(), "
-                            "apply_gradients() or step() once"
+                            "apply_gradients() or step() once, or skip()"
                         )
         except GeneratorExit:  # break
             if self.session.role.serves:  # it was elected as it left: the others wait

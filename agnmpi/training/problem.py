@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from ..arrays.backend import Array, choose
 from ..core.batches import Plan
 from ..core.params import Layout
+from .user_code import UserCodeError, blamed, loss_and_gradients, metrics, user_frames, where
 
 
 class Problem(Protocol):
@@ -100,7 +102,8 @@ def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any]) -> Probl
         options: its keyword arguments.
 
     Raises:
-        ValueError: with the remedy, if there is no such problem; exceptions of the problem itself pass through.
+        ValueError: with the remedy, if there is no such problem; UserCodeError, which is one, with the frames of the
+            problem's own code, if that fails.
     """
     module_name, _, attribute = spec.rpartition(":")
     if not module_name:
@@ -109,11 +112,19 @@ def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any]) -> Probl
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ValueError(f"problem {spec!r}: {module_name} has no class or function {attribute!r}")
-    problem: Problem = factory(xp, **options)
+    with blamed(f"problem {spec!r} cannot be made; it is called as {attribute}{_signature(factory)}"):
+        problem: Problem = factory(xp, **options)
     missing = [name for name in ("samples", "init", "gradient", "evaluate") if not hasattr(problem, name)]
     if missing:
         raise ValueError(f"problem {spec!r} has no {', '.join(missing)}: see agnmpi.Problem")
     return problem
+
+
+def _signature(factory: Callable[..., Any]) -> str:
+    try:
+        return str(inspect.signature(factory))
+    except (TypeError, ValueError):
+        return "(xp, …)"
 
 
 def prepare(
@@ -132,9 +143,17 @@ def prepare(
         The problem, the layout of its parameters, and their flat vector (n,).
     """
     problem = load_problem(spec, choose(device, local_index), options)
-    initial = problem.init(np.random.default_rng(seed))
+    with blamed(f"init of problem {spec!r} failed"):
+        initial = problem.init(np.random.default_rng(seed))
+    if initial is None:
+        raise UserCodeError(f"init of problem {spec!r} must return arrays by name, not None: a `return` is missing")
     layout = Layout.of(initial)
     return problem, layout, layout.pack(initial)
+
+
+def evaluate(problem: Problem, params: Mapping[str, Array]) -> dict[str, float]:
+    """The metrics of a problem; raises UserCodeError where `evaluate` returns something else."""
+    return metrics(problem.evaluate(params), problem.evaluate)
 
 
 def absolute(spec: str) -> str:
@@ -155,7 +174,8 @@ def _module(name: str) -> ModuleType:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
+        with blamed(f"problem file {path} cannot be imported"):
+            spec.loader.exec_module(module)
         return module
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -163,8 +183,10 @@ def _module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name.split(".")[0] and error.name != name:
-            raise
+            raise UserCodeError(f"module {name!r} cannot be imported:\n{user_frames(error)}") from error
         raise ValueError(f"no module {name!r}; for a file give its path, ending in .py") from error
+    except Exception as error:
+        raise UserCodeError(f"module {name!r} cannot be imported:\n{user_frames(error)}") from error
 
 
 def gradient_of(
@@ -174,8 +196,11 @@ def gradient_of(
     views, g = layout.views(x), x.copy() if g is None else g
 
     def gradient(step: int) -> tuple[float, Array]:
-        loss, gradients = problem.gradient(views, plan.indices(step))
-        layout.pack(gradients, out=g)
-        return float(loss), g
+        loss, gradients = loss_and_gradients(problem.gradient(views, plan.indices(step)), layout, problem.gradient)
+        try:
+            layout.pack(gradients, out=g)
+        except (TypeError, ValueError) as error:
+            raise UserCodeError(f"the gradients of {where(problem.gradient)} do not fit: {error}") from None
+        return loss, g
 
     return gradient

@@ -53,7 +53,8 @@ class Session:
         setup = setup.with_replication()
         self.rule, self.members = rule, Membership(comm.size, setup.center_ranks)
         self.rank = comm.rank  # at the beginning
-        set_threads(place(comm, comm.rank not in setup.center_ranks).threads)
+        self.threads = place(comm, comm.rank not in setup.center_ranks).threads  # this rank's share of the cores
+        set_threads(self.threads)
         self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
         connector = Connector(rule, optimizer, center_optimizer, setup, observer)
         self.role = connector.connect(comm, x)

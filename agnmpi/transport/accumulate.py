@@ -9,11 +9,10 @@ from math import isfinite
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array
+from ..arrays.backend import Array, bring
 from ..core.ends import Apply, Done, Handle, Polled, Summed
 from ..core.leases import NONE, Lease
 from ..core.messages import DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, WORK, Commit, Reply
-from .agreement import require_equal_total
 from .staging import MAX_CALL_BYTES, Wire
 from .windows import (
     CENTER,
@@ -55,7 +54,7 @@ class AccumulateWorker(WindowsWorker):
         """Begin a session of `total` steps (None: no end), leased λ = `period` at a time; collective."""
         self._total, self._period = total, period
         self.sessions += 1
-        require_equal_total(self.windows.comm, total)
+        self.windows.begin(total)
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c, then pull."""
@@ -122,6 +121,7 @@ class AccumulateCenter(WindowsCenter):
         super().__init__(Windows(comm, c, 0, most), c)
         self._left = self._sessions = 0
         self._seen = [0, 0]  # clock and steps already reported to `apply`
+        self._start: Array | None = None  # what the next session starts from, if not from c as it is
         self._loss = 0.0
 
     @property
@@ -138,7 +138,17 @@ class AccumulateCenter(WindowsCenter):
         """Prepare the work of a session, of which `start` steps are done; collective."""
         self.windows.words[NEXT] = start
         self.windows.sync()
-        require_equal_total(self.windows.comm, total)
+        self.windows.begin(total, self._set_start)
+
+    def start_from(self, c: Array) -> None:
+        """Let the next session start from `c`, once all have read the final center of the last."""
+        self._start = c
+
+    def _set_start(self) -> None:
+        if self._start is not None:
+            self._c[...] = bring(self._start, self._c)
+            self.windows.sync()
+            self._start = None
 
     def announce(self, control: int, checkpoint: int) -> None:
         """Set `control` and `checkpoint` of later replies."""

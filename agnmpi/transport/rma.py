@@ -11,6 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, to_host
+from ..core.backoff import wait_until
 from ..core.ends import Apply, Handle, Polled
 from ..core.messages import LEAVE, MISFIT, PULL, Commit, Reply
 from .chunks import INLINE
@@ -164,6 +165,7 @@ class RMACenter(WindowsCenter):
         self._readable = 0  # up to where c may be read behind the apply
         self._applied: Commit | None = None  # while it is, if its worker may read behind
         self._left = list(range(workers))  # no session has begun
+        self._start: Array | None = None  # what the next session starts from, if not from c as it is
         self._read_by = -workers  # final centers that must have been read before c may change again
         self._all_read = False
 
@@ -178,11 +180,20 @@ class RMACenter(WindowsCenter):
             return windows.vector_behind(windows.words[windows.header(worker) + COMMIT_WORDS :])
         return windows.vector(windows.slots, worker)
 
+    def start_from(self, c: Array) -> None:
+        """Let the next session start from `c`, once all have read the final center of the last."""
+        self._start = c
+
     def open(self) -> None:
         """Begin a session."""
         self._left.clear()
         self._read_by += self._workers
         self._all_read = False
+        if self._start is not None:
+            wait_until(self._final_center_was_read)
+            self._c[...] = bring(self._start, self._c)
+            self.windows.sync()
+            self._start = None
 
     def serve_one(self, apply: Apply) -> bool:
         """Serve the first complete message not on hold; before it, a parked request that can be answered now."""

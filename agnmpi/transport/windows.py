@@ -16,7 +16,7 @@ from ..arrays.backend import Array
 from ..core.backoff import Backoff, wait_until
 from ..core.ends import CenterEnd, WorkerEnd
 from ..core.messages import COMMIT_BYTES, Reply
-from .agreement import ConfigError, allgather, require_equal
+from .agreement import ConfigError, allgather, require_equal, require_equal_total
 from .staging import MAX_CALL_BYTES, Direct, Wire, cut
 
 CENTER = 0  # rank
@@ -88,6 +88,12 @@ class Windows:
         self.one_host = node.size == comm.size
         node.Free()
         wait_until(comm.Ibarrier().Test)
+
+    def begin(self, total: int | None, between: Callable[[], object] = bool) -> None:
+        """Begin a session of `total` steps; collective. `between` is called when none reads c, or adds to it."""
+        require_equal_total(self.comm, total)
+        between()
+        wait_until(self.comm.Ibarrier().Test)
 
     def served(self, worker: int) -> int:
         """First of two words: the number of a worker's last served message, and up to where c is done for it."""

@@ -1,5 +1,7 @@
 """Small problems for the command line: well-behaved, or each broken in one way, some on the last rank only."""
 
+import multiprocessing
+import os
 import sys
 import time
 from pathlib import Path
@@ -172,3 +174,18 @@ class OneBadSample(Spoilt):
 
     def spoils(self, indices):
         return 40 in indices
+
+
+class Pools(Quadratic):
+    """Each gradient forks: a pool of processes computes it. One that raises, or exits, does so alone."""
+
+    def gradient(self, params, indices):
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            squares = sum(pool.map(abs, range(4)))
+        if on_last_rank():
+            child = os.fork()
+            if not child:
+                raise ArithmeticError("in a child")
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        assert squares == 6
+        return super().gradient(params, indices)

@@ -190,6 +190,25 @@ def test_no_thread_writes_when_an_error_has_been_raised():
     np.testing.assert_array_equal(c, 1)  # the other threads have done all of it
 
 
+def test_two_callers_share_the_threads_and_none_waits_for_the_others_work():
+    kernels.set_threads(2)  # one helper
+    held, entered = threading.Event(), threading.Event()
+
+    def slow(lo, _hi):
+        entered.set()
+        assert held.wait(60)
+        return lo
+
+    other = threading.Thread(target=kernels.share, args=(slow, [(0, 2 * PIECE)]))
+    other.start()
+    try:
+        assert entered.wait(60)
+        assert kernels.share(lambda lo, _hi: lo, [(0, 3 * PIECE)]) == [0, PIECE, 2 * PIECE], "while the helper is busy"
+    finally:
+        held.set()
+        other.join()
+
+
 @libraries
 @pytest.mark.parametrize("count", [1, 4])
 def test_vectors_of_several_lengths_are_refused_in_whatever_thread(use, library, count):
