@@ -132,10 +132,10 @@ class FlatModel:
             return _Piece(name, tensor, view, view.data_ptr(), torch.empty(0))
         return _Piece(name, tensor, view, 0, torch.zeros_like(view))
 
-    @property
-    def parameters(self) -> Array:
-        """The part of `x` that gradients move."""
-        return self.x[: self._parameters]
+    def parts(self) -> dict[str, Array]:
+        """The parts of `x` by name: "parameters", which gradients move, and "buffers", if there are any."""
+        parts = {"parameters": self.x[: self._parameters], "buffers": self.x[self._parameters :]}
+        return {name: part for name, part in parts.items() if part.size}
 
     def pack(self) -> None:
         """Let `x` hold the model's numbers; raises RuntimeError for a model that was changed in another way.

@@ -5,6 +5,8 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, Self, TypeVar
 
+import numpy as np
+
 from ..arrays.backend import Array
 from ..training.agn_optimizer import AGNOptimizer
 
@@ -90,8 +92,7 @@ class Run(ABC):
     @contextmanager
     def center(self) -> Generator[Any, None, None]:
         """Within it what is trained holds the center as this rank knows it; afterwards this rank's own again."""
-        (x,) = self._opt.center.values()
-        with self._holding(x) as held:
+        with self._holding(np.concatenate(list(self._opt.center.values()))) as held:
             yield held
 
     @abstractmethod

@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from ..arrays import kernels
 from ..arrays.backend import Array
-from ..core.rules import Rule, agn
+from ..core.rules import Rule
 from ..training.agn_optimizer import AGNOptimizer
 from ..transport.agreement import raise_on_all
 from ..transport.registry import Transport
@@ -67,9 +67,10 @@ class Run(AnyRun):
         finally:
             ours.Free()
         self._reset = reset_of(self.optimizer)
+        parts = self._flat.parts()
         opt = AGNOptimizer(
-            None, self._flat.x, comm, period, name="agnmpi.torch.Run", copy=False,
-            rule=(rule or agn())._replace(buffers=self._flat.buffers), outer_rate=outer_rate, transport=transport,
+            None, parts, comm, period, name="agnmpi.torch.Run", copy=False, buffers=sorted(set(parts) - {"parameters"}),
+            rule=rule, outer_rate=outer_rate, transport=transport,
             overlap=overlap, dylu=dylu, on_commit=self._read, on_pull=self._pulled, on_refused=self._refused,
         )  # fmt: skip
         super().__init__(opt)
