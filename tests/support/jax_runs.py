@@ -81,7 +81,7 @@ def bad_gradient():
     params, state, step, _ = made()
     bad, turn = [], 0
     with agnmpi.jax.Run(params, state, COMM, period=4, outer_rate=1.0) as run:
-        for scale in run.batches([1.0], steps=800):
+        for scale in run.batches([1.0] * 400):  # each worker takes them all, however fast the other is
             scale = np.nan if (COMM.rank, turn) == (2, 10) else scale
             run.update(*step(run.params, run.opt_state, scale))
             turn += 1
@@ -89,7 +89,7 @@ def bad_gradient():
     assert len(bad) <= 8, bad
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(run.opt_state))
     assert np.abs(flat(run.params) - flat(TARGET)).max() < 0.1
-    assert COMM.rank != 2 or turn > 30, "it goes on"
+    assert run.is_center or turn == 400, "it goes on"
 
 
 def main():
