@@ -20,6 +20,7 @@ _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # Fixed values of options of `train`: in a simulation, and where a problem is measured, with each transport.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
 BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "overlap": False, "dylu": False, "record": False}
+OFFLINE = ("export", "evaluate")  # commands of one process, without MPI
 _GROUPS = {
     "rule": "rule of exchange",
     "transport": "transport",
@@ -85,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     _add_bench_utilisation(commands)
     _add_bench_problem(commands)
     _add_doctor(commands)
+    _add_models(commands)
     return top
 
 
@@ -187,6 +189,24 @@ def _add_doctor(commands: Any) -> None:
     doctor.add_argument("--period", type=int, default=10, help="communication period λ, for the advice")
     doctor.add_argument("--probe", action="store_true", help="try device pointers again, whatever is remembered")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_models(commands: Any) -> None:
+    source = "a run; or RUN/checkpoints/step-N, RUN/best.safetensors"
+    export = commands.add_parser(
+        "export",
+        help="write the model of a run, or of a checkpoint, to a file",
+        description="Write the parameters by name: of a run's end, or of its newest checkpoint. Needs no MPI.",
+    )
+    export.add_argument("run", metavar="RUN", help=source)
+    export.add_argument("file", metavar="FILE", help="a new file that ends in .safetensors or .npz")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="evaluate the model of a run, or of a checkpoint",
+        description="Create the run's problem, and print as JSON what its `evaluate` says of the model. Needs no MPI.",
+    )
+    evaluate.add_argument("run", metavar="RUN", help=source)
+    evaluate.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute")
 
 
 def _add_train(commands: Any) -> None:

@@ -9,23 +9,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 from rich.table import Table
 
 from ..arrays.backend import device_count
 from ..cluster import probe
-from ..cluster.placement import check_world, fault_tolerant, hosts, one_center_per_host, place, unused_devices
+from ..cluster.placement import (
+    check_world,
+    fault_tolerant,
+    hosts,
+    one_center_per_host,
+    place,
+    same_host,
+    unused_devices,
+)
 from ..cluster.setup import LEVELS
 from ..core.backoff import wait_until
 from ..core.rules import agn
 from ..reporting.advice import advice
 from ..transport.agreement import ConfigError, allgather, format_ranks
+from ..transport.windows import Windows
 from ..version import __version__, mpi_library
 
 
 def _wire(comm: MPI.Comm, devices: int, again: bool) -> str:
     """How vectors on a device would travel from this rank, and why; one rank of each host tries it. Collective."""
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node = same_host(comm)
     if devices and node.rank == 0 and (again or probe.recall() is None):
         probe.remember(probe.run())
     wait_until(node.Ibarrier().Test)
@@ -37,6 +47,18 @@ def _wire(comm: MPI.Comm, devices: int, again: bool) -> str:
     except ValueError as error:
         return f"refused: {error}"
     return f"{'direct' if answer.direct else 'staged'}: {answer.why}"
+
+
+def _windows(comm: MPI.Comm) -> str:
+    """How fast windows are here, found out by a trial; collective."""
+    if comm.size == 1 or len(set(hosts(comm))) > 1:
+        return ""  # across hosts they are as slow as the network
+    try:
+        windows = Windows(comm, np.zeros(1, np.float32), 0)
+    except ConfigError as error:
+        return str(error)
+    windows.free()
+    return windows.caveat or "windows are shared memory: transports rma and accumulate are fast on this host"
 
 
 def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
@@ -69,7 +91,7 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
     for key in ("library", "agnmpi"):
         if len({rank[key] for rank in ranks}) > 1:
             problems.append(f"the ranks run different versions of {key}: use one environment on all hosts")
-    hints = []
+    hints = [windows] if (windows := _windows(comm)) else []
     if comm.size == 1:
         hints.append("one rank: a rule with a center needs two or more; type: mpiexec -n 4 python -m agnmpi doctor")
     bin_dir = str(Path(sys.executable).parent)

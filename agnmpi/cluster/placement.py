@@ -31,7 +31,7 @@ def place(comm: MPI.Comm, trains: bool) -> Place:
     Ranks that train on the same cores share them; a center has the cores on which none trains, at least one thread.
     OMP_NUM_THREADS overrides that.
     """
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node = same_host(comm)
     try:
         cores = sorted(os.sched_getaffinity(0))
         ranks = [json.loads(text) for text in allgather(node, json.dumps([trains, cores]))]
@@ -53,6 +53,12 @@ def hosts(comm: MPI.Comm) -> list[str]:
     return allgather(comm, MPI.Get_processor_name())
 
 
+def same_host(comm: MPI.Comm) -> MPI.Comm:
+    """A communicator of the ranks on this host; collective."""
+    names = hosts(comm)
+    return comm.Split(names.index(names[comm.rank]), comm.rank)
+
+
 def one_center_per_host(hosts: Sequence[object]) -> list[int]:
     """The ranks that serve so that a center is on each host, beside its workers; in order, rank 0 always first.
 
@@ -68,6 +74,24 @@ def one_center_per_host(hosts: Sequence[object]) -> list[int]:
     for rank, host in enumerate(hosts):
         lowest.setdefault(host, rank)
     return [rank for host, rank in lowest.items() if rank == 0 or counts[host] > 1]
+
+
+def node_centers(hosts: Sequence[object]) -> list[tuple[int, ...]]:
+    """The ranks of each host that has a node center: first the node center, the lowest, then its workers.
+
+    A host of two ranks or one has none: it would have no commits to sum. On that of rank 0 the workers have a center
+    already.
+
+    Args:
+        hosts: of each rank, any names.
+
+    >>> node_centers(["a", "a", "b", "b", "b", "c", "c"])
+    [(2, 3, 4)]
+    """
+    ranks = dict[object, list[int]]()
+    for rank, host in enumerate(hosts):
+        ranks.setdefault(host, []).append(rank)
+    return [tuple(group) for host, group in ranks.items() if host != hosts[0] and len(group) > 2]
 
 
 def limit_blas(threads: int) -> Callable[[], None]:

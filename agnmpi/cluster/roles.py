@@ -10,11 +10,12 @@ from ..arrays.backend import Array, bring, empty_like, host_copy, to_host
 from ..core.backoff import wait_until
 from ..core.center import Center, serve
 from ..core.ends import CenterEnd, Handle, WorkerEnd, all_done
-from ..core.leases import Leases, SpeedProportional, rounds
+from ..core.leases import Leases, Shares, SpeedProportional, rounds
 from ..core.worker import Worker
 from ..transport.allreduce import AllreduceEnd
 from ..transport.chunks import bcast_in_pieces
 from ..transport.local import LocalCenter
+from .node import NodeEnd
 
 Arrays = Mapping[str, Array]
 Facts = Mapping[str, Any]
@@ -30,9 +31,11 @@ class Role:
     """
 
     serves = False  # whether this rank serves and does not train
+    stores = False  # whether a checkpoint has a part that is restored here
 
     def __init__(self, center: Center, workers: Sequence[Worker], count: int) -> None:
         self.center, self.workers, self.count = center, list(workers), count
+        self.comms: Sequence[MPI.Comm] = ()  # of its own
         self.session = 0  # sessions begun; of the last one:
         self.total: int | None = None
         self.period = 1
@@ -47,6 +50,11 @@ class Role:
     def span(self) -> slice:
         """The part of the center variable that this rank holds, or all."""
         return slice(None)
+
+    @property
+    def caveat(self) -> str:
+        """What a user should know of the transport here; empty if nothing, or if another rank knows it."""
+        return ""
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
         """Continue, in the next session, from a checkpoint, whose facts are those of the first center; on every rank.
@@ -95,6 +103,8 @@ class Role:
         """Free what the ends hold; collective."""
         for end in self.ends():
             end.close()
+        for comm in self.comms:
+            comm.Free()
 
 
 class WorkerRole(Role):
@@ -107,6 +117,8 @@ class HoldingRole(Role):
     Args:
         end: where it is held.
     """
+
+    stores = True
 
     def __init__(self, center: Center, workers: Sequence[Worker], count: int, end: CenterEnd | AllreduceEnd) -> None:
         super().__init__(center, workers, count)
@@ -129,14 +141,23 @@ class CenterRole(HoldingRole):
     Args:
         end: of the center.
         grants: whether this center grants the work; else the ends or another center do.
+        numbers: of the workers that it serves, where they are not all.
     """
 
     serves = True
     end: CenterEnd
 
-    def __init__(self, center: Center, count: int, end: CenterEnd, grants: bool = True) -> None:
+    def __init__(
+        self, center: Center, count: int, end: CenterEnd, grants: bool = True, numbers: Sequence[int] = ()
+    ) -> None:
         super().__init__(center, [], count, end)
         self._grants = grants
+        self.numbers = numbers or range(count)
+
+    @property
+    def caveat(self) -> str:
+        """Of this center's end."""
+        return self.end.caveat
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
         """As `HoldingRole.resume`."""
@@ -160,6 +181,24 @@ class CenterRole(HoldingRole):
     def serve(self) -> None:
         """Serve the workers until all have left."""
         serve(self.end, self.center.apply, self.center.observer.waiting)
+
+
+class NodeRole(CenterRole):
+    """A rank that serves the workers of its host, and is one worker of the center above."""
+
+    end: NodeEnd
+    stores = False
+
+    def resume(self, arrays: Arrays, facts: Facts) -> None:
+        """As `Role.resume`: what it serves comes from above."""
+        Role.resume(self, arrays, facts)
+
+    def start_from(self, x: Array) -> None:
+        """As `Role.start_from`: likewise."""
+
+    def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
+        self.center.leases = Shares(total, period)
+        self.end.begin(total, period, leases.next)
 
 
 class ShardRole(CenterRole):

@@ -15,7 +15,7 @@ from ..arrays.backend import Array, Range, bring, empty_like, host_copy, namespa
 from ..arrays.kernels import all_finite
 from .ends import Elected, Handle, Waits, WorkerEnd, run_waits
 from .leases import Lease
-from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, WAIT, WORK, Commit, Reply
+from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
 from .optimizers import Optimizer
 from .rules import Rule
 
@@ -55,7 +55,6 @@ class Worker:
         index: 0 … n−1.
         overlap: compute the next period while the exchange of the last is under way.
         double_buffer: keep `o` intact during the next pull: if the center is lost, this rank may take over with it.
-        residual: (n,) what the end's encoding has left behind: saved in checkpoints.
 
     Raises:
         ValueError: the rule needs gradients, and there is no optimizer.
@@ -88,12 +87,11 @@ class Worker:
         index: int,
         overlap: bool = False,
         double_buffer: bool = False,
-        residual: Array | None = None,
     ) -> None:
         if optimizer is None and rule.accumulates:
             raise ValueError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
         self.x, self.rule, self.optimizer, self.end, self.index = x, rule, optimizer, end, index
-        self.overlap, self.phase, self.residual = overlap, Phase.NEW, residual
+        self.overlap, self.phase = overlap, Phase.NEW
         self.state: Any = optimizer.init(x) if optimizer else None
         self.x_at_leave = x  # x when this worker left, before the final center replaced it
         self.o = empty_like(x)  # the center as last pulled
@@ -371,6 +369,22 @@ class Worker:
         self.done, self._loss, self._work_may_come = 0, 0.0, False
         self._handle = self._commit = None
 
+    def stop_all(self) -> None:
+        """Ask that all workers stop, after the period that each is computing; this one goes on until it leaves."""
+        if self.rule.allreduce:
+            return  # a rank that leaves ends the rounds of all
+        try:
+            run_waits(self._waits_to_stop_all())
+        except Elected:
+            self._retire()
+
+    def _waits_to_stop_all(self) -> Waits[None]:
+        if self._handle is not None:
+            yield from self._finish_exchange()
+        handle = self.end.exchange(Commit(self.index, requests=STOP_ALL), None)
+        yield handle
+        handle.wait()
+
     def leave(self) -> None:
         """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply.
 
@@ -436,7 +450,8 @@ class Worker:
         """
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
         arrays = {"x": self.x_at_leave, "o": self.o} | {f"slot/{name}": slot for name, slot in slots.items()}
-        arrays |= {} if self.residual is None else {"residual": self.residual}
+        residual = self.end.residual  # with overlap the exchange under way may replace it, but not change this one
+        arrays |= {} if residual is None else {"residual": residual}
         if copied:
             arrays = {name: host_copy(x) for name, x in arrays.items()}
         return arrays, {
@@ -456,6 +471,6 @@ class Worker:
         if self.optimizer:
             self.state = self.optimizer.restore(self.state, arrays, int(facts["optimizer_step"]))
         self.x[...], self.o[...] = bring(arrays["x"], self.x), bring(arrays["o"], self.x)
-        if self.residual is not None and "residual" in arrays:
-            self.residual[...] = bring(arrays["residual"], self.x)
+        if "residual" in arrays:
+            self.end.restore(bring(arrays["residual"], self.x))
         self.phase = Phase.RESUMED

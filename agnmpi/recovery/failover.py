@@ -125,8 +125,10 @@ class Failover:
             if worker.last_reply:  # by the new indices, for the next fail-over
                 applied = worker.last_reply.applied
                 worker.last_reply = worker.last_reply._replace(applied=tuple(applied[w.worker] for w in reports[1:]))
-            end = self._connector.worker_end(self.comm, self._x)
-            self._end.replace(self._connector.encoded(end, self._x, self.worker.residual))
+            end = self._connector.encoded(self._connector.worker_end(self.comm, self._x), self._x)
+            if self._end.residual is not None:
+                end.restore(self._end.residual)
+            self._end.replace(end)
             self._role.count = self._role.center.workers = self.comm.size - 1
         else:
             self._role, source = self._restore(worker, reports, workers_before)

@@ -145,6 +145,7 @@ class AGNOptimizer:
             "optimizer": _describe(optimizer),
             "center_optimizer": _describe(arguments.center_optimizer),
             "transport": f"{transport.name}, centers {transport.wanted_centers}, center on {transport.center_device}",
+            "node_centers": str(transport.node_centers),
             "encodings": f"{transport.encoding}, pulls {transport.pull_encoding}",
             "overlap": str(overlap),
             "dylu": str(dylu),
@@ -161,14 +162,15 @@ class AGNOptimizer:
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
         wire = choose_wire(comm, self._x, transport.wire)
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
-        if comm.rank == 0 and setup.unthreaded:
-            warnings.warn(f"{self._name}: {setup.unthreaded}", RuntimeWarning, stacklevel=4)
         self._sharded = len(setup.center_ranks) > 1
         caller = Caller(self._pack, self._pulled, self._refused)
         loop = Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller)
         self._restore_blas = limit_blas(loop.session.threads)
         if comm.rank == 0 and not (arguments.rule and arguments.rule.weighs):  # a weight of the caller's is not called
             _advise(self._name, rule, loop.session.role.count, period)
+        for text in (setup.unthreaded, loop.session.role.caveat):
+            if text and comm.rank == 0:
+                warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=4)
         return loop
 
     @property

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..arrays.backend import Array
-from ..cluster.roles import CenterRole, HoldingRole, Role, ShardRole
+from ..cluster.roles import CenterRole, HoldingRole, NodeRole, Role, ShardRole
 from ..core.batches import Plan
 from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout
 from ..recovery.checkpoint import prune
 from ..recovery.cut import ConsistentCut, MPIMail
-from ..recovery.files import write_atomic
 from ..recovery.saver import CenterSaver
 from ..recovery.silent_workers import SilentWorkers
 from ..reporting.record import Recorder
 from ..version import __version__
 from .config import Config
-from .monitor import Evaluate, Monitor
-from .outputs import repeatable
+from .evaluations import Evaluate
+from .monitor import Monitor
+from .outputs import write_config
 from .session import Session
 
 
@@ -31,6 +31,7 @@ class Run(NamedTuple):
         plan: its batches.
         layout: of the parameters.
         data: determines the samples of each step.
+        initial: (n,) the parameters of this rank before it trains.
         directory: of its files.
         session: of this rank.
         consistent: whether a checkpoint can be one consistent cut over all centers.
@@ -43,6 +44,7 @@ class Run(NamedTuple):
     plan: Plan
     layout: Layout
     data: Mapping[str, int]
+    initial: Array
     directory: Path
     session: Session
     consistent: bool
@@ -56,7 +58,8 @@ class Duties:
 
     Args:
         run: the run.
-        first: whether this rank grants the work, displays and writes the run; else it only saves its block.
+        first: whether this rank grants the work, displays and writes the run; else it only saves its block, or as a
+            node center reports silent workers.
         begins: the run begins here, with these lines on the display and these BLAS threads of each worker; None where a
             new center takes over.
     """
@@ -71,7 +74,10 @@ class Duties:
         self._cut: ConsistentCut | None = None  # where there are several centers
         if first:
             self._open(*begins or (None, ()))
-        if self._config.keep_checkpoints:
+        if isinstance(self._role, CenterRole) and (first or isinstance(self._role, NodeRole)):
+            limit, drop = run.config.stall_limit, run.config.drop_stalled
+            self._silent = SilentWorkers(self._role, run.session.members, limit, drop, run.name, run.say)
+        if self._config.keep_checkpoints and self._role.stores:
             self._set_up_checkpoints()
 
     def committed(self, commit: Commit, c: Array) -> None:
@@ -95,14 +101,15 @@ class Duties:
         role, center = self._role, self._role.center
         if self._cut is not None:
             self._cut.tick()
+        if self._silent is not None:
+            self._silent.tick()
         if not self.first:
             return
         self.monitor.tick()
-        if stop_signal and center.control != STOP:
+        why = stop_signal or self.monitor.stop_reason
+        if why and center.control != STOP:
             center.control = STOP
-            self._run.say(f"{stop_signal}: the workers commit what they have done; then a checkpoint, and the end")
-        if self._silent is not None:
-            self._silent.tick()
+            self._run.say(f"{why}: the workers commit what they have done; then a checkpoint, and the end")
         if self._saver is not None:
             self._saver.writing()
         if isinstance(role, CenterRole):
@@ -133,24 +140,21 @@ class Duties:
 
     def change_role(self, role: Role) -> None:
         """This rank changes its role; the center is the same."""
-        self._role = self.monitor.role = role
+        self._role = self.monitor.evaluations.role = role
         self._silent = None
 
     def _open(self, lines: Sequence[str] | None, threads: Sequence[int]) -> None:
         run, config, role = self._run, self._config, self._role
         run.directory.mkdir(parents=True, exist_ok=True)  # a new center may be on another host
-        if lines is not None:
-            write_atomic(run.directory / "config.toml", repeatable(config).to_toml().encode())
+        changed = {} if lines is None else write_config(run.directory, config)
         if config.record and lines is not None:
             self._recorder = Recorder(run.directory, role.count, threads, role.center.idle_workers_wait)
-        self.monitor = Monitor(config, run.plan, role, run.directory, run.evaluate)
+        self.monitor = Monitor(config, run.plan, role, run.directory, run.layout, run.evaluate)
         for line in lines or ():
             self.monitor.say(line)
-        if isinstance(role, CenterRole):
-            self._silent = SilentWorkers(
-                role, run.session.members, config.stall_limit, config.drop_stalled, run.name, run.say
-            )
-        self.monitor.start()
+        self.monitor.start(run.initial if lines is not None and not role.center.steps else None)
+        if changed:
+            self.monitor.note("changed", options=changed)
 
     def _set_up_checkpoints(self) -> None:
         """Prepare to write checkpoints."""

@@ -12,6 +12,9 @@ INTERRUPTED = 75
 # The exit code of a run that was completed, but lost workers.
 DEGRADED = 76
 
+# The exit code of a run that was completed, but whose evaluations failed.
+UNEVALUATED = 77
+
 
 class Interrupted(Exception):
     """The run was asked to stop; all commits are in its newest checkpoint.
@@ -21,6 +24,17 @@ class Interrupted(Exception):
 
     def __init__(self, abort: bool) -> None:
         super().__init__(f"exit code {INTERRUPTED}")
+        self.abort = abort
+
+
+class Failed(Exception):
+    """The user's code has failed on a rank, which has said how; all commits are in the newest checkpoint.
+
+    `abort`: other ranks hang, and must be ended, too.
+    """
+
+    def __init__(self, ranks: str, abort: bool) -> None:
+        super().__init__(f"the run ended because of a failure on {ranks}")
         self.abort = abort
 
 

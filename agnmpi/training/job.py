@@ -29,15 +29,17 @@ from ..recovery.center_state import Saved
 from ..recovery.checkpoint import newest
 from ..recovery.restore import resume
 from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
-from ..transport.agreement import ConfigError, allgather, raise_on_all
+from ..transport.agreement import ConfigError, allgather, format_ranks, raise_on_all
+from .abort import forked, say_and_abort
 from .config import Config
 from .duties import Duties, Run
-from .exits import DEGRADED, Degraded, Interrupted, Signals
+from .exits import DEGRADED, Degraded, Failed, Interrupted, Signals
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor
-from .outputs import finish_run, introduction, run_directory, write_result
+from .outputs import finish_run, introduction, node_centers_lines, run_directory, save_center, write_result
 from .problem import evaluate, gradient_of, prepare
 from .session import Session
+from .user_code import user_frames
 
 Result: TypeAlias = dict[str, Any]  # as in result.json
 
@@ -57,6 +59,7 @@ def train(config: Config, world: MPI.Intracomm, signals: Signals | None = None, 
     Raises:
         ConfigError: on every rank, for an invalid configuration, before training.
         Interrupted: on every rank, if one of `signals` has asked the run to stop.
+        Failed: on every rank, if the problem's code has failed on one: the cause there.
         Degraded: on every surviving rank, if ranks were lost.
     """
     return Job(config, world, signals or Signals(lambda _code: None), inject).run()
@@ -74,7 +77,7 @@ class Job(Observer):
         self.setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False).on_hosts(self.world)
         check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
         self.centers = self.setup.center_ranks
-        self.trains = self.rank not in self.centers
+        self.trains = self.rank not in self.setup.serving_ranks
         here = place(self.world, self.trains)
         limit_blas(here.threads)
         device = config.device if self.trains else config.center_device
@@ -93,6 +96,8 @@ class Job(Observer):
         self.duties: Duties | None = None  # at a rank that serves, or rank 0
         self.directory = Path()
         self.complete = self.interrupted = False  # complete: before it was resumed
+        self.failure: Exception | None = None  # of the user's code, on this rank
+        self._failed = list[int]()  # ranks on which the user's code has failed
         self.result: Result | None = None
         self._worker_savers: list[WorkerSaver] = []
         self._announcements = list[str]()  # for the display, once it exists
@@ -133,6 +138,9 @@ class Job(Observer):
         if self.rank == 0:
             centers = list(map(self.name, self.centers))
             lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers, self.setup)
+            lines += node_centers_lines(config, [(self.name(node), len(of)) for node, *of in self.setup.nodes])
+            if caveat := session.role.caveat:
+                lines.append(f"WARNING: {caveat}")
             begins = lines + self._announcements, threads[-session.role.count :]
             self.duties = Duties(self._run(), begins=begins)
             if resumed is not None:
@@ -142,7 +150,7 @@ class Job(Observer):
 
     def _run(self) -> Run:
         consistent = len(self.centers) < 2 or self.setup.transport.capabilities.single_commits
-        facts = self.config, self.plan, self.layout, self.data, self.directory, self.session, consistent
+        facts = self.config, self.plan, self.layout, self.data, self.x, self.directory, self.session, consistent
         return Run(*facts, self.evaluate, self.name, self.say)
 
     def _resume(self) -> Mapping[str, Any] | None:
@@ -171,18 +179,46 @@ class Job(Observer):
 
         def compute(step: int) -> tuple[float, Array]:
             self.injection.step()
-            loss, g = gradient(step)
+            try:
+                loss, g = gradient(step)
+            except Exception as error:  # the user's: what is committed is saved before the job ends
+                if forked():
+                    say_and_abort(self.world, error)
+                self._fail(step, error)
+                worker.stop_all()
+                raise
             self.injection.corrupt(g)
             return loss, g
 
         loop = train_worker(worker, compute)
-        for step in loop:
-            saver.tick()
-            if self.signals.received and (not self.centers or self.session.comm.size == 1):
-                loop.close()
-                worker.settle()
-                return
-            yield step
+        try:
+            for step in loop:
+                saver.tick()
+                if self._stop_reason and (not self.centers or self.session.comm.size == 1):
+                    loop.close()
+                    break
+                yield step
+        except Exception as error:
+            if error is not self.failure:
+                raise
+        worker.settle()
+
+    @property
+    def _stop_reason(self) -> str:
+        """Why this rank is to stop; "" if it is not."""
+        if self.signals.received or self.failure:
+            return self.signals.received or str(self.failure)
+        return self.duties.monitor.stop_reason if self.duties is not None and self.duties.first else ""
+
+    def _fail(self, step: int, error: Exception) -> None:
+        """The user's code has failed in `step`: say so at once, with its frames, in one write."""
+        self.failure = error
+        sys.stdout.flush()
+        sys.stderr.write(
+            f"agnmpi: {self.name(self.rank)} failed in step {step}; the others commit what they have done, then "
+            f"the job ends:\nTraceback (most recent call last):\n{user_frames(error)}\n"
+        )
+        sys.stderr.flush()
 
     def _set_up_worker_savers(self, workers: Sequence[Worker]) -> None:
         """Prepare to write the local states of these workers, as configured."""
@@ -320,8 +356,11 @@ class Job(Observer):
     def _conclude(self) -> None:
         session = self.session
         self._last_checkpoint()
-        if self.duties is not None and self.duties.first and not self.interrupted and not self._all_lost():
-            self._write_result(self.duties.monitor)
+        if self.duties is not None and self.duties.first and not self._all_lost():
+            if self.interrupted:
+                save_center(self.directory, self.config, self.layout, session.role)
+            else:
+                self._write_result(self.duties.monitor)
         if session.failover is not None or session.members.lost:
             wait_until(session.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another rank writes it
 
@@ -330,12 +369,16 @@ class Job(Observer):
         comm, role = self.session.comm, self.session.role
         if self.duties is not None:
             self.duties.end_record()
-        status = [role.center.steps, role.center.settled, self.signals.received]
+        if self.duties is not None and self.duties.first and self.duties.monitor.failure:
+            self.failure = self.failure or RuntimeError("the first evaluation has failed")
+        failed = self.rank if self.failure else None
+        status = [role.center.steps, role.center.settled, self.signals.received, failed]
         statuses = [json.loads(text) for text in allgather(comm, json.dumps(status))]
-        steps, settled, _ = statuses[0]
+        steps, settled, *_ = statuses[0]
         # Where all train, any rank may have received the signal.
-        stopped_by = [name for *_, name in (statuses[:1] if self.centers else statuses) if name is not None]
-        self.interrupted = bool(stopped_by) and settled < self.plan.steps
+        stopped_by = [name for _, _, name, _ in (statuses[:1] if self.centers else statuses) if name is not None]
+        self._failed = [rank for *_, rank in statuses if rank is not None]
+        self.interrupted = bool(self._failed) or (bool(stopped_by) and settled < self.plan.steps)
         for saver in self._worker_savers:
             saver.finish(steps if saver.worker in role.workers else None)
         if self.duties is not None:
@@ -371,13 +414,19 @@ class Job(Observer):
         if self.interrupted:
             if self.duties is not None and self.duties.first:
                 monitor, center = self.duties.monitor, session.role.center
-                monitor.stop("interrupted", signal=self.signals.received or "another rank's")
+                if self._failed:
+                    monitor.stop("failed", ranks=self._failed)
+                else:
+                    monitor.stop("interrupted", signal=self.signals.received or "another rank's")
                 hint = (
                     f"--resume {self.directory}"
                     if self.config.keep_checkpoints
                     else "no checkpoint was kept (keep_checkpoints = 0)"
                 )
-                monitor.say(f"interrupted at step {center.steps} of {self.plan.steps}; {hint}")
+                what = f"failed on {format_ranks(self._failed)}, and ended" if self._failed else "interrupted"
+                monitor.say(f"{what} at step {center.steps} of {self.plan.steps}; {hint}")
+            if self._failed:
+                raise Failed(format_ranks(self._failed), abort) from self.failure
             raise Interrupted(abort)
         if members.lost:  # MPI cannot be finalized after a rank was lost
             raise Degraded(DEGRADED, abort)

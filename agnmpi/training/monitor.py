@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ from rich.progress import BarColumn, TextColumn
 from ..arrays.backend import Array
 from ..cluster.roles import Role
 from ..core.batches import Plan
-from ..core.leases import Lease
 from ..core.messages import Commit
+from ..core.params import Layout
 from ..core.timer import Every
 from ..reporting.events import JsonLines, RecentMean, json_safe
 from ..reporting.terminal import Bar, console
 from .config import Config
-
-Evaluate = Callable[[Array], Mapping[str, float]]
+from .evaluations import Best, Evaluate, Evaluation, Evaluations, Point
 
 
 class Monitor:
@@ -36,24 +35,22 @@ class Monitor:
         plan: Plan,
         role: Role,
         directory: Path,
+        layout: Layout,
         evaluate: Evaluate,
         stamp: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self.role, self._center, self._stamp = role, role.center, stamp
-        self._config, self._plan, self._evaluate = config, plan, evaluate
+        self._center, self._stamp, self._config, self._plan = role.center, stamp, config, plan
         self._events = JsonLines(directory / "events.jsonl")
         self._loss = RecentMean(plan.steps_per_epoch)
         self._samples = self._logged_samples = self._logged_clock = 0
         self._log = Every(seconds=config.log_every)
         self._line = Every(seconds=10.0)
-        interval = config.evaluate_every * plan.steps_per_epoch
-        self._due = Every(steps=interval) if interval else None
-        self._wanted = False
-        self._copying: Callable[[], Array | None] | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
-        self._pending: Future[Mapping[str, float]] | None = None
-        self._pending_at = (0, 0, 0.0)
-        self.metrics: dict[str, float] = {}
+        best = Best(config, layout, directory) if config.monitor else None
+        every = config.evaluate_every * plan.steps_per_epoch
+        self.evaluations = Evaluations(role, evaluate, every, best, self._evaluated)
+        self.metrics: Mapping[str, float] = {}
+        self.failed_evaluations = 0
+        self.failure = ""  # of the first evaluation: the run is to end
         self._start = self._logged = time.monotonic()
         self.console = console()
         self._live = self.console.is_terminal
@@ -73,27 +70,33 @@ class Monitor:
         style = "bold yellow" if line.startswith("WARNING") else None
         self.console.print(stamp + line, style=style, markup=False, soft_wrap=True)
 
-    def start(self) -> None:
-        """The training begins."""
+    def start(self, initial: Array | None = None) -> None:
+        """The training begins; from these parameters (n,), which are evaluated first, unless it goes on."""
         self._start = self._logged = time.monotonic()
-        self._events.write("start", workers=self.role.count, period=self._config.period)
+        self._events.write("start", workers=self.evaluations.role.count, period=self._config.period)
         if self._live:
             self._progress.start()
             self.console.show_cursor(True)  # a killed run must not leave the cursor hidden
+        if initial is not None:
+            self.evaluations.first(initial, Point(0, 0, nan))
 
     def resume(self, samples: int, seconds: float) -> None:
         """The run continues, after `samples` and `seconds` before it was resumed."""
         self._samples = self._logged_samples = samples
         self._start -= seconds
         self._logged_clock = self._center.clock
-        if self._due is not None:
-            self._due(self._center.steps)
+        self.evaluations.resumed(self._center.steps)
         self._events.write("resume", step=self._center.steps, clock=self._center.clock)
 
     @property
     def progress(self) -> dict[str, float]:
         """The run's progress, for a checkpoint."""
         return {"samples": self._samples, "seconds": round(time.monotonic() - self._start, 3)}
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the run is to stop; "" if it is not."""
+        return "the first evaluation has failed" if self.failure else self.evaluations.stop
 
     @property
     def trained(self) -> bool:
@@ -108,34 +111,20 @@ class Monitor:
         """The run ends early: close the display and the files."""
         if self._live:
             self._progress.stop()
-        self._pool.shutdown(cancel_futures=True)
+        self.evaluations.close()
         self._events.write(event, step=self._center.steps, clock=self._center.clock, **facts)
         self._events.close()
 
     def commit(self, commit: Commit, c: Array) -> None:
         """A commit was applied, and the center is now `c`."""
         self._loss.add(commit.loss, commit.steps)
-        self._samples += self._plan.count(Lease(commit.first_step, commit.steps))
-        if self._due is not None and self._due(self._center.steps):
-            self._wanted = True
-        idle = self._pending is None and self._copying is None
-        if self._wanted and idle and self._center.settled < self._plan.steps:
-            self._wanted = False
-            self._pending_at = (self._center.steps, self._center.clock, self._loss.value)
-            if not self.role.serves:
-                self._evaluated(self._evaluate(c), *self._pending_at)
-                return
-            self._copying = self.role.copy_center()
+        self._samples += sum(map(self._plan.count, commit.leases))
+        self.evaluations.committed(c, self._point(), self._center.settled >= self._plan.steps)
         self.tick()
 
     def tick(self) -> None:
         """Begin and collect evaluations; log and display if due."""
-        if self._copying is not None and (copy := self._copying()) is not None:
-            self._copying = None
-            self._pending = self._pool.submit(self._evaluate, copy)
-        if self._pending is not None and self._pending.done():
-            finished, self._pending = self._pending, None
-            self._evaluated(finished.result(), *self._pending_at)
+        self.evaluations.tick()
         if self._log():
             self._write_progress()
             if not self._live and self._line():
@@ -144,13 +133,11 @@ class Monitor:
     def finish(self, c: Array) -> dict[str, Any]:
         """The training is over: evaluate the final center, and return the result."""
         seconds = time.monotonic() - self._start
-        if self._pending is not None:
-            self._evaluated(self._pending.result(), *self._pending_at)
         self._write_progress()
-        self._evaluated(self._evaluate(c), self._center.steps, self._center.clock, self._loss.value)
+        self.evaluations.finish(c, self._point())
         if self._live:
             self._progress.stop()
-        self._pool.shutdown()
+        self.evaluations.close()
         result = {
             "clock": self._center.clock,
             "commits": self._center.clock,
@@ -159,7 +146,10 @@ class Monitor:
             "seconds": round(seconds, 3),
             "samples_per_second": round(self._samples / seconds, 1),
             "loss": self._loss.value,  # mean training loss over the last epoch's worth of steps
-            "metrics": self.metrics,
+            "metrics": dict(self.metrics),
+            **({"best": best.result()} if (best := self.evaluations.best) else {}),
+            **({"stopped": self.evaluations.stop} if self.evaluations.stop else {}),
+            "failed_evaluations": self.failed_evaluations,
             "staleness": {
                 "mean": round(self._center.staleness_mean, 3),
                 "max": self._center.staleness_max,
@@ -172,19 +162,21 @@ class Monitor:
         self._events.close()
         return result
 
-    def _evaluated(self, metrics: Mapping[str, float], steps: int, clock: int, loss: float) -> None:
-        self.metrics = {name: float(value) for name, value in metrics.items()}
-        self._events.write(
-            "evaluation",
-            step=steps,
-            epoch=self._epoch(steps),
-            clock=clock,
-            loss=loss,
-            metrics=self.metrics,
-            **self._stamp(),
-        )
-        if not self._live:
-            self.say(f"evaluation at epoch {self._epoch(steps):.3g}: {format_metrics(self.metrics)}")
+    def _point(self) -> Point:
+        return Point(self._center.steps, self._center.clock, self._loss.value)
+
+    def _evaluated(self, evaluation: Evaluation) -> None:
+        (steps, clock, loss), self.metrics, error = evaluation
+        at = {"step": steps, "epoch": self._epoch(steps), "clock": clock, "loss": loss}
+        if error:
+            self.failed_evaluations += 1
+            self._events.write("evaluation_failed", **at, error=error, **self._stamp())
+            self.say(f"WARNING: the evaluation at epoch {self._epoch(steps):.3g} failed:\n{error}")
+            if not steps:
+                self.failure = error
+            return
+        self._events.write("evaluation", **at, metrics=self.metrics, **self._stamp())
+        self.say(f"evaluation at epoch {self._epoch(steps):.3g}: {format_metrics(self.metrics)}")
 
     def _epoch(self, steps: int) -> float:
         return round(steps / self._plan.steps_per_epoch, 4)

@@ -4,11 +4,11 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..arrays.backend import Array, device_count
+from ..arrays.backend import device_count
 from ..cluster.placement import unused_devices
 from ..cluster.roles import Role
 from ..cluster.setup import Setup
@@ -17,8 +17,8 @@ from ..core.params import Layout
 from ..recovery.files import save, write_atomic
 from ..reporting.advice import advice
 from ..version import __version__, mpi_library
-from .config import Config
-from .exits import DEGRADED
+from .config import Config, load, newest_config
+from .exits import DEGRADED, UNEVALUATED
 from .monitor import Monitor, format_metrics
 from .problem import absolute
 
@@ -55,6 +55,29 @@ def repeatable(config: Config) -> Config:
     return replace(config, problem=absolute(config.problem), run_dir=None, resume=None)
 
 
+def write_config(directory: Path, config: Config) -> dict[str, list[Any]]:
+    """Write the configuration of a run; one that it was resumed with beside the first, which stays.
+
+    Returns the options that differ from the last time, before and now.
+    """
+    values, path = asdict(repeatable(config)), newest_config(directory)
+    if not path.is_file():
+        write_atomic(path, repeatable(config).to_toml().encode())
+        return {}
+    before = asdict(repeatable(load(str(path))))
+    changed = {name: [before[name], value] for name, value in values.items() if before[name] != value}
+    if changed:
+        number = int(path.stem[7:] or 1) + 1
+        write_atomic(directory / f"config-{number}.toml", repeatable(config).to_toml().encode())
+    return changed
+
+
+def save_center(directory: Path, config: Config, layout: Layout, role: Role) -> None:
+    """Write center.safetensors: the center variable by name."""
+    meta = {"agnmpi": __version__, "clock": str(role.center.clock), "rule": config.rule}
+    save(directory / "center.safetensors", layout.views(role.c), meta)
+
+
 def write_result(directory: Path, result: Mapping[str, Any]) -> None:
     """Write result.json."""
     write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
@@ -65,14 +88,11 @@ def conclude(
     config: Config,
     layout: Layout,
     role: Role,
-    c: Array,
     monitor: Monitor,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write the final center `c` (n,), evaluate it, and write the result, with `extra` fields; returns it."""
-    meta = {"agnmpi": __version__, "clock": str(role.center.clock), "rule": config.rule}
-    # Before the evaluation, which may fail.
-    save(directory / "center.safetensors", layout.views(c), meta)
+    """Write the final center, evaluate it, and write the result, with `extra` fields; returns it."""
+    save_center(directory, config, layout, role)
     result = {
         "problem": config.problem,
         "rule": config.rule,
@@ -80,7 +100,7 @@ def conclude(
         "transport": config.transport,
         "workers": role.count,
         "period": config.period,
-        **monitor.finish(c),
+        **monitor.finish(role.c),
         **extra,
         "agnmpi": __version__,
     }
@@ -108,9 +128,14 @@ def finish_run(
         monitor.say(f"the run was complete, at step {role.center.steps}; its result stays, in {directory}/")
         return dict(earlier)
     extra = {"refused": role.center.refused, "lost": lost, "mpi": mpi_library()}
-    result = conclude(directory, config, layout, role, role.c, monitor, extra)
+    result = conclude(directory, config, layout, role, monitor, extra)
     if (result["loss"] is None and monitor.trained) or None in result["metrics"].values():
         monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
+    if result["failed_evaluations"]:
+        monitor.say(
+            f"WARNING: {result['failed_evaluations']} evaluations failed: exit code {UNEVALUATED}; mend `evaluate`, "
+            f"and type: python -m agnmpi evaluate {directory}"
+        )
     if lost:
         monitor.say(f"WARNING: the run ended without ranks {lost}: exit code {DEGRADED}")
     if result["refused"]:
@@ -151,6 +176,17 @@ def centers_line(centers: Sequence[str], most: int = 8) -> str:
     """
     further = f" and {len(centers) - most} more" if len(centers) > most else ""
     return f"center{'s' if len(centers) > 1 else ''}: {', '.join(centers[:most])}{further}"
+
+
+def node_centers_lines(config: Config, nodes: Sequence[tuple[str, int]], most: int = 8) -> list[str]:
+    """Where the node centers are, if there shall be some; `nodes`: the name of each, and how many workers it has."""
+    if not config.node_centers:
+        return []
+    if not nodes:
+        return ["note: no node centers, since no host but that of rank 0 has three ranks"]
+    further = f" and {len(nodes) - most} more" if len(nodes) > most else ""
+    text = ", ".join(f"{name} for {workers} workers" for name, workers in nodes[:most])
+    return [f"node center{'s' if len(nodes) > 1 else ''}: {text}{further}"]
 
 
 def introduction(

@@ -51,9 +51,11 @@ class Session:
         drop_silent: bool = False,
     ) -> None:
         setup = setup.with_replication()
-        self.rule, self.members = rule, Membership(comm.size, setup.center_ranks)
+        # With node centers: workers, then node centers, by their numbers.
+        others = [*setup.workers(comm.size), *(node for node, *_ in setup.nodes)] if setup.nodes else []
+        self.rule, self.members = rule, Membership(comm.size, setup.center_ranks, others)
         self.rank = comm.rank  # at the beginning
-        self.threads = place(comm, comm.rank not in setup.center_ranks).threads  # this rank's share of the cores
+        self.threads = place(comm, comm.rank not in setup.serving_ranks).threads  # this rank's share of the cores
         set_threads(self.threads)
         self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
         connector = Connector(rule, optimizer, center_optimizer, setup, observer)

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring
 from ..core.ends import Apply, Done, Handle, Polled, Summed
 from ..core.leases import NONE, Lease
-from ..core.messages import DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, WORK, Commit, Reply
+from ..core.messages import CONTINUE, DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, STOP_ALL, WORK, Commit, Reply
 from .staging import MAX_CALL_BYTES, Wire
 from .windows import (
     CENTER,
@@ -59,7 +59,7 @@ class AccumulateWorker(WindowsWorker):
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c, then pull."""
         windows, status = self.windows, OK
-        if not windows.one_host:
+        if not windows.shared:
             windows.add(READERS, 1)  # the center stays awake during the transfer
         if commit.payload is not None and commit.sequence <= self._sequence:
             status = DUPLICATE
@@ -69,10 +69,12 @@ class AccumulateWorker(WindowsWorker):
             status = REFUSED
             windows.add(REFUSALS, 1)
             windows.add(STEPS, commit.steps)
+        if commit.requests & STOP_ALL:
+            windows.add(CONTROL, STOP, MPI.REPLACE)
         head = windows.get(0, COUNTS)
         if out is not None:
             windows.pull(self.wire, out)  # a race by design: others may be adding to c
-        if not windows.one_host:
+        if not windows.shared:
             windows.add(READERS, -1)
         work = self._grant() if commit.requests & WORK and head[CONTROL] != STOP else NONE
         return Done(Reply(int(head[CLOCK]), status, int(head[CONTROL]), work, int(head[STEPS]), int(head[CHECKPOINT])))
@@ -123,6 +125,7 @@ class AccumulateCenter(WindowsCenter):
         self._seen = [0, 0]  # clock and steps already reported to `apply`
         self._start: Array | None = None  # what the next session starts from, if not from c as it is
         self._loss = 0.0
+        self._announced = (CONTINUE, -1)  # control, checkpoint
 
     @property
     def live(self) -> int:
@@ -136,7 +139,8 @@ class AccumulateCenter(WindowsCenter):
 
     def begin(self, total: int | None, _period: int, start: int = 0) -> None:
         """Prepare the work of a session, of which `start` steps are done; collective."""
-        self.windows.words[NEXT] = start
+        self.windows.words[[NEXT, CONTROL]] = start, CONTINUE
+        self._announced = (CONTINUE, -1)
         self.windows.sync()
         self.windows.begin(total, self._set_start)
 
@@ -151,9 +155,11 @@ class AccumulateCenter(WindowsCenter):
             self._start = None
 
     def announce(self, control: int, checkpoint: int) -> None:
-        """Set `control` and `checkpoint` of later replies."""
-        self.windows.words[[CONTROL, CHECKPOINT]] = control, checkpoint
-        self.windows.sync()
+        """Set `control` and `checkpoint` of later replies, where they change: a worker may have set STOP."""
+        if (control, checkpoint) != self._announced:
+            self._announced, words = (control, checkpoint), self.windows.words
+            words[[CONTROL, CHECKPOINT]] = max(control, int(words[CONTROL])), checkpoint
+            self.windows.sync()
 
     def resume(self, clock: int, steps: int, staleness: tuple[int, int], refused: int) -> None:
         """Restore the counts of a checkpoint; `staleness`: sum and maximum."""
@@ -169,7 +175,7 @@ class AccumulateCenter(WindowsCenter):
         """Report to `apply` what was summed since the last call, as one commit without payload."""
         windows = self.windows
         windows.comm.Iprobe()  # progress for what comes from other hosts
-        if not windows.one_host and windows.read(READERS):
+        if not windows.shared and windows.read(READERS):
             self.progress += 1
         left = windows.read(LEFT)  # before the clock: who has left has committed
         clock, steps = windows.read(CLOCK), windows.read(STEPS)

@@ -59,7 +59,7 @@ class RMAWorker(WindowsWorker):
         inline = to_host(payload).tobytes() if payload is not None and windows.inline else b""
         windows.put(windows.header(self.worker), commit.encode() + inline)
         if payload is not None and not inline:
-            if not windows.one_host:
+            if not windows.shared:
                 # Odd: the center stays awake while a transfer needs progress by it.
                 windows.add(windows.posted + self.worker, self._posted + 1, MPI.REPLACE)
             slots = windows.slots
@@ -207,7 +207,7 @@ class RMACenter(WindowsCenter):
         if self.lock.locked and (commit is None or not _changes(commit)):
             self.lock.unlock()  # the commit that it was for is on hold now
         served = commit is not None and self._serve(commit, apply)
-        if not served and not self.windows.one_host and self.lock.in_use():
+        if not served and not self.windows.shared and self.lock.in_use():
             self.progress += 1
         return served
 
@@ -215,7 +215,7 @@ class RMACenter(WindowsCenter):
         """Read the headers of all new complete messages."""
         windows = self.windows
         posted = windows.read_each(windows.posted, self._workers)
-        if (words := posted.tobytes()) == self._last_poll and windows.one_host:
+        if (words := posted.tobytes()) == self._last_poll and windows.shared:
             return
         self._last_poll, synced = words, False
         for worker in (posted != self._seen).nonzero()[0].tolist():
@@ -241,7 +241,7 @@ class RMACenter(WindowsCenter):
             if not self._final_center_was_read() or not self.lock.lock():
                 return False
             commit = commit._replace(payload=self._slots[commit.worker])
-            if windows.one_host and commit.requests & (PULL | LEAVE) == PULL:
+            if windows.shared and commit.requests & (PULL | LEAVE) == PULL:
                 self._applied = commit
         reply = apply(commit, self._c)
         self._applied = None

@@ -176,6 +176,22 @@ class OneBadSample(Spoilt):
         return 40 in indices
 
 
+class FailsLater(Quadratic):
+    """On one rank a gradient fails, after some; the option `fails` says at which."""
+
+    calls = 0
+
+    def __init__(self, xp=np, fails=25, **options):
+        super().__init__(xp, **options)
+        self.fails = fails
+
+    def gradient(self, params, indices):
+        self.calls += 1
+        if self.calls == self.fails and on_last_rank():
+            raise ArithmeticError("this gradient went wrong later")
+        return super().gradient(params, indices)
+
+
 class Pools(Quadratic):
     """Each gradient forks: a pool of processes computes it. One that raises, or exits, does so alone."""
 
