@@ -62,6 +62,8 @@ class AGNOptimizer:
             DynSGD count rλ/n. None (default): as they are, which is n/λ with AGN.
         copy: False: `params` are one vector, or lie in one, one after the other (`buffers` last), the flat one.
             Default True.
+        on_commit: called with this optimizer when the parameters are about to be read: fill `flat` where yours are
+            elsewhere.
         on_pull: called with this optimizer when the parameters have become a center that was pulled.
         on_refused: called, after that, where this worker's last commit was refused (NaN, infinity): if you keep moments
             of your own, set them to 0.
@@ -101,6 +103,7 @@ class AGNOptimizer:
         buffers: Collection[str] = (),
         outer_rate: float | None = None,
         copy: bool = True,
+        on_commit: "Event | None" = None,
         on_pull: "Event | None" = None,
         on_refused: "Event | None" = None,
     ) -> None:
@@ -111,7 +114,7 @@ class AGNOptimizer:
         self._name, self._optimizer, self.loss = name, optimizer, nan
         self._comm = comm.Dup()
         self._hook = AbortOnException(self._comm)
-        self._on_pull, self._on_refused = on_pull, on_refused
+        self._on_commit, self._on_pull, self._on_refused = on_commit, on_pull, on_refused
         try:
             arguments = _Arguments(
                 optimizer,
@@ -161,7 +164,7 @@ class AGNOptimizer:
         wire = choose_wire(comm, self._x, transport.wire)
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
         self._sharded = len(setup.center_ranks) > 1
-        caller = Caller(self._own.pack if self._own else _nothing, self._pulled, self._refused)
+        caller = Caller(self._pack, self._pulled, self._refused)
         loop = Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller)
         self._restore_blas = limit_blas(loop.session.threads)
         if comm.rank == 0 and not (arguments.rule and arguments.rule.weighs):  # a weight of the caller's is not called
@@ -198,6 +201,14 @@ class AGNOptimizer:
     def global_step(self) -> int:
         """TensorFlow's name for `clock`."""
         return self.clock
+
+    @property
+    def taken(self) -> int:
+        """Steps in all commits so far, of all workers and loops, as this rank knows it."""
+        worker = self._loop.worker
+        if worker is None:
+            return self._loop.session.role.center.steps
+        return worker.last_reply.steps if worker.last_reply else 0
 
     @property
     def comm(self) -> MPI.Intracomm:
@@ -419,6 +430,12 @@ class AGNOptimizer:
                 return name
         raise TypeError(f"{type(variable).__name__} is no variable of {self._name}: give one of `params`, or its name")
 
+    def _pack(self) -> None:
+        if self._on_commit is not None:
+            self._on_commit(self)
+        if self._own is not None:
+            self._own.pack()
+
     def _pulled(self) -> None:
         if self._own is not None:
             self._own.unpack()
@@ -492,10 +509,6 @@ class _Arguments(NamedTuple):
         if self.outer_rate is not None:
             rule = weighted(rule, outer_rate(self.outer_rate))
         return rule, layout, period, resolve(self.transport, rule.allreduce, use_locking)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _advise(name: str, rule: Rule, workers: int, period: int) -> None:
