@@ -281,6 +281,14 @@ class Job(Observer):
         )
         self.note("given_up", first=lease.first, steps=lease.steps)
 
+    def failing(self, worker: int, refusals: int) -> None:
+        """Name a worker whose commits are refused again and again."""
+        if self.duties is None or not self.duties.first:
+            return
+        rank = self.session.members.rank_of(worker) if self.session.role.serves else self.rank
+        self.say(f"WARNING: the last {refusals} commits of {self.name(rank)} were refused: NaN or infinity")
+        self.note("failing", rank=rank, refusals=refusals)
+
     def missing(self, ranks: Sequence[int]) -> None:
         """Report ranks that were lost after their work was done."""
         if self.session.role.serves:
