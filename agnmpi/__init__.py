@@ -2,8 +2,9 @@
 
 In your own training loop: `AGNOptimizer`, with an optimizer (`sgd` … `adamw`, or your own `Optimizer`), a rule of
 exchange (`rules`), a rate schedule (`schedules`) and a transport (`transports`). As a whole run, as the command line
-does it: `train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`. Within a solver,
-which trains a surrogate of itself: `insitu.Run`.
+does it: `train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`. A model of PyTorch:
+`agnmpi.torch.Run`; a pytree of JAX: `agnmpi.jax.Run`. A solver that trains
+a surrogate of itself: `insitu.Run`.
 
 `import agnmpi` needs only numpy. Modules that use MPI are imported, and MPI initialised, at first use.
 """
@@ -62,7 +63,9 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Interrupted": (".training.exits", "Interrupted"),
     "Problem": (".training.problem", "Problem"),
     "insitu": (".frameworks.insitu", None),
+    "jax": (".jax", None),
     "simulate": (".simulation.simulate", "simulate"),
+    "torch": (".torch", None),
     "train": (".training.job", "train"),
     "transports": (".transport.registry", None),
 }

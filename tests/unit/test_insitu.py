@@ -29,7 +29,7 @@ def test_a_reservoir_holds_pairs_that_came_each_once(capacity, puts, seed):
         assert len(set(x)) <= capacity
 
 
-@pytest.mark.parametrize("piece", [1, 7])
+@pytest.mark.parametrize("piece", [7, 100])
 def test_a_reservoir_is_uniform_over_all_that_came(piece):
     """Each of 100 numbers is held with probability 1/4, in whatever pieces they come."""
     held = np.zeros(100)
@@ -102,7 +102,7 @@ def test_weights_by_samples_take_out_the_speeds(speeds, samples, targets, overla
     """The center rests at the mean over all samples; without weights it rests near the fastest worker."""
 
     def rest(rule):
-        _, local, workers = world(rule, sgd(0.01), [0.0], len(speeds), 10, overlap=overlap)
+        _, local, workers = world(rule, sgd(0.03), [0.0], len(speeds), 10, overlap=overlap)
         seen = []
         for turn in range(600):
             for worker, speed, count, target in zip(workers, speeds, samples, targets):
