@@ -2,7 +2,8 @@
 
 In your own training loop: `AGNOptimizer`, with an optimizer (`sgd` … `adamw`, or your own `Optimizer`), a rule of
 exchange (`rules`), a rate schedule (`schedules`) and a transport (`transports`). As a whole run, as the command line
-does it: `train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`.
+does it: `train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`. A model of PyTorch:
+`agnmpi.torch.Run`; a pytree of JAX: `agnmpi.jax.Run`.
 
 `import agnmpi` needs only numpy. Modules that use MPI are imported, and MPI initialised, at first use.
 """
@@ -60,7 +61,9 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Failed": (".training.exits", "Failed"),
     "Interrupted": (".training.exits", "Interrupted"),
     "Problem": (".training.problem", "Problem"),
+    "jax": (".jax", None),
     "simulate": (".simulation.simulate", "simulate"),
+    "torch": (".torch", None),
     "train": (".training.job", "train"),
     "transports": (".transport.registry", None),
 }

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -76,13 +76,32 @@ def one_center_per_host(hosts: Sequence[object]) -> list[int]:
     return [rank for host, rank in lowest.items() if rank == 0 or counts[host] > 1]
 
 
-def limit_blas(threads: int) -> None:
-    """Let BLAS use `threads` threads, unless the environment sets a number."""
+def node_centers(hosts: Sequence[object]) -> list[tuple[int, ...]]:
+    """The ranks of each host that has a node center: first the node center, the lowest, then its workers.
+
+    A host of two ranks or one has none: it would have no commits to sum. On that of rank 0 the workers have a center
+    already.
+
+    Args:
+        hosts: of each rank, any names.
+
+    >>> node_centers(["a", "a", "b", "b", "b", "c", "c"])
+    [(2, 3, 4)]
+    """
+    ranks = dict[object, list[int]]()
+    for rank, host in enumerate(hosts):
+        ranks.setdefault(host, []).append(rank)
+    return [tuple(group) for host, group in ranks.items() if host != hosts[0] and len(group) > 2]
+
+
+def limit_blas(threads: int) -> Callable[[], None]:
+    """Let BLAS use `threads` threads, unless the environment sets a number; returns what restores its own number."""
     if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")):
-        return
+        return lambda: None
     import threadpoolctl
 
-    threadpoolctl.threadpool_limits(threads)
+    restore: Callable[[], None] = threadpoolctl.threadpool_limits(threads).restore_original_limits
+    return restore
 
 
 def blas_threads() -> int:

@@ -6,13 +6,14 @@ virtual clock (`simulate`) resumes it when the handle is done.
 
 import os
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from enum import Enum, auto
 from math import nan
 from typing import Any
 
 from ..arrays.backend import Array, Range, bring, empty_like, host_copy, namespace
 from ..arrays.kernels import all_finite
+from .backoff import check_launcher
 from .ends import Elected, Handle, Waits, WorkerEnd, run_waits
 from .leases import Lease
 from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
@@ -98,7 +99,8 @@ class Worker:
         self.a = namespace(x).zeros_like(x) if rule.accumulates else x
         self._buffers = _Buffers(x, self.o, overlap, overlap or double_buffer)
         self.last_reply: Reply | None = None  # to the last pull
-        self.pulls = 0  # number of pulls
+        self.pulls = self.refusals = 0  # numbers of pulls, and of commits of this worker that were refused
+        self.form_x: Callable[[], object] = bool  # called before x is read, where the caller moves arrays of its own
         self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
         self.before = 0  # steps of all workers in earlier sessions: schedules continue
@@ -173,6 +175,7 @@ class Worker:
 
     def waits_after_step(self) -> Waits[None]:
         """After a local step: the exchange, if the period is complete; else finish the previous one, if it is done."""
+        check_launcher()  # with accumulate nothing else waits for another rank
         if self.done == self.leases[0].steps:
             yield from self._exchange()
         elif self._handle is not None and self._handle.test():
@@ -191,6 +194,7 @@ class Worker:
         self._handle = self.end.exchange(self._commit, self._buffers.pulled)
 
     def _form_commit(self, requests: int) -> Commit:
+        self.form_x()
         lease, steps, loss = self.leases.popleft(), self.done, self._loss
         if self.rule.pulls == "after":
             flags = self._form_delta(steps)
@@ -217,6 +221,8 @@ class Worker:
     def _finish_exchange(self) -> Waits[None]:
         assert self._handle is not None
         assert self._commit is not None
+        if self.overlap:  # else x is as it was sent
+            self.form_x()
         handle, self._handle = self._handle, None
         yield handle
         reply = handle.wait()
@@ -243,12 +249,20 @@ class Worker:
         self.last_reply = reply
         self.pulls += 1
 
+    def abandon(self) -> None:
+        """Forget the steps done since the last exchange: if this worker leaves now, they go to the others."""
+        self.done, self._loss = 0, 0.0
+
     def _reset(self) -> None:
         """The last commit was refused: x, the slots and all steps since are discarded."""
         self.x[...] = self.o
         self.done, self._loss = 0, 0.0  # with overlap: the current lease starts again
         if self.rule.accumulates:
             self.a[...] = 0
+        self._refused()
+
+    def _refused(self) -> None:
+        self.refusals += 1
         if self.optimizer is not None:
             count = self.state.step
             self.state = self.optimizer.init(self.x)._replace(step=count)
@@ -399,6 +413,8 @@ class Worker:
             yield from self._finish_exchange()  # leaving returns the lease that it was granted
         elif self.done:
             self._commit = last = self._form_commit(0)
+            if last.flags & NOT_FINITE:  # the reply comes when all have left, and is the others'
+                self._refused()
         self.leases.clear()
         self._handle = self.end.leave(last, self._buffers.pulled)
         self.phase = Phase.LEAVING

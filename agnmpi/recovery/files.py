@@ -4,16 +4,18 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 
 from ..arrays.backend import Array, current, on_host, to_host
 
 _CHUNK = 8 << 20  # bytes per write: large, so that the interpreter's lock is rarely needed
+Shapes: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape of each array, by name
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
 
 
@@ -127,6 +129,8 @@ def _header(arrays: Mapping[str, Array], names: list[str], facts: Mapping[str, s
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
+    if not stat.S_ISREG(path.lstat().st_mode):  # a FIFO would block for ever
+        raise ValueError(f"{path} is no file")
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
@@ -134,10 +138,20 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def load(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Read what `save` wrote: the arrays and the facts. Raises ValueError for a file that is not whole."""
+def load(path: Path, check: Callable[[Shapes], None] | None = None) -> tuple[dict[str, Array], dict[str, str]]:
+    """Read what `save` wrote: the arrays and the facts. Raises ValueError for a file that is not whole.
+
+    `check` is called before any array is read, and may raise ValueError.
+    """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        names = list(file.keys())
+        pieces = {name: file.get_slice(name) for name in names}
+        shapes = {name: (str(piece.get_dtype()), tuple(piece.get_shape())) for name, piece in pieces.items()}
+        if odd := [dtype for dtype, _ in shapes.values() if dtype not in _DTYPES.values()]:
+            raise ValueError(f"{path} has an array of type {odd[0]}")
+        if check is not None:
+            check(shapes)
+        return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
 
 
 def load_facts(path: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..arrays.backend import Array, synchronize
+from ..arrays.kernels import all_finite
 from ..core.backoff import wait_until
 from ..core.center import Center
 from ..core.optimizers import Optimizer
@@ -130,15 +131,24 @@ class CenterSaver:
         self._center.checkpoint = number
 
     def _write(self, directory: Path, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+        if spoilt := [name for name, x in arrays.items() if not all_finite(x)]:
+            raise RuntimeError(
+                f"{spoilt[0]!r} holds NaN or infinity at step {facts['steps']}: the run has diverged; "
+                f"{self._last_good()}; lower the rate"
+            )
         directory.mkdir(parents=True, exist_ok=True)
         seal(center_file(directory, self._index), arrays, facts)
         self.last = directory
         if self._index == 0:
             prune(self._run, self._keep, int(facts["centers"]))
 
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self.last.name}" if self.last else "there is no checkpoint so far"
+
     def _failed(self, error: Exception) -> None:
-        last_good = f"the last good one is {self.last.name}" if self.last else "there is none so far"
-        self._say(f"WARNING: the checkpoint could not be written ({_reason(error)}); {last_good}; training goes on")
+        self._say(
+            f"WARNING: the checkpoint could not be written ({_reason(error)}); {self._last_good()}; training goes on"
+        )
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written."""

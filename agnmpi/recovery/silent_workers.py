@@ -33,7 +33,7 @@ class SilentWorkers:
     ) -> None:  # fmt: skip
         self._role, self._members, self._limit, self._drop = role, members, limit, drop
         self._name, self._say = name, say
-        self._last_seen = dict.fromkeys(range(role.count), time.monotonic())  # time of the last message, by worker
+        self._last_seen = dict.fromkeys(role.numbers, time.monotonic())  # time of the last message, by worker
         self._reported = set[int]()
         self._check_due = Every(seconds=1.0)
 

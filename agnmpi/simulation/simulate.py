@@ -246,6 +246,8 @@ def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
 
 
 def _number_of_centers(config: Config) -> int:
+    if config.node_centers:
+        raise ValueError("node_centers is not simulated: leave it out")
     if isinstance(config.centers, str):
         raise ValueError("centers = 'hosts', but a simulation has no hosts: give their number, such as --centers 4")
     return config.centers

@@ -79,6 +79,12 @@ class Config:
     centers: registry.Centers = option(
         1, "transport", "center ranks 0 … k−1, a block each; hosts: one on each host", int, least=1, words=("hosts",)
     )
+    node_centers: bool = option(
+        False,
+        "transport",
+        "on each host of three ranks or more, beside rank 0's, one rank sums the commits of the others",
+        bool,
+    )
     workers: int = option(
         1, "transport", "number of workers in one process (of train: with --transport local)", int, least=1
     )
@@ -239,7 +245,7 @@ class Config:
 
     def make_transport(self) -> registry.Transport:
         """The transport, with its options."""
-        names = ("centers", "message_buffers", "wire", "center_device", "encoding", "pull_encoding")
+        names = ("centers", "node_centers", "message_buffers", "wire", "center_device", "encoding", "pull_encoding")
         options = {name: getattr(self, name) for name in names}
         return registry.resolve(self.transport, self.make_rule().allreduce, workers=self.workers, **options)
 
@@ -371,6 +377,14 @@ _TRANSPORT_RULES: tuple[Refusal[Config], ...] = (
     (
         lambda c: c.record and (c.centers != 1 or not c._capabilities.single_commits),
         "record is of one center that serves: with several each has an order of its own",
+    ),
+    (
+        lambda c: c.node_centers and c.drop_stalled,
+        "drop_stalled with node_centers: a host's steps are held by its node center; leave one of them",
+    ),
+    (
+        lambda c: c.node_centers and c.record,
+        "record is of one center that serves: node centers have an order of their own; leave one of them",
     ),
     (
         lambda c: c.record and c._capabilities.together,

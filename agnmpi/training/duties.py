@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..arrays.backend import Array
-from ..cluster.roles import CenterRole, HoldingRole, Role, ShardRole
+from ..cluster.roles import CenterRole, HoldingRole, NodeRole, Role, ShardRole
 from ..core.batches import Plan
 from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout
@@ -60,7 +60,8 @@ class Duties:
 
     Args:
         run: the run.
-        first: whether this rank grants the work, displays and writes the run; else it only saves its block.
+        first: whether this rank grants the work, displays and writes the run; else it only saves its block, or as a
+            node center reports silent workers.
         begins: the run begins here, with these lines on the display and these BLAS threads of each worker; None where a
             new center takes over.
     """
@@ -76,7 +77,10 @@ class Duties:
         self._cut: ConsistentCut | None = None  # where there are several centers
         if first:
             self._open(*begins or (None, ()))
-        if self._config.keep_checkpoints:
+        if isinstance(self._role, CenterRole) and (first or isinstance(self._role, NodeRole)):
+            limit, drop = run.config.stall_limit, run.config.drop_stalled
+            self._silent = SilentWorkers(self._role, run.session.members, limit, drop, run.name, run.say)
+        if self._config.keep_checkpoints and self._role.stores:
             self._set_up_checkpoints()
 
     def committed(self, commit: Commit, c: Array) -> None:
@@ -100,6 +104,8 @@ class Duties:
         role, center = self._role, self._role.center
         if self._cut is not None:
             self._cut.tick()
+        if self._silent is not None:
+            self._silent.tick()
         if not self.first:
             return
         self.monitor.tick()
@@ -107,8 +113,6 @@ class Duties:
         if why and center.control != STOP:
             center.control = STOP
             self._run.say(f"{why}: the workers commit what they have done; then a checkpoint, and the end")
-        if self._silent is not None:
-            self._silent.tick()
         if self._saver is not None:
             self._saver.writing()
         if center.checkpoint > self._noted:
@@ -154,10 +158,6 @@ class Duties:
         self.monitor = Monitor(config, run.plan, role, run.directory, run.layout, run.evaluate, on_event=run.on_event)
         for line in lines or ():
             self.monitor.say(line)
-        if isinstance(role, CenterRole):
-            self._silent = SilentWorkers(
-                role, run.session.members, config.stall_limit, config.drop_stalled, run.name, run.say
-            )
         self.monitor.start(run.initial if lines is not None and not role.center.steps else None)
         if changed:
             self.monitor.note("changed", options=changed)

@@ -36,7 +36,7 @@ from .duties import Duties, Run
 from .exits import DEGRADED, Degraded, Failed, Interrupted, Signals
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor, OnEvent
-from .outputs import finish_run, introduction, run_directory, save_center, write_result
+from .outputs import finish_run, introduction, node_centers_lines, run_directory, save_center, write_result
 from .problem import Factory, evaluate, gradient_of, name_of, prepare
 from .session import Session
 from .user_code import user_frames
@@ -106,7 +106,7 @@ class Job(Observer):
         self.setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False).on_hosts(self.world)
         check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
         self.centers = self.setup.center_ranks
-        self.trains = self.rank not in self.centers
+        self.trains = self.rank not in self.setup.serving_ranks
         here = place(self.world, self.trains)
         limit_blas(here.threads)
         device = config.device if self.trains else config.center_device
@@ -167,6 +167,7 @@ class Job(Observer):
         if self.rank == 0:
             centers = list(map(self.name, self.centers))
             lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers, self.setup)
+            lines += node_centers_lines(config, [(self.name(node), len(of)) for node, *of in self.setup.nodes])
             if caveat := session.role.caveat:
                 lines.append(f"WARNING: {caveat}")
             begins = lines + self._announcements, threads[-session.role.count :]
@@ -218,10 +219,13 @@ class Job(Observer):
             self.injection.corrupt(g)
             return loss, g
 
-        loop = train_worker(worker, compute)
+        loop, asked = train_worker(worker, compute), False
         try:
             for step in loop:
                 saver.tick()
+                if self.signals.received and self.centers and not asked:  # it may be this rank's alone
+                    asked = True
+                    worker.stop_all()
                 if self._stop_reason and (not self.centers or self.session.comm.size == 1):
                     loop.close()
                     break
@@ -304,6 +308,14 @@ class Job(Observer):
             "their samples"
         )
         self.note("given_up", first=lease.first, steps=lease.steps)
+
+    def failing(self, worker: int, refusals: int) -> None:
+        """Name a worker whose commits are refused again and again."""
+        if self.duties is None or not self.duties.first:
+            return
+        rank = self.session.members.rank_of(worker) if self.session.role.serves else self.rank
+        self.say(f"WARNING: the last {refusals} commits of {self.name(rank)} were refused: NaN or infinity")
+        self.note("failing", rank=rank, refusals=refusals)
 
     def missing(self, ranks: Sequence[int]) -> None:
         """Report ranks that were lost after their work was done."""
@@ -403,10 +415,12 @@ class Job(Observer):
         status = [role.center.steps, role.center.settled, self.signals.received, failed]
         statuses = [json.loads(text) for text in allgather(comm, json.dumps(status))]
         steps, settled, *_ = statuses[0]
-        # Where all train, any rank may have received the signal.
-        stopped_by = [name for _, _, name, _ in (statuses[:1] if self.centers else statuses) if name is not None]
+        # Any rank may have received the signal.
+        stopped_by = [name for _, _, name, _ in statuses if name is not None]
         self._failed = [rank for *_, rank in statuses if rank is not None]
         self.interrupted = bool(self._failed) or (bool(stopped_by) and settled < self.plan.steps)
+        if not self.interrupted:
+            self.signals.over()
         for saver in self._worker_savers:
             saver.finish(steps if saver.worker in role.workers else None)
         if self.duties is not None:

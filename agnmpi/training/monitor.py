@@ -11,7 +11,6 @@ from rich.progress import BarColumn, TextColumn
 from ..arrays.backend import Array
 from ..cluster.roles import Role
 from ..core.batches import Plan
-from ..core.leases import Lease
 from ..core.messages import Commit
 from ..core.params import Layout
 from ..core.timer import Every
@@ -138,7 +137,7 @@ class Monitor:
         done = self._done.setdefault(commit.worker, [0, 0])
         done[0] += commit.steps
         done[1] += commit.commits
-        self._samples += self._plan.count(Lease(commit.first_step, commit.steps))
+        self._samples += sum(map(self._plan.count, commit.leases))
         self.evaluations.committed(c, self._point(), self._center.settled >= self._plan.steps)
         self.tick()
 

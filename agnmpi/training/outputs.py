@@ -190,6 +190,17 @@ def centers_line(centers: Sequence[str], most: int = 8) -> str:
     return f"center{'s' if len(centers) > 1 else ''}: {', '.join(centers[:most])}{further}"
 
 
+def node_centers_lines(config: Config, nodes: Sequence[tuple[str, int]], most: int = 8) -> list[str]:
+    """Where the node centers are, if there shall be some; `nodes`: the name of each, and how many workers it has."""
+    if not config.node_centers:
+        return []
+    if not nodes:
+        return ["note: no node centers, since no host but that of rank 0 has three ranks"]
+    further = f" and {len(nodes) - most} more" if len(nodes) > most else ""
+    text = ", ".join(f"{name} for {workers} workers" for name, workers in nodes[:most])
+    return [f"node center{'s' if len(nodes) > 1 else ''}: {text}{further}"]
+
+
 def introduction(
     config: Config, layout: Layout, plan: Plan, workers: int, size: int, centers: Sequence[str], setup: Setup
 ) -> list[str]:
