@@ -242,8 +242,9 @@ class Center:
         if self._good and not nothing_is_left:  # the others are done: they keep what they have
             self.control = STOP
             return
+        sender = "node center" if commit.worker in self.nodes else "worker"
         raise RuntimeError(
-            f"{in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
+            f"{in_a_row} commits in a row were refused, the last from {sender} {commit.worker} (steps from "
             f"{done.first}): "
             + (
                 f"it is no commit to this model: {commit.nbytes} bytes, the center has {nbytes}"

@@ -106,6 +106,8 @@ class Duties:
             self._cut.tick()
         if self._silent is not None:
             self._silent.tick()
+        if stop_signal and isinstance(role, NodeRole):
+            center.control = STOP  # its end tells the center above
         if not self.first:
             return
         self.monitor.tick()

@@ -16,6 +16,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring, current
 from ..cluster.placement import blas_threads, check_world, end_sibling, limit_blas, place, process, require_equal_model
 from ..cluster.probe import choose_wire
+from ..cluster.roles import NodeRole
 from ..cluster.setup import Setup, check_setup
 from ..core.backoff import wait_until
 from ..core.batches import Plan
@@ -412,12 +413,15 @@ class Job(Observer):
         if self.duties is not None and self.duties.first and self.duties.monitor.failure:
             self.failure = self.failure or RuntimeError("the first evaluation has failed")
         failed = self.rank if self.failure else None
-        status = [role.center.steps, role.center.settled, self.signals.received, failed]
+        dropped = role.center.dropped if isinstance(role, NodeRole) else 0  # rank 0 has not seen these
+        status = [role.center.steps, role.center.settled, self.signals.received, failed, dropped]
         statuses = [json.loads(text) for text in allgather(comm, json.dumps(status))]
         steps, settled, *_ = statuses[0]
         # Any rank may have received the signal.
-        stopped_by = [name for _, _, name, _ in statuses if name is not None]
-        self._failed = [rank for *_, rank in statuses if rank is not None]
+        stopped_by = [name for _, _, name, *_ in statuses if name is not None]
+        self._failed = [rank for *_, rank, _ in statuses if rank is not None]
+        if self.rank == 0:
+            role.center.dropped += sum(dropped for *_, dropped in statuses)
         self.interrupted = bool(self._failed) or (bool(stopped_by) and settled < self.plan.steps)
         if not self.interrupted:
             self.signals.over()
