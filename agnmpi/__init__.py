@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .simulation.simulate import simulate
     from .training.agn_optimizer import AGNOptimizer
     from .training.config import Config
-    from .training.exits import Degraded, Interrupted
+    from .training.exits import Degraded, Failed, Interrupted
     from .training.job import train
     from .training.problem import Problem
     from .transport import registry as transports
@@ -34,6 +34,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Degraded",
+    "Failed",
     "Interrupted",
     "Optimizer",
     "Problem",
@@ -60,6 +61,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Config": (".training.config", "Config"),
     "ConfigError": (".transport.agreement", "ConfigError"),
     "Degraded": (".training.exits", "Degraded"),
+    "Failed": (".training.exits", "Failed"),
     "Interrupted": (".training.exits", "Interrupted"),
     "Problem": (".training.problem", "Problem"),
     "insitu": (".frameworks.insitu", None),

@@ -95,14 +95,18 @@ def test_workers_that_never_wait_take_each_step_once(workers, period, total, ove
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(
-    ("speeds", "samples", "targets"),
-    [((3, 1), (1, 1), (1, 0)), ((1, 3), (1, 1), (1, 0)), ((10, 5, 1, 1), (1, 1, 1, 1), (0, 1, 2, 3))],
+    ("speeds", "samples", "targets", "rate"),
+    [
+        ((3, 1), (1, 1), (1, 0), 0.03),
+        ((1, 3), (1, 1), (1, 0), 0.03),
+        ((10, 5, 1, 1), (1, 1, 1, 1), (0, 1, 2, 3), 0.01),
+    ],
 )
-def test_weights_by_samples_take_out_the_speeds(speeds, samples, targets, overlap):
+def test_weights_by_samples_take_out_the_speeds(speeds, samples, targets, rate, overlap):
     """The center rests at the mean over all samples; without weights it rests near the fastest worker."""
 
     def rest(rule):
-        _, local, workers = world(rule, sgd(0.03), [0.0], len(speeds), 10, overlap=overlap)
+        _, local, workers = world(rule, sgd(rate), [0.0], len(speeds), 10, overlap=overlap)
         seen = []
         for turn in range(600):
             for worker, speed, count, target in zip(workers, speeds, samples, targets):
@@ -113,5 +117,5 @@ def test_weights_by_samples_take_out_the_speeds(speeds, samples, targets, overla
         return np.mean(seen)
 
     optimum, by_speed = np.average(targets, weights=samples), np.average(targets, weights=speeds)
-    assert rest(rules.agn()) == pytest.approx(by_speed, abs=0.05)
-    assert rest(rules.weighted(rules.agn(), rules.by_samples(1.0, 10))) == pytest.approx(optimum, abs=0.05)
+    assert rest(rules.agn()) == pytest.approx(by_speed, abs=0.06)
+    assert rest(rules.weighted(rules.agn(), rules.by_samples(1.0, 10))) == pytest.approx(optimum, abs=0.06)
