@@ -251,7 +251,7 @@ class Monitor:
     def _status(self, rates: tuple[float, ...]) -> str:
         facts = [f"loss {_short(self._loss.value)}", format_metrics(self.metrics)]
         facts += [
-            f"{digits(rates[0])} commits/s",
+            f"{rates[0]:.3g} commits/s",
             f"{digits(rates[1])} samples/s",
             f"staleness {self._center.staleness_mean:.1f}",
         ]
