@@ -109,11 +109,15 @@ def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any], factory:
         ValueError: with the remedy, if there is no such problem; UserCodeError, which is one, with the frames of the
             problem's own code, if that fails.
     """
-    problem: Problem = load(spec, (xp,), options, ("samples", "init", "gradient", "evaluate"), "agnmpi.Problem")
+    needed = ("samples", "init", "gradient", "evaluate")
+    problem: Problem = load(spec, (xp,), options, needed, "agnmpi.Problem", factory)
     return problem
 
 
-def load(spec: str, given: Sequence[Any], options: Mapping[str, Any], needed: Sequence[str], described: str) -> Any:
+def load(
+    spec: str, given: Sequence[Any], options: Mapping[str, Any], needed: Sequence[str], described: str,
+    factory: Callable[..., Any] | None = None,
+) -> Any:  # fmt: skip
     """Create the object `spec` as `PROBLEM(*given, **options)`; as `load_problem`.
 
     `needed`: attributes that it must have, as `described` says.
