@@ -1,13 +1,16 @@
 """The commands, and their exit codes."""
 
 import argparse
+import faulthandler
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..core.backoff import limit
 from ..simulation.timing import Timing, load_timing
 from ..training.config import Config, load, newest_config
 from .arguments import BENCHED, OFFLINE, SIMULATED, ArgumentsRefused, HelpAsked, parse
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _print(refusal) if world.rank == 0 else int(isinstance(refusal, ArgumentsRefused)) * 2
         world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 print first
         return code
-    return _run(args, world)
+    return _left(world, _run(args, world))
 
 
 def _offline(args: argparse.Namespace) -> int:
@@ -71,6 +74,10 @@ def _world() -> Any:
     # a time. Under MPI_THREAD_MULTIPLE, mpi4py's default, Open MPI 5.0 can lock itself in btl/tcp after a failure.
     mpi4py.rc.threads = True
     mpi4py.rc.thread_level = "serialized"
+    # Open MPI 5.0: a rank that dies before it is through leaves the others in MPI_Init for ever. `watch` comes later.
+    with suppress(ValueError):  # then `watch` refuses it
+        if os.environ.get("OMPI_MCA_mpi_ft_enable") == "1" and (seconds := limit()):  # noqa: SIM112
+            faulthandler.dump_traceback_later(seconds, exit=True)
     from mpi4py import MPI
 
     return MPI.COMM_WORLD
@@ -87,14 +94,15 @@ def _run(args: argparse.Namespace, world: Any) -> int:
     from mpi4py import MPI
 
     from ..cluster.placement import fault_tolerant
-    from ..core.backoff import Orphaned, watch_launcher
+    from ..core.backoff import Orphaned
+    from ..recovery.watchdog import watch
     from ..training.abort import abort, say, say_and_abort
     from ..training.exits import INTERRUPTED, Degraded, Failed, Interrupted
     from ..transport.agreement import ConfigError
 
-    if world.size > 1:
-        watch_launcher()
     try:
+        watch(world)
+        faulthandler.cancel_dump_traceback_later()
         return _command(args, world)
     except ConfigError as error:
         if world.rank == 0:
@@ -113,8 +121,9 @@ def _run(args: argparse.Namespace, world: Any) -> int:
         if degraded.abort:
             abort(world, degraded.code)  # all together: MPICH's mpiexec passes on the first one's code
         _leave_at_once(degraded.code)
-    except Orphaned:
-        os._exit(1)  # no other rank is left
+    except Orphaned as orphaned:
+        say_and_abort(world, orphaned)
+        return 1
     except KeyboardInterrupt:
         if world.rank == 0:
             print("\nagnmpi: interrupted; ending the job", file=sys.stderr, flush=True)
@@ -130,6 +139,23 @@ def _run(args: argparse.Namespace, world: Any) -> int:
             _leave_at_once(1)
         say_and_abort(world, error)
         return 1
+
+
+def _left(world: Any, code: int) -> int:
+    """The exit code, when all ranks have come so far; under ULFM this leaves without MPI_Finalize.
+
+    In Open MPI 5.0 it hangs if a rank has died meanwhile.
+    """
+    from mpi4py import MPI
+
+    from ..cluster.placement import fault_tolerant
+    from ..core.backoff import wait_until
+
+    if world.size > 1 and fault_tolerant():
+        with suppress(MPI.Exception):
+            wait_until(world.Ibarrier().Test)
+        _leave_at_once(code)
+    return code
 
 
 def _leave_at_once(code: int) -> NoReturn:
@@ -148,6 +174,9 @@ def _command(args: argparse.Namespace, world: Any) -> int:
         return _bench(args, world)
     if args.command == "simulate":
         return _simulate(args, world)
+    from mpi4py import MPI
+
+    from ..cluster.placement import fault_tolerant
     from ..training.abort import abort
     from ..training.exits import UNEVALUATED, Signals
     from ..training.job import train
@@ -169,7 +198,12 @@ def _command(args: argparse.Namespace, world: Any) -> int:
         result = train(config, world, signals, args.inject_faults)
     finally:
         signals.remove()
-    failed = allgather(world, str(bool(result and result.get("failed_evaluations"))))
+    failed = [str(bool(result and result.get("failed_evaluations")))]
+    try:
+        failed = allgather(world, failed[0])
+    except MPI.Exception:  # a rank has died since all was written
+        if not fault_tolerant():
+            raise
     return UNEVALUATED if "True" in failed else 0
 
 

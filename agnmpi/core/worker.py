@@ -13,6 +13,7 @@ from typing import Any
 
 from ..arrays.backend import Array, Range, bring, empty_like, host_copy, namespace
 from ..arrays.kernels import all_finite
+from .backoff import check_launcher
 from .ends import Elected, Handle, Waits, WorkerEnd, run_waits
 from .leases import Lease
 from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
@@ -174,6 +175,7 @@ class Worker:
 
     def waits_after_step(self) -> Waits[None]:
         """After a local step: the exchange, if the period is complete; else finish the previous one, if it is done."""
+        check_launcher()  # with accumulate nothing else waits for another rank
         if self.done == self.leases[0].steps:
             yield from self._exchange()
         elif self._handle is not None and self._handle.test():
