@@ -27,7 +27,7 @@ def compare(plain, with_run):
     return median(longer)
 
 
-def with_torch(shapes):
+def with_torch(shapes, device="cpu"):
     import torch
 
     import agnmpi.torch
@@ -39,11 +39,12 @@ def with_torch(shapes):
 
     made = []
     for _ in range(2):
-        model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(shape)) for shape in shapes])
+        model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes])
         made.append((model, torch.optim.SGD(model.parameters(), 0.1)))
     model, optimizer = made[1]
     run = agnmpi.torch.Run(model, optimizer, MPI.COMM_SELF, period=10**6, transport="local")
-    return compare(turns(made[0][1], iter(int, 1)), turns(optimizer, run.batches([0], steps=10**7)))
+    with run:
+        return compare(turns(made[0][1], iter(int, 1)), turns(optimizer, run.batches([0], steps=10**7)))
 
 
 def with_jax(shapes):
@@ -59,7 +60,8 @@ def with_jax(shapes):
             run.update(run.params)
             yield
 
-    return compare(iter(int, 1), turns())
+    with run:
+        return compare(iter(int, 1), turns())
 
 
 def main():

@@ -178,15 +178,26 @@ def rows(indices):
     return torch.stack([x for x, _ in indices]), torch.stack([y for _, y in indices])
 
 
-def loaders():
-    """Loaders with processes of their own, however these start."""
-    for method in ("fork", "spawn", "forkserver"):
-        model = net()
-        optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        loader = DataLoader(spread(), 32, shuffle=True, num_workers=2, multiprocessing_context=method, collate_fn=rows)
-        with agnmpi.torch.Run(model, optimizer, COMM, period=3) as run:
-            epoch(model, optimizer, run.batches(loader, steps=40))
-        assert len(set(COMM.allgather(digest(model)))) == 1, method
+def from_processes(method):
+    """A loader with two processes of its own, which import this module, and MPI with it, where they are not forks."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loader = DataLoader(spread(), 32, shuffle=True, num_workers=2, multiprocessing_context=method, collate_fn=rows)
+    with agnmpi.torch.Run(model, optimizer, COMM, period=3) as run:
+        epoch(model, optimizer, run.batches(loader, steps=10))
+    assert len(set(COMM.allgather(digest(model)))) == 1, method
+
+
+def fork():
+    from_processes("fork")
+
+
+def spawn():
+    from_processes("spawn")
+
+
+def forkserver():
+    from_processes("forkserver")
 
 
 def compiled():

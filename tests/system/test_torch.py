@@ -24,7 +24,12 @@ def test_numbers_buffers_refusals_schedules():
 
 
 def test_loaders_with_processes():
-    holds("loaders")
+    holds("fork", "spawn", n=2)
+
+
+@pytest.mark.long
+def test_loaders_with_a_fork_server():
+    holds("forkserver", n=3)
 
 
 @pytest.mark.long
