@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from ..core.backoff import limit
 from ..simulation.timing import Timing, load_timing
 from ..training.config import Config, load, newest_config
+from ..training.exits import Signals
 from .arguments import BENCHED, OFFLINE, SIMULATED, ArgumentsRefused, HelpAsked, parse
 
 
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         refusal = raised
     if args is not None and args.command in OFFLINE:
         return _offline(args)
+    signals = Signals(_abort)
+    if args is not None and args.command == "train":
+        signals.install()  # before MPI starts: a signal is lost to no rank
     try:
         world = _world()
     except (ImportError, RuntimeError) as error:
@@ -50,7 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _print(refusal) if world.rank == 0 else int(isinstance(refusal, ArgumentsRefused)) * 2
         world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 print first
         return code
-    return _left(world, _run(args, world))
+    code = _run(args, world, signals)
+    signals.release()
+    return _left(world, code)
+
+
+def _abort(code: int) -> None:
+    """At a second signal."""
+    if "mpi4py.MPI" not in sys.modules:
+        os._exit(code)
+    from mpi4py import MPI
+
+    from ..training.abort import abort
+
+    abort(MPI.COMM_WORLD, code)
 
 
 def _offline(args: argparse.Namespace) -> int:
@@ -89,7 +106,7 @@ def _print(message: HelpAsked | ArgumentsRefused) -> int:
     return 2 if refused else 0
 
 
-def _run(args: argparse.Namespace, world: Any) -> int:
+def _run(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     """Run a command, and exit as a rank of an MPI job must."""
     from mpi4py import MPI
 
@@ -103,7 +120,7 @@ def _run(args: argparse.Namespace, world: Any) -> int:
     try:
         watch(world)
         faulthandler.cancel_dump_traceback_later()
-        return _command(args, world)
+        return _command(args, world, signals)
     except ConfigError as error:
         if world.rank == 0:
             print(f"agnmpi: error: {error}", file=sys.stderr, flush=True)
@@ -165,7 +182,7 @@ def _leave_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _command(args: argparse.Namespace, world: Any) -> int:
+def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     if args.command == "doctor":
         from . import doctor
 
@@ -177,8 +194,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     from mpi4py import MPI
 
     from ..cluster.placement import fault_tolerant
-    from ..training.abort import abort
-    from ..training.exits import UNEVALUATED, Signals
+    from ..training.exits import UNEVALUATED
     from ..training.job import train
     from ..transport.agreement import allgather, raise_on_all
 
@@ -192,12 +208,7 @@ def _command(args: argparse.Namespace, world: Any) -> int:
         return _named(load(path, given, args.sets))
 
     config = raise_on_all(world, read)
-    signals = Signals(lambda code: abort(world, code))
-    signals.install()
-    try:
-        result = train(config, world, signals, args.inject_faults)
-    finally:
-        signals.remove()
+    result = train(config, world, signals, args.inject_faults)
     failed = [str(bool(result and result.get("failed_evaluations")))]
     try:
         failed = allgather(world, failed[0])

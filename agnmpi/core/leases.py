@@ -153,6 +153,11 @@ class Leases:
         """Whether any worker holds a lease: what it does not commit will be free again."""
         return bool(self._held)
 
+    @property
+    def holders(self) -> set[int]:
+        """Workers that hold leases."""
+        return set(self._held)
+
     def held_by(self, worker: int) -> list[Lease]:
         """Leases of `worker`."""
         return list(self._held.get(worker, []))

@@ -190,10 +190,13 @@ class Job(Observer):
             self.injection.corrupt(g)
             return loss, g
 
-        loop = train_worker(worker, compute)
+        loop, asked = train_worker(worker, compute), False
         try:
             for step in loop:
                 saver.tick()
+                if self.signals.received and self.centers and not asked:  # it may be this rank's alone
+                    asked = True
+                    worker.stop_all()
                 if self._stop_reason and (not self.centers or self.session.comm.size == 1):
                     loop.close()
                     break
@@ -276,6 +279,14 @@ class Job(Observer):
             "their samples"
         )
         self.note("given_up", first=lease.first, steps=lease.steps)
+
+    def failing(self, worker: int, refusals: int) -> None:
+        """Name a worker whose commits are refused again and again."""
+        if self.duties is None or not self.duties.first:
+            return
+        rank = self.session.members.rank_of(worker) if self.session.role.serves else self.rank
+        self.say(f"WARNING: the last {refusals} commits of {self.name(rank)} were refused: NaN or infinity")
+        self.note("failing", rank=rank, refusals=refusals)
 
     def missing(self, ranks: Sequence[int]) -> None:
         """Report ranks that were lost after their work was done."""
@@ -375,10 +386,12 @@ class Job(Observer):
         status = [role.center.steps, role.center.settled, self.signals.received, failed]
         statuses = [json.loads(text) for text in allgather(comm, json.dumps(status))]
         steps, settled, *_ = statuses[0]
-        # Where all train, any rank may have received the signal.
-        stopped_by = [name for _, _, name, _ in (statuses[:1] if self.centers else statuses) if name is not None]
+        # Any rank may have received the signal.
+        stopped_by = [name for _, _, name, _ in statuses if name is not None]
         self._failed = [rank for *_, rank in statuses if rank is not None]
         self.interrupted = bool(self._failed) or (bool(stopped_by) and settled < self.plan.steps)
+        if not self.interrupted:
+            self.signals.over()
         for saver in self._worker_savers:
             saver.finish(steps if saver.worker in role.workers else None)
         if self.duties is not None:

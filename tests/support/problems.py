@@ -223,3 +223,16 @@ class ExitsAtOnce(Quadratic):
     def gradient(self, params, indices):
         self.count_down()
         return super().gradient(params, indices)
+
+
+class SlowLastEvaluation(Quadratic):
+    """The last evaluation, of parameters that have moved, takes long."""
+
+    first = True
+
+    def evaluate(self, params):
+        if not self.first:
+            Path("last").touch()
+            time.sleep(5)
+        self.first = False
+        return super().evaluate(params)
