@@ -1,14 +1,14 @@
 """What a run is in every framework: batches on workers, service and evaluation at the center, the end."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, Self, TypeVar
 
 import numpy as np
 
 from ..arrays.backend import Array
-from ..training.agn_optimizer import AGNOptimizer
+from ..training.agn_optimizer import AGNOptimizer, Status
 
 Batch = TypeVar("Batch")
 
@@ -20,6 +20,29 @@ class Run(ABC):
         self._opt = opt
         self._taken = True  # the step of this turn
         self._passes = 0  # over loaders
+        self._evaluation: tuple[Callable[[Status], object] | None, int] = None, 1
+
+    def evaluate(self, function: Callable[[Status], object], every: int) -> None:
+        """Call `function(status)` at rank 0 while it serves, as often as every so many steps of all workers.
+
+        What is trained holds the center meanwhile; `status` has its steps, clock, loss and speed. It runs in a thread
+        (where all ranks train, between two steps) and must not call MPI. Its errors are reported, and training goes on.
+
+        Args:
+            function: the same on every rank, or on rank 0 alone; for the loops that begin from now on.
+            every: at least 1.
+
+        Raises:
+            ValueError: for another `every`.
+        """
+        if every < 1:
+            raise ValueError(f"every must be a number of steps of at least 1, not {every}")
+
+        def holding_the_center(status: Status) -> None:
+            with self._holding(np.concatenate(list(status.center.values()))):
+                function(status)
+
+        self._evaluation = holding_the_center, every
 
     def batches(self, loader: Iterable[Batch], steps: int | None = None) -> Generator[Batch, None, None]:
         """Yield batches of `loader` to train on, one for each step granted to this worker; on a center rank none.
@@ -50,7 +73,7 @@ class Run(ABC):
         """As `batches`, without a loader: yield the numbers of the steps, for a loop that fetches its own data."""
         self._opt.finish()  # after a break
         before = self._opt.taken
-        with closing(self._opt.steps(steps)) as numbers:
+        with closing(self._opt.steps(steps, *self._evaluation)) as numbers:
             for number in numbers:
                 self._turn(before + number)
                 self._taken = False
@@ -98,6 +121,15 @@ class Run(ABC):
     @abstractmethod
     def _holding(self, x: Array) -> AbstractContextManager[Any]:
         """Within it what is trained holds `x` (n,)."""
+
+    def stop(self) -> None:
+        """End the loop for all, from any rank or evaluation; as `AGNOptimizer.stop`."""
+        self._opt.stop()
+
+    @property
+    def status(self) -> Status:
+        """How far the run is, as this rank knows it. Never blocks."""
+        return self._opt.status
 
     @property
     def is_center(self) -> bool:

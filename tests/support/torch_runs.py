@@ -160,6 +160,26 @@ def few_digits():
     assert len(set(COMM.allgather(digest(model)))) == 1
 
 
+def evaluation():
+    """Rank 0 evaluates the center while it serves, and can stop all from there."""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    seen = []
+
+    def look(status):
+        seen.append((status.step, accuracy(model)))
+        if seen[-1][1] > 0.8:
+            run.stop()
+
+    with agnmpi.torch.Run(model, optimizer, COMM, period=5, outer_rate=1.0) as run:
+        run.evaluate(look, every=50)
+        epoch(model, optimizer, run.batches(DataLoader(spread(), 32, shuffle=True), steps=100_000))
+        assert run.status.step < 100_000
+    assert bool(seen) == (COMM.rank == 0)
+    assert accuracy(model) > 0.7
+    assert len(set(COMM.allgather(digest(model)))) == 1
+
+
 def own_data():
     """Without a number of steps each worker goes through its own loader, once."""
     model = net()
