@@ -43,6 +43,7 @@ class Asked(NamedTuple):
     total: int | None  # steps over all workers
     at_center: Callable[[Point, Array], object] | None  # called where the center is
     every: float  # steps between two calls
+    ahead: int = 0  # leases that a worker holds beyond the one that it computes
 
 
 class Loop(Observer):
@@ -233,6 +234,8 @@ class Loop(Observer):
         if session.comm.rank == 0:
             self._caller.pack()
         role.start_from(self._x)
+        for worker in role.workers:
+            worker.ahead = asked.ahead
         session.begin(asked.total, self._period)
         if role.serves and not session.single_commits:
             self._met.update(range(role.count))  # that was collective

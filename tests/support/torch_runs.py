@@ -180,6 +180,30 @@ def evaluation():
     assert len(set(COMM.allgather(digest(model)))) == 1
 
 
+def dealt():
+    """Each sample of an epoch once, over all workers, however far a loader prefetches, and in two loops."""
+    for processes in (0, 2):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+        dataset = TensorDataset(*spread().tensors, torch.arange(512))
+        with agnmpi.torch.Run(model, optimizer, COMM, period=3) as run:
+            sampler = run.sampler(dataset, batch=20, epochs=2)
+            loader = DataLoader(dataset, batch_sampler=sampler, num_workers=processes)
+            seen = []
+            for steps in (7, None):
+                for x, y, indices in run.batches(loader, steps):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), y).backward()
+                    if len(seen) == 2 and COMM.rank == 1:
+                        model[1].weight.grad[:] = torch.nan  # its steps go to the other
+                    optimizer.step()
+                    seen.append(indices.tolist())
+        assert run.status.step == 52, run.status.step
+        counts = np.bincount([i for part in COMM.allgather(seen) for batch in part for i in batch], minlength=512)
+        assert (counts >= 2).all(), "refused steps were computed again"
+        assert counts.sum() <= 2 * 512 + 3 * 20, counts.sum()
+
+
 def own_data():
     """Without a number of steps each worker goes through its own loader, once."""
     model = net()

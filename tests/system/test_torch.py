@@ -20,7 +20,7 @@ def holds(*checks, n=3, needs=("torch",), timeout=150):
 
 
 def test_numbers_buffers_refusals_schedules():
-    holds("same_numbers", "batch_norm", "bad_gradient", "schedule", "few_digits", "own_data", "evaluation")
+    holds("same_numbers", "batch_norm", "bad_gradient", "schedule", "few_digits", "own_data", "evaluation", "dealt")
 
 
 def test_loaders_with_processes():
