@@ -9,7 +9,7 @@ from launcher import ROOT, mpiexec
 SCRIPT = ROOT / "tests/support/torch_runs.py"
 
 
-def holds(*checks, n=3, needs=("torch",), timeout=150):
+def holds(*checks, n=3, needs=("torch",), timeout=280):
     """Start the script once with these checks."""
     for package in needs:
         if importlib.util.find_spec(package) is None:
