@@ -19,7 +19,7 @@ def test_the_fastest_is_named_for_each_link():
     costs = {"float32": 0.0, "bf16": 1e-9, "int8": 4e-9, "int4": 8e-9}
     first, *rest = advice(costs, [0.1, 3.0, 12.0, 100.0])
     assert "bf16 below 32 Gbit/s, int8 below 11.9 Gbit/s, int4 below 6.94 Gbit/s" in first
-    assert [line.rsplit(": ", 1)[1] for line in rest] == ["int4", "int4", "bf16", "float32"]
+    assert [line.rsplit(": ", 1)[1] for line in rest] == ["int4", "int8", "bf16", "float32"]
     assert rest[0].startswith("  at 0.1 Gbit/s 1 M numbers take float32 671 ms, bf16 337 ms")
 
 
