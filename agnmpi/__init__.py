@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .simulation.simulate import simulate
     from .training.agn_optimizer import AGNOptimizer
     from .training.config import Config
-    from .training.exits import Degraded, Interrupted
+    from .training.exits import Degraded, Interrupted, Unwritten
     from .training.job import train
     from .training.problem import Problem
     from .transport import registry as transports
@@ -36,6 +36,7 @@ __all__ = [
     "Optimizer",
     "Problem",
     "Rule",
+    "Unwritten",
     "__version__",
     "adagrad",
     "adam",
@@ -58,6 +59,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "ConfigError": (".transport.agreement", "ConfigError"),
     "Degraded": (".training.exits", "Degraded"),
     "Interrupted": (".training.exits", "Interrupted"),
+    "Unwritten": (".training.exits", "Unwritten"),
     "Problem": (".training.problem", "Problem"),
     "jax": (".jax", None),
     "simulate": (".simulation.simulate", "simulate"),

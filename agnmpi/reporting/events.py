@@ -3,9 +3,12 @@
 import json
 import time
 from collections import deque
+from collections.abc import Callable
 from math import fsum, isfinite, nan
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..recovery.files import LineFile
 
 
 def json_safe(value: Any) -> Any:
@@ -22,17 +25,20 @@ def json_safe(value: Any) -> Any:
 
 
 class JsonLines:
-    """A file of one JSON object per line; each line is flushed, so a killed run leaves complete lines."""
+    """A file of one JSON object per line; each line is flushed, so a killed run leaves complete lines.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+    `say`: called where the disk fails, and when that is over; no line is written then, and none raises.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
+        self._file = LineFile(path, say)
         self._start = time.monotonic()
 
     def write(self, event: str, **values: Any) -> None:
         """Append an event with the time (seconds since 1970) and the seconds since the start."""
         stamp = {"event": event, "time": round(time.time(), 3), "seconds": self.seconds()}
-        self._file.write(json.dumps(json_safe(stamp | values), allow_nan=False) + "\n")
-        self._file.flush()
+        if missing := self._file.write(json.dumps(json_safe(stamp | values), allow_nan=False) + "\n"):
+            self.write("unwritten", lines=missing)
 
     def seconds(self) -> float:
         """Seconds since the start."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Monitor:
         stamp: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._center, self._stamp, self._config, self._plan = role.center, stamp, config, plan
-        self._events = JsonLines(directory / "events.jsonl")
+        self._events = JsonLines(directory / "events.jsonl", say=self.say)
         self._loss = RecentMean(plan.steps_per_epoch)
         self._samples = self._logged_samples = self._logged_clock = 0
         self._log = Every(seconds=config.log_every)
@@ -68,7 +69,8 @@ class Monitor:
         """Print a line, with the date where the output is not a terminal."""
         stamp = "" if self._live else time.strftime("%Y-%m-%d %H:%M:%S ")
         style = "bold yellow" if line.startswith("WARNING") else None
-        self.console.print(stamp + line, style=style, markup=False, soft_wrap=True)
+        with suppress(OSError):  # the output, too, may go to a full disk
+            self.console.print(stamp + line, style=style, markup=False, soft_wrap=True)
 
     def start(self, initial: Array | None = None) -> None:
         """The training begins; from these parameters (n,), which are evaluated first, unless it goes on."""
