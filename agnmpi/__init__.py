@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .simulation.simulate import simulate
     from .training.agn_optimizer import AGNOptimizer
     from .training.config import Config
-    from .training.exits import Degraded, Interrupted, Unwritten
+    from .training.exits import Degraded, Failed, Interrupted, Unwritten
     from .training.job import train
     from .training.problem import Problem
     from .transport import registry as transports
@@ -32,6 +32,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Degraded",
+    "Failed",
     "Interrupted",
     "Optimizer",
     "Problem",
@@ -58,6 +59,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Config": (".training.config", "Config"),
     "ConfigError": (".transport.agreement", "ConfigError"),
     "Degraded": (".training.exits", "Degraded"),
+    "Failed": (".training.exits", "Failed"),
     "Interrupted": (".training.exits", "Interrupted"),
     "Unwritten": (".training.exits", "Unwritten"),
     "Problem": (".training.problem", "Problem"),

@@ -72,9 +72,13 @@ def _abort(code: int) -> None:
 
 def _offline(args: argparse.Namespace) -> int:
     """Run a command of one process, which needs no MPI."""
-    from . import models
+    from . import models, reports
 
     try:
+        if args.command == "runs":
+            return reports.runs(args.directories)
+        if args.command == "report":
+            return reports.report(args.runs, args.output)
         if args.command == "export":
             return models.export(Path(args.run), Path(args.file))
         return models.evaluate(Path(args.run), args.device)

@@ -56,6 +56,7 @@ class Session:
         # With node centers: workers, then node centers, by their numbers.
         others = [*setup.workers(comm.size), *(node for node, *_ in setup.nodes)] if setup.nodes else []
         self.rule, self.members = rule, Membership(comm.size, setup.center_ranks, others)
+        self.single_commits = setup.transport.capabilities.single_commits
         self.rank = comm.rank  # at the beginning
         self.threads = place(comm, comm.rank not in setup.serving_ranks).threads  # this rank's share of the cores
         set_threads(self.threads)
