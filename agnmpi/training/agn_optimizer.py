@@ -22,7 +22,8 @@ from ..reporting.advice import advice
 from ..transport.agreement import raise_on_all
 from ..transport.registry import Transport, resolve
 from .abort import AbortOnException, forked
-from .loop import Caller, Hook, Loop
+from .evaluations import Point
+from .loop import Asked, Caller, Hook, Loop
 from .own_arrays import OwnArrays, one_vector
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
@@ -61,6 +62,8 @@ class AGNOptimizer:
             DynSGD count rλ/n. None (default): as they are, which is n/λ with AGN.
         copy: False: `params` are one vector, or lie in one, one after the other (`buffers` last), the flat one.
             Default True.
+        on_commit: called with this optimizer when the parameters are about to be read: fill `flat` where yours are
+            elsewhere.
         on_pull: called with this optimizer when the parameters have become a center that was pulled.
         on_refused: called, after that, where this worker's last commit was refused (NaN, infinity): if you keep moments
             of your own, set them to 0.
@@ -100,6 +103,7 @@ class AGNOptimizer:
         buffers: Collection[str] = (),
         outer_rate: float | None = None,
         copy: bool = True,
+        on_commit: "Event | None" = None,
         on_pull: "Event | None" = None,
         on_refused: "Event | None" = None,
     ) -> None:
@@ -110,7 +114,7 @@ class AGNOptimizer:
         self._name, self._optimizer, self.loss = name, optimizer, nan
         self._comm = comm.Dup()
         self._hook = AbortOnException(self._comm)
-        self._on_pull, self._on_refused = on_pull, on_refused
+        self._on_commit, self._on_pull, self._on_refused = on_commit, on_pull, on_refused
         try:
             arguments = _Arguments(
                 optimizer,
@@ -160,7 +164,7 @@ class AGNOptimizer:
         wire = choose_wire(comm, self._x, transport.wire)
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
         self._sharded = len(setup.center_ranks) > 1
-        caller = Caller(self._own.pack if self._own else _nothing, self._pulled, self._refused)
+        caller = Caller(self._pack, self._pulled, self._refused)
         loop = Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller)
         self._restore_blas = limit_blas(loop.session.threads)
         if comm.rank == 0 and not (arguments.rule and arguments.rule.weighs):  # a weight of the caller's is not called
@@ -199,6 +203,14 @@ class AGNOptimizer:
         return self.clock
 
     @property
+    def taken(self) -> int:
+        """Steps in all commits so far, of all workers and loops, as this rank knows it."""
+        worker = self._loop.worker
+        if worker is None:
+            return self._loop.session.role.center.steps
+        return worker.last_reply.steps if worker.last_reply else 0
+
+    @property
     def comm(self) -> MPI.Intracomm:
         """The communicator in use: a duplicate of yours, without lost ranks (ULFM)."""
         return self._loop.session.comm
@@ -218,7 +230,9 @@ class AGNOptimizer:
         """Whether this rank serves the center and does not train."""
         return self._loop.session.role.serves
 
-    def steps(self, total: int | None = None) -> Generator[int, None, None]:
+    def steps(
+        self, total: int | None = None, at_center: "Callable[[Status], object] | None" = None, every: int = 1000
+    ) -> Generator[int, None, None]:
         """Yield the number of each step granted to this worker; each of 0 … total−1 is granted to one worker.
 
         On a center rank it serves until all workers are done, and yields nothing. May be called again: parameters,
@@ -227,9 +241,37 @@ class AGNOptimizer:
         called. The body calls `minimize`, `apply_gradients` or `step` once, or `skip`.
 
         Args:
-            total: steps over all workers; None (default) until the workers `break`.
+            total: steps over all workers; None (default) until the workers `break`, or one calls `stop`.
+            at_center: called with a `Status` at rank 0 while that serves, in a thread; where all ranks train, between
+                two steps. It must not call MPI. Its errors are reported, and training goes on.
+            every: steps between two calls of it; default 1000.
         """
-        return self._loop.steps(total)
+        if every <= 0:
+            raise ValueError(f"every must be a positive number of steps, not {every}")
+
+        def call(point: Point, c: Array) -> None:
+            assert at_center is not None
+            at_center(self._status(point, bring(c, self._x)))
+
+        return self._loop.steps(Asked(total, call if at_center else None, every))
+
+    def stop(self) -> None:
+        """End the loop for all, from any rank, or from `at_center`: each worker stops after its period.
+
+        With an allreduce rule only loops over `steps()` without a number: there others cannot tell it from a failure.
+        Raises RuntimeError for one with a number.
+        """
+        self._loop.stop()
+
+    @property
+    def status(self) -> "Status":
+        """How far the run is, as this rank knows it, with a copy of the center. Never blocks."""
+        return self._status(self._loop.point, bring(self._loop.session.role.c.copy(), self._x))
+
+    def _status(self, point: Point, c: Array) -> "Status":
+        center = self._loop.session.role.center
+        rate = self._loop.steps_per_second
+        return Status(*point, center.staleness_mean, rate, self._layout.views(c))
 
     def finish(self) -> None:
         """After a `break`: wait until all workers have left, and take the final center.
@@ -388,6 +430,12 @@ class AGNOptimizer:
                 return name
         raise TypeError(f"{type(variable).__name__} is no variable of {self._name}: give one of `params`, or its name")
 
+    def _pack(self) -> None:
+        if self._on_commit is not None:
+            self._on_commit(self)
+        if self._own is not None:
+            self._own.pack()
+
     def _pulled(self) -> None:
         if self._own is not None:
             self._own.unpack()
@@ -397,6 +445,26 @@ class AGNOptimizer:
     def _refused(self) -> None:
         if self._on_refused is not None:
             self._on_refused(self)
+
+
+class Status(NamedTuple):
+    """How far a run is.
+
+    Args:
+        step: local steps that all workers have committed.
+        clock: commits applied.
+        loss: mean over recent commits; at a worker over its own recent steps.
+        staleness: mean of all commits; known at rank 0, and where all ranks train.
+        steps_per_second: of all workers in this loop.
+        center: a copy of the center, by name.
+    """
+
+    step: int
+    clock: int
+    loss: float
+    staleness: float
+    steps_per_second: float
+    center: dict[str, Array]
 
 
 class _Arguments(NamedTuple):
@@ -441,10 +509,6 @@ class _Arguments(NamedTuple):
         if self.outer_rate is not None:
             rule = weighted(rule, outer_rate(self.outer_rate))
         return rule, layout, period, resolve(self.transport, rule.allreduce, use_locking)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _advise(name: str, rule: Rule, workers: int, period: int) -> None:

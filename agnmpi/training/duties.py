@@ -18,7 +18,7 @@ from ..reporting.record import Recorder
 from ..version import __version__
 from .config import Config
 from .evaluations import Evaluate
-from .monitor import Monitor
+from .monitor import Monitor, OnEvent
 from .outputs import write_config
 from .session import Session
 
@@ -38,6 +38,7 @@ class Run(NamedTuple):
         evaluate: metrics of a center variable (n,).
         name: describes a rank.
         say: prints a line.
+        on_event: takes the events, as in events.jsonl.
     """
 
     config: Config
@@ -51,6 +52,7 @@ class Run(NamedTuple):
     evaluate: Evaluate
     name: Callable[[int], str]
     say: Callable[[str], None]
+    on_event: OnEvent = None
 
 
 class Duties:
@@ -68,6 +70,7 @@ class Duties:
 
     def __init__(self, run: Run, first: bool = True, begins: tuple[Sequence[str], Sequence[int]] | None = None) -> None:
         self.first, self._run, self._config, self._role = first, run, run.config, run.session.role
+        self._noted = self._role.center.checkpoint  # steps at the newest checkpoint that an event tells of
         self._recorder: Recorder | None = None
         self._silent: SilentWorkers | None = None
         self._saver: CenterSaver | None = None
@@ -103,6 +106,8 @@ class Duties:
             self._cut.tick()
         if self._silent is not None:
             self._silent.tick()
+        if stop_signal and isinstance(role, NodeRole):
+            center.control = STOP  # its end tells the center above
         if not self.first:
             return
         self.monitor.tick()
@@ -112,6 +117,9 @@ class Duties:
             self._run.say(f"{why}: the workers commit what they have done; then a checkpoint, and the end")
         if self._saver is not None:
             self._saver.writing()
+        if center.checkpoint > self._noted:
+            self._noted = center.checkpoint
+            self.monitor.note("checkpoint", holds=center.checkpoint)
         if isinstance(role, CenterRole):
             role.end.announce(center.control, center.checkpoint)
 
@@ -149,7 +157,7 @@ class Duties:
         changed = {} if lines is None else write_config(run.directory, config)
         if config.record and lines is not None:
             self._recorder = Recorder(run.directory, role.count, threads, role.center.idle_workers_wait)
-        self.monitor = Monitor(config, run.plan, role, run.directory, run.layout, run.evaluate)
+        self.monitor = Monitor(config, run.plan, role, run.directory, run.layout, run.evaluate, on_event=run.on_event)
         for line in lines or ():
             self.monitor.say(line)
         self.monitor.start(run.initial if lines is not None and not role.center.steps else None)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from ..arrays.backend import Array
 from ..arrays.encodings import get
 from ..core.ends import Apply, Capabilities, CenterEnd, WorkerEnd
-from .staging import make_wire
+from .staging import MAX_CALL_BYTES, make_wire
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -77,7 +77,8 @@ class Transport:
         for name in ("encoding", "pull_encoding"):
             if not get(getattr(self, name)).exact and not self.capabilities.encodings:
                 raise ValueError(
-                    f"{name} {getattr(self, name)} needs transport {names_with('encodings')}: {self.name} sends numbers"
+                    f"{name} {getattr(self, name)} needs transport {names_with('encodings')}: with {self.name} MPI "
+                    "itself adds the numbers, and cannot add encoded ones"
                 )
 
     @property
@@ -114,13 +115,14 @@ def _p2p_center(comm: "MPI.Comm", c: Array, transport: Transport) -> CenterEnd:
 def _rma_worker(comm: "MPI.Comm", like: Array, transport: Transport) -> WorkerEnd:
     from .rma import RMAWorker
 
-    return RMAWorker(comm, like, make_wire(like, transport.wire))
+    wire, encodings = make_wire(like, transport.wire), (transport.encoding, transport.pull_encoding)
+    return RMAWorker(comm, like, wire, MAX_CALL_BYTES, *encodings)
 
 
-def _rma_center(comm: "MPI.Comm", c: Array, _transport: Transport) -> CenterEnd:
+def _rma_center(comm: "MPI.Comm", c: Array, transport: Transport) -> CenterEnd:
     from .rma import RMACenter
 
-    return RMACenter(comm, c)
+    return RMACenter(comm, c, MAX_CALL_BYTES, transport.encoding, transport.pull_encoding)
 
 
 def _accumulate_worker(comm: "MPI.Comm", like: Array, _transport: Transport) -> WorkerEnd:
@@ -173,7 +175,7 @@ register(
     Transport(
         "rma",
         "one-sided windows, a mailbox at the center for each worker",
-        Capabilities(center_ranks=True, shards=True, direct=True),
+        Capabilities(center_ranks=True, shards=True, direct=True, encodings=True, windows=True),
         make_worker=_rma_worker,
         make_center=_rma_center,
         floor="mailbox",
@@ -183,7 +185,9 @@ register(
     Transport(
         "accumulate",
         "one-sided windows, workers sum into the center themselves",
-        Capabilities(center_ranks=True, whole_pulls=False, exact_clock=False, single_commits=False, shards=True),
+        Capabilities(
+            center_ranks=True, whole_pulls=False, exact_clock=False, single_commits=False, shards=True, windows=True
+        ),
         make_worker=_accumulate_worker,
         make_center=_accumulate_center,
         floor="sum",
@@ -293,17 +297,21 @@ def p2p(
     )  # fmt: skip
 
 
-def rma(centers: Centers = 1, wire: str = "auto") -> Transport:
+def rma(
+    centers: Centers = 1, wire: str = "auto", encoding: str = "float32", pull_encoding: str = "float32"
+) -> Transport:
     """One-sided windows: each worker puts its delta into a mailbox of its own; best on one machine.
 
     Args:
         centers: k, ranks 0 … k−1 hold a block of the center variable each; "hosts": one rank on each host.
         wire: of vectors on a GPU: "staged", "direct" with CUDA-aware MPI, or "auto".
+        encoding: of commits: "float32", as they are; "bf16", "int8" or "int4", with error feedback.
+        pull_encoding: of pulls, likewise, without.
 
     Raises:
-        ValueError: for a number below 1.
+        ValueError: for a number below 1, or an unknown encoding.
     """
-    return resolve("rma", centers=centers, wire=wire)
+    return resolve("rma", centers=centers, wire=wire, encoding=encoding, pull_encoding=pull_encoding)
 
 
 def accumulate(centers: Centers = 1) -> Transport:

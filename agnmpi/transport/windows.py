@@ -55,21 +55,28 @@ class Windows:
         slots: vectors beside c.
         most: bytes per MPI call.
         inline: bytes of a vector that are written behind each header and each reply.
+        slot_bytes: of each slot; None: of a vector.
+        encoded_bytes: of c as it is pulled, behind c.
 
     Raises:
         ConfigError: on all ranks, if it does not fit.
     """
 
-    def __init__(self, comm: MPI.Comm, like: Array, slots: int, most: int = MAX_CALL_BYTES, inline: int = 0) -> None:
+    def __init__(
+        self, comm: MPI.Comm, like: Array, slots: int, most: int = MAX_CALL_BYTES, inline: int = 0,
+        slot_bytes: int | None = None, encoded_bytes: int = 0,
+    ) -> None:  # fmt: skip
         require_equal(comm, {"size of the vector": str(like.size), "dtype": str(like.dtype)})
         self.comm, self.dtype, self.size, self.workers = comm, like.dtype, like.size, comm.size - 1
-        self.stride = -(-like.nbytes // _PAGE) * _PAGE  # vectors are page-aligned
+        self.slot_bytes = like.nbytes if slot_bytes is None else slot_bytes
+        self.stride, self.slot_stride = _whole_pages(like.nbytes), _whole_pages(self.slot_bytes)
         self._most, workers = most, self.workers
         self.posted = COUNTS  # first word of the numbers of posted messages
         self.headers = self.posted + 3 * workers
         self.inline = -(-inline // 8)  # words
         self.replies = self.headers + (COMMIT_WORDS + self.inline) * workers
-        sizes = self.stride, slots * self.stride, 8 * (self.replies + (REPLY_WORDS + self.inline) * workers)
+        nbytes = self.stride + _whole_pages(encoded_bytes)
+        sizes = nbytes, slots * self.slot_stride, 8 * (self.replies + (REPLY_WORDS + self.inline) * workers)
         _check_room(comm, sum(sizes))
         is_center = comm.rank == CENTER
         # Win.Allocate, not Win.Create: on one node both MPIs then use shared memory.
@@ -141,16 +148,14 @@ class Windows:
         """First word of the answer to a worker."""
         return self.replies + (REPLY_WORDS + self.inline) * worker
 
-    def vector_behind(self, words: Array) -> Array:
-        """A vector that begins `words` of the control window."""
-        vector: Array = words.view(np.uint8)[: self.size * self.dtype.itemsize].view(self.dtype)
-        return vector
+    def vector(self) -> Array:
+        """c, at the center."""
+        return self.bytes_of(self.center, 0, self.size * self.dtype.itemsize).view(self.dtype)
 
-    def vector(self, win: MPI.Win, index: int = 0) -> Array:
-        """The vector number `index` of `win`, at the center."""
-        memory = np.asarray(win.tomemory())
-        vector: Array = memory[index * self.stride :][: self.size * self.dtype.itemsize].view(self.dtype)
-        return vector
+    def bytes_of(self, win: MPI.Win, offset: int, count: int) -> Array:
+        """`count` bytes of `win` from `offset` on, at the center."""
+        memory: Array = np.asarray(win.tomemory()).view(np.uint8)[offset:][:count]
+        return memory
 
     def add(self, word: int, value: int, op: MPI.Op = MPI.SUM) -> int:
         """Change a word of the control window atomically (`op`: SUM, MAX, REPLACE, NO_OP), and return the old value."""
@@ -188,20 +193,21 @@ class Windows:
         for win in self._all:
             win.Sync()
 
-    def pull(self, wire: Wire, out: Array, done: Callable[[], int] | None = None) -> None:
-        """Get c into `out`, piece by piece, so that a copy to the device and the wire overlap.
+    def pull(self, wire: Wire, out: Array, done: Callable[[], int] | None = None, offset: int = 0) -> None:
+        """Get c, or what lies at byte `offset`, into `out`, piece by piece, so that a copy to the device overlaps.
 
         `done()`: number of elements of c that may be read so far, where that is not all; it grows to all.
         """
         buffer, backoff, at = wire.incoming(out), Backoff(), 0
-        most = max(1, self._most // self.dtype.itemsize)
+        itemsize = out.dtype.itemsize
+        most = max(1, self._most // itemsize)
         for part in wire.cuts(out):
             while at < part.stop:
                 stop = min(done() if done else part.stop, part.stop, at + most)
                 if stop <= at:
                     backoff.wait()
                     continue
-                self.center.Get(buffer[at:stop], CENTER, at * self.dtype.itemsize)
+                self.center.Get(buffer[at:stop], CENTER, offset + at * itemsize)
                 self.center.Flush(CENTER)
                 backoff.reset()
                 at = stop
@@ -247,7 +253,7 @@ class WindowsCenter(CenterEnd):
 
     def __init__(self, windows: Windows, c: Array) -> None:
         self.windows = windows
-        self._c = windows.vector(windows.center)
+        self._c = windows.vector()
         self._c[...] = c
 
     @property
@@ -264,6 +270,10 @@ class WindowsCenter(CenterEnd):
         """Free the windows; collective. c is copied to memory of its own."""
         self._c = self._c.copy()
         self.windows.free()
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
 
 
 def _reserve(wins: list[MPI.Win]) -> None:

@@ -12,6 +12,7 @@ from mpi4py import MPI
 from worlds import MPIWorld
 
 from agnmpi import AGNOptimizer, sgd
+from agnmpi.arrays.encodings import get
 from agnmpi.cluster import probe
 from agnmpi.cluster.connect import connect
 from agnmpi.cluster.setup import Setup
@@ -456,6 +457,18 @@ def test_memory_at_the_center(comm):
         assert windows.slots.tomemory().nbytes == (slots * windows.stride if comm.rank == 0 else 0)
         assert windows.stride < 8 * n + 4096
         role.close()
+    setup = Setup(rma(encoding="int8", pull_encoding="int4"))
+    role = connect(comm, rules.agn(), np.zeros(n), None, setup=setup)
+    windows = (role.end if role.serves else role.workers[0].end.end).windows
+    delta, pulled = (-(-get(name).nbytes(n) // 4096) * 4096 for name in ("int8", "int4"))
+    if comm.rank == 0:
+        assert windows.slots.tomemory().nbytes == (comm.size - 1) * delta
+        assert windows.center.tomemory().nbytes == windows.stride + pulled
+    else:
+        commit = Commit(comm.rank - 1, 1, steps=1, payload=np.zeros(n))
+        with pytest.raises(ValueError, match="a delta of 40000 bytes, but its slot has 5200: encode it"):
+            role.workers[0].end.end.exchange(commit, None)
+    role.close()
 
 
 def test_windows_beyond_shared_memory_are_refused(comm, monkeypatch):
