@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
@@ -14,7 +14,7 @@ import numpy as np
 from ..arrays.backend import Array, choose
 from ..core.batches import Plan
 from ..core.params import Layout
-from .user_code import UserCodeError, blamed, loss_and_gradients, metrics, user_frames, where
+from .user_code import UserCodeError, blamed, metrics, pack_gradients, user_frames
 
 
 class Problem(Protocol):
@@ -109,6 +109,19 @@ def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any], factory:
         ValueError: with the remedy, if there is no such problem; UserCodeError, which is one, with the frames of the
             problem's own code, if that fails.
     """
+    needed = ("samples", "init", "gradient", "evaluate")
+    problem: Problem = load(spec, (xp,), options, needed, "agnmpi.Problem", factory)
+    return problem
+
+
+def load(
+    spec: str, given: Sequence[Any], options: Mapping[str, Any], needed: Sequence[str], described: str,
+    factory: Callable[..., Any] | None = None,
+) -> Any:  # fmt: skip
+    """Create the object `spec` as `PROBLEM(*given, **options)`; as `load_problem`.
+
+    `needed`: attributes that it must have, as `described` says.
+    """
     module_name, _, attribute = spec.rpartition(":")
     if not module_name:
         raise ValueError(f"problem {spec!r}: give MODULE:PROBLEM, such as examples/digits.py:Digits")
@@ -116,10 +129,10 @@ def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any], factory:
     if not callable(factory):
         raise ValueError(f"problem {spec!r}: {module_name} has no class or function {attribute!r}")
     with blamed(f"problem {spec!r} cannot be made; it is called as {attribute}{_signature(factory)}"):
-        problem = factory(xp, **options)
-    missing = [name for name in ("samples", "init", "gradient", "evaluate") if not hasattr(problem, name)]
+        problem = factory(*given, **options)
+    missing = [name for name in needed if not hasattr(problem, name)]
     if missing:
-        raise ValueError(f"problem {spec!r} has no {', '.join(missing)}: see agnmpi.Problem")
+        raise ValueError(f"problem {spec!r} has no {', '.join(missing)}: see {described}")
     return problem
 
 
@@ -217,11 +230,6 @@ def gradient_of(
     views, g = layout.views(x), x.copy() if g is None else g
 
     def gradient(step: int) -> tuple[float, Array]:
-        loss, gradients = loss_and_gradients(problem.gradient(views, plan.indices(step)), layout, problem.gradient)
-        try:
-            layout.pack(gradients, out=g)
-        except (TypeError, ValueError) as error:
-            raise UserCodeError(f"the gradients of {where(problem.gradient)} do not fit: {error}") from None
-        return loss, g
+        return pack_gradients(problem.gradient(views, plan.indices(step)), layout, problem.gradient, g), g
 
     return gradient
