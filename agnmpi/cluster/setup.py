@@ -176,6 +176,11 @@ def _refusals(
             "numbers; use float32 or bf16",
         ),
         (
+            caps.windows and fault_tolerant(),
+            f"transport {name} under mpiexec --with-ft ulfm: in its windows Open MPI may hang for ever when a rank "
+            "dies; leave the option out, or use transport p2p",
+        ),
+        (
             setup.overlap and not caps.overlap,
             f"overlap has no meaning on transport {name}: its exchanges take no time",
         ),

@@ -1,5 +1,6 @@
 """The center's state, and the loop of a center rank."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -31,6 +32,9 @@ from .observer import Observer
 from .optimizers import Optimizer
 from .rules import CommitInfo, Rule, center_step
 
+PATIENCE = 10  # refused commits in a row after which nobody hopes any more
+_NAMED = (5, 50, 500, 5000)  # refusals of a worker in a row at which it is named
+
 
 class Center:
     """The center's state beside the center variable itself, which its end holds.
@@ -40,7 +44,7 @@ class Center:
         like: the center variable (n,), or a vector like it.
         workers: their number n.
         optimizer: the center optimizer, None to add.
-        patience: periods in a row whose commits were refused, after which the run ends.
+        patience: periods in a row whose commits were refused, after which the run ends, unless others are at work.
         observer: of commits, replies, and work that is given up.
 
     >>> import numpy as np
@@ -55,7 +59,7 @@ class Center:
     """
 
     def __init__(
-        self, rule: Rule, like: Array, workers: int, optimizer: Optimizer | None = None, patience: int = 10,
+        self, rule: Rule, like: Array, workers: int, optimizer: Optimizer | None = None, patience: int = PATIENCE,
         observer: Observer = Observer(),  # noqa: B008
     ) -> None:  # fmt: skip
         self.rule, self.workers, self.optimizer, self.patience = rule, workers, optimizer, patience
@@ -77,7 +81,11 @@ class Center:
         self.dropped = 0  # commits that weighed nothing
         self.nodes: AbstractSet[int] = frozenset()  # workers that are node centers: they commit sums, weighed there
         self._refused_in_a_row = set[int]()  # periods, by first step, since the last commit that was not refused
+        self._failing = Counter[int]()  # by worker: its commits refused since its last good one
+        self._good = set[int]()  # workers whose last commit was good
         self._released = set[int]()  # workers whose leases were taken back
+        self._samples = dict[int, int]()  # of workers with data of their own
+        self._all_samples = 0  # their sum
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
         self.served = self.session = 0  # messages; sessions begun
@@ -190,6 +198,11 @@ class Center:
                 self._refuse(commit, done, c.nbytes)
             return REFUSED
         self._refused_in_a_row.clear()
+        self._good.add(commit.worker)
+        self._failing.pop(commit.worker, None)
+        if commit.samples:
+            self._all_samples += commit.samples - self._samples.get(commit.worker, 0)
+            self._samples[commit.worker] = commit.samples
         weight = self.weight(commit)
         if not weight:
             self.dropped += 1
@@ -223,11 +236,20 @@ class Center:
         if leases and leases.refuse(commit.worker, done):
             self.given_up += done.steps
             self.observer.given_up(done)
-        in_a_row = len(self._refused_in_a_row)
-        if in_a_row < self.patience and not (leases and leases.total and leases.given_up == leases.total):
+        self._good.discard(commit.worker)
+        self._failing[commit.worker] += 1
+        in_a_row, failures = len(self._refused_in_a_row), self._failing[commit.worker]
+        if failures in _NAMED and self.workers > 1 and not self.rule.allreduce:
+            self.observer.failing(commit.worker, failures)
+        nothing_is_left = bool(leases and leases.total and leases.given_up == leases.total)
+        if not nothing_is_left and (in_a_row < self.patience or (leases and leases.holders - self._failing.keys())):
             return
+        if self._good and not nothing_is_left:  # the others are done: they keep what they have
+            self.control = STOP
+            return
+        sender = "node center" if commit.worker in self.nodes else "worker"
         raise RuntimeError(
-            f"{in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
+            f"{in_a_row} commits in a row were refused, the last from {sender} {commit.worker} (steps from "
             f"{done.first}): "
             + (
                 f"it is no commit to this model: {commit.nbytes} bytes, the center has {nbytes}"
@@ -297,7 +319,10 @@ class Center:
             raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
         if commit.worker in self.nodes:
             return 1.0
-        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.workers))
+        share = 1 / self.workers
+        if commit.worker in self._samples:  # those that have told nothing yet count as the mean of those that have
+            share *= self._samples[commit.worker] * len(self._samples) / self._all_samples
+        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.workers, share))
 
     def _buffers(self, commit: Commit) -> tuple[Array, float] | None:
         """The buffers of a commit, and their weight; None without buffers."""
@@ -337,7 +362,7 @@ class SummedCenter(Center):
         """Update the counts; raises RuntimeError where `patience` is exhausted."""
         summed = self._summed()
         self._in_a_row = 0 if commit.commits else self._in_a_row + summed.refused - self.refused
-        if self._in_a_row >= self.patience:
+        if self._in_a_row >= self.patience * self.workers:  # all fail: one that does leaves after `patience` of them
             raise RuntimeError(f"{self._in_a_row} commits in a row were refused: they hold NaN or infinity")
         self.refused, self.staleness_sum, self.staleness_max = summed
         self.clock += commit.commits

@@ -28,6 +28,7 @@ class Capabilities(NamedTuple):
     shards: bool = False  # several center ranks may hold a block each
     node_centers: bool = False  # a rank may be both a center to some and a worker of another center
     silent_workers: bool = False  # the center can go on without a worker that is silent
+    windows: bool = False  # one-sided: under ULFM Open MPI may hang in them when a rank dies
     outlives_loss: bool = False  # where MPI reports failed ranks, workers and center go on without them
     device_center: bool = False  # the center variable may lie on a GPU
     direct: bool = False  # device pointers may be handed to MPI

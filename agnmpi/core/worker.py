@@ -13,6 +13,7 @@ from typing import Any
 
 from ..arrays.backend import Array, Range, bring, empty_like, host_copy, namespace
 from ..arrays.kernels import all_finite
+from .backoff import check_launcher
 from .ends import Elected, Handle, Waits, WorkerEnd, run_waits
 from .leases import Lease
 from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
@@ -109,6 +110,7 @@ class Worker:
         self.done = 0  # steps of the first lease since the last exchange was started
         self._loss = 0.0  # of these, summed
         self.dropped = 0  # steps that entered no round, because another rank left early
+        self.samples = 0  # that its own data have had so far; 0: it shares all data with the others
         self._work_may_come = False  # other workers hold leases
         self._commit: Commit | None = None
         self._handle: Handle | None = None  # of the exchange under way, or of leaving
@@ -174,6 +176,7 @@ class Worker:
 
     def waits_after_step(self) -> Waits[None]:
         """After a local step: the exchange, if the period is complete; else finish the previous one, if it is done."""
+        check_launcher()  # with accumulate nothing else waits for another rank
         if self.done == self.leases[0].steps:
             yield from self._exchange()
         elif self._handle is not None and self._handle.test():
@@ -204,7 +207,8 @@ class Worker:
         self.done, self._loss = 0, 0.0
         sent = self.index, self.sequence, steps, lease.first, self.clock
         mean = loss / steps if steps else nan
-        return Commit(*sent, requests=requests, flags=flags, loss=mean, payload=self._buffers.delta)
+        own = self.samples
+        return Commit(*sent, requests=requests, flags=flags, samples=own, loss=mean, payload=self._buffers.delta)
 
     def _form_delta(self, steps: int) -> int:
         """Write the delta of `steps` steps; returns the flags about it."""

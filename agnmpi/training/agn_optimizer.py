@@ -22,7 +22,8 @@ from ..reporting.advice import advice
 from ..transport.agreement import raise_on_all
 from ..transport.registry import Transport, resolve
 from .abort import AbortOnException, forked
-from .loop import Caller, Hook, Loop
+from .evaluations import Point
+from .loop import Asked, Caller, Hook, Loop
 from .own_arrays import OwnArrays, one_vector
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
@@ -229,7 +230,9 @@ class AGNOptimizer:
         """Whether this rank serves the center and does not train."""
         return self._loop.session.role.serves
 
-    def steps(self, total: int | None = None) -> Generator[int, None, None]:
+    def steps(
+        self, total: int | None = None, at_center: "Callable[[Status], object] | None" = None, every: int = 1000
+    ) -> Generator[int, None, None]:
         """Yield the number of each step granted to this worker; each of 0 … total−1 is granted to one worker.
 
         On a center rank it serves until all workers are done, and yields nothing. May be called again: parameters,
@@ -238,9 +241,37 @@ class AGNOptimizer:
         called. The body calls `minimize`, `apply_gradients` or `step` once, or `skip`.
 
         Args:
-            total: steps over all workers; None (default) until the workers `break`.
+            total: steps over all workers; None (default) until the workers `break`, or one calls `stop`.
+            at_center: called with a `Status` at rank 0 while that serves, in a thread; where all ranks train, between
+                two steps. It must not call MPI. Its errors are reported, and training goes on.
+            every: steps between two calls of it; default 1000.
         """
-        return self._loop.steps(total)
+        if every <= 0:
+            raise ValueError(f"every must be a positive number of steps, not {every}")
+
+        def call(point: Point, c: Array) -> None:
+            assert at_center is not None
+            at_center(self._status(point, bring(c, self._x)))
+
+        return self._loop.steps(Asked(total, call if at_center else None, every))
+
+    def stop(self) -> None:
+        """End the loop for all, from any rank, or from `at_center`: each worker stops after its period.
+
+        With an allreduce rule only loops over `steps()` without a number: there others cannot tell it from a failure.
+        Raises RuntimeError for one with a number.
+        """
+        self._loop.stop()
+
+    @property
+    def status(self) -> "Status":
+        """How far the run is, as this rank knows it, with a copy of the center. Never blocks."""
+        return self._status(self._loop.point, bring(self._loop.session.role.c.copy(), self._x))
+
+    def _status(self, point: Point, c: Array) -> "Status":
+        center = self._loop.session.role.center
+        rate = self._loop.steps_per_second
+        return Status(*point, center.staleness_mean, rate, self._layout.views(c))
 
     def finish(self) -> None:
         """After a `break`: wait until all workers have left, and take the final center.
@@ -414,6 +445,26 @@ class AGNOptimizer:
     def _refused(self) -> None:
         if self._on_refused is not None:
             self._on_refused(self)
+
+
+class Status(NamedTuple):
+    """How far a run is.
+
+    Args:
+        step: local steps that all workers have committed.
+        clock: commits applied.
+        loss: mean over recent commits; at a worker over its own recent steps.
+        staleness: mean of all commits; known at rank 0, and where all ranks train.
+        steps_per_second: of all workers in this loop.
+        center: a copy of the center, by name.
+    """
+
+    step: int
+    clock: int
+    loss: float
+    staleness: float
+    steps_per_second: float
+    center: dict[str, Array]
 
 
 class _Arguments(NamedTuple):

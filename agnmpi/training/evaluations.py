@@ -141,6 +141,12 @@ class Evaluations:
         """End the thread, when its evaluation is done."""
         self._pool.shutdown(cancel_futures=True)
 
+    def settle(self) -> None:
+        """Wait for what is under way, if anything, and end."""
+        if self._pending is not None:
+            self._collect()
+        self.close()
+
     def _collect(self) -> None:
         assert self._pending is not None
         finished, self._pending = self._pending.result(), None
@@ -156,3 +162,21 @@ class Evaluations:
         except Exception as error:  # the user's: reported, and the training goes on
             return Evaluation(point, metrics, user_frames(error))
         return Evaluation(point, metrics)
+
+
+class AtCenter(Evaluations):
+    """Calls `call(point, c)` with a copy of the center every so many steps; its errors are given to `failed`."""
+
+    def __init__(
+        self, role: Role, every: float, call: Callable[[Point, Array], object], failed: Callable[[str], None]
+    ) -> None:
+        super().__init__(role, lambda _: {}, every, None, lambda done: failed(done.error) if done.error else None)
+        self._call = call
+        self.resumed(role.center.steps)
+
+    def _measure(self, c: Array, point: Point) -> Evaluation:
+        try:
+            self._call(point, c)
+        except Exception as error:  # the user's: reported, and the training goes on
+            return Evaluation(point, {}, user_frames(error))
+        return Evaluation(point, {})

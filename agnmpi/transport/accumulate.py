@@ -10,6 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring
+from ..core.center import PATIENCE
 from ..core.ends import Apply, Done, Handle, Polled, Summed
 from ..core.leases import NONE, Lease
 from ..core.messages import CONTINUE, DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, STOP_ALL, WORK, Commit, Reply
@@ -48,12 +49,13 @@ class AccumulateWorker(WindowsWorker):
         self._total: int | None = None
         self._period = 1
         self._loss = np.empty(1)  # kept until a flush: across hosts an Accumulate is still to be sent when it returns
-        self._sequence = self.sessions = 0
+        self._sequence = self.sessions = self._failed = 0  # failed: commits in a row
 
     def begin(self, total: int | None, period: int, _start: int = 0) -> None:
         """Begin a session of `total` steps (None: no end), leased λ = `period` at a time; collective."""
         self._total, self._period = total, period
         self.sessions += 1
+        self._failed = 0
         self.windows.begin(total)
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
@@ -66,7 +68,7 @@ class AccumulateWorker(WindowsWorker):
         elif commit.payload is not None and not commit.flags & NOT_FINITE:
             self._add(commit, commit.payload)
         elif commit.payload is not None:  # the center cannot refuse it
-            status = REFUSED
+            status, self._failed = REFUSED, self._failed + 1
             windows.add(REFUSALS, 1)
             windows.add(STEPS, commit.steps)
         if commit.requests & STOP_ALL:
@@ -76,13 +78,14 @@ class AccumulateWorker(WindowsWorker):
             windows.pull(self.wire, out)  # a race by design: others may be adding to c
         if not windows.shared:
             windows.add(READERS, -1)
-        work = self._grant() if commit.requests & WORK and head[CONTROL] != STOP else NONE
-        return Done(Reply(int(head[CLOCK]), status, int(head[CONTROL]), work, int(head[STEPS]), int(head[CHECKPOINT])))
+        control = STOP if self._failed >= PATIENCE else int(head[CONTROL])  # it leaves alone: the others may be well
+        work = self._grant() if commit.requests & WORK and control != STOP else NONE
+        return Done(Reply(int(head[CLOCK]), status, control, work, int(head[STEPS]), int(head[CHECKPOINT])))
 
     def _add(self, commit: Commit, payload: Array) -> None:
         windows, center = self.windows, self.windows.center
         windows.push(self.wire, payload, lambda piece, at: center.Accumulate(piece, CENTER, at, MPI.SUM), center)
-        self._sequence = commit.sequence
+        self._sequence, self._failed = commit.sequence, 0
         windows.add(STEPS, commit.steps)
         if commit.steps and isfinite(commit.loss):
             self._loss[0] = commit.loss * commit.steps

@@ -175,7 +175,7 @@ register(
     Transport(
         "rma",
         "one-sided windows, a mailbox at the center for each worker",
-        Capabilities(center_ranks=True, shards=True, direct=True, encodings=True),
+        Capabilities(center_ranks=True, shards=True, direct=True, encodings=True, windows=True),
         make_worker=_rma_worker,
         make_center=_rma_center,
         floor="mailbox",
@@ -185,7 +185,9 @@ register(
     Transport(
         "accumulate",
         "one-sided windows, workers sum into the center themselves",
-        Capabilities(center_ranks=True, whole_pulls=False, exact_clock=False, single_commits=False, shards=True),
+        Capabilities(
+            center_ranks=True, whole_pulls=False, exact_clock=False, single_commits=False, shards=True, windows=True
+        ),
         make_worker=_accumulate_worker,
         make_center=_accumulate_center,
         floor="sum",

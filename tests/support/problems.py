@@ -205,3 +205,34 @@ class Pools(Quadratic):
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
         assert squares == 6
         return super().gradient(params, indices)
+
+
+class ExitsAtOnce(Quadratic):
+    """The last rank ends its process without a word to MPI: in its n-th gradient, or while it loads (n = 0)."""
+
+    def __init__(self, xp=np, n=5, code=3):
+        super().__init__(xp)
+        self.left, self.code = n, code
+        self.count_down()
+
+    def count_down(self):
+        self.left -= 1
+        if self.left < 0 and on_last_rank():
+            os._exit(self.code)
+
+    def gradient(self, params, indices):
+        self.count_down()
+        return super().gradient(params, indices)
+
+
+class SlowLastEvaluation(Quadratic):
+    """The last evaluation, of parameters that have moved, takes long."""
+
+    first = True
+
+    def evaluate(self, params):
+        if not self.first:
+            Path("last").touch()
+            time.sleep(5)
+        self.first = False
+        return super().evaluate(params)

@@ -53,3 +53,31 @@ def test_a_child_ends_at_TERM_and_not_at_USR1(signals):
 def test_without_our_handlers_a_fork_changes_nothing():
     kept = lambda: int(signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL)  # noqa: E731
     assert in_a_child(kept) == 0
+
+
+def test_a_second_signal_aborts_but_not_what_is_one_press(signals, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("agnmpi.training.exits.time.monotonic", lambda: clock[0])
+    signals, aborted = signals
+    for clock[0] in (5.0, 5.1, 5.9):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert signals.received == "SIGUSR1"
+    assert not aborted
+    clock[0] = 6.5
+    signals.over()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert not aborted, "all work is done"
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert aborted == [128 + signal.SIGTERM]
+
+
+def test_after_the_end_a_signal_is_ignored(signals):
+    signals, _ = signals
+
+    def meets():
+        signals.install()
+        signals.release()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return 5
+
+    assert in_a_child(meets) == 5
