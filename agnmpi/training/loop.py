@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mpi4py import MPI
 
 from ..arrays.backend import Array, Range, bring
-from ..cluster.roles import CenterRole, HoldingRole
+from ..cluster.roles import CenterRole, HoldingRole, NodeRole
 from ..cluster.setup import Setup
 from ..core.center import PATIENCE
 from ..core.leases import Lease
@@ -258,8 +258,9 @@ class Loop(Observer):
     def _say_who_is_missing(self, pulls: int) -> None:
         session, role = self.session, self.session.role
         if role.serves:
-            late = [session.members.rank_of(worker) for worker in range(role.count) if worker not in self._met]
-            who = f"{format_ranks(late)} {'are' if len(late) > 1 else 'is'} not" if late and not session.rank else ""
+            says = not session.rank or isinstance(role, NodeRole)
+            late = [session.members.rank_of(worker) for worker in role.numbers if worker not in self._met]
+            who = f"{format_ranks(late)} {'are' if len(late) > 1 else 'is'} not" if late and says else ""
         elif role.workers[0].pulls > pulls:
             who = ""
         else:
