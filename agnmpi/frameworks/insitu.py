@@ -195,7 +195,7 @@ class Run:
         self._flags, self._sums = np.zeros(2, np.int64), np.zeros(2, np.int64)
         self._agreed: MPI.Request | None = None
         # Every rank has the center before any goes on; the barrier is for rank 0, which serves until then.
-        self._wait(lambda: self._training is None or self._training.is_due() or self._training.finished)
+        self._wait(self._has_begun)
         self._wait(self._comm.Ibarrier().Test)
         self._budget = Budget()
 
@@ -360,6 +360,10 @@ class Run:
         """At a rank that serves: serve what has arrived."""
         if self._served is not None:
             self._served.poll()
+
+    def _has_begun(self) -> bool:
+        """Whether this rank has the center; it may have no work, if the others hold it all."""
+        return self._training is None or self._training.is_due() or self._training.worker.pulls > 0
 
     def _has_left(self) -> bool:
         if self._training is not None:

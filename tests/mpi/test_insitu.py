@@ -71,6 +71,16 @@ def put_and_learn(run, calls):
         run.learn(ALWAYS, most=3)
 
 
+def test_fewer_steps_than_ranks(comm):
+    """Most ranks have no work when the run begins, and must not wait for those that have."""
+    run = insitu.Run(Mean(), comm, 5, optimizer=sgd(0.1), batch=1, steps=1)
+    while not run.done:
+        run.put(np.zeros(1), np.ones(1))
+        run.learn(ALWAYS)
+    run.close()
+    assert (run.status.all_steps, comm.allreduce(run.status.steps)) == (1, 1)
+
+
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("late", [0, 1])
 def test_no_call_waits_for_a_rank_that_does_not_call(comm, late):
