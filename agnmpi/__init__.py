@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .simulation.simulate import simulate
     from .training.agn_optimizer import AGNOptimizer
     from .training.config import Config
-    from .training.exits import Degraded, Failed, Interrupted
+    from .training.exits import Degraded, Failed, Interrupted, Unwritten
     from .training.job import train
     from .training.problem import Problem
     from .transport import registry as transports
@@ -39,6 +39,7 @@ __all__ = [
     "Optimizer",
     "Problem",
     "Rule",
+    "Unwritten",
     "__version__",
     "adagrad",
     "adam",
@@ -63,6 +64,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Degraded": (".training.exits", "Degraded"),
     "Failed": (".training.exits", "Failed"),
     "Interrupted": (".training.exits", "Interrupted"),
+    "Unwritten": (".training.exits", "Unwritten"),
     "Problem": (".training.problem", "Problem"),
     "insitu": (".frameworks.insitu", None),
     "jax": (".jax", None),

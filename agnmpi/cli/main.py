@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after `agnmpi`; None: those of this process.
 
     Returns:
-        The exit code: 0; 2 if refused before training; 1 for failures; 75 if interrupted; 76 if ranks were lost; 77 if
-        evaluations failed.
+        The exit code: 0; 2 if refused before training; 1 for failures; 69 if the watchdog ended it; 74 if the last
+        files could not be written; 75 if interrupted; 76 if ranks were lost; 77 if evaluations failed.
     """
     args, refusal = None, None
     try:
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     from ..core.backoff import Orphaned
     from ..recovery.watchdog import watch
     from ..training.abort import abort, say, say_and_abort
-    from ..training.exits import INTERRUPTED, Degraded, Failed, Interrupted
+    from ..training.exits import INTERRUPTED, UNWRITTEN, Degraded, Failed, Interrupted, Unwritten
     from ..transport.agreement import ConfigError
 
     try:
@@ -130,8 +130,8 @@ def _run(args: argparse.Namespace, world: Any, signals: Signals) -> int:
             print(f"agnmpi: error: {error}", file=sys.stderr, flush=True)
         world.Barrier()  # as above
         return 2
-    except (Interrupted, Failed) as ended:
-        code = INTERRUPTED if isinstance(ended, Interrupted) else 1
+    except (Interrupted, Failed, Unwritten) as ended:
+        code = {Interrupted: INTERRUPTED, Failed: 1, Unwritten: UNWRITTEN}[type(ended)]
         if ended.abort:
             abort(world, code)
         if fault_tolerant():
@@ -190,7 +190,7 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     if args.command == "doctor":
         from . import doctor
 
-        return doctor.main(world, args.period, args.probe, args.json)
+        return doctor.main(world, args.period, args.probe, args.json, args.encodings)
     if args.command.startswith("bench"):
         return _bench(args, world)
     if args.command == "simulate":

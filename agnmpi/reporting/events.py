@@ -8,6 +8,8 @@ from math import fsum, isfinite, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..recovery.files import LineFile
+
 
 def json_safe(value: Any) -> Any:
     """Return `value` with NaN and infinities, which JSON lacks, as None.
@@ -25,19 +27,27 @@ def json_safe(value: Any) -> Any:
 class JsonLines:
     """A file of one JSON object per line; each line is flushed, so a killed run leaves complete lines.
 
-    `then`: takes each object, too.
+    Args:
+        path: the file.
+        then: takes each object, too.
+        say: called where the disk fails, and when that is over; lines are missing then, and none raises.
     """
 
-    def __init__(self, path: Path, then: Callable[[Mapping[str, Any]], object] = bool) -> None:
-        self._file, self._then = path.open("a", encoding="utf-8"), then
+    def __init__(
+        self,
+        path: Path,
+        then: Callable[[Mapping[str, Any]], object] = bool,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._file, self._then = LineFile(path, say), then
         self._start = time.monotonic()
 
     def write(self, event: str, **values: Any) -> None:
         """Append an event with the time (seconds since 1970) and the seconds since the start."""
         stamp = {"event": event, "time": round(time.time(), 3), "seconds": self.seconds()}
         line = json_safe(stamp | values)
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        if missing := self._file.write(json.dumps(line, allow_nan=False) + "\n"):
+            self.write("unwritten", lines=missing)
         self._then(line)
 
     def seconds(self) -> float:

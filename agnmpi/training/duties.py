@@ -1,6 +1,7 @@
 """A serving rank's other duties: display, events, evaluations, record, checkpoints, silent workers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from ..cluster.roles import CenterRole, HoldingRole, NodeRole, Role, ShardRole
 from ..core.batches import Plan
 from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout
-from ..recovery.checkpoint import prune
+from ..recovery.checkpoint import folder, prune
 from ..recovery.cut import ConsistentCut, MPIMail
 from ..recovery.saver import CenterSaver
 from ..recovery.silent_workers import SilentWorkers
@@ -97,7 +98,11 @@ class Duties:
             if commit.requests & LEAVE:
                 self._silent.excused(commit.worker)
         if self._recorder is not None:
-            self._recorder(commit, reply)
+            try:
+                self._recorder(commit, reply)
+            except OSError as error:
+                self.end_record()
+                self._run.say(f"WARNING: the record ends here, and cannot be replayed ({error}); training goes on")
 
     def tick(self, stop_signal: str | None) -> None:
         """Call between two messages; `stop_signal`: name of the signal that asks the run to stop."""
@@ -128,12 +133,21 @@ class Duties:
         if self._saver is not None:
             self._saver.save(self._own_center())
 
-    def save_last(self, steps: int) -> None:
-        """Write the last checkpoint, after `steps` steps."""
-        if self._saver is not None:
-            self._saver.save(self._own_center(), steps)
-            self._saver.finish()
-            self._saver = None
+    def save_last(self, steps: int) -> bool:
+        """Write the last checkpoint, after `steps` steps, if any are; whether that has succeeded."""
+        saver, self._saver = self._saver, None
+        if saver is None:
+            return True
+        saver.save(self._own_center(), steps)
+        saver.finish()
+        return saver.last == folder(self._run.directory, steps)
+
+    def keep_config(self) -> None:
+        """Write the configuration again, if the run's directory was removed: without it nobody could resume."""
+        if self.first and not (self._run.directory / "config.toml").exists():
+            with suppress(OSError):  # whoever writes next says so
+                self._run.directory.mkdir(parents=True, exist_ok=True)
+                write_config(self._run.directory, self._config)
 
     def prune(self) -> None:
         """Remove checkpoints older than those to keep."""
@@ -143,7 +157,8 @@ class Duties:
     def end_record(self) -> None:
         """The record ends: nothing more is served."""
         if self._recorder is not None:
-            self._recorder.close()
+            with suppress(OSError):
+                self._recorder.close()
             self._recorder = None
 
     def change_role(self, role: Role) -> None:
@@ -199,6 +214,7 @@ class Duties:
 
     def _facts(self) -> dict[str, Any]:
         """A checkpoint's facts beside those of the center."""
+        self.keep_config()
         run, session = self._run, self._run.session
         return {
             "agnmpi": __version__,

@@ -34,7 +34,7 @@ from ..transport.agreement import ConfigError, allgather, format_ranks, raise_on
 from .abort import forked, say_and_abort
 from .config import Config, load
 from .duties import Duties, Run
-from .exits import DEGRADED, Degraded, Failed, Interrupted, Signals
+from .exits import DEGRADED, UNWRITTEN, Degraded, Failed, Interrupted, Signals, Unwritten
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor, OnEvent
 from .outputs import finish_run, introduction, node_centers_lines, run_directory, save_center, write_result
@@ -71,6 +71,7 @@ def train(
     Raises:
         ConfigError: on every rank, for an invalid configuration, before training.
         Interrupted: on every rank, if one of `signals` has asked the run to stop.
+        Unwritten: on every rank, if the last checkpoint or the result could not be written.
         Failed: on every rank, if the problem's code has failed on one: the cause there.
         Degraded: on every surviving rank, if ranks were lost.
     """
@@ -125,7 +126,7 @@ class Job(Observer):
         self.session: Session
         self.duties: Duties | None = None  # at a rank that serves, or rank 0
         self.directory = Path()
-        self.complete = self.interrupted = False  # complete: before it was resumed
+        self.complete = self.interrupted = self.unwritten = False  # complete: before it was resumed
         self.failure: Exception | None = None  # of the user's code, on this rank
         self._failed = list[int]()  # ranks on which the user's code has failed
         self.result: Result | None = None
@@ -165,18 +166,22 @@ class Job(Observer):
             raise
         threads = [int(text) for text in allgather(self.world, str(blas_threads()))] if config.record else []
         self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
-        if self.rank == 0:
-            centers = list(map(self.name, self.centers))
-            lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers, self.setup)
-            lines += node_centers_lines(config, [(self.name(node), len(of)) for node, *of in self.setup.nodes])
-            if caveat := session.role.caveat:
-                lines.append(f"WARNING: {caveat}")
-            begins = lines + self._announcements, threads[-session.role.count :]
-            self.duties = Duties(self._run(), begins=begins)
-            if resumed is not None:
-                self.duties.monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
-        elif session.role.serves:
-            self.duties = Duties(self._run(), first=False)
+        self.duties = raise_on_all(self.world, lambda: self._begin_duties(threads))
+        if resumed is not None and self.duties is not None and self.duties.first:
+            self.duties.monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
+
+    def _begin_duties(self, threads: Sequence[int]) -> Duties | None:
+        """The duties of this rank, if it has any; raises OSError where the run's files cannot be opened."""
+        config, plan, session = self.config, self.plan, self.session
+        if self.rank:
+            return Duties(self._run(), first=False) if session.role.serves else None
+        centers = list(map(self.name, self.centers))
+        lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers, self.setup)
+        lines += node_centers_lines(config, [(self.name(node), len(of)) for node, *of in self.setup.nodes])
+        if caveat := session.role.caveat:
+            lines.append(f"WARNING: {caveat}")
+        begins = lines + self._announcements, threads[-session.role.count :]
+        return Duties(self._run(), begins=begins)
 
     def _run(self) -> Run:
         consistent = len(self.centers) < 2 or self.setup.transport.capabilities.single_commits
@@ -396,17 +401,22 @@ class Job(Observer):
 
     def _conclude(self) -> None:
         session = self.session
-        self._last_checkpoint()
+        written = self._last_checkpoint()
         if self.duties is not None and self.duties.first and not self._all_lost():
-            if self.interrupted:
-                save_center(self.directory, self.config, self.layout, session.role)
-            else:
-                self._write_result(self.duties.monitor)
-        if session.failover is not None or session.members.lost:
-            wait_until(session.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another rank writes it
+            self.duties.keep_config()
+            try:
+                if self.interrupted:
+                    save_center(self.directory, self.config, self.layout, session.role)
+                else:
+                    self._write_result(self.duties.monitor)
+            except OSError as error:
+                written = False
+                self.say(f"WARNING: the result could not be written ({error})")
+        # As a barrier, too: if rank 0 dies before all is written, another rank writes it.
+        self.unwritten = "False" in allgather(session.comm, str(written))
 
-    def _last_checkpoint(self) -> None:
-        """Save the final state, and find out whether the run was asked to stop."""
+    def _last_checkpoint(self) -> bool:
+        """Save the final state, and find out whether the run was asked to stop; whether all of it is written here."""
         comm, role = self.session.comm, self.session.role
         if self.duties is not None:
             self.duties.end_record()
@@ -427,11 +437,11 @@ class Job(Observer):
             self.signals.over()
         for saver in self._worker_savers:
             saver.finish(steps if saver.worker in role.workers else None)
-        if self.duties is not None:
-            self.duties.save_last(steps)
+        written = self.duties is None or self.duties.save_last(steps)
         wait_until(comm.Ibarrier().Test)
         if self.duties is not None:
             self.duties.prune()  # again: now the other centers have written theirs
+        return written
 
     def _write_result(self, monitor: Monitor) -> None:
         lost = sorted(self.session.members.lost)
@@ -475,8 +485,13 @@ class Job(Observer):
                 monitor.say(f"{what} at step {center.steps} of {self.plan.steps}; {hint}")
             if self._failed:
                 raise Failed(format_ranks(self._failed), abort) from self.failure
+        if self.unwritten and self.rank == session.members.alive[0]:
+            self.say(f"WARNING: not all is on the disk that should be: exit code {UNWRITTEN}")
+        if members.lost and not self.interrupted:  # MPI cannot be finalized after a rank was lost
+            raise Degraded(UNWRITTEN if self.unwritten else DEGRADED, abort)
+        if self.unwritten:
+            raise Unwritten(abort)
+        if self.interrupted:
             raise Interrupted(abort)
-        if members.lost:  # MPI cannot be finalized after a rank was lost
-            raise Degraded(DEGRADED, abort)
         session.comm.Free()
         return self.result

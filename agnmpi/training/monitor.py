@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from math import nan
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -60,7 +61,7 @@ class Monitor:
         self.console = console()
         self._live = self.console.is_terminal
         self._writers = Writers(directory, config.writer_names, on_event, self.say)
-        self._events = JsonLines(directory / "events.jsonl", self._writers.write)
+        self._events = JsonLines(directory / "events.jsonl", self._writers.write, self.say)
         self._done = dict[int, list[int]]()  # steps and commits, by worker
         self._done_at = 0.0  # seconds at the last event with these
         self._progress = Bar(
@@ -77,7 +78,8 @@ class Monitor:
         """Print a line, with the date where the output is not a terminal."""
         stamp = "" if self._live else time.strftime("%Y-%m-%d %H:%M:%S ")
         style = "bold yellow" if line.startswith("WARNING") else None
-        self.console.print(stamp + line, style=style, markup=False, soft_wrap=True)
+        with suppress(OSError):  # the output, too, may go to a full disk
+            self.console.print(stamp + line, style=style, markup=False, soft_wrap=True)
 
     def start(self, initial: Array | None = None) -> None:
         """The training begins; from these parameters (n,), which are evaluated first, unless it goes on."""
@@ -233,12 +235,12 @@ class Monitor:
         return rates
 
     def _write_workers(self, last: bool = False) -> None:
-        """Write what each worker has done: each 5 s at first, then ever more rarely, so that the file stays small."""
+        """Write what each worker, or node center, has done: each 5 s at first, then ever more rarely."""
         elapsed = time.monotonic() - self._start
         if not last and elapsed - self._done_at < max(5.0, elapsed / 100):
             return
         self._done_at = elapsed
-        done = [self._done.get(worker, [0, 0]) for worker in range(self.evaluations.role.count)]
+        done = [self._done.get(worker, [0, 0]) for worker in self.evaluations.role.numbers]
         self._events.write("workers", steps=[steps for steps, _ in done], commits=[commits for _, commits in done])
 
     def _time_left(self) -> str:

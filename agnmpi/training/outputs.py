@@ -98,7 +98,11 @@ def conclude(
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write the final center, evaluate it, and write the result, with `extra` fields; returns it."""
-    save_center(directory, config, layout, role)
+    failure: OSError | None = None
+    try:
+        save_center(directory, config, layout, role)
+    except OSError as error:  # raised when all else is done
+        failure = error
     result = {
         "problem": config.problem,
         "rule": config.rule,
@@ -115,6 +119,8 @@ def conclude(
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
     write_result(directory, result)
+    if failure is not None:
+        raise failure
     return result
 
 
