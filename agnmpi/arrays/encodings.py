@@ -1,5 +1,7 @@
 """Encodings: how a vector is written on the wire, as it is or in fewer bytes; by NumPy, by numba, or on the device.
 
+On the host the threads of `kernels.set_threads` share a long vector; bits do not depend on their number.
+
 Pure functions of their arguments. A block of numbers is a block of bytes, one behind the other: whole blocks of the
 vector are a contiguous range of the message, and may be sent, encoded and decoded piece by piece.
 """
@@ -13,10 +15,9 @@ import numpy as np
 
 from . import device_encodings, host_encodings
 from .backend import Array, blocks, empty, on_host
-from .device_kernels import launch
 from .host_encodings import FORMATS, GOLDEN64, mix64
 from .host_kernels import find_numba
-from .kernels import all_finite
+from .kernels import OnBlock, all_finite, run, share
 
 
 def rounding_key(seed: int, sender: int, count: int) -> int:
@@ -155,7 +156,16 @@ class Encoding:
         if self.exact:
             return _copy(x, out.view(x.dtype), residual, new_residual)
         kernels = _kernels(x)
-        return bool(kernels.encode(self.name, x, out, residual, new_residual, key, first))
+
+        def work(lo: int, hi: int) -> bool:
+            old, new = (None if v is None else v[lo:hi] for v in (residual, new_residual))
+            return bool(kernels.encode(self.name, x[lo:hi], self._bytes(out, lo, hi), old, new, key, first + lo))
+
+        return all(share(work, [(0, x.size)], multiple=self.block)) if on_host(x) else work(0, x.size)
+
+    def _bytes(self, wire: Array, lo: int, hi: int) -> Array:
+        """The bytes of the numbers lo … hi−1: whole blocks, or to the end."""
+        return wire[self.nbytes(lo) : self.nbytes(hi)]
 
     def decode(self, data: Array, out: Array) -> None:
         """Write the numbers of `data`, bytes (nbytes(n, out.dtype),), into `out` (n,): whole blocks, or to the end.
@@ -166,30 +176,44 @@ class Encoding:
         self._require(out, data)
         if self.exact:
             out[...] = data.view(out.dtype)
-        else:
-            _kernels(out).decode(self.name, data, out)
+            return
+        kernels = _kernels(out)
 
-    def decode_add(self, data: Array, c: Array, weight: float = 1.0) -> None:
+        def work(lo: int, hi: int) -> None:
+            kernels.decode(self.name, self._bytes(data, lo, hi), out[lo:hi])
+
+        if on_host(out):
+            share(work, [(0, out.size)], multiple=self.block)
+        else:
+            work(0, out.size)
+
+    def decode_add(self, data: Array, c: Array, weight: float = 1.0, on_block: OnBlock | None = None) -> None:
         """Add `data` to `c` (n,): c = c + weight·decoded, in one pass; equal to decoding, then adding.
 
         Args:
             data: Bytes (nbytes(n, c.dtype),), uint8.
             c: Vector (n,), moved in place.
             weight: Rounded to c's dtype.
+            on_block: Called as `on_block(stop)`, in order, whenever c is done up to there.
 
         Raises:
             ValueError: As for `encode`.
         """
         self._require(c, data)
-        if not self.exact:
-            _kernels(c).decode_add(self.name, data, c, weight)
+        if self.exact:
+            run("add", [data.view(c.dtype)], [weight], [c], on_block=on_block)
             return
-        numbers, factor = data.view(c.dtype), c.dtype.type(weight)
-        if not on_host(c):
-            launch("add", numbers, weight, c)
+        kernels = _kernels(c)
+
+        def work(lo: int, hi: int) -> None:
+            kernels.decode_add(self.name, self._bytes(data, lo, hi), c[lo:hi], weight)
+
+        if on_host(c):
+            share(work, [(0, c.size)], on_block, self.block)
             return
-        for part in blocks(c):
-            c[part] += numbers[part] if factor == 1 else numbers[part] * factor
+        work(0, c.size)
+        if on_block:
+            on_block(c.size)
 
     def _require(self, x: Array, wire: Array, *others: Array | None) -> None:
         """Raise ValueError unless `wire` holds vectors such as x, and the others are such."""

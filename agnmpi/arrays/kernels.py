@@ -6,7 +6,9 @@ piece is moved by numba, where that is installed and the vector is long, else by
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from itertools import pairwise
 from math import sqrt
 from typing import TypeAlias, TypeVar
 
@@ -58,25 +60,27 @@ def threads() -> int:
     return _threads
 
 
-def _pieces(ranges: Sequence[Range]) -> Iterator[Range]:
-    """Cut each range into equal pieces of PIECE or less: how, does not depend on the number of threads."""
+def _pieces(ranges: Sequence[Range], multiple: int) -> Iterator[Range]:
+    """Cut each range into equal pieces of about PIECE: how, does not depend on the number of threads."""
     for lo, hi in ranges:
         count = -(-(hi - lo) // PIECE)
-        for i in range(count):
-            yield lo + (hi - lo) * i // count, lo + (hi - lo) * (i + 1) // count
+        ends = [lo + (hi - lo) * i // count // multiple * multiple for i in range(count)] + [hi]
+        yield from pairwise(ends)
 
 
-def _share(
-    work: Callable[[int, int], Result], ranges: Sequence[Range], on_block: OnBlock | None = None
+def share(
+    work: Callable[[int, int], Result], ranges: Sequence[Range], on_block: OnBlock | None = None, multiple: int = 1
 ) -> list[Result]:
     """Do `work(start, stop)` for the pieces of `ranges` on all threads; returns the results in order.
+
+    Pieces begin at multiples of `multiple` from the start of their range. Several threads may call this at once.
 
     `on_block(stop)` is called by this thread, in order, when all pieces up to there are done.
     """
     helpers = min(_threads, -(-sum(hi - lo for lo, hi in ranges) // PIECE)) - 1
     if _pool is None or helpers < 1:
-        return [_report(work(lo, hi), hi, on_block) for lo, hi in _pieces(ranges)]
-    pieces = list(_pieces(ranges))
+        return [_report(work(lo, hi), hi, on_block) for lo, hi in _pieces(ranges, multiple)]
+    pieces = list(_pieces(ranges, multiple))
     waiting = iter(enumerate(pieces))  # whoever is free takes the next: a thread that is held up takes fewer
     results: dict[int, Result] = {}
     reported = 0
@@ -91,13 +95,20 @@ def _share(
             _report(None, pieces[reported][1], on_block)
             reported += 1
 
-    others = [_pool.submit(help_out) for _ in range(helpers)]
+    others = list[Future[None]]()
     try:
+        with suppress(
+            RuntimeError
+        ):  # the interpreter ends, and starts no threads; a loop that was not closed still can
+            others += [_pool.submit(help_out) for _ in range(helpers)]
         for i, piece in waiting:
             results[i] = work(*piece)
             report()
     finally:
-        wait(others)  # whatever was raised here: nobody writes to the vectors any more
+        # Those that are still busy for another caller are not waited for. Whatever was raised here: nobody writes to
+        # the vectors any more.
+        others = [other for other in others if not other.cancel()]
+        wait(others)
     for other in others:
         other.result()
     report()
@@ -149,7 +160,7 @@ def run(
         finite: bool | None = kernel(*(v[lo:hi] for v in inputs), *numbers, *(v[lo:hi] for v in moved))
         return finite
 
-    return _all_known(_share(work, ranges, on_block))
+    return _all_known(share(work, ranges, on_block))
 
 
 def _by_numpy(
@@ -184,7 +195,7 @@ def all_finite(x: Array) -> bool:
     if not on_host(x):
         return bool(partial_results("finite", x).all())
     if _is_for_numba(x) and (kernel := compiled("finite")):
-        return all(_share(lambda lo, hi: bool(kernel(x[lo:hi])), [(0, x.size)]))
+        return all(share(lambda lo, hi: bool(kernel(x[lo:hi])), [(0, x.size)]))
     return all(block_is_finite(x[part]) for part in blocks(x))
 
 
@@ -198,7 +209,7 @@ def global_norm(g: Array, ranges: Sequence[Range]) -> float:
         kernel = compiled("squares") if _is_for_numba(g) else None
         if kernel is None:  # in one thread: calls of NumPy that are this short only wait for each other
             return sqrt(sum(_sum_of_squares(g, lo, hi) for lo, hi in ranges))
-        return sqrt(sum(_share(lambda lo, hi: float(kernel(g[lo:hi])), ranges)))
+        return sqrt(sum(share(lambda lo, hi: float(kernel(g[lo:hi])), ranges)))
     sums = [partial_results("squares", g[lo:hi]).sum() for lo, hi in ranges]
     return sqrt(float(sum(sums[1:], sums[0]))) if sums else 0.0
 

@@ -209,6 +209,8 @@ def main(comm: MPI.Intracomm, config: Config, options: Options) -> int:
         raise ConfigError("one rank has nobody to exchange with; type: mpiexec -n 3 python -m agnmpi bench PROBLEM")
     if not options.seconds > 0:
         raise ConfigError(f"--seconds must be positive, not {options.seconds}")
+    if config.node_centers:
+        raise ConfigError("bench measures exchanges of workers with the center: leave out node_centers")
     write = json_file(comm, options.json)
     comm = comm.Dup()
     config = raise_on_all(comm, config.complete)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # Fixed values of options of `train`: in a simulation, and where a problem is measured, with each transport.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
 BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "overlap": False, "dylu": False, "record": False}
+OFFLINE = ("export", "evaluate", "runs", "report")  # commands of one process, without MPI
 _GROUPS = {
     "rule": "rule of exchange",
     "transport": "transport",
@@ -84,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     _add_bench_utilisation(commands)
     _add_bench_problem(commands)
     _add_doctor(commands)
+    _add_models(commands)
+    _add_reports(commands)
     return top
 
 
@@ -185,7 +189,46 @@ def _add_doctor(commands: Any) -> None:
     )
     doctor.add_argument("--period", type=int, default=10, help="communication period λ, for the advice")
     doctor.add_argument("--probe", action="store_true", help="try device pointers again, whatever is remembered")
+    doctor.add_argument(
+        "--encodings", action="store_true", help="measure what encoding takes here, and say on which link it pays"
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_models(commands: Any) -> None:
+    source = "a run; or RUN/checkpoints/step-N, RUN/best.safetensors"
+    export = commands.add_parser(
+        "export",
+        help="write the model of a run, or of a checkpoint, to a file",
+        description="Write the parameters by name: of a run's end, or of its newest checkpoint. Needs no MPI.",
+    )
+    export.add_argument("run", metavar="RUN", help=source)
+    export.add_argument("file", metavar="FILE", help="a new file that ends in .safetensors or .npz")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="evaluate the model of a run, or of a checkpoint",
+        description="Create the run's problem, and print as JSON what its `evaluate` says of the model. Needs no MPI.",
+    )
+    evaluate.add_argument("run", metavar="RUN", help=source)
+    evaluate.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute")
+
+
+def _add_reports(commands: Any) -> None:
+    runs = commands.add_parser(
+        "runs",
+        help="list runs: how they ended, their metrics, what differs",
+        description="A line for each run: state, workers, time, metrics, and the options in which the runs differ. "
+        "Needs no MPI.",
+    )
+    runs.add_argument("directories", nargs="*", default=["runs"], metavar="DIR", help="runs, or what holds them")
+    report = commands.add_parser(
+        "report",
+        help="write a page with figures about a run, or several side by side",
+        description="Write one HTML page: learning curves, throughput, staleness, workers, what happened, options. "
+        "It needs no other file and no network. Needs no MPI.",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="runs, or directories that hold them")
+    report.add_argument("-o", "--output", metavar="FILE", help="the page [default: report.html in, or beside, the run]")
 
 
 def _add_train(commands: Any) -> None:
@@ -310,4 +353,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     except SystemExit as request:
         if request.code in (0, None):
             raise HelpAsked(output.getvalue()) from None
-        raise ArgumentsRefused(output.getvalue()) from None
+        raise ArgumentsRefused(_with_suggestions(output.getvalue())) from None
+
+
+def _with_suggestions(message: str) -> str:
+    """A refusal with the options that misspelt ones are like.
+
+    >>> _with_suggestions("agnmpi: error: unrecognized arguments: --perod 3")
+    'agnmpi: error: unrecognized arguments: --perod 3; did you mean --period?\\n'
+    """
+    _, found, words = message.rpartition("unrecognized arguments: ")
+    known = [
+        f"--{other}".replace("_", "-")
+        for o in (Config, Timing)
+        for f in fields(o)
+        for other in (f.name, *f.metadata["also"])
+    ]
+    unknown = [word.partition("=")[0] for word in words.split() if word.startswith("--")] if found else []
+    near = [match for word in unknown for match in difflib.get_close_matches(word, known, 1)]
+    return f"{message.rstrip()}; did you mean {', '.join(near)}?\n" if near else message

@@ -6,26 +6,39 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 from rich.table import Table
 
 from ..arrays.backend import device_count
+from ..arrays.kernels import set_threads
+from ..bench import encodings
 from ..cluster import probe
-from ..cluster.placement import check_world, fault_tolerant, hosts, one_center_per_host, place, unused_devices
+from ..cluster.placement import (
+    check_world,
+    fault_tolerant,
+    hosts,
+    one_center_per_host,
+    place,
+    same_host,
+    unused_devices,
+)
 from ..cluster.setup import LEVELS
 from ..core.backoff import wait_until
 from ..core.rules import agn
 from ..reporting.advice import advice
 from ..transport.agreement import ConfigError, allgather, format_ranks
+from ..transport.windows import Windows
 from ..version import __version__, mpi_library
 
 
 def _wire(comm: MPI.Comm, devices: int, again: bool) -> str:
     """How vectors on a device would travel from this rank, and why; one rank of each host tries it. Collective."""
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node = same_host(comm)
     if devices and node.rank == 0 and (again or probe.recall() is None):
         probe.remember(probe.run())
     wait_until(node.Ibarrier().Test)
@@ -37,6 +50,18 @@ def _wire(comm: MPI.Comm, devices: int, again: bool) -> str:
     except ValueError as error:
         return f"refused: {error}"
     return f"{'direct' if answer.direct else 'staged'}: {answer.why}"
+
+
+def _windows(comm: MPI.Comm) -> str:
+    """How fast windows are here, found out by a trial; collective."""
+    if comm.size == 1 or len(set(hosts(comm))) > 1:
+        return ""  # across hosts they are as slow as the network
+    try:
+        windows = Windows(comm, np.zeros(1, np.float32), 0)
+    except ConfigError as error:
+        return str(error)
+    windows.free()
+    return windows.caveat or "windows are shared memory: transports rma and accumulate are fast on this host"
 
 
 def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
@@ -69,7 +94,7 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
     for key in ("library", "agnmpi"):
         if len({rank[key] for rank in ranks}) > 1:
             problems.append(f"the ranks run different versions of {key}: use one environment on all hosts")
-    hints = []
+    hints = [windows] if (windows := _windows(comm)) else []
     if comm.size == 1:
         hints.append("one rank: a rule with a center needs two or more; type: mpiexec -n 4 python -m agnmpi doctor")
     bin_dir = str(Path(sys.executable).parent)
@@ -100,17 +125,51 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
     }
 
 
+def _encodings(comm: MPI.Comm, threads: int) -> list[str]:
+    """On which link which encoding pays, measured with `threads` at rank 0, and that to another host; collective."""
+    link = _gigabits(comm)
+    if comm.rank:
+        return []
+    set_threads(threads)
+    costs = encodings.measured_costs()
+    if link is None:
+        return encodings.advice(costs)
+    lines = encodings.advice(costs, [link])
+    return [lines[0], f"{lines[1]} (the link between the first two hosts, measured)", *lines[2:]]
+
+
+def _gigabits(comm: MPI.Comm, nbytes: int = 4 << 20, rounds: int = 5) -> float | None:
+    """Gbit/s from rank 0 to the first rank on another host, at rank 0; None if there is none. Collective."""
+    names = hosts(comm)
+    other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
+    if other is None or comm.rank not in (0, other):
+        return None
+    numbers, answer, taken = np.zeros(nbytes, np.uint8), np.zeros(1, np.uint8), []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        if comm.rank == 0:
+            wait_until(comm.Isend(numbers, other).Test)
+            wait_until(comm.Irecv(answer, other).Test)
+        else:
+            wait_until(comm.Irecv(numbers, 0).Test)
+            wait_until(comm.Isend(answer, 0).Test)
+        taken.append(time.perf_counter() - start)
+    return 8e-9 * nbytes / min(taken)
+
+
 def _no_device() -> str:
     if importlib.util.find_spec("cupy") is None:
         return "CPU only: CuPy is not installed; for NVIDIA GPUs type: pip install cupy-cuda12x (or 13x)"
     return "CPU only: CuPy is installed but finds no CUDA device or driver here (nvidia-smi tells)"
 
 
-def main(comm: MPI.Comm, period: int, again: bool, as_json: bool) -> int:
+def main(comm: MPI.Comm, period: int, again: bool, as_json: bool, with_encodings: bool = False) -> int:
     """Print the report on rank 0; returns 1 if something is wrong, else 0."""
     if period < 1:
         raise ConfigError(f"period must be at least 1, not {period}")
     report = examine(comm, period, again)
+    if with_encodings:
+        report["advice"] += _encodings(comm, report["ranks"][0]["blas_threads"])
     if comm.rank == 0:
         print(json.dumps(report, indent=2)) if as_json else _show(report)
     return 1 if report["problems"] else 0

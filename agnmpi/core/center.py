@@ -1,6 +1,8 @@
 """The center's state, and the loop of a center rank."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from ..arrays.backend import Array, bring, host_copy
@@ -19,6 +21,7 @@ from .messages import (
     PULL,
     REFUSED,
     STOP,
+    STOP_ALL,
     WAIT,
     WORK,
     Commit,
@@ -29,6 +32,9 @@ from .observer import Observer
 from .optimizers import Optimizer
 from .rules import CommitInfo, Rule, center_step
 
+PATIENCE = 10  # refused commits in a row after which nobody hopes any more
+_NAMED = (5, 50, 500, 5000)  # refusals of a worker in a row at which it is named
+
 
 class Center:
     """The center's state beside the center variable itself, which its end holds.
@@ -38,7 +44,7 @@ class Center:
         like: the center variable (n,), or a vector like it.
         workers: their number n.
         optimizer: the center optimizer, None to add.
-        patience: periods in a row whose commits were refused, after which the run ends.
+        patience: periods in a row whose commits were refused, after which the run ends, unless others are at work.
         observer: of commits, replies, and work that is given up.
 
     >>> import numpy as np
@@ -53,7 +59,7 @@ class Center:
     """
 
     def __init__(
-        self, rule: Rule, like: Array, workers: int, optimizer: Optimizer | None = None, patience: int = 10,
+        self, rule: Rule, like: Array, workers: int, optimizer: Optimizer | None = None, patience: int = PATIENCE,
         observer: Observer = Observer(),  # noqa: B008
     ) -> None:  # fmt: skip
         self.rule, self.workers, self.optimizer, self.patience = rule, workers, optimizer, patience
@@ -73,8 +79,13 @@ class Center:
         self.given_up = 0  # steps that are never granted again
         self.refused = 0  # commits
         self.dropped = 0  # commits that weighed nothing
+        self.nodes: AbstractSet[int] = frozenset()  # workers that are node centers: they commit sums, weighed there
         self._refused_in_a_row = set[int]()  # periods, by first step, since the last commit that was not refused
+        self._failing = Counter[int]()  # by worker: its commits refused since its last good one
+        self._good = set[int]()  # workers whose last commit was good
         self._released = set[int]()  # workers whose leases were taken back
+        self._samples = dict[int, int]()  # of workers with data of their own
+        self._all_samples = 0  # their sum
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
         self.served = self.session = 0  # messages; sessions begun
@@ -110,7 +121,12 @@ class Center:
         """
         status, leases = OK, self.leases
         self.waiting.discard(commit.worker)
-        has_delta = commit.payload is not None or bool(commit.flags & MISFIT)
+        is_sum = commit.commits != 1 or bool(commit.parts)
+        if is_sum and commit.worker not in self.nodes and not self.rule.allreduce:
+            commit = commit._replace(commits=1, parts=(), flags=commit.flags | MISFIT)
+        if commit.requests & STOP_ALL:
+            self.control = STOP
+        has_delta = commit.payload is not None or bool(commit.flags & (MISFIT | NOT_FINITE))
         if has_delta:
             status = self._receive(commit, c)
         elif leases and commit.requests & WORK and commit.total != leases.encoded_total:
@@ -150,7 +166,8 @@ class Center:
             return self.control, NONE
         # A worker that may wait leaves steps at which it has failed to the others, as long as others are at work.
         skip_failed = self.idle_workers_wait and (leases.held or not commit.requests & IDLE)
-        work = leases.grant(commit.worker, skip_failed)
+        periods = max(1, commit.wanted) if commit.worker in self.nodes else 1
+        work = leases.grant(commit.worker, skip_failed, periods)
         waits = work == NONE and self.idle_workers_wait and (leases.held or leases.free)
         return WAIT if waits else self.control, work
 
@@ -172,26 +189,41 @@ class Center:
         self.processed[commit.worker] = max(self.processed.get(commit.worker, 0), commit.sequence)
         if not self.rule.allreduce and commit.sequence <= self.applied[commit.worker]:
             return DUPLICATE
-        done = Lease(commit.first_step, commit.steps)
-        if commit.worker in self._released and self.leases and not self.leases.holds(commit.worker, done):
+        leases = self.leases
+        if commit.worker in self._released and leases and not leases.holds(commit.worker, commit.leases[0]):
             self.dropped += 1  # its lease went to another worker while it was silent
             return DROPPED
         if commit.flags & (NOT_FINITE | MISFIT):
-            self._refuse(commit, done, c.nbytes)
+            for done in self._parts(commit):
+                self._refuse(commit, done, c.nbytes)
             return REFUSED
         self._refused_in_a_row.clear()
+        self._good.add(commit.worker)
+        self._failing.pop(commit.worker, None)
+        if commit.samples:
+            self._all_samples += commit.samples - self._samples.get(commit.worker, 0)
+            self._samples[commit.worker] = commit.samples
         weight = self.weight(commit)
         if not weight:
             self.dropped += 1
-            if self.leases:
-                self.leases.release(commit.worker, done)
+            if leases:
+                for done in self._parts(commit):
+                    leases.release(commit.worker, done)
             return DROPPED
-        if self.leases:
-            self.leases.commit(commit.worker, done)  # before the step: a commit without a lease must not move c
+        if leases:  # before the step: a commit without a lease must not move c
+            for done in self._parts(commit):
+                leases.commit(commit.worker, done)
         self._step(commit, c, weight)
         if not self.rule.allreduce:
             self.applied[commit.worker] = commit.sequence
         return OK
+
+    def _parts(self, commit: Commit) -> Iterator[Lease]:
+        """The steps in a commit, each part a lease of its worker."""
+        for done in commit.leases:
+            if self.leases and commit.worker in self.nodes:
+                self.leases.carve(commit.worker, done)
+            yield done
 
     def _refuse(self, commit: Commit, done: Lease, nbytes: int) -> None:
         leases = self.leases
@@ -199,17 +231,26 @@ class Center:
         if self.rule.allreduce:  # all ranks refuse alike, and go on to the next round
             self.steps += commit.steps
             self._refused_in_a_row.add(self.refused)
-        elif commit.steps:  # a period that fails repeatedly counts once; without steps another one has failed
-            self._refused_in_a_row.add(commit.first_step)
+        elif done.steps:  # a period that fails repeatedly counts once; without steps another one has failed
+            self._refused_in_a_row.add(done.first)
         if leases and leases.refuse(commit.worker, done):
             self.given_up += done.steps
             self.observer.given_up(done)
-        in_a_row = len(self._refused_in_a_row)
-        if in_a_row < self.patience and not (leases and leases.total and leases.given_up == leases.total):
+        self._good.discard(commit.worker)
+        self._failing[commit.worker] += 1
+        in_a_row, failures = len(self._refused_in_a_row), self._failing[commit.worker]
+        if failures in _NAMED and self.workers > 1 and not self.rule.allreduce:
+            self.observer.failing(commit.worker, failures)
+        nothing_is_left = bool(leases and leases.total and leases.given_up == leases.total)
+        if not nothing_is_left and (in_a_row < self.patience or (leases and leases.holders - self._failing.keys())):
             return
+        if self._good and not nothing_is_left:  # the others are done: they keep what they have
+            self.control = STOP
+            return
+        sender = "node center" if commit.worker in self.nodes else "worker"
         raise RuntimeError(
-            f"{in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
-            f"{commit.first_step}): "
+            f"{in_a_row} commits in a row were refused, the last from {sender} {commit.worker} (steps from "
+            f"{done.first}): "
             + (
                 f"it is no commit to this model: {commit.nbytes} bytes, the center has {nbytes}"
                 if commit.flags & MISFIT
@@ -269,20 +310,36 @@ class Center:
             self.state = self.optimizer.restore(self.state, arrays, int(facts["center_optimizer_step"]))
 
     def weight(self, commit: Commit) -> float:
-        """The weight of `commit` by the rule, were it applied now; 0: drop it.
+        """The weight of `commit` by the rule, were it applied now; 0: drop it. A node center's sum counts whole.
 
         Raises ValueError for a pull from the future.
         """
         staleness = self.clock - commit.clock
         if staleness < 0:
             raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
-        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.workers))
+        if commit.worker in self.nodes:
+            return 1.0
+        share = 1 / self.workers
+        if commit.worker in self._samples:  # those that have told nothing yet count as the mean of those that have
+            share *= self._samples[commit.worker] * len(self._samples) / self._all_samples
+        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.workers, share))
+
+    def _buffers(self, commit: Commit) -> tuple[Array, float] | None:
+        """The buffers of a commit, and their weight; None without buffers."""
+        if not self.rule.buffers or commit.payload is None:
+            return None
+        b = commit.payload[-self.rule.buffers :]
+        if self.rule.allreduce:
+            return b / commit.commits, 1.0
+        return b, 1 - (1 - 1 / self.workers) ** commit.commits  # 1/n; a node center sends the mean of its commits'
 
     def _step(self, commit: Commit, c: Array, weight: float) -> None:
         assert commit.payload is not None
         staleness = self.clock - commit.clock
         delta, encoding = commit.payload, commit.encoding
-        self.state = center_step(c, delta, weight, self.optimizer, self.state, self.steps, self.on_block, encoding)
+        self.state = center_step(
+            c, delta, weight, self.optimizer, self.state, self.steps, self.on_block, encoding, self._buffers(commit)
+        )
         self.clock += commit.commits
         self.steps += commit.steps
         self.staleness_sum += staleness * commit.commits
@@ -305,7 +362,7 @@ class SummedCenter(Center):
         """Update the counts; raises RuntimeError where `patience` is exhausted."""
         summed = self._summed()
         self._in_a_row = 0 if commit.commits else self._in_a_row + summed.refused - self.refused
-        if self._in_a_row >= self.patience:
+        if self._in_a_row >= self.patience * self.workers:  # all fail: one that does leaves after `patience` of them
             raise RuntimeError(f"{self._in_a_row} commits in a row were refused: they hold NaN or infinity")
         self.refused, self.staleness_sum, self.staleness_max = summed
         self.clock += commit.commits

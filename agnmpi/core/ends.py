@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
-from ..arrays.backend import Array
+from ..arrays.backend import Array, bring
 from .backoff import wait_until
 from .messages import Commit, Reply
 
@@ -26,7 +26,9 @@ class Capabilities(NamedTuple):
     single_commits: bool = True
     message_order: bool = False  # the order of messages at the center repeats a run
     shards: bool = False  # several center ranks may hold a block each
+    node_centers: bool = False  # a rank may be both a center to some and a worker of another center
     silent_workers: bool = False  # the center can go on without a worker that is silent
+    windows: bool = False  # one-sided: under ULFM Open MPI may hang in them when a rank dies
     outlives_loss: bool = False  # where MPI reports failed ranks, workers and center go on without them
     device_center: bool = False  # the center variable may lie on a GPU
     direct: bool = False  # device pointers may be handed to MPI
@@ -74,6 +76,17 @@ class WorkerEnd(ABC):
         The handle is done when all workers have left, with the final center in `out`.
         """
 
+    @property
+    def residual(self) -> Array | None:
+        """(n,) what the encoding of its deltas has left behind, for checkpoints; None where nothing is left.
+
+        The array does not change before another exchange is started.
+        """
+        return None
+
+    def restore(self, residual: Array) -> None:
+        """Continue from such a `residual`, if the end has one; between two exchanges."""
+
     def close(self) -> None:
         """Free what the end holds; collective."""
 
@@ -94,6 +107,11 @@ class CenterEnd(ABC):
 
     lost: AbstractSet[int] = frozenset()  # workers that have died
     silent: AbstractSet[int] = frozenset()  # workers that nobody waits for, until they send something
+
+    @property
+    def caveat(self) -> str:
+        """What a user should know of this transport with this MPI on these hosts; empty if nothing."""
+        return ""
 
     @property
     def deserted(self) -> bool:
@@ -134,6 +152,18 @@ class CenterEnd(ABC):
     def summed(self) -> Summed:
         """Counters that the workers keep themselves."""
         return Summed()
+
+    def start_from(self, c: Array) -> None:
+        """Let the next session, which has not begun, start from `c` (n,)."""
+        self.c[...] = bring(c, self.c)
+
+    def change(self, change: Callable[[Array], None]) -> bool:
+        """Between two messages: call `change(c)`, which changes c in place; False, and no call, if that must wait."""
+        change(self.c)
+        return True
+
+    def retry(self) -> None:
+        """Work may have come free without a message: `serve_one` tries the requests that wait for some again."""
 
     def open(self) -> None:
         """Begin to serve a session of all workers."""

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 
@@ -92,11 +93,9 @@ class Leases:
         return {"next": self._next, "free": free, "committed": self.committed, "given_up": self.given_up}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`; leases longer than λ are cut."""
+        """Restore `state`; its leases may be longer than λ, and are cut when they are granted."""
         self._next, self.given_up = int(state["next"]), int(state.get("given_up", 0))
-        for first, steps in reversed(state["free"]):
-            for at in reversed(range(first, first + steps, self.period)):
-                self._free.append(Lease(at, min(self.period, first + steps - at)))
+        self._free.extend(Lease(first, steps) for first, steps in reversed(state["free"]))
 
     def take_over(
         self,
@@ -123,7 +122,7 @@ class Leases:
         [Lease(first=0, steps=2), Lease(first=4, steps=2), Lease(first=8, steps=2)]
         """
         end = max([next_step, *(_end(lease) for _, lease in claims)])
-        unclaimed = _merged([*open_steps, Lease(next_step, end - next_step)])
+        unclaimed = merged([*open_steps, Lease(next_step, end - next_step)])
         valid = []
         for worker, lease in claims:
             around = next((i for i in unclaimed if i.first <= lease.first and _end(lease) <= _end(i)), None)
@@ -154,6 +153,11 @@ class Leases:
         """Whether any worker holds a lease: what it does not commit will be free again."""
         return bool(self._held)
 
+    @property
+    def holders(self) -> set[int]:
+        """Workers that hold leases."""
+        return set(self._held)
+
     def held_by(self, worker: int) -> list[Lease]:
         """Leases of `worker`."""
         return list(self._held.get(worker, []))
@@ -171,17 +175,17 @@ class Leases:
 
     def open(self) -> list[Lease]:
         """Steps before `next` that are free or held, in order and in as few pieces as can be."""
-        return _merged(self._open())
+        return merged(self._open())
 
     def _open(self) -> list[Lease]:
         return [*self._free, *(lease for held in self._held.values() for lease in held)]
 
-    def grant(self, worker: int, skip_failed: bool = False) -> Lease:
-        """Lease the next free steps to `worker`, NONE if there are none.
+    def grant(self, worker: int, skip_failed: bool = False, periods: int = 1) -> Lease:
+        """Lease the next free steps to `worker`, as many as λ for each of `periods`, NONE if there are none.
 
         Steps at which this worker has failed before come last; `skip_failed`: leave them to others.
         """
-        period = self.pace(worker, self._done.pop(worker, 0)) if self.pace else self.period
+        period = periods * (self.pace(worker, self._done.pop(worker, 0)) if self.pace else self.period)
         lease = self._pop_free(worker, failed=False) if self._free else None
         if lease is None:
             left = period if self.total is None else self.total - self._next
@@ -205,6 +209,18 @@ class Leases:
                 del self._free[i]
                 return lease
         return None
+
+    def carve(self, worker: int, part: Lease) -> None:
+        """Make `part` of a lease of `worker` a lease of its own; the rest stays with that worker.
+
+        Raises ValueError if the worker holds no such lease.
+        """
+        held = merged(self._held.get(worker, ()))
+        around = next((lease for lease in held if lease.first <= part.first and _end(part) <= _end(lease)), None)
+        if around is None:
+            raise ValueError(f"worker {worker} commits steps {part}, but holds {held}")
+        held.remove(around)
+        self._held[worker] = [part, *_without(around, part), *held]
 
     def commit(self, worker: int, done: Lease) -> None:
         """Record `done`, the first steps of a lease of `worker`, as committed; the rest of that lease becomes free.
@@ -291,6 +307,61 @@ class Leases:
             self._refusals = dict(kept)
 
 
+class Shares(Leases):
+    """The work of a node center: what it is granted in bulk, it grants on to its workers, and reports what they did.
+
+    Args:
+        total: steps of the session, over all workers of the tree; None for no end.
+        period: λ.
+
+    >>> shares = Shares(total=8, period=2)
+    >>> shares.add(Lease(0, 4))
+    >>> shares.grant(3), shares.stock
+    (Lease(first=0, steps=2), 1.0)
+    """
+
+    def __init__(self, total: int | None, period: int) -> None:
+        super().__init__(0, period)
+        self.encoded_total = -1 if total is None else total
+        self.more = True  # the center above may grant more
+        self.done: list[Lease] = []  # committed, and not reported yet
+        self.refused: list[Lease] = []  # the same: the center above grants them again
+
+    @property
+    def stock(self) -> float:
+        """How many periods are granted to no worker."""
+        return sum(lease.steps for lease in self._free) / self.period
+
+    @property
+    def lent(self) -> bool:
+        """Whether any worker holds a lease."""
+        return bool(self._held)
+
+    @property
+    def held(self) -> bool:
+        """Whether steps may come free: a worker that finds none waits for them."""
+        return self.more or self.lent
+
+    def add(self, lease: Lease) -> None:
+        """These steps were granted from above; they come after those that are there."""
+        if lease.steps:
+            self._free.appendleft(lease)
+
+    def commit(self, worker: int, done: Lease) -> None:
+        """As `Leases.commit`."""
+        super().commit(worker, done)
+        self.done.append(done)
+
+    def refuse(self, worker: int, done: Lease) -> bool:
+        """Report these steps; the rest of their lease is free. Whether they are given up is decided above."""
+        lease = self._end_lease(worker, done)
+        if lease is not None:
+            done = Lease(done.first, min(done.steps, lease.steps))
+            self.refused += [done] if done.steps else []
+            self._add_free(Lease(_end(done), lease.steps - done.steps))
+        return False
+
+
 def _end(lease: Lease) -> int:
     return lease.first + lease.steps
 
@@ -303,7 +374,7 @@ def _without(lease: Lease, steps: Lease) -> list[Lease]:
     return [piece for piece in (before, after) if piece.steps > 0]
 
 
-def _merged(leases: Sequence[Lease]) -> list[Lease]:
+def merged(leases: Sequence[Lease]) -> list[Lease]:
     """The same steps in order, adjacent leases as one."""
     merged: list[Lease] = []
     for lease in sorted(leases):
@@ -321,13 +392,16 @@ def rounds(
 
     A round takes λ consecutive steps for each worker. Every worker sees the same number of rounds; in the last
     one its lease may be empty, and it takes part all the same. `start`: steps that were granted before, of which
-    those in `free` were not done: they come first.
+    those in `free` were not done: they come first, in pieces of at most λ.
 
     >>> [list(rounds(8, 3, worker, 2)) for worker in (0, 1)]
     [[Lease(first=0, steps=3), Lease(first=6, steps=1)], [Lease(first=3, steps=3), Lease(first=7, steps=1)]]
     """
-    for i in range(0, len(free), workers):
-        yield free[i + worker] if i + worker < len(free) else Lease(start, 0)
+    pieces = (
+        Lease(at, min(period, _end(lease) - at)) for lease in free for at in range(lease.first, _end(lease), period)
+    )
+    while first := list(islice(pieces, workers)):
+        yield first[worker] if worker < len(first) else Lease(start, 0)
     while total is None or start < total:
         share = period * workers if total is None else min(period * workers, total - start)
         base, extra = divmod(share, workers)

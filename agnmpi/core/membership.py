@@ -9,16 +9,18 @@ class Membership:
     Args:
         size: ranks of the communicator.
         centers: of these, the ranks that serve, in order of their blocks; the others work. Empty where all train.
+        workers: the others, by number, where that is not their order.
 
     >>> members = Membership(4)
     >>> members.worker_lost(1), members.lost, members.alive
     (2, [2], [0, 1, 3])
     """
 
-    def __init__(self, size: int, centers: Sequence[int] = (0,)) -> None:
+    def __init__(self, size: int, centers: Sequence[int] = (0,), workers: Sequence[int] = ()) -> None:
         self.centers, serve = len(centers), set(centers)
         self.ranks = list(range(size))  # by rank of the current communicator; includes the dead until it is shrunk
-        self.serving = [*centers, *(rank for rank in self.ranks if rank not in serve)]  # the centers, then by worker
+        others = workers or [rank for rank in self.ranks if rank not in serve]
+        self.serving = [*centers, *others]  # the centers, then by worker
         self.lost: list[int] = []  # in order of detection
         self.hung: list[int] = []  # of these, alive but unresponsive
 

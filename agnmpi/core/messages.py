@@ -12,7 +12,8 @@ from .leases import NONE, Lease
 # Commit.requests: what a message asks for, besides applying its payload.
 # IDLE: this worker holds no steps, whatever the center thinks; it waits for work, if others hold some.
 # ENCODED: c is to come in the encoding of pulls.
-PULL, WORK, LEAVE, IDLE, ENCODED = 1, 2, 4, 8, 16
+# STOP_ALL: this worker has failed, or wants no more: all are to stop.
+PULL, WORK, LEAVE, IDLE, ENCODED, STOP_ALL = 1, 2, 4, 8, 16, 32
 # Commit.flags: what is known of the payload.
 # NOT_FINITE: its worker has checked it, so that the center need not read it again.
 # MISFIT: not a commit to this model; set by the center's end.
@@ -23,7 +24,7 @@ OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3
 # Reply.control; STOP: commit the steps done, return the rest of the lease, leave. WAIT: no work is free now, but other
 # workers hold leases that may become free: a request with IDLE is answered then.
 CONTINUE, STOP, WAIT = 0, 1, 2
-_COMMIT = struct.Struct("<11qd")
+_COMMIT = struct.Struct("<13qdq")
 _REPLY = struct.Struct("<9q")
 _SNAPSHOT = struct.Struct("<8q")
 _MAX_BYTES = 1 << 42  # of a vector
@@ -39,12 +40,15 @@ class Commit(NamedTuple):
         first_step: number of the first of them, over the whole run.
         clock: of the center when this worker last pulled.
         commits: deltas summed in the payload.
-        requests: PULL, WORK, LEAVE, IDLE, ENCODED.
+        requests: PULL, WORK, LEAVE, IDLE, ENCODED, STOP_ALL.
         flags: NOT_FINITE, MISFIT.
         encoding: of the payload, its number; 0: the vector as it is.
         nbytes: of the payload.
         total: with WORK and no payload, this rank's number of steps in the session; -1 without end.
+        wanted: with WORK, how many leases a node center asks for at once.
+        samples: that this worker's own data have had so far; 0: all workers draw from the same.
         loss: mean training loss over the steps.
+        parts: the steps in the payload, where they are not consecutive: those of several workers, in order.
         payload: the delta (n,); sent separately, after the header.
 
     >>> Commit.decode(Commit(1, sequence=5, steps=3, loss=0.5).encode()).steps
@@ -62,19 +66,43 @@ class Commit(NamedTuple):
     encoding: int = 0
     nbytes: int = 0
     total: int = -1
+    wanted: int = 1
+    samples: int = 0
     loss: float = nan
+    parts: tuple[Lease, ...] = ()
     payload: Array | None = None
+
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        """The steps in the payload, in order."""
+        return self.parts or (Lease(self.first_step, self.steps),)
 
     def encode(self) -> bytes:
         """The header, as it is sent."""
-        return _COMMIT.pack(*self[:-1])
+        return _COMMIT.pack(*self[:-2], len(self.parts)) + _int64s(n for part in self.parts for n in part)
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Commit":
         """Read a header; the payload is a message of its own. Raises ValueError for another length."""
-        if len(header) != _COMMIT.size:
-            raise ValueError(f"a commit's header has {_COMMIT.size} bytes, not {len(header)}")
-        return cls(*_COMMIT.unpack(header))
+        commit, rest = cls.split(header)
+        if rest:
+            raise ValueError(f"a commit's header has {len(header) - len(rest)} bytes, not {len(header)}")
+        return commit
+
+    @classmethod
+    def split(cls, message: bytes | bytearray) -> "tuple[Commit, bytes | bytearray]":
+        """Read the header at the beginning of `message`, and return the rest. Raises ValueError if it is not whole."""
+        if len(message) < _COMMIT.size:
+            raise ValueError(f"a commit's header cannot have {len(message)} bytes")
+        *numbers, parts = _COMMIT.unpack_from(message)
+        stop = _COMMIT.size + 16 * parts
+        if not 0 <= parts <= len(message) or stop > len(message):
+            raise ValueError(f"a commit's header of {len(message)} bytes cannot have {parts} parts")
+        commit = cls(*numbers)
+        if parts:
+            words = struct.unpack_from(f"<{2 * parts}q", message, _COMMIT.size)
+            commit = commit._replace(parts=tuple(map(Lease, words[::2], words[1::2])))
+        return commit, message[stop:]
 
     def received_from(self, worker: int, sizes: Sequence[int]) -> "Commit":
         """This header as it came from `worker`: with MISFIT unless its payload is empty or a vector of this model.
@@ -86,9 +114,9 @@ class Commit(NamedTuple):
         if not 0 <= self.nbytes <= _MAX_BYTES:
             raise ValueError(f"worker {worker} announces {self.nbytes} bytes")
         fits = self.nbytes == 0 or (0 <= self.encoding < len(sizes) and self.nbytes == sizes[self.encoding])
-        if self.worker == worker and fits and self.steps >= 0 and self.commits == 1:
+        if self.worker == worker and fits and self.steps >= 0 and self.commits >= 1:
             return self
-        return self._replace(worker=worker, steps=max(self.steps, 0), commits=1, flags=self.flags | MISFIT)
+        return self._replace(worker=worker, steps=max(self.steps, 0), commits=1, parts=(), flags=self.flags | MISFIT)
 
 
 COMMIT_BYTES = _COMMIT.size

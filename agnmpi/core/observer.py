@@ -31,6 +31,9 @@ class Observer:
     def given_up(self, lease: Lease) -> None:
         """The commits of these steps were refused repeatedly: they are never granted again."""
 
+    def failing(self, worker: int, refusals: int) -> None:
+        """The last commits of this worker, `refusals` of them, were refused; at the center, at 5, 50, … of them."""
+
     def alone(self) -> None:
         """This rank was elected, has lost all of its workers, and trains on alone."""
 

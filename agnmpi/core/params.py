@@ -1,6 +1,6 @@
 """Named parameters as views of one flat vector."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ class Layout(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     offsets: tuple[int, ...]  # one more than names: the last is the size
     dtype: str
+    buffers: int = 0  # elements at the end that are buffers (see Rule.buffers)
 
     @property
     def size(self) -> int:
@@ -60,9 +61,15 @@ class Layout(NamedTuple):
         return self.offsets[-1]
 
     @classmethod
-    def of(cls, params: Any) -> "Layout":
-        """Read the layout of `params`; raises ValueError unless all have one floating dtype."""
+    def of(cls, params: Any, buffers: Collection[str] = ()) -> "Layout":
+        """Read the layout of `params`, those named in `buffers` last.
+
+        Raises ValueError for a buffer that is not there, and unless all have one floating dtype.
+        """
         items = named(params)
+        if unknown := sorted(set(buffers) - set(items)):
+            raise ValueError(f"buffers {unknown} are not among the parameters, which are {list(items)}")
+        items = dict(sorted(items.items(), key=lambda item: item[0] in buffers))  # stable
         dtypes = {name: value.dtype for name, value in items.items()}
         for name, dtype in dtypes.items():
             if dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
@@ -78,7 +85,7 @@ class Layout(NamedTuple):
         offsets = (0, *np.cumsum([prod(shape) for shape in shapes]).tolist())
         if not offsets[-1]:
             raise ValueError("the parameters have no elements")
-        return cls(tuple(items), shapes, offsets, dtype.name)
+        return cls(tuple(items), shapes, offsets, dtype.name, offsets[-1] - offsets[len(items) - len(set(buffers))])
 
     def span(self, name: str) -> tuple[int, int]:
         """First element of `name` in the flat vector, and one past its last."""
@@ -99,7 +106,11 @@ class Layout(NamedTuple):
         """
         items = named(params)
         if set(items) != set(self.names):
-            raise ValueError(f"parameters are named {sorted(items)}, expected {sorted(self.names)}")
+            missing, unknown = (
+                ", ".join(sorted(names)) for names in (set(self.names) - set(items), set(items) - set(self.names))
+            )
+            parts = [f"missing {missing}"] * bool(missing) + [f"unknown {unknown}"] * bool(unknown)
+            raise ValueError(f"{', '.join(parts)}; the parameters are named {', '.join(self.names[:20])}")
         if out is None:
             out = empty(self.size, self.dtype, items[self.names[0]])
         if not on_host(out) and not any(on_host(value) for value in items.values()):

@@ -4,17 +4,19 @@ Code that must wait is a generator of the handles to wait for: over MPI each is 
 virtual clock (`simulate`) resumes it when the handle is done.
 """
 
+import os
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from enum import Enum, auto
 from math import nan
 from typing import Any
 
 from ..arrays.backend import Array, Range, bring, empty_like, host_copy, namespace
 from ..arrays.kernels import all_finite
+from .backoff import check_launcher
 from .ends import Elected, Handle, Waits, WorkerEnd, run_waits
 from .leases import Lease
-from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, WAIT, WORK, Commit, Reply
+from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
 from .optimizers import Optimizer
 from .rules import Rule
 
@@ -54,7 +56,6 @@ class Worker:
         index: 0 … n−1.
         overlap: compute the next period while the exchange of the last is under way.
         double_buffer: keep `o` intact during the next pull: if the center is lost, this rank may take over with it.
-        residual: (n,) what the end's encoding has left behind: saved in checkpoints.
 
     Raises:
         ValueError: the rule needs gradients, and there is no optimizer.
@@ -87,19 +88,22 @@ class Worker:
         index: int,
         overlap: bool = False,
         double_buffer: bool = False,
-        residual: Array | None = None,
     ) -> None:
         if optimizer is None and rule.accumulates:
             raise ValueError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
         self.x, self.rule, self.optimizer, self.end, self.index = x, rule, optimizer, end, index
-        self.overlap, self.phase, self.residual = overlap, Phase.NEW, residual
+        self.overlap, self.phase = overlap, Phase.NEW
+        self.ahead = (
+            0  # leases to hold beyond the one being computed: their samples are loaded; with overlap at least 1
+        )
         self.state: Any = optimizer.init(x) if optimizer else None
         self.x_at_leave = x  # x when this worker left, before the final center replaced it
         self.o = empty_like(x)  # the center as last pulled
         self.a = namespace(x).zeros_like(x) if rule.accumulates else x
         self._buffers = _Buffers(x, self.o, overlap, overlap or double_buffer)
         self.last_reply: Reply | None = None  # to the last pull
-        self.pulls = 0  # number of pulls
+        self.pulls = self.refusals = 0  # numbers of pulls, and of commits of this worker that were refused
+        self.form_x: Callable[[], object] = bool  # called before x is read, where the caller moves arrays of its own
         self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
         self.before = 0  # steps of all workers in earlier sessions: schedules continue
@@ -109,9 +113,11 @@ class Worker:
         self.done = 0  # steps of the first lease since the last exchange was started
         self._loss = 0.0  # of these, summed
         self.dropped = 0  # steps that entered no round, because another rank left early
+        self.samples = 0  # that its own data have had so far; 0: it shares all data with the others
         self._work_may_come = False  # other workers hold leases
         self._commit: Commit | None = None
         self._handle: Handle | None = None  # of the exchange under way, or of leaving
+        self._process = os.getpid()
 
     @property
     def clock(self) -> int:
@@ -138,6 +144,11 @@ class Worker:
         """Number of the next step, counted over all workers."""
         return self.leases[0].first + self.done
 
+    @property
+    def granted(self) -> list[int]:
+        """Numbers of the steps of its leases, the next first."""
+        return [lease.first + i for lease in self.leases for i in range(lease.steps)][self.done :]
+
     def local_step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
         """Move x by one step of the local optimizer on g, and accumulate g if the rule asks for it.
 
@@ -153,6 +164,8 @@ class Worker:
             if g is None:
                 raise ValueError("local_step needs a gradient")
             at = self.before + self.step_number
+            if ranges is None and self.rule.buffers:
+                ranges = [(0, self.x.size - self.rule.buffers)]
             self.state = self.optimizer.update(g, self.state, self.x, step=at, ranges=ranges)
             if self.rule.accumulates:
                 for lo, hi in ranges or [(0, g.size)]:
@@ -171,6 +184,7 @@ class Worker:
 
     def waits_after_step(self) -> Waits[None]:
         """After a local step: the exchange, if the period is complete; else finish the previous one, if it is done."""
+        check_launcher()  # with accumulate nothing else waits for another rank
         if self.done == self.leases[0].steps:
             yield from self._exchange()
         elif self._handle is not None and self._handle.test():
@@ -189,6 +203,7 @@ class Worker:
         self._handle = self.end.exchange(self._commit, self._buffers.pulled)
 
     def _form_commit(self, requests: int) -> Commit:
+        self.form_x()
         lease, steps, loss = self.leases.popleft(), self.done, self._loss
         if self.rule.pulls == "after":
             flags = self._form_delta(steps)
@@ -200,15 +215,13 @@ class Worker:
         self.done, self._loss = 0, 0.0
         sent = self.index, self.sequence, steps, lease.first, self.clock
         mean = loss / steps if steps else nan
-        return Commit(*sent, requests=requests, flags=flags, loss=mean, payload=self._buffers.delta)
+        own = self.samples
+        return Commit(*sent, requests=requests, flags=flags, samples=own, loss=mean, payload=self._buffers.delta)
 
     def _form_delta(self, steps: int) -> int:
         """Write the delta of `steps` steps; returns the flags about it."""
         delta = self._buffers.delta
-        finite = self.rule.delta(self.x, self.o, self.a, max(steps, 1), delta)
-        if finite is None:
-            finite = all_finite(delta)
-        return 0 if finite else NOT_FINITE
+        return 0 if self.rule.form_commit(self.x, self.o, self.a, max(steps, 1), delta) else NOT_FINITE
 
     def finish_exchange(self) -> None:
         """Wait for the exchange under way, if any, and adopt its pull."""
@@ -218,6 +231,8 @@ class Worker:
     def _finish_exchange(self) -> Waits[None]:
         assert self._handle is not None
         assert self._commit is not None
+        if self.overlap:  # else x is as it was sent
+            self.form_x()
         handle, self._handle = self._handle, None
         yield handle
         reply = handle.wait()
@@ -234,7 +249,7 @@ class Worker:
         if reply.status == REFUSED:
             self._reset()
         else:  # the pull is adopted even where the commit was dropped
-            self.rule.adopt(self.x, self._buffers.sent, self._buffers.delta, self.o)
+            self.rule.adopt_pull(self.x, self._buffers.sent, self._buffers.delta, self.o)
         self._commit = None
         self._obey(reply)
 
@@ -244,12 +259,20 @@ class Worker:
         self.last_reply = reply
         self.pulls += 1
 
+    def abandon(self) -> None:
+        """Forget the steps done since the last exchange: if this worker leaves now, they go to the others."""
+        self.done, self._loss = 0, 0.0
+
     def _reset(self) -> None:
         """The last commit was refused: x, the slots and all steps since are discarded."""
         self.x[...] = self.o
         self.done, self._loss = 0, 0.0  # with overlap: the current lease starts again
         if self.rule.accumulates:
             self.a[...] = 0
+        self._refused()
+
+    def _refused(self) -> None:
+        self.refusals += 1
         if self.optimizer is not None:
             count = self.state.step
             self.state = self.optimizer.init(self.x)._replace(step=count)
@@ -282,7 +305,7 @@ class Worker:
     # --- a session ---
 
     def begin(self) -> None:
-        """Start from the center, whatever x was, and request work (for two periods with overlap)."""
+        """Start from the center, whatever x was, and request work (with overlap for two periods; see `ahead`)."""
         run_waits(self.waits_to_begin())
 
     def waits_to_begin(self) -> Waits[None]:
@@ -297,7 +320,9 @@ class Worker:
             self.x[...] = self.o
         self.phase = Phase.TRAINING
         self._obey(reply)
-        if self.overlap and self.leases:
+        for _ in range(max(self.ahead, self.overlap)):
+            if not self.leases:
+                return
             handle = self.end.exchange(self._request(), None)
             yield handle
             self._obey(handle.wait())
@@ -358,8 +383,29 @@ class Worker:
         self.done, self._loss, self._work_may_come = 0, 0.0, False
         self._handle = self._commit = None
 
+    def stop_all(self) -> None:
+        """Ask that all workers stop, after the period that each is computing; this one goes on until it leaves."""
+        if self.rule.allreduce:
+            return  # a rank that leaves ends the rounds of all
+        try:
+            run_waits(self._waits_to_stop_all())
+        except Elected:
+            self._retire()
+
+    def _waits_to_stop_all(self) -> Waits[None]:
+        if self._handle is not None:
+            yield from self._finish_exchange()
+        handle = self.end.exchange(Commit(self.index, requests=STOP_ALL), None)
+        yield handle
+        handle.wait()
+
     def leave(self) -> None:
-        """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply."""
+        """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply.
+
+        In a process that the caller has forked it does nothing: the connection is the parent's.
+        """
+        if os.getpid() != self._process:
+            return
         try:
             run_waits(self.waits_to_leave())
         except Elected:
@@ -379,6 +425,8 @@ class Worker:
             yield from self._finish_exchange()  # leaving returns the lease that it was granted
         elif self.done:
             self._commit = last = self._form_commit(0)
+            if last.flags & NOT_FINITE:  # the reply comes when all have left, and is the others'
+                self._refused()
         self.leases.clear()
         self._handle = self.end.leave(last, self._buffers.pulled)
         self.phase = Phase.LEAVING
@@ -416,7 +464,8 @@ class Worker:
         """
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
         arrays = {"x": self.x_at_leave, "o": self.o} | {f"slot/{name}": slot for name, slot in slots.items()}
-        arrays |= {} if self.residual is None else {"residual": self.residual}
+        residual = self.end.residual  # with overlap the exchange under way may replace it, but not change this one
+        arrays |= {} if residual is None else {"residual": residual}
         if copied:
             arrays = {name: host_copy(x) for name, x in arrays.items()}
         return arrays, {
@@ -436,6 +485,6 @@ class Worker:
         if self.optimizer:
             self.state = self.optimizer.restore(self.state, arrays, int(facts["optimizer_step"]))
         self.x[...], self.o[...] = bring(arrays["x"], self.x), bring(arrays["o"], self.x)
-        if self.residual is not None and "residual" in arrays:
-            self.residual[...] = bring(arrays["residual"], self.x)
+        if "residual" in arrays:
+            self.end.restore(bring(arrays["residual"], self.x))
         self.phase = Phase.RESUMED

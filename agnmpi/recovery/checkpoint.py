@@ -11,19 +11,24 @@ from typing import Any
 import numpy as np
 
 from ..arrays.backend import Array
+from ..arrays.kernels import all_finite
 from ..core.params import parts
-from .files import chunks, load, load_facts, save, signature
+from . import facts
+from .files import Shapes, chunks, load, load_facts, save, signature
 
 
-def seal(path: Path, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
-    """Write arrays and facts (any JSON) with a checksum over all of it; copies no array."""
-    text = json.dumps(dict(facts), sort_keys=True)
+def seal(path: Path, arrays: Mapping[str, Array], told: Mapping[str, Any]) -> None:
+    """Write arrays and facts (`told`, any JSON) with a checksum over all of it; copies no array."""
+    text = json.dumps(dict(told), sort_keys=True)
     save(path, arrays, {"agnmpi": text}, hashlib.sha256(text.encode()))
 
 
-def unseal(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read what `seal` wrote. Raises ValueError if it is not whole, OSError if it cannot be read."""
-    arrays, metadata = load(path)
+def unseal(path: Path, check: Callable[[Shapes], None] | None = None) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Read what `seal` wrote; `check` is called before any array is read, and may raise ValueError.
+
+    Raises ValueError if it is not whole, OSError if it cannot be read.
+    """
+    arrays, metadata = load(path, check)
     text = metadata.get("agnmpi", "")
     digest = hashlib.sha256(text.encode())
     for name in sorted(arrays):
@@ -32,77 +37,7 @@ def unseal(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
             digest.update(chunk)
     if metadata.get("sha256") != digest.hexdigest():
         raise ValueError(f"{path} does not match its checksum")
-    return arrays, dict(json.loads(text))
-
-
-def _whole_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_whole_number, value))
-
-
-def _is_layout(value: Any) -> bool:
-    kinds = {"names": list, "shapes": list, "offsets": list, "dtype": str}
-    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
-        return False
-    names, shapes, offsets = value["names"], value["shapes"], value["offsets"]
-    return len(names) == len(shapes) == len(offsets) - 1 and all(map(_whole_numbers, [offsets, *shapes]))
-
-
-def _is_leases(value: Any) -> bool:
-    if value is None:  # the work is divided elsewhere
-        return True
-    counts = isinstance(value, dict) and all(_whole_number(value.get(key)) for key in ("next", "committed"))
-    free = value.get("free") if counts else None
-    return isinstance(free, list) and all(_whole_numbers(lease) and len(lease) == 2 for lease in free)
-
-
-# Facts that a center's file must have, and a check of each.
-_FACTS: Mapping[str, Callable[[Any], bool]] = {
-    "centers": lambda value: _whole_number(value) and value > 0,
-    "workers": _whole_number,
-    "layout": _is_layout,
-    "clock": _whole_number,
-    "steps": _whole_number,
-    "applied": _whole_numbers,
-    "refused": _whole_number,
-    "dropped": _whole_number,
-    "staleness": lambda value: _whole_numbers(value) and len(value) == 2,
-    "center_optimizer": lambda value: isinstance(value, str),
-    "center_optimizer_step": _whole_number,
-    "leases": _is_leases,
-}
-# Further ones of the first center, which grants the work.
-_PROGRESS: Mapping[str, Callable[[Any], bool]] = {
-    "samples": _whole_number,
-    "seconds": lambda value: isinstance(value, int | float) and value >= 0,
-}
-
-# Optional: files of earlier releases do not have them.
-_OPTIONAL: Mapping[str, Callable[[Any], bool]] = {
-    "data": lambda value: isinstance(value, dict),
-    "processed": _whole_numbers,
-    "consistent": lambda value: isinstance(value, bool),
-}
-
-
-def check_facts(facts: Mapping[str, Any], name: str, first: bool = True) -> None:
-    """Raise ValueError, naming the first wrong one, unless `facts` are those of a center's file.
-
-    Args:
-        facts: as read.
-        name: of the checkpoint, for the message.
-        first: whether of the first center.
-    """
-    needed = {**_FACTS, **(_PROGRESS if first else {})}
-    for fact, is_valid in {**needed, **_OPTIONAL}.items():
-        if fact not in facts and fact in needed:
-            raise ValueError(f"{name} does not say {fact!r}: it is no checkpoint of a center")
-        if fact in facts and not is_valid(facts[fact]):
-            value = repr(facts[fact])
-            raise ValueError(f"{name} says that {fact!r} is {value[:80]}, which cannot be")
+    return arrays, facts.parse(text, str(path))
 
 
 def folder(run: Path, steps: int) -> Path:
@@ -130,37 +65,34 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
     Raises ValueError for invalid facts, or blocks of different commits; OSError for missing files.
     """
-    facts = _facts_of(center_file(folder), first=True)
-    for i in range(1, facts["centers"]):
+    first = _facts_of(center_file(folder), first=True)
+    for i in range(1, first["centers"]):
         other = _facts_of(center_file(folder, i), first=False)
+        if any(other[fact] != first[fact] for fact in ("centers", "layout")):
+            raise ValueError(f"{folder}: the blocks of centers 0 and {i} are not of one model")
         # Equal in a consistent cut; where there can be none, the facts say so.
-        if facts.get("consistent", True) and _cut(other) != _cut(facts):
+        if first.get("consistent", True) and _cut(other) != _cut(first):
             raise ValueError(f"{folder}: the blocks of centers 0 and {i} do not hold the same commits")
-    return facts
+    return first
 
 
 def _facts_of(path: Path, first: bool) -> dict[str, Any]:
-    try:
-        facts = json.loads(load_facts(path).get("agnmpi", ""))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has no facts that can be read: {error}") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path} has no facts")
-    check_facts(facts, str(path), first)
-    return facts
+    found = facts.parse(load_facts(path).get("agnmpi", ""), str(path))
+    facts.check_center(found, str(path), first)
+    return found
 
 
-def _cut(facts: Mapping[str, Any]) -> Any:
+def _cut(found: Mapping[str, Any]) -> Any:
     """The commits that a block contains, or has refused: last sequence, by worker."""
-    return facts.get("processed", facts["applied"])
+    return found.get("processed", found["applied"])
 
 
-def read_span(folder: Path, facts: Mapping[str, Any], span: slice) -> dict[str, Array]:
+def read_span(folder: Path, found: Mapping[str, Any], span: slice) -> dict[str, Array]:
     """Read c and the slots, from element `span.start` to `span.stop`; each file that contains part of it, once.
 
     Args:
         folder: of the checkpoint.
-        facts: from `read_facts`.
+        found: its facts, from `read_facts`.
         span: of the whole vectors; open ends are theirs.
 
     Returns:
@@ -170,27 +102,40 @@ def read_span(folder: Path, facts: Mapping[str, Any], span: slice) -> dict[str, 
         ValueError: a file is incomplete, or of another length than the others imply.
         OSError: a file cannot be read.
     """
-    size = facts["layout"]["offsets"][-1]
+    size = found["layout"]["offsets"][-1]
     start, stop, _ = span.indices(size)
     pieces: dict[str, list[Array]] = {}
-    for i, block in enumerate(parts(size, facts["centers"])):
+    for i, block in enumerate(parts(size, found["centers"])):
         low, high = max(start, block.start), min(stop, block.stop)
         if low >= high:
             continue
-        arrays, _ = unseal(center_file(folder, i))
-        if wrong := [name for name, x in arrays.items() if x.shape != (block.stop - block.start,)]:
-            raise ValueError(
-                f"{center_file(folder, i)}: {wrong[0]!r} has shape {arrays[wrong[0]].shape}, but the model has {size} "
-                f"numbers, {block.stop - block.start} of them here"
-            )
+        path, length = center_file(folder, i), block.stop - block.start
+        arrays, _ = _unseal_vectors(path, ("c",), length)
         whole = (low, high) == (block.start, block.stop)
         for name, x in arrays.items():
             # A copy, so that the rest can be freed.
             part = x if whole else x[low - block.start : high - block.start].copy()
             pieces.setdefault(name, []).append(part)
-    if "c" not in pieces or len({len(blocks) for blocks in pieces.values()}) > 1:
+    if len({len(blocks) for blocks in pieces.values()}) > 1:
         raise ValueError(f"{folder}: the blocks of the centers do not fit together")
     return {name: blocks[0] if len(blocks) == 1 else np.concatenate(blocks) for name, blocks in pieces.items()}
+
+
+def read_worker(folder: Path, worker: int, size: int) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Read the local state of a worker of a model of `size` numbers; raises as `read_center`."""
+    path = worker_file(folder, worker)
+
+    arrays, found = _unseal_vectors(path, ("x", "o"), size)
+    facts.check_worker(found, str(path))
+    return arrays, found
+
+
+def _unseal_vectors(path: Path, needed: tuple[str, ...], size: int) -> tuple[dict[str, Array], dict[str, Any]]:
+    """As `unseal`: vectors of `size` numbers, among them `needed`, all finite."""
+    arrays, found = unseal(path, lambda shapes: facts.check_arrays(shapes, needed, size, str(path)))
+    if spoilt := [name for name, x in arrays.items() if not all_finite(x)]:
+        raise ValueError(f"{path}: {spoilt[0]!r} holds NaN or infinity")
+    return arrays, found
 
 
 def read_center(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -198,8 +143,8 @@ def read_center(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
 
     Raises ValueError for files that are not whole or do not fit together, OSError for missing ones.
     """
-    facts = read_facts(folder)
-    return read_span(folder, facts, slice(None)), facts
+    found = read_facts(folder)
+    return read_span(folder, found, slice(None)), found
 
 
 def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Array], dict[str, Any]] | None:

@@ -23,6 +23,7 @@ from ..transport.local import LocalCenter
 from .center_state import CenterState, Saved, with_slots
 from .election import SurvivorReport, elect, take_over
 from .resend import ResendingEnd
+from .watchdog import calling
 
 
 class Failover:
@@ -58,7 +59,7 @@ class Failover:
     def regroup(self) -> bool:
         """Find out who is alive; collective over those. Whether the center was lost, and another elected."""
         while True:
-            comm: MPI.Intracomm = self.comm.Shrink()  # type: ignore[assignment]  # Ishrink fails in Open MPI 5.0.11: internal error
+            comm = self._shrink()
             alive, before = comm.Get_group(), self.comm.Get_group()
             old = list(alive.Translate_ranks(list(range(alive.size)), before))
             ranks = [self.members.ranks[rank] for rank in old]
@@ -72,6 +73,13 @@ class Failover:
                 return False
             if self._elect(comm, ranks):
                 return True
+
+    def _shrink(self) -> MPI.Intracomm:
+        reported = self.comm.Get_failed()
+        failed = reported.Translate_ranks(list(range(reported.size)), self.comm.Get_group())
+        awaited = [rank for i, rank in enumerate(self.members.ranks) if i not in failed]
+        with calling("MPI_Comm_shrink", awaited):
+            return self.comm.Shrink()  # type: ignore[return-value]  # Ishrink fails in Open MPI 5.0.11: internal error
 
     def alone(self) -> LocalRole:
         """At an elected center that has lost all its workers: it goes on training, within this process."""
@@ -98,7 +106,8 @@ class Failover:
             comm.Revoke()
             agreed = 0
         try:
-            agreed = comm.Agree(agreed)
+            with calling("MPI_Comm_agree", ranks):
+                agreed = comm.Agree(agreed)
         except MPI.Exception:
             return False  # Agree reports the failure on all ranks
         if not agreed:
@@ -125,8 +134,10 @@ class Failover:
             if worker.last_reply:  # by the new indices, for the next fail-over
                 applied = worker.last_reply.applied
                 worker.last_reply = worker.last_reply._replace(applied=tuple(applied[w.worker] for w in reports[1:]))
-            end = self._connector.worker_end(self.comm, self._x)
-            self._end.replace(self._connector.encoded(end, self._x, self.worker.residual))
+            end = self._connector.encoded(self._connector.worker_end(self.comm, self._x), self._x)
+            if self._end.residual is not None:
+                end.restore(self._end.residual)
+            self._end.replace(end)
             self._role.count = self._role.center.workers = self.comm.size - 1
         else:
             self._role, source = self._restore(worker, reports, workers_before)

@@ -4,16 +4,18 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 
 from ..arrays.backend import Array, current, on_host, to_host
 
 _CHUNK = 8 << 20  # bytes per write: large, so that the interpreter's lock is rarely needed
+Shapes: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape of each array, by name
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
 
 
@@ -56,6 +58,60 @@ def _flush_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+class LineFile:
+    """A file to which whole lines are appended, whatever the disk does.
+
+    What cannot be written (a full disk) is said once, and again when it is over; training goes on. A line of which a
+    part was written is taken back. If the file is removed, it is made again, with its directory.
+
+    Args:
+        path: the file.
+        say: called with each message.
+
+    Raises:
+        OSError: at first, where it cannot be opened.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path, self._say = path, say
+        self._file = path.open("ab", buffering=0)
+        self._missing = 0  # lines, since the last that was written
+
+    def write(self, line: str) -> int:
+        """Append a line; returns how many before it are missing, if it is the first after these."""
+        try:
+            if not os.fstat(self._file.fileno()).st_nlink:
+                self._make_again()
+            self._append(line.encode())
+        except OSError as error:
+            if not self._missing:
+                self._say(f"WARNING: {self._path} cannot be written ({error}); training goes on")
+            self._missing += 1
+            return 0
+        missing, self._missing = self._missing, 0
+        if missing:
+            self._say(f"{self._path} can be written again; {missing} of its lines are missing")
+        return missing
+
+    def _make_again(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = self._path.open("ab", buffering=0)
+        self._file.close()
+        self._file = file
+        self._say(f"WARNING: {self._path} was removed; it is made again, without its earlier lines")
+
+    def _append(self, data: bytes) -> None:
+        before = os.fstat(self._file.fileno()).st_size
+        if self._file.write(data) != len(data):
+            os.ftruncate(self._file.fileno(), before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -127,6 +183,8 @@ def _header(arrays: Mapping[str, Array], names: list[str], facts: Mapping[str, s
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
+    if not stat.S_ISREG(path.lstat().st_mode):  # a FIFO would block for ever
+        raise ValueError(f"{path} is no file")
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
@@ -134,10 +192,20 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def load(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Read what `save` wrote: the arrays and the facts. Raises ValueError for a file that is not whole."""
+def load(path: Path, check: Callable[[Shapes], None] | None = None) -> tuple[dict[str, Array], dict[str, str]]:
+    """Read what `save` wrote: the arrays and the facts. Raises ValueError for a file that is not whole.
+
+    `check` is called before any array is read, and may raise ValueError.
+    """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        names = list(file.keys())
+        pieces = {name: file.get_slice(name) for name in names}
+        shapes = {name: (str(piece.get_dtype()), tuple(piece.get_shape())) for name, piece in pieces.items()}
+        if odd := [dtype for dtype, _ in shapes.values() if dtype not in _DTYPES.values()]:
+            raise ValueError(f"{path} has an array of type {odd[0]}")
+        if check is not None:
+            check(shapes)
+        return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
 
 
 def load_facts(path: Path) -> dict[str, str]:

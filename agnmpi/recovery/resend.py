@@ -57,6 +57,15 @@ class ResendingEnd(WorkerEnd):
 
         return _ResendingHandle(self, begin, out, commit)
 
+    @property
+    def residual(self) -> Array | None:
+        """As of the wrapped end."""
+        return self.end.residual
+
+    def restore(self, residual: Array) -> None:
+        """As the wrapped end."""
+        self.end.restore(residual)
+
     def close(self) -> None:
         """As the wrapped end."""
         self.end.close()

@@ -9,10 +9,10 @@ from typing import Any
 from mpi4py import MPI
 
 from ..arrays.backend import Array
-from ..cluster.roles import Role, WorkerRole
+from ..cluster.roles import Role
 from ..core.params import Layout
 from ..transport.agreement import allgather, raise_on_all
-from .checkpoint import folders, left_out, read_facts, read_span, set_aside, unseal, worker_file
+from .checkpoint import folders, left_out, read_facts, read_span, read_worker, set_aside
 
 
 def resume(
@@ -100,9 +100,10 @@ def _choose(
     differ = [f"{key} {saved.get(key)}, not {data[key]}" for key in data if saved.get(key) != data[key]]
     if differ:
         raise ValueError(f"{name} has {' and '.join(differ)}: it cannot be told which samples are done")
-    if facts["steps"] > total:
+    granted = max(facts["steps"], (facts["leases"] or {"next": 0})["next"])
+    if granted > total:
         raise ValueError(
-            f"{name} has {facts['steps']} steps, but the run ends at {total}: give more --epochs (or --steps) to go on"
+            f"{name} has {granted} steps, but the run ends at {total}: give more --epochs (or --steps) to go on"
         )
     return str(candidates[0].resolve()), facts
 
@@ -112,7 +113,7 @@ def _read(comm: MPI.Comm, role: Role, checkpoint: Path, facts: Mapping[str, Any]
 
     Raises OSError where they cannot be read here, though rank 0 can.
     """
-    if isinstance(role, WorkerRole):
+    if not role.stores:
         return {}, ""
     try:
         return read_span(checkpoint, facts, role.span), ""
@@ -132,8 +133,8 @@ def _restore_rank(role: Role, checkpoint: Path, arrays: Mapping[str, Array], fac
     for worker in role.workers:
         worker.checkpoint = int(facts["steps"])
         try:
-            worker.restore(*unseal(worker_file(checkpoint, worker.index)))
-        except (OSError, ValueError, KeyError) as error:
+            worker.restore(*read_worker(checkpoint, worker.index, worker.x.size))
+        except (OSError, ValueError) as error:
             print(f"agnmpi: worker {worker.index} starts anew: {error}", file=sys.stderr, flush=True)
             return False
     return True

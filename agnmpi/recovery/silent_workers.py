@@ -12,6 +12,7 @@ from ..core.membership import Membership
 from ..core.timer import Every
 
 _REMAINING = 9  # tag: the ranks that continue
+_LIVING = "agnmpi.living"  # their communicator
 
 
 class SilentWorkers:
@@ -32,7 +33,7 @@ class SilentWorkers:
     ) -> None:  # fmt: skip
         self._role, self._members, self._limit, self._drop = role, members, limit, drop
         self._name, self._say = name, say
-        self._last_seen = dict.fromkeys(range(role.count), time.monotonic())  # time of the last message, by worker
+        self._last_seen = dict.fromkeys(role.numbers, time.monotonic())  # time of the last message, by worker
         self._reported = set[int]()
         self._check_due = Every(seconds=1.0)
 
@@ -92,8 +93,9 @@ def leave_behind(comm: MPI.Intracomm, role: Role, members: Membership, outlives_
             remaining = received[1:][: received[0]].tolist()
         if len(remaining) == comm.size:
             return comm
-        # Not Create_group: Open MPI 5.0 refuses it where a rank outside of the group has died.
-        living = MPI.Intracomm.Create_from_group(comm.Get_group().Incl(remaining), "agnmpi.living")
+        group = comm.Get_group().Incl(remaining)
+        # Open MPI 4.1 has no Create_from_group; 5.0 refuses Create_group where a rank outside of the group has died.
+        living = MPI.Intracomm.Create_from_group(group, _LIVING) if outlives_loss else comm.Create_group(group)
     except MPI.Exception:
         if not outlives_loss:
             raise

@@ -15,7 +15,7 @@ from ..core.center import Center
 from ..core.drive import session
 from ..core.ends import Handle, WorkerEnd
 from ..core.leases import Leases, SpeedProportional
-from ..core.messages import Commit, Reply
+from ..core.messages import STOP, Commit, Reply
 from ..core.params import parts
 from ..core.worker import Worker
 from ..recovery.files import write_atomic
@@ -25,12 +25,25 @@ from ..reporting.events import json_safe
 from ..training.config import Config
 from ..training.monitor import Monitor, format_metrics
 from ..training.outputs import conclude, dropped_lines, headline, repeatable, run_directory
-from ..training.problem import gradient_of, prepare
+from ..training.problem import evaluate, gradient_of, prepare
 from ..transport.composed import EncodedHandle, encode
 from ..transport.local import LocalCenter
 from ..version import __version__
 from .network import Agenda, Station, VirtualHandle, VirtualWorker
 from .timing import Timing, results, timing_only
+
+
+class _Whole(Role):
+    """A role whose center variable is `c` (n,), whatever the centers."""
+
+    def __init__(self, center: Center, count: int, c: Array) -> None:
+        super().__init__(center, [], count)
+        self._c = c
+
+    @property
+    def c(self) -> Array:
+        """(n,) the center variable."""
+        return self._c
 
 
 class Stage:
@@ -76,6 +89,8 @@ class Stage:
             self.staleness.append(before - commit.clock)
             if self._monitor is not None:
                 self._monitor.commit(commit, self.c)
+                if self._monitor.stop_reason:
+                    center.control = STOP
         if i == 0 and self._recorder is not None:
             self._recorder(commit, reply)
         return reply
@@ -108,13 +123,14 @@ class Stage:
         config, layout, plan = self.config, self.layout, self.plan
         directory = self.directory
         write_atomic(directory / "config.toml", (repeatable(config).to_toml() + table).encode())
-        role = Role(self.centers[0], [], config.workers)
+        role = _Whole(self.centers[0], config.workers, self.c)
         monitor = Monitor(
             config,
             plan,
             role,
             directory,
-            lambda c: self.problem.evaluate(layout.views(c)),
+            layout,
+            lambda c: evaluate(self.problem, layout.views(c)),
             stamp,
         )
         if config.record:
@@ -127,12 +143,12 @@ class Stage:
         for line in lines + advice(self.rule, config.workers, config.period):
             monitor.say(line)
         self._monitor = monitor
-        monitor.start()
+        monitor.start(self.c)
         drive()
         if self._recorder is not None:
             self._recorder.close()
         extra = {"transport": "virtual", "centers": len(self.parts), **json_safe(extra_results())}
-        result = conclude(directory, config, layout, role, self.c, monitor, extra)
+        result = conclude(directory, config, layout, role, monitor, extra)
         monitor.say(
             f"done: {format_metrics(monitor.metrics, ', ')}; {result['samples']} samples, {result['commits']} commits "
             f"in {result['seconds']} s"
@@ -230,6 +246,8 @@ def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
 
 
 def _number_of_centers(config: Config) -> int:
+    if config.node_centers:
+        raise ValueError("node_centers is not simulated: leave it out")
     if isinstance(config.centers, str):
         raise ValueError("centers = 'hosts', but a simulation has no hosts: give their number, such as --centers 4")
     return config.centers

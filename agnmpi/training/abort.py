@@ -1,11 +1,25 @@
 """How a failure of one rank ends the whole job."""
 
+import os
+import subprocess
 import sys
 import time
 import traceback
 from types import TracebackType
 
 from mpi4py import MPI
+
+from ..cluster.placement import fault_tolerant
+from ..core.backoff import Orphaned
+from ..recovery.processes import command
+from ..recovery.watchdog import LAUNCHERS, STRANDED
+
+_pid = os.getpid()
+
+
+def forked() -> bool:
+    """Whether a problem has forked this process from a rank: MPI is its parent's."""
+    return os.getpid() != _pid
 
 
 def say(comm: MPI.Comm, error: BaseException) -> None:
@@ -18,16 +32,39 @@ def say(comm: MPI.Comm, error: BaseException) -> None:
 
 
 def say_and_abort(comm: MPI.Comm, error: BaseException) -> None:
-    """Print the error, and end the whole job; code 1, or that of a sys.exit."""
-    say(comm, error)
+    """Print the error, and end the whole job; code 1, or that of a sys.exit.
+
+    A forked process ends alone.
+    """
     code = error.code if isinstance(error, SystemExit) else 1
-    abort(comm, code if isinstance(code, int) and code else 1)
+    code = code if isinstance(code, int) and code else 1
+    if forked():
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        os._exit(code)
+    say(comm, error)
+    if isinstance(error, Orphaned):
+        os._exit(STRANDED)  # no launcher is left to end the others; each notices
+    abort(comm, code)
 
 
 def abort(comm: MPI.Comm, code: int) -> None:
     """End the whole job, after a moment for pending output."""
     time.sleep(0.5)  # MPICH 5.0.2's hydra may drop what a rank wrote just before MPI_Abort
+    if fault_tolerant():
+        _end_launcher_later()
     comm.Abort(code)
+
+
+def _end_launcher_later() -> None:
+    """Open MPI 5.0's MPI_Abort under ULFM hangs from 4 ranks on, and spares the others: a process of its own ends all.
+
+    No thread could: mpi4py's Abort keeps the interpreter's lock.
+    """
+    launcher = os.getppid()
+    if (name := command(launcher)) in LAUNCHERS:
+        script = f'sleep 2; [ "$(cat /proc/{launcher}/comm)" = {name} ] && kill -TERM {launcher}'
+        subprocess.Popen(["sh", "-c", script], stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 class AbortOnException:

@@ -1,9 +1,10 @@
 """AGNOptimizer: for programs with their own training loop."""
 
 import atexit
+import logging
 import operator
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import nan
 from typing import Any, NamedTuple, TypeAlias
@@ -11,19 +12,25 @@ from typing import Any, NamedTuple, TypeAlias
 from mpi4py import MPI
 
 from ..arrays.backend import Array, Range, as_array, bring, namespace
-from ..cluster.placement import check_world, fault_tolerant, require_equal_model
+from ..cluster.placement import check_world, fault_tolerant, limit_blas, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.setup import Setup, check_setup
 from ..core.optimizers import Optimizer
 from ..core.params import Layout, named
-from ..core.rules import Rule, agn
+from ..core.rules import Rule, agn, outer_rate, weighted
+from ..reporting.advice import advice
 from ..transport.agreement import raise_on_all
 from ..transport.registry import Transport, resolve
-from .abort import AbortOnException
-from .loop import Hook, Loop
+from .abort import AbortOnException, forked
+from .evaluations import Point
+from .loop import Asked, Caller, Hook, Loop
+from .own_arrays import OwnArrays, one_vector
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
 Loss: TypeAlias = Callable[[Mapping[str, Array]], tuple[float, Gradients]]
+Event: TypeAlias = Callable[["AGNOptimizer"], object]
+
+_log = logging.getLogger("agnmpi")
 
 
 class AGNOptimizer:
@@ -49,6 +56,17 @@ class AGNOptimizer:
             (default) depends on the rule.
         overlap: compute while an exchange is under way; default False.
         dylu: λ is that of the fastest worker, the others' are proportional to their speeds; default False.
+        buffers: names of those `params` that no gradient moves, but you: running means, as of batch normalization. The
+            center takes their convex mean, c_b ← c_b + (b − c_b)/n; a pull brings them back. Default: none.
+        outer_rate: r, how many mean displacements a round of n commits moves the center: commits of AGN, DOWNPOUR and
+            DynSGD count rλ/n. None (default): as they are, which is n/λ with AGN.
+        copy: False: `params` are one vector, or lie in one, one after the other (`buffers` last), the flat one.
+            Default True.
+        on_commit: called with this optimizer when the parameters are about to be read: fill `flat` where yours are
+            elsewhere.
+        on_pull: called with this optimizer when the parameters have become a center that was pulled.
+        on_refused: called, after that, where this worker's last commit was refused (NaN, infinity): if you keep moments
+            of your own, set them to 0.
 
     Raises:
         TypeError: for what is not an array or optimizer.
@@ -82,6 +100,12 @@ class AGNOptimizer:
         transport: str | Transport = "auto",
         overlap: bool = False,
         dylu: bool = False,
+        buffers: Collection[str] = (),
+        outer_rate: float | None = None,
+        copy: bool = True,
+        on_commit: "Event | None" = None,
+        on_pull: "Event | None" = None,
+        on_refused: "Event | None" = None,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
@@ -90,8 +114,20 @@ class AGNOptimizer:
         self._name, self._optimizer, self.loss = name, optimizer, nan
         self._comm = comm.Dup()
         self._hook = AbortOnException(self._comm)
+        self._on_commit, self._on_pull, self._on_refused = on_commit, on_pull, on_refused
         try:
-            arguments = _Arguments(optimizer, center_optimizer, params, communication_period, rule, variant, transport)
+            arguments = _Arguments(
+                optimizer,
+                center_optimizer,
+                params,
+                communication_period,
+                rule,
+                variant,
+                transport,
+                buffers,
+                outer_rate,
+                copy,
+            )
             self._loop = self._set_up(arguments, use_locking, overlap, dylu)
         except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
@@ -104,12 +140,13 @@ class AGNOptimizer:
         comm, optimizer = self._comm, arguments.optimizer
         rule, layout, period, transport = raise_on_all(comm, lambda: arguments.checked(use_locking))
         facts = {
-            "rule": f"{rule.name}, alpha {rule.alpha:g}",
+            "rule": f"{rule.name}, alpha {rule.alpha:g}, outer rate {arguments.outer_rate}",
             "variant": arguments.variant,
             "communication_period": str(period),
             "optimizer": _describe(optimizer),
             "center_optimizer": _describe(arguments.center_optimizer),
             "transport": f"{transport.name}, centers {transport.wanted_centers}, center on {transport.center_device}",
+            "node_centers": str(transport.node_centers),
             "encodings": f"{transport.encoding}, pulls {transport.pull_encoding}",
             "overlap": str(overlap),
             "dylu": str(dylu),
@@ -119,21 +156,33 @@ class AGNOptimizer:
         check_setup(rule, setup, comm.size, optimizer, arguments.center_optimizer)
         # Of variant "gradient": of the same kind, with its own slots.
         center_optimizer = arguments.center_optimizer or (optimizer if rule.accumulates else None)
-        self._layout, self._x = layout, layout.pack(arguments.params)
+        self._layout = layout
+        self._x = layout.pack(arguments.params) if arguments.copy else one_vector(arguments.params, layout)
         self._views = layout.views(self._x)
-        self._user_arrays = named(arguments.params) if optimizer is None else {}
+        self._own = OwnArrays(arguments.params, layout, self._x) if optimizer is None else None
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
         wire = choose_wire(comm, self._x, transport.wire)
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
-        if comm.rank == 0 and setup.unthreaded:
-            warnings.warn(f"{self._name}: {setup.unthreaded}", RuntimeWarning, stacklevel=4)
         self._sharded = len(setup.center_ranks) > 1
-        return Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, self._copy_out)
+        caller = Caller(self._pack, self._pulled, self._refused)
+        loop = Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller)
+        self._restore_blas = limit_blas(loop.session.threads)
+        if comm.rank == 0 and not (arguments.rule and arguments.rule.weighs):  # a weight of the caller's is not called
+            _advise(self._name, rule, loop.session.role.count, period)
+        for text in (setup.unthreaded, loop.session.role.caveat):
+            if text and comm.rank == 0:
+                warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=4)
+        return loop
 
     @property
     def params(self) -> dict[str, Array]:
         """The parameters by name: views of the flat vector, or with `optimizer=None` your own arrays. Never blocks."""
-        return dict(self._user_arrays or self._views)
+        return dict(self._own.arrays if self._own else self._views)
+
+    @property
+    def flat(self) -> Array:
+        """(n,) the parameters as one vector; where your own arrays are copied, it is filled at exchanges alone."""
+        return self._x
 
     @property
     def center(self) -> dict[str, Array]:
@@ -152,6 +201,14 @@ class AGNOptimizer:
     def global_step(self) -> int:
         """TensorFlow's name for `clock`."""
         return self.clock
+
+    @property
+    def taken(self) -> int:
+        """Steps in all commits so far, of all workers and loops, as this rank knows it."""
+        worker = self._loop.worker
+        if worker is None:
+            return self._loop.session.role.center.steps
+        return worker.last_reply.steps if worker.last_reply else 0
 
     @property
     def comm(self) -> MPI.Intracomm:
@@ -173,17 +230,59 @@ class AGNOptimizer:
         """Whether this rank serves the center and does not train."""
         return self._loop.session.role.serves
 
-    def steps(self, total: int | None = None) -> Generator[int, None, None]:
+    def steps(
+        self,
+        total: int | None = None,
+        at_center: "Callable[[Status], object] | None" = None,
+        every: int = 1000,
+        ahead: int = 0,
+    ) -> Generator[int, None, None]:
         """Yield the number of each step granted to this worker; each of 0 … total−1 is granted to one worker.
 
         On a center rank it serves until all workers are done, and yields nothing. May be called again: parameters,
-        slots, clock and schedules continue. At the end `params` and `center` are the final center on every rank; after
-        a `break` they are once `finish` has been called. The body calls `minimize`, `apply_gradients` or `step` once.
+        slots, clock and schedules continue. Every rank starts from rank 0's parameters as they are then. At the end
+        `params` and `center` are the final center on every rank; after a `break` they are once `finish` has been
+        called. The body calls `minimize`, `apply_gradients` or `step` once, or `skip`.
 
         Args:
-            total: steps over all workers; None (default) until the workers `break`.
+            total: steps over all workers; None (default) until the workers `break`, or one calls `stop`.
+            at_center: called with a `Status` at rank 0 while that serves, in a thread; where all ranks train, between
+                two steps. It must not call MPI. Its errors are reported, and training goes on.
+            every: steps between two calls of it; default 1000.
+            ahead: how many times λ steps a worker is granted beyond those that it takes (see `granted`); default 0.
         """
-        return self._loop.steps(total)
+        if every <= 0:
+            raise ValueError(f"every must be a positive number of steps, not {every}")
+
+        def call(point: Point, c: Array) -> None:
+            assert at_center is not None
+            at_center(self._status(point, bring(c, self._x)))
+
+        return self._loop.steps(Asked(total, call if at_center else None, every, ahead))
+
+    def stop(self) -> None:
+        """End the loop for all, from any rank, or from `at_center`: each worker stops after its period.
+
+        With an allreduce rule only loops over `steps()` without a number: there others cannot tell it from a failure.
+        Raises RuntimeError for one with a number.
+        """
+        self._loop.stop()
+
+    @property
+    def granted(self) -> list[int]:
+        """The numbers of the steps that this worker is to take, the next first; their samples may be loaded already."""
+        worker = self._loop.worker
+        return [] if worker is None else worker.granted
+
+    @property
+    def status(self) -> "Status":
+        """How far the run is, as this rank knows it, with a copy of the center. Never blocks."""
+        return self._status(self._loop.point, bring(self._loop.session.role.c.copy(), self._x))
+
+    def _status(self, point: Point, c: Array) -> "Status":
+        center = self._loop.session.role.center
+        rate = self._loop.steps_per_second
+        return Status(*point, center.staleness_mean, rate, self._layout.views(c))
 
     def finish(self) -> None:
         """After a `break`: wait until all workers have left, and take the final center.
@@ -257,9 +356,11 @@ class AGNOptimizer:
         self._loop.check()
         if self._optimizer is not None:
             raise RuntimeError(f"{self._name} has an optimizer: call minimize() or apply_gradients()")
-        self._layout.pack(self._user_arrays, out=self._x)
         self._loop.step(None, loss)
-        self._loop.refresh()
+
+    def skip(self) -> None:
+        """Take no step in this turn: gradients accumulate, or a scaler has found infinity. The next has its number."""
+        self._loop.skip()
 
     def make_session_run_hook(
         self, is_chief: bool | None = None, task_index: int | None = None, total: int | None = None
@@ -305,6 +406,7 @@ class AGNOptimizer:
         self._loop.end()
         atexit.unregister(self._at_exit)
         self._hook.remove()
+        self._restore_blas()
         session = self._loop.session
         session.close()
         if not session.members.lost:  # with dead ranks it would not return
@@ -312,7 +414,7 @@ class AGNOptimizer:
 
     def _at_exit(self) -> None:
         """It was not closed, perhaps after a sys.exit on this rank alone: leave, so that the others can end, too."""
-        if not MPI.Is_finalized():
+        if not MPI.Is_finalized() and not forked():
             self.close()
 
     def __enter__(self) -> "AGNOptimizer":
@@ -334,14 +436,46 @@ class AGNOptimizer:
             if variable in self._views:
                 return variable
             raise ValueError(f"no parameter {variable!r}; there are {list(self._views)}")
-        for name, view in (self._views | self._user_arrays).items():
+        for name, view in (self._views | (self._own.arrays if self._own else {})).items():
             if variable is view:
                 return name
         raise TypeError(f"{type(variable).__name__} is no variable of {self._name}: give one of `params`, or its name")
 
-    def _copy_out(self) -> None:
-        for name, array in self._user_arrays.items():
-            array[...] = bring(self._views[name], array)
+    def _pack(self) -> None:
+        if self._on_commit is not None:
+            self._on_commit(self)
+        if self._own is not None:
+            self._own.pack()
+
+    def _pulled(self) -> None:
+        if self._own is not None:
+            self._own.unpack()
+        if self._on_pull is not None:
+            self._on_pull(self)
+
+    def _refused(self) -> None:
+        if self._on_refused is not None:
+            self._on_refused(self)
+
+
+class Status(NamedTuple):
+    """How far a run is.
+
+    Args:
+        step: local steps that all workers have committed.
+        clock: commits applied.
+        loss: mean over recent commits; at a worker over its own recent steps.
+        staleness: mean of all commits; known at rank 0, and where all ranks train.
+        steps_per_second: of all workers in this loop.
+        center: a copy of the center, by name.
+    """
+
+    step: int
+    clock: int
+    loss: float
+    staleness: float
+    steps_per_second: float
+    center: dict[str, Array]
 
 
 class _Arguments(NamedTuple):
@@ -354,6 +488,9 @@ class _Arguments(NamedTuple):
     rule: Rule | None
     variant: str
     transport: str | Transport
+    buffers: Collection[str]
+    outer_rate: float | None
+    copy: bool
 
     def checked(self, use_locking: bool) -> tuple[Rule, Layout, int, Transport]:
         """The rule, the layout, λ and the transport. Raises TypeError or ValueError for invalid arguments."""
@@ -376,8 +513,20 @@ class _Arguments(NamedTuple):
                     f"parameter {key!r} is read-only, but is to be updated: give a writable array "
                     "(of a PyTorch tensor: tensor.detach().numpy())"
                 )
-        rule = self.rule or agn(self.variant)
-        return rule, Layout.of(self.params), period, resolve(self.transport, rule.allreduce, use_locking)
+        layout = Layout.of(self.params, self.buffers)
+        if not self.copy:
+            one_vector(self.params, layout)
+        rule = (self.rule or agn(self.variant))._replace(buffers=layout.buffers)
+        if self.outer_rate is not None:
+            rule = weighted(rule, outer_rate(self.outer_rate))
+        return rule, layout, period, resolve(self.transport, rule.allreduce, use_locking)
+
+
+def _advise(name: str, rule: Rule, workers: int, period: int) -> None:
+    """Log the advice about n/λ: what is only slow as information, which Python does not show by default."""
+    for line in advice(rule, workers, period):
+        text = line.removeprefix("WARNING: ")
+        _log.log(logging.INFO if text == line else logging.WARNING, "%s: %s", name, text)
 
 
 def _warn_of_threads(name: str) -> None:

@@ -10,6 +10,7 @@ from ..core.ends import Capabilities
 from ..core.optimizers import OPTIMIZERS, Optimizer
 from ..core.rules import RULES, Rule, Weight, outer_rate, staleness_cap, staleness_power, weighted
 from ..core.schedules import SCHEDULES, Schedule, constant, warmup
+from ..reporting.writers import WRITERS
 from ..transport import registry
 from .options import Refusal, canonical, check, documented, known, option, overlay, read_toml, refuse
 
@@ -78,6 +79,12 @@ class Config:
     centers: registry.Centers = option(
         1, "transport", "center ranks 0 … k−1, a block each; hosts: one on each host", int, least=1, words=("hosts",)
     )
+    node_centers: bool = option(
+        False,
+        "transport",
+        "on each host of three ranks or more, beside rank 0's, one rank sums the commits of the others",
+        bool,
+    )
     workers: int = option(
         1, "transport", "number of workers in one process (of train: with --transport local)", int, least=1
     )
@@ -133,6 +140,21 @@ class Config:
         None, "output", "directory for what the run writes [default: runs/PROBLEM-DATE]", also=("run",)
     )
     evaluate_every: float = option(1.0, "output", "epochs between evaluations; 0: only at the end", float, least=0)
+    monitor: str | None = option(
+        None,
+        "output",
+        "keep the center with the best value of this metric: NAME:max or NAME:min; without it names with loss or error "
+        "are min, with acc max",
+    )
+    patience: int | None = option(
+        None, "output", "evaluations without a better value of --monitor, after which the run ends", int, least=1
+    )
+    stop_at: float | None = option(None, "output", "value of --monitor at which the run ends", float)
+    writers: str = option(
+        "",
+        "output",
+        f"where the numbers of events.jsonl go, too, by commas: {', '.join(WRITERS)}",
+    )
     log_every: float = option(1.0, "output", "seconds between lines in events.jsonl", float, positive=True)
     record: bool = option(False, "output", "write the order of messages at the center, for simulate --replay", bool)
 
@@ -169,6 +191,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self, _REFUSALS)
+        if unknown := set(self.writer_names) - set(WRITERS):
+            raise ValueError(f"writers are {', '.join(WRITERS)}, not {', '.join(sorted(unknown))}")
+        if self.monitor is not None:
+            self.monitored  # noqa: B018  # refused at once
 
     def complete(self) -> "Config":
         """Return the configuration with each default that depends on others filled in, and checked.
@@ -196,9 +222,30 @@ class Config:
             rate = rate or self.rate
         return replace(self, center_optimizer=center, center_rate=rate, center_options=options)
 
+    @property
+    def writer_names(self) -> tuple[str, ...]:
+        """The names in `writers`."""
+        return tuple(name.strip() for name in self.writers.split(",") if name.strip())
+
+    @property
+    def monitored(self) -> tuple[str, int]:
+        """The metric of `monitor`, and its sign: 1 if the largest is the best, -1 if the smallest.
+
+        Raises:
+            ValueError: where neither the option nor the name says which.
+        """
+        name, _, best = (self.monitor or "").partition(":")
+        known = {"max": 1, "min": -1}
+        guessed = {"loss": "min", "error": "min", "acc": "max"}
+        best = best or next((sign for part, sign in guessed.items() if part in name), "")
+        if not name or best not in known:
+            name = name or "NAME"
+            raise ValueError(f"monitor {self.monitor!r}: say which is best, {name}:max or {name}:min")
+        return name, known[best]
+
     def make_transport(self) -> registry.Transport:
         """The transport, with its options."""
-        names = ("centers", "message_buffers", "wire", "center_device", "encoding", "pull_encoding")
+        names = ("centers", "node_centers", "message_buffers", "wire", "center_device", "encoding", "pull_encoding")
         options = {name: getattr(self, name) for name in names}
         return registry.resolve(self.transport, self.make_rule().allreduce, workers=self.workers, **options)
 
@@ -275,6 +322,10 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
         "drop_stalled drops workers that are silent for longer than stall_limit: give that, too",
     ),
     (
+        lambda c: c.monitor is None and (c.patience is not None or c.stop_at is not None),
+        "patience and stop_at are of a metric: name it with monitor",
+    ),
+    (
         lambda c: c.record and c.overlap,
         "record with overlap cannot be replayed: the center does not know after which step a worker took up its "
         "pull; leave one of them",
@@ -328,6 +379,14 @@ _TRANSPORT_RULES: tuple[Refusal[Config], ...] = (
         "record is of one center that serves: with several each has an order of its own",
     ),
     (
+        lambda c: c.node_centers and c.drop_stalled,
+        "drop_stalled with node_centers: a host's steps are held by its node center; leave one of them",
+    ),
+    (
+        lambda c: c.node_centers and c.record,
+        "record is of one center that serves: node centers have an order of their own; leave one of them",
+    ),
+    (
         lambda c: c.record and c._capabilities.together,
         "record is of runs with a center; on transport {transport} every run repeats itself",
     ),
@@ -362,6 +421,12 @@ def load(path: str | None = None, given: Mapping[str, Any] | None = None, sets: 
     if "epochs" in named and "steps" not in named:
         values.pop("steps", None)  # the file's
     return Config(**known(Config, _locking(values, values.get("transport", "auto"))))
+
+
+def newest_config(directory: Path) -> Path:
+    """The file with the configuration that the run in `directory` had last: config.toml, or config-N.toml."""
+    later = [path for path in directory.glob("config-*.toml") if path.stem[7:].isdigit()]
+    return max(later, key=lambda path: int(path.stem[7:]), default=directory / "config.toml")
 
 
 def _layer(values: Mapping[str, Any]) -> dict[str, Any]:

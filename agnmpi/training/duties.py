@@ -1,25 +1,26 @@
 """A serving rank's other duties: display, events, evaluations, record, checkpoints, silent workers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..arrays.backend import Array
-from ..cluster.roles import CenterRole, HoldingRole, Role, ShardRole
+from ..cluster.roles import CenterRole, HoldingRole, NodeRole, Role, ShardRole
 from ..core.batches import Plan
 from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout
-from ..recovery.checkpoint import prune
+from ..recovery.checkpoint import folder, prune
 from ..recovery.cut import ConsistentCut, MPIMail
-from ..recovery.files import write_atomic
 from ..recovery.saver import CenterSaver
 from ..recovery.silent_workers import SilentWorkers
 from ..reporting.record import Recorder
 from ..version import __version__
 from .config import Config
-from .monitor import Evaluate, Monitor
-from .outputs import repeatable
+from .evaluations import Evaluate
+from .monitor import Monitor, OnEvent
+from .outputs import write_config
 from .session import Session
 
 
@@ -31,24 +32,28 @@ class Run(NamedTuple):
         plan: its batches.
         layout: of the parameters.
         data: determines the samples of each step.
+        initial: (n,) the parameters of this rank before it trains.
         directory: of its files.
         session: of this rank.
         consistent: whether a checkpoint can be one consistent cut over all centers.
         evaluate: metrics of a center variable (n,).
         name: describes a rank.
         say: prints a line.
+        on_event: takes the events, as in events.jsonl.
     """
 
     config: Config
     plan: Plan
     layout: Layout
     data: Mapping[str, int]
+    initial: Array
     directory: Path
     session: Session
     consistent: bool
     evaluate: Evaluate
     name: Callable[[int], str]
     say: Callable[[str], None]
+    on_event: OnEvent = None
 
 
 class Duties:
@@ -56,7 +61,8 @@ class Duties:
 
     Args:
         run: the run.
-        first: whether this rank grants the work, displays and writes the run; else it only saves its block.
+        first: whether this rank grants the work, displays and writes the run; else it only saves its block, or as a
+            node center reports silent workers.
         begins: the run begins here, with these lines on the display and these BLAS threads of each worker; None where a
             new center takes over.
     """
@@ -65,13 +71,17 @@ class Duties:
 
     def __init__(self, run: Run, first: bool = True, begins: tuple[Sequence[str], Sequence[int]] | None = None) -> None:
         self.first, self._run, self._config, self._role = first, run, run.config, run.session.role
+        self._noted = self._role.center.checkpoint  # steps at the newest checkpoint that an event tells of
         self._recorder: Recorder | None = None
         self._silent: SilentWorkers | None = None
         self._saver: CenterSaver | None = None
         self._cut: ConsistentCut | None = None  # where there are several centers
         if first:
             self._open(*begins or (None, ()))
-        if self._config.keep_checkpoints:
+        if isinstance(self._role, CenterRole) and (first or isinstance(self._role, NodeRole)):
+            limit, drop = run.config.stall_limit, run.config.drop_stalled
+            self._silent = SilentWorkers(self._role, run.session.members, limit, drop, run.name, run.say)
+        if self._config.keep_checkpoints and self._role.stores:
             self._set_up_checkpoints()
 
     def committed(self, commit: Commit, c: Array) -> None:
@@ -88,23 +98,33 @@ class Duties:
             if commit.requests & LEAVE:
                 self._silent.excused(commit.worker)
         if self._recorder is not None:
-            self._recorder(commit, reply)
+            try:
+                self._recorder(commit, reply)
+            except OSError as error:
+                self.end_record()
+                self._run.say(f"WARNING: the record ends here, and cannot be replayed ({error}); training goes on")
 
     def tick(self, stop_signal: str | None) -> None:
         """Call between two messages; `stop_signal`: name of the signal that asks the run to stop."""
         role, center = self._role, self._role.center
         if self._cut is not None:
             self._cut.tick()
+        if self._silent is not None:
+            self._silent.tick()
+        if stop_signal and isinstance(role, NodeRole):
+            center.control = STOP  # its end tells the center above
         if not self.first:
             return
         self.monitor.tick()
-        if stop_signal and center.control != STOP:
+        why = stop_signal or self.monitor.stop_reason
+        if why and center.control != STOP:
             center.control = STOP
-            self._run.say(f"{stop_signal}: the workers commit what they have done; then a checkpoint, and the end")
-        if self._silent is not None:
-            self._silent.tick()
+            self._run.say(f"{why}: the workers commit what they have done; then a checkpoint, and the end")
         if self._saver is not None:
             self._saver.writing()
+        if center.checkpoint > self._noted:
+            self._noted = center.checkpoint
+            self.monitor.note("checkpoint", holds=center.checkpoint)
         if isinstance(role, CenterRole):
             role.end.announce(center.control, center.checkpoint)
 
@@ -113,12 +133,21 @@ class Duties:
         if self._saver is not None:
             self._saver.save(self._own_center())
 
-    def save_last(self, steps: int) -> None:
-        """Write the last checkpoint, after `steps` steps."""
-        if self._saver is not None:
-            self._saver.save(self._own_center(), steps)
-            self._saver.finish()
-            self._saver = None
+    def save_last(self, steps: int) -> bool:
+        """Write the last checkpoint, after `steps` steps, if any are; whether that has succeeded."""
+        saver, self._saver = self._saver, None
+        if saver is None:
+            return True
+        saver.save(self._own_center(), steps)
+        saver.finish()
+        return saver.last == folder(self._run.directory, steps)
+
+    def keep_config(self) -> None:
+        """Write the configuration again, if the run's directory was removed: without it nobody could resume."""
+        if self.first and not (self._run.directory / "config.toml").exists():
+            with suppress(OSError):  # whoever writes next says so
+                self._run.directory.mkdir(parents=True, exist_ok=True)
+                write_config(self._run.directory, self._config)
 
     def prune(self) -> None:
         """Remove checkpoints older than those to keep."""
@@ -128,29 +157,27 @@ class Duties:
     def end_record(self) -> None:
         """The record ends: nothing more is served."""
         if self._recorder is not None:
-            self._recorder.close()
+            with suppress(OSError):
+                self._recorder.close()
             self._recorder = None
 
     def change_role(self, role: Role) -> None:
         """This rank changes its role; the center is the same."""
-        self._role = self.monitor.role = role
+        self._role = self.monitor.evaluations.role = role
         self._silent = None
 
     def _open(self, lines: Sequence[str] | None, threads: Sequence[int]) -> None:
         run, config, role = self._run, self._config, self._role
         run.directory.mkdir(parents=True, exist_ok=True)  # a new center may be on another host
-        if lines is not None:
-            write_atomic(run.directory / "config.toml", repeatable(config).to_toml().encode())
+        changed = {} if lines is None else write_config(run.directory, config)
         if config.record and lines is not None:
             self._recorder = Recorder(run.directory, role.count, threads, role.center.idle_workers_wait)
-        self.monitor = Monitor(config, run.plan, role, run.directory, run.evaluate)
+        self.monitor = Monitor(config, run.plan, role, run.directory, run.layout, run.evaluate, on_event=run.on_event)
         for line in lines or ():
             self.monitor.say(line)
-        if isinstance(role, CenterRole):
-            self._silent = SilentWorkers(
-                role, run.session.members, config.stall_limit, config.drop_stalled, run.name, run.say
-            )
-        self.monitor.start()
+        self.monitor.start(run.initial if lines is not None and not role.center.steps else None)
+        if changed:
+            self.monitor.note("changed", options=changed)
 
     def _set_up_checkpoints(self) -> None:
         """Prepare to write checkpoints."""
@@ -187,6 +214,7 @@ class Duties:
 
     def _facts(self) -> dict[str, Any]:
         """A checkpoint's facts beside those of the center."""
+        self.keep_config()
         run, session = self._run, self._run.session
         return {
             "agnmpi": __version__,

@@ -1,14 +1,22 @@
 """How a run ends other than with code 0 or 1: stopped by a signal, or with fewer ranks."""
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+# The exit code of a run that was completed or stopped, but whose last files could not be written (EX_IOERR).
+UNWRITTEN = 74
 # The exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL).
 INTERRUPTED = 75
 # The exit code of a run that was completed, but lost workers.
 DEGRADED = 76
+
+# The exit code of a run that was completed, but whose evaluations failed.
+UNEVALUATED = 77
 
 
 class Interrupted(Exception):
@@ -19,6 +27,28 @@ class Interrupted(Exception):
 
     def __init__(self, abort: bool) -> None:
         super().__init__(f"exit code {INTERRUPTED}")
+        self.abort = abort
+
+
+class Failed(Exception):
+    """The user's code has failed on a rank, which has said how; all commits are in the newest checkpoint.
+
+    `abort`: other ranks hang, and must be ended, too.
+    """
+
+    def __init__(self, ranks: str, abort: bool) -> None:
+        super().__init__(f"the run ended because of a failure on {ranks}")
+        self.abort = abort
+
+
+class Unwritten(Exception):
+    """The run has ended, but its last checkpoint or its result could not be written; it has said why.
+
+    `abort`: other ranks hang, and must be ended, too.
+    """
+
+    def __init__(self, abort: bool) -> None:
+        super().__init__(f"exit code {UNWRITTEN}")
         self.abort = abort
 
 
@@ -33,33 +63,85 @@ class Degraded(Exception):
         self.code, self.abort = code, abort
 
 
-_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+_USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+_STOP_SIGNALS = (*_USER_SIGNALS, signal.SIGTERM, signal.SIGINT)
 
 
 class Signals:
-    """While installed, USR1, USR2, TERM and INT ask the run to stop; a second one aborts at once.
+    """While installed, USR1, USR2, TERM and INT ask the run to stop; a second one, a second later, aborts at once.
 
-    `abort` is called with the exit code. Python calls handlers between two bytecodes of the main thread; except
+    Within a second it is the same: a launcher passes on what its ranks may have got as well. `abort` is called with
+    the exit code. Python calls handlers between two bytecodes of the main thread; except
     while survivors regroup nothing of ours blocks in MPI, so a handler runs at once.
+
+    A forked child does not inherit the handlers: it would not end at TERM, and `multiprocessing.Pool` would wait for
+    it for ever.
     """
 
     def __init__(self, abort: Callable[[int], None]) -> None:
         self.received: str | None = None  # name of the first signal
+        self._since = 0.0  # when it came
         self._abort = abort
+        self._over = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
         """Install the handlers; from the main thread."""
         for number in _STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        _Forks.signals = self
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self._over and number in _USER_SIGNALS:
+            return
+        if self.received is None:
+            self.received, self._since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._since > 1.0:
             self._abort(128 + number)
-        self.received = signal.Signals(number).name
+
+    def over(self) -> None:
+        """All work is done: USR1 and USR2 change nothing any more."""
+        self._over = True
+
+    def release(self) -> None:
+        """At the end of the process, and in a forked child: as `remove`, but USR1 and USR2 are ignored.
+
+        Launchers pass them on to all processes of a rank's group, also in MPI_Finalize; and who loses a task of a pool
+        waits for ever.
+        """
+        self.remove()
+        self._ignore_user_signals()
+
+    def _ignore_user_signals(self) -> None:
+        for number in _USER_SIGNALS:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, signal.SIG_IGN)
 
     def remove(self) -> None:
         """Restore the previous handlers."""
+        _Forks.signals = None
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous.clear()
+
+
+class _Forks(threading.local):
+    """What a fork does with the handlers: no signal comes between it and their removal in the child."""
+
+    signals: Signals | None = None  # installed, in the whole process
+    mask: set[int]  # of the thread that forks
+
+    def before(self) -> None:
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS if _Forks.signals else ())
+
+    def after_in_parent(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+    def after_in_child(self) -> None:
+        if _Forks.signals is not None:
+            _Forks.signals.release()
+        self.after_in_parent()
+
+
+_forks = _Forks()
+os.register_at_fork(before=_forks.before, after_in_parent=_forks.after_in_parent, after_in_child=_forks.after_in_child)

@@ -1,21 +1,49 @@
 """A loop of your own over the steps: on its rank it trains or serves, however it ends, and whoever is lost."""
 
 import operator
+import threading
+import time
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 from mpi4py import MPI
 
 from ..arrays.backend import Array, Range, bring
+from ..cluster.roles import CenterRole, HoldingRole, NodeRole
 from ..cluster.setup import Setup
+from ..core.center import PATIENCE
 from ..core.leases import Lease
+from ..core.messages import CONTINUE, STOP, Commit, Reply
 from ..core.observer import Observer
 from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..core.worker import Worker
+from ..reporting.events import RecentMean
+from ..transport.agreement import format_ranks
+from .evaluations import AtCenter, Point
 from .session import Session
+
+WAIT = 30.0  # seconds after which a rank that waits for others to begin says so, once a session
+
+
+class Caller(NamedTuple):
+    """What a loop calls in the program that it belongs to."""
+
+    pack: Callable[[], None]  # before x is read: copy arrays of the caller's own into it
+    pulled: Callable[[], None]  # x has become a pulled center, or the final one
+    refused: Callable[[], None]  # then, if this worker's commit was refused
+
+
+class Asked(NamedTuple):
+    """A session that the caller asks for."""
+
+    total: int | None  # steps over all workers
+    at_center: Callable[[Point, Array], object] | None  # called where the center is
+    every: float  # steps between two calls
+    ahead: int = 0  # leases that a worker holds beyond the one that it computes
 
 
 class Loop(Observer):
@@ -30,18 +58,27 @@ class Loop(Observer):
         setup: how they exchange.
         period: λ.
         name: of the optimizer, in messages.
-        moved: called when x has become a pulled center, or the final one.
+        caller: what the caller does meanwhile.
     """
 
     def __init__(
         self, comm: MPI.Intracomm, rule: Rule, x: Array, optimizer: Optimizer | None,
-        center_optimizer: Optimizer | None, setup: Setup, period: int, name: str, moved: Callable[[], None],
+        center_optimizer: Optimizer | None, setup: Setup, period: int, name: str, caller: Caller,
     ) -> None:  # fmt: skip
         self.session = Session(comm, rule, x, optimizer, center_optimizer, setup, self)
         self.closed = self._running = self._stepped = False
-        self._x, self._period, self._name, self._moved = x, period, name, moved
+        self._x, self._period, self._name, self._caller = x, period, name, caller
+        if self.worker is not None:
+            self.worker.form_x = self._form_x
         self._generators: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
-        self._pulls = 0  # of the worker, when `moved` was last called
+        self._pulls = self._refusals = 0  # of the worker, when the caller was last told
+        self._failed = 0  # its commits that were refused in a row
+        self._asked: Asked | None = None  # by a call of `steps` whose generator was not begun
+        self._met = set[int]()  # workers that have begun this session
+        self._stopping = False  # with an allreduce rule: this rank leaves after its step
+        self._loss = RecentMean(10.0 * period * self.session.role.count)
+        self._began = time.monotonic(), 0  # this session, and the steps before it
+        self._at_center: AtCenter | None = None
 
     @property
     def worker(self) -> Worker | None:
@@ -49,11 +86,41 @@ class Loop(Observer):
         role = self.session.role
         return None if role.serves else role.workers[0]
 
-    def steps(self, total: int | None) -> Generator[int, None, None]:
+    def steps(self, asked: Asked) -> Generator[int, None, None]:
         """Yield the steps of a session, as `AGNOptimizer.steps` says."""
-        generator = self._steps(total)
+        generator, self._asked = self._steps(asked), asked
         self._generators.add(generator)
         return generator
+
+    def stop(self) -> None:
+        """End this session for all: each worker stops after the period that it computes."""
+        role = self.session.role
+        if self.session.rule.allreduce:
+            if role.total is not None:
+                raise RuntimeError(
+                    f"{self._name}: rule {self.session.rule.name} shares out {role.total} steps to all ranks at the "
+                    "same time: to stop early, loop over steps() without a number"
+                )
+            self._stopping = True
+        elif isinstance(role, HoldingRole):
+            role.center.control = STOP
+        elif self._running:
+            role.workers[0].stop_all()
+
+    @property
+    def point(self) -> Point:
+        """Steps and commits so far as this rank knows them, and the recent mean loss: at a worker its own."""
+        role = self.session.role
+        if isinstance(role, HoldingRole):
+            return Point(role.center.steps, role.center.clock, self._loss.value)
+        reply = role.workers[0].last_reply or Reply(0)
+        return Point(reply.steps, reply.clock, self._loss.value)
+
+    @property
+    def steps_per_second(self) -> float:
+        """Of all workers, in this session, as this rank knows it."""
+        since, before = self._began
+        return (self.point.steps - before) / max(time.monotonic() - since, 1e-9)
 
     def check(self) -> Worker:
         """Return the worker, if it is to take a step now; raises RuntimeError where it is not."""
@@ -72,19 +139,49 @@ class Loop(Observer):
     def step(self, g: Array | None, loss: float, ranges: Sequence[Range] | None = None) -> None:
         """Let the worker take its current step; see `Worker.step`."""
         self.check().step(g, loss, ranges)
+        if not isinstance(self.session.role, HoldingRole):
+            self._loss.add(loss, 1)
+        self._stepped = True
+        self.refresh()
+
+    def skip(self) -> None:
+        """Let this turn of the loop go by without a step."""
+        self.check()
         self._stepped = True
 
     def finish(self) -> None:
-        """After a break: wait for the others, and take the final center."""
+        """After a break: wait for the others, and take the final center.
+
+        As after a loop that was never begun, such as over zip(loader, steps) with an empty loader: the others wait.
+        """
+        if self._asked is not None and not self._running:
+            with closing(self._steps(self._asked)) as steps:
+                next(steps, None)
         worker = self.worker
         if worker is not None and not self._running and (worker.leaving or worker.elected):
             self._finish(worker)
 
     def refresh(self) -> None:
-        """Call `moved` if a center was pulled since."""
-        if self.worker and self.worker.pulls != self._pulls:
-            self._pulls = self.worker.pulls
-            self._moved()
+        """Tell the caller if a center was pulled since, and if this worker's commit was refused."""
+        if (worker := self.worker) is None or worker.pulls == self._pulls:
+            return
+        refused = worker.refusals > self._refusals
+        self._pulls, self._refusals = worker.pulls, worker.refusals
+        self._failed = self._failed + 1 if refused else 0
+        if self._failed == PATIENCE and not self.session.single_commits:  # no center sees its commits
+            self._warn_of_failing(self.session.rank, self._failed, "It leaves")
+        self._caller.pulled()
+        if refused:
+            self._caller.refused()
+
+    def _form_x(self) -> None:
+        self.refresh()  # with overlap a pull may have moved x since
+        try:
+            self._caller.pack()
+        except (TypeError, ValueError):
+            if self.worker is not None:
+                self.worker.abandon()
+            raise
 
     def end(self) -> None:
         """Leave a loop whose generator is still referenced after a break, or a hook that was not ended; for good."""
@@ -101,10 +198,11 @@ class Loop(Observer):
         """Where this rank serves, no worker does this."""
         if self.session.role.serves:
             self._x[...] = bring(self.session.role.c, self._x)
-            self._moved()
+            self._caller.pulled()
         self.refresh()
 
-    def _steps(self, total: int | None) -> Generator[int, None, None]:
+    def _steps(self, asked: Asked) -> Generator[int, None, None]:
+        self._asked, total = None, asked.total
         if self.closed:
             raise RuntimeError(f"{self._name} is closed")
         if self._running:
@@ -114,22 +212,72 @@ class Loop(Observer):
             raise ValueError(f"the number of steps must not be negative, but is {total}")
         self.finish()
         before = self.session.role.center.settled
-        self.session.begin(total, self._period)
-        dropped = 0
-        for workers in self.session.rounds():
-            for worker in workers:
-                worker.dropped = 0
-                yield from self._train(worker)
-                dropped += worker.dropped
+        with self._watch():
+            self._begin(asked)
+            dropped = 0
+            for workers in self.session.rounds():
+                for worker in workers:
+                    worker.dropped = 0
+                    yield from self._train(worker)
+                    dropped += worker.dropped
+        if self._at_center is not None:
+            self._at_center.settle()
         if self.session.deserted:
             raise RuntimeError(f"{self._name}: all workers are lost")
         self._copy_final_center()
         self._report(total, self.session.role.center.settled - before, dropped)
 
+    def _begin(self, asked: Asked) -> None:
+        session, role = self.session, self.session.role
+        self._stopping, role.center.control = False, CONTINUE
+        self._met.clear()
+        if session.comm.rank == 0:
+            self._caller.pack()
+        role.start_from(self._x)
+        for worker in role.workers:
+            worker.ahead = asked.ahead
+        session.begin(asked.total, self._period)
+        if role.serves and not session.single_commits:
+            self._met.update(range(role.count))  # that was collective
+        self._began = time.monotonic(), self.point.steps
+        self._at_center = None
+        if asked.at_center is not None and session.comm.rank == 0:
+            self._at_center = AtCenter(role, asked.every, asked.at_center, self._failed_at_center)
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        """While in it: say once if others, after `WAIT` seconds, have not begun."""
+        timer = threading.Timer(WAIT, self._say_who_is_missing, [self.worker.pulls if self.worker else 0])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _say_who_is_missing(self, pulls: int) -> None:
+        session, role = self.session, self.session.role
+        if role.serves:
+            says = not session.rank or isinstance(role, NodeRole)
+            late = [session.members.rank_of(worker) for worker in role.numbers if worker not in self._met]
+            who = f"{format_ranks(late)} {'are' if len(late) > 1 else 'is'} not" if late and says else ""
+        elif role.workers[0].pulls > pulls:
+            who = ""
+        else:
+            who = "not every rank is" if session.rule.allreduce else f"rank {session.members.serving[0]} is not"
+        if who:
+            text = f"rank {session.rank} has waited for {WAIT:g} s: {who} in steps(): every rank must run the loop"
+            warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=2)
+
+    def _failed_at_center(self, error: str) -> None:
+        warnings.warn(
+            f"{self._name}: at_center has failed, and training goes on:\n{error}", RuntimeWarning, stacklevel=2
+        )
+
     def _report(self, total: int | None, taken: int, dropped: int) -> None:
         """Warn, at the end of a loop, of steps that were not taken."""
         role, rank = self.session.role, self.session.rank
-        short = total is not None and taken < total
+        short = total is not None and taken < total and role.center.control != STOP
         if role.serves and rank == 0 and short:
             text = f"{taken} of {total} steps were taken: the workers left before the end"
             warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=3)
@@ -155,14 +303,35 @@ class Loop(Observer):
                     if not self._stepped:
                         raise RuntimeError(
                             f"step {number} was not taken: the loop over {self._name}.steps() must call minimize(), "
-                            "apply_gradients() or step() once"
+                            "apply_gradients() or step() once, or skip()"
                         )
+                    if self._stopping:
+                        break
         except GeneratorExit:  # break
             if self.session.role.serves:  # it was elected as it left: the others wait
                 self._finish(worker)
             raise
         finally:
             self._running = self._stepped = False
+
+    def committed(self, commit: Commit, c: Array) -> None:
+        """Count, and call the caller's `at_center`."""
+        self._loss.add(commit.loss, commit.steps)
+        if self._at_center is not None:
+            self._at_center.committed(c, self.point, last=False)
+            self._at_center.tick()
+
+    def served(self, commit: Commit, _reply: Reply) -> None:
+        """This worker has begun."""
+        self._met.add(commit.worker)
+
+    def waiting(self) -> None:
+        """Go on with `at_center`; tell the workers if they are to stop."""
+        role = self.session.role
+        if self._at_center is not None:
+            self._at_center.tick()
+        if isinstance(role, CenterRole):
+            role.end.announce(role.center.control, role.center.checkpoint)
 
     def lost(self, rank: int, _held: Sequence[Lease]) -> None:
         """Warn."""
@@ -172,6 +341,19 @@ class Loop(Observer):
         """Warn."""
         last = lease.first + lease.steps - 1
         text = f"the commits of steps {lease.first} to {last} were refused repeatedly: they are given up"
+        warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=2)
+
+    def failing(self, worker: int, refusals: int) -> None:
+        """Warn."""
+        session = self.session
+        rank = session.members.rank_of(worker) if session.role.serves else session.rank
+        self._warn_of_failing(rank, refusals, "It tries again")
+
+    def _warn_of_failing(self, rank: int, refusals: int, then: str) -> None:
+        text = (
+            f"the last {refusals} commits of rank {rank} were refused: NaN or infinity. {then}, and the others "
+            "go on; if moments of its optimizer are not finite, set them to 0 in on_refused"
+        )
         warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=2)
 
     def new_center(self, source: str, _newly_lost: Sequence[int]) -> None:

@@ -1,14 +1,19 @@
 """A run on disk: its directory, configuration and result."""
 
 import json
+import platform
+import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..arrays.backend import Array, device_count
+import numpy as np
+
+from ..arrays.backend import device_count
 from ..cluster.placement import unused_devices
 from ..cluster.roles import Role
 from ..cluster.setup import Setup
@@ -16,9 +21,10 @@ from ..core.batches import Plan
 from ..core.params import Layout
 from ..recovery.files import save, write_atomic
 from ..reporting.advice import advice
+from ..reporting.runs import digits, duration
 from ..version import __version__, mpi_library
-from .config import Config
-from .exits import DEGRADED
+from .config import Config, load, newest_config
+from .exits import DEGRADED, UNEVALUATED
 from .monitor import Monitor, format_metrics
 from .problem import absolute
 
@@ -55,6 +61,29 @@ def repeatable(config: Config) -> Config:
     return replace(config, problem=absolute(config.problem), run_dir=None, resume=None)
 
 
+def write_config(directory: Path, config: Config) -> dict[str, list[Any]]:
+    """Write the configuration of a run; one that it was resumed with beside the first, which stays.
+
+    Returns the options that differ from the last time, before and now.
+    """
+    values, path = asdict(repeatable(config)), newest_config(directory)
+    if not path.is_file():
+        write_atomic(path, repeatable(config).to_toml().encode())
+        return {}
+    before = asdict(repeatable(load(str(path))))
+    changed = {name: [before[name], value] for name, value in values.items() if before[name] != value}
+    if changed:
+        number = int(path.stem[7:] or 1) + 1
+        write_atomic(directory / f"config-{number}.toml", repeatable(config).to_toml().encode())
+    return changed
+
+
+def save_center(directory: Path, config: Config, layout: Layout, role: Role) -> None:
+    """Write center.safetensors: the center variable by name."""
+    meta = {"agnmpi": __version__, "clock": str(role.center.clock), "rule": config.rule}
+    save(directory / "center.safetensors", layout.views(role.c), meta)
+
+
 def write_result(directory: Path, result: Mapping[str, Any]) -> None:
     """Write result.json."""
     write_atomic(directory / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
@@ -65,14 +94,15 @@ def conclude(
     config: Config,
     layout: Layout,
     role: Role,
-    c: Array,
     monitor: Monitor,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write the final center `c` (n,), evaluate it, and write the result, with `extra` fields; returns it."""
-    meta = {"agnmpi": __version__, "clock": str(role.center.clock), "rule": config.rule}
-    # Before the evaluation, which may fail.
-    save(directory / "center.safetensors", layout.views(c), meta)
+    """Write the final center, evaluate it, and write the result, with `extra` fields; returns it."""
+    failure: OSError | None = None
+    try:
+        save_center(directory, config, layout, role)
+    except OSError as error:  # raised when all else is done
+        failure = error
     result = {
         "problem": config.problem,
         "rule": config.rule,
@@ -80,11 +110,17 @@ def conclude(
         "transport": config.transport,
         "workers": role.count,
         "period": config.period,
-        **monitor.finish(c),
+        **monitor.finish(role.c),
         **extra,
         "agnmpi": __version__,
+        "run_dir": str(directory),
+        "options": asdict(repeatable(config)),
+        "command": shlex.join(sys.argv),
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
     write_result(directory, result)
+    if failure is not None:
+        raise failure
     return result
 
 
@@ -95,11 +131,13 @@ def finish_run(
     role: Role,
     monitor: Monitor,
     lost: list[int],
+    ranks: Mapping[str, Any],
     complete: bool,
 ) -> dict[str, Any]:
     """Evaluate the final center at rank 0, write and print it and the result. Returns the result.
 
-    `lost`: ranks that died; `complete`: the run had all its steps before it was resumed, and keeps its result.
+    `lost`: ranks that died; `ranks`: facts about all; `complete`: the run had all its steps before it was resumed, and
+    keeps its result.
     """
     path = directory / "result.json"
     earlier = json.loads(path.read_text()) if complete and path.is_file() else {}
@@ -107,10 +145,15 @@ def finish_run(
         monitor.stop("complete")
         monitor.say(f"the run was complete, at step {role.center.steps}; its result stays, in {directory}/")
         return dict(earlier)
-    extra = {"refused": role.center.refused, "lost": lost, "mpi": mpi_library()}
-    result = conclude(directory, config, layout, role, role.c, monitor, extra)
+    extra = {"refused": role.center.refused, "lost": lost, "mpi": mpi_library(), **ranks}
+    result = conclude(directory, config, layout, role, monitor, extra)
     if (result["loss"] is None and monitor.trained) or None in result["metrics"].values():
         monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
+    if result["failed_evaluations"]:
+        monitor.say(
+            f"WARNING: {result['failed_evaluations']} evaluations failed: exit code {UNEVALUATED}; mend `evaluate`, "
+            f"and type: python -m agnmpi evaluate {directory}"
+        )
     if lost:
         monitor.say(f"WARNING: the run ended without ranks {lost}: exit code {DEGRADED}")
     if result["refused"]:
@@ -118,8 +161,8 @@ def finish_run(
     if result["given_up"]:
         monitor.say(f"WARNING: {result['given_up']} steps were given up: their commits were refused again and again")
     monitor.say(
-        f"done: {format_metrics(monitor.metrics, ', ')}; {result['samples']} samples in {result['seconds']:.1f} s "
-        f"({result['samples_per_second']:.0f}/s), {result['commits']} commits, "
+        f"done: {format_metrics(monitor.metrics, ', ')}; {result['samples']} samples in {duration(result['seconds'])} "
+        f"({digits(result['samples_per_second'])}/s), {result['commits']} commits, "
         f"staleness {result['staleness']['mean']:.2f} (max {result['staleness']['max']})"
     )
     for line in dropped_lines(result):
@@ -151,6 +194,17 @@ def centers_line(centers: Sequence[str], most: int = 8) -> str:
     """
     further = f" and {len(centers) - most} more" if len(centers) > most else ""
     return f"center{'s' if len(centers) > 1 else ''}: {', '.join(centers[:most])}{further}"
+
+
+def node_centers_lines(config: Config, nodes: Sequence[tuple[str, int]], most: int = 8) -> list[str]:
+    """Where the node centers are, if there shall be some; `nodes`: the name of each, and how many workers it has."""
+    if not config.node_centers:
+        return []
+    if not nodes:
+        return ["note: no node centers, since no host but that of rank 0 has three ranks"]
+    further = f" and {len(nodes) - most} more" if len(nodes) > most else ""
+    text = ", ".join(f"{name} for {workers} workers" for name, workers in nodes[:most])
+    return [f"node center{'s' if len(nodes) > 1 else ''}: {text}{further}"]
 
 
 def introduction(

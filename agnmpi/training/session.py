@@ -4,6 +4,7 @@ Used by `AGNOptimizer` and `agnmpi train` alike.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from mpi4py import MPI
 
@@ -21,6 +22,7 @@ from ..core.worker import Worker
 from ..recovery.center_state import Saved
 from ..recovery.failover import Failover
 from ..recovery.silent_workers import leave_behind
+from ..recovery.watchdog import watch
 
 
 class Session:
@@ -51,9 +53,13 @@ class Session:
         drop_silent: bool = False,
     ) -> None:
         setup = setup.with_replication()
-        self.rule, self.members = rule, Membership(comm.size, setup.center_ranks)
+        # With node centers: workers, then node centers, by their numbers.
+        others = [*setup.workers(comm.size), *(node for node, *_ in setup.nodes)] if setup.nodes else []
+        self.rule, self.members = rule, Membership(comm.size, setup.center_ranks, others)
+        self.single_commits = setup.transport.capabilities.single_commits
         self.rank = comm.rank  # at the beginning
-        set_threads(place(comm, comm.rank not in setup.center_ranks).threads)
+        self.threads = place(comm, comm.rank not in setup.serving_ranks).threads  # this rank's share of the cores
+        set_threads(self.threads)
         self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
         connector = Connector(rule, optimizer, center_optimizer, setup, observer)
         self.role = connector.connect(comm, x)
@@ -61,6 +67,7 @@ class Session:
         if outlives_loss(setup.transport):
             self.failover = Failover(comm, self.role, self.members, connector, x, saved, self._set_role)
             self._watch_workers()
+        self._watchdog = watch(comm, self._awaited)
 
     @property
     def comm(self) -> MPI.Intracomm:
@@ -135,6 +142,15 @@ class Session:
         """Free ends and communicators; collective, so not where a rank was lost: it would not return."""
         if not self.members.lost:
             self.role.close()
+        if self._watchdog is not None:  # it goes on, and keeps nothing of this session
+            self._watchdog.awaited = partial(list, self.members.alive)
+
+    def _awaited(self) -> list[int]:
+        """The ranks for which this one may be waiting."""
+        members = self.members
+        if self.failover is None or self.role.serves:
+            return members.alive
+        return members.serving[: members.centers]  # the center reports the others' deaths to nobody else
 
     def _set_role(self, role: Role) -> None:
         self.role = role

@@ -9,11 +9,11 @@ from math import isfinite
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array
+from ..arrays.backend import Array, bring
+from ..core.center import PATIENCE
 from ..core.ends import Apply, Done, Handle, Polled, Summed
 from ..core.leases import NONE, Lease
-from ..core.messages import DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, WORK, Commit, Reply
-from .agreement import require_equal_total
+from ..core.messages import CONTINUE, DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, STOP_ALL, WORK, Commit, Reply
 from .staging import MAX_CALL_BYTES, Wire
 from .windows import (
     CENTER,
@@ -49,39 +49,43 @@ class AccumulateWorker(WindowsWorker):
         self._total: int | None = None
         self._period = 1
         self._loss = np.empty(1)  # kept until a flush: across hosts an Accumulate is still to be sent when it returns
-        self._sequence = self.sessions = 0
+        self._sequence = self.sessions = self._failed = 0  # failed: commits in a row
 
     def begin(self, total: int | None, period: int, _start: int = 0) -> None:
         """Begin a session of `total` steps (None: no end), leased λ = `period` at a time; collective."""
         self._total, self._period = total, period
         self.sessions += 1
-        require_equal_total(self.windows.comm, total)
+        self._failed = 0
+        self.windows.begin(total)
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c, then pull."""
         windows, status = self.windows, OK
-        if not windows.one_host:
+        if not windows.shared:
             windows.add(READERS, 1)  # the center stays awake during the transfer
         if commit.payload is not None and commit.sequence <= self._sequence:
             status = DUPLICATE
         elif commit.payload is not None and not commit.flags & NOT_FINITE:
             self._add(commit, commit.payload)
         elif commit.payload is not None:  # the center cannot refuse it
-            status = REFUSED
+            status, self._failed = REFUSED, self._failed + 1
             windows.add(REFUSALS, 1)
             windows.add(STEPS, commit.steps)
+        if commit.requests & STOP_ALL:
+            windows.add(CONTROL, STOP, MPI.REPLACE)
         head = windows.get(0, COUNTS)
         if out is not None:
             windows.pull(self.wire, out)  # a race by design: others may be adding to c
-        if not windows.one_host:
+        if not windows.shared:
             windows.add(READERS, -1)
-        work = self._grant() if commit.requests & WORK and head[CONTROL] != STOP else NONE
-        return Done(Reply(int(head[CLOCK]), status, int(head[CONTROL]), work, int(head[STEPS]), int(head[CHECKPOINT])))
+        control = STOP if self._failed >= PATIENCE else int(head[CONTROL])  # it leaves alone: the others may be well
+        work = self._grant() if commit.requests & WORK and control != STOP else NONE
+        return Done(Reply(int(head[CLOCK]), status, control, work, int(head[STEPS]), int(head[CHECKPOINT])))
 
     def _add(self, commit: Commit, payload: Array) -> None:
         windows, center = self.windows, self.windows.center
         windows.push(self.wire, payload, lambda piece, at: center.Accumulate(piece, CENTER, at, MPI.SUM), center)
-        self._sequence = commit.sequence
+        self._sequence, self._failed = commit.sequence, 0
         windows.add(STEPS, commit.steps)
         if commit.steps and isfinite(commit.loss):
             self._loss[0] = commit.loss * commit.steps
@@ -122,7 +126,9 @@ class AccumulateCenter(WindowsCenter):
         super().__init__(Windows(comm, c, 0, most), c)
         self._left = self._sessions = 0
         self._seen = [0, 0]  # clock and steps already reported to `apply`
+        self._start: Array | None = None  # what the next session starts from, if not from c as it is
         self._loss = 0.0
+        self._announced = (CONTINUE, -1)  # control, checkpoint
 
     @property
     def live(self) -> int:
@@ -136,14 +142,27 @@ class AccumulateCenter(WindowsCenter):
 
     def begin(self, total: int | None, _period: int, start: int = 0) -> None:
         """Prepare the work of a session, of which `start` steps are done; collective."""
-        self.windows.words[NEXT] = start
+        self.windows.words[[NEXT, CONTROL]] = start, CONTINUE
+        self._announced = (CONTINUE, -1)
         self.windows.sync()
-        require_equal_total(self.windows.comm, total)
+        self.windows.begin(total, self._set_start)
+
+    def start_from(self, c: Array) -> None:
+        """Let the next session start from `c`, once all have read the final center of the last."""
+        self._start = c
+
+    def _set_start(self) -> None:
+        if self._start is not None:
+            self._c[...] = bring(self._start, self._c)
+            self.windows.sync()
+            self._start = None
 
     def announce(self, control: int, checkpoint: int) -> None:
-        """Set `control` and `checkpoint` of later replies."""
-        self.windows.words[[CONTROL, CHECKPOINT]] = control, checkpoint
-        self.windows.sync()
+        """Set `control` and `checkpoint` of later replies, where they change: a worker may have set STOP."""
+        if (control, checkpoint) != self._announced:
+            self._announced, words = (control, checkpoint), self.windows.words
+            words[[CONTROL, CHECKPOINT]] = max(control, int(words[CONTROL])), checkpoint
+            self.windows.sync()
 
     def resume(self, clock: int, steps: int, staleness: tuple[int, int], refused: int) -> None:
         """Restore the counts of a checkpoint; `staleness`: sum and maximum."""
@@ -159,7 +178,7 @@ class AccumulateCenter(WindowsCenter):
         """Report to `apply` what was summed since the last call, as one commit without payload."""
         windows = self.windows
         windows.comm.Iprobe()  # progress for what comes from other hosts
-        if not windows.one_host and windows.read(READERS):
+        if not windows.shared and windows.read(READERS):
             self.progress += 1
         left = windows.read(LEFT)  # before the clock: who has left has committed
         clock, steps = windows.read(CLOCK), windows.read(STEPS)

@@ -85,6 +85,15 @@ class ThreadedEnd(WorkerEnd):
             synchronize(commit.payload)
         return self._run(partial(self.end.leave, commit, out))
 
+    @property
+    def residual(self) -> Array | None:
+        """As of the wrapped end."""
+        return self.end.residual
+
+    def restore(self, residual: Array) -> None:
+        """As the wrapped end."""
+        self.end.restore(residual)
+
     def close(self) -> None:
         """End the thread, when its exchanges are done, and free what the end holds; collective."""
         if self._thread is not None:

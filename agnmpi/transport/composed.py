@@ -79,6 +79,23 @@ class ShardedWorker(WorkerEnd):
     def _pulled(self, replies: list[Reply]) -> None:
         self._clocks = [reply.clock for reply in replies]
 
+    @property
+    def residual(self) -> Array | None:
+        """Those of the blocks, one behind the other; of a block that leaves nothing, zeros."""
+        parts = [end.residual for end in self.ends]
+        some = next((part for part in parts if part is not None), None)
+        if some is None:
+            return None
+        whole = empty(self.spans[-1].stop, some.dtype, some)
+        for part, span in zip(parts, self.spans):
+            whole[span] = 0 if part is None else part
+        return whole
+
+    def restore(self, residual: Array) -> None:
+        """To each block its own."""
+        for end, span in zip(self.ends, self.spans):
+            end.restore(residual[span])
+
     def close(self) -> None:
         """Free what the ends hold; collective."""
         for end in self.ends:
@@ -97,19 +114,14 @@ class EncodedEnd(WorkerEnd):
         like: a vector such as those that are exchanged (n,).
         commits: the encoding of deltas.
         pulls: that of c.
-        residual: (n,) what earlier commits have left behind, changed in place; None: zeros.
 
     Source: Seide et al. 2014 (error feedback); Philippenko and Dieuleveut 2021, arXiv:2102.12528 (what is pulled needs
     none, where the worker's o is what was decoded).
     """
 
-    def __init__(
-        self, end: WorkerEnd, like: Array, commits: Encoding, pulls: Encoding, residual: Array | None = None
-    ) -> None:
+    def __init__(self, end: WorkerEnd, like: Array, commits: Encoding, pulls: Encoding) -> None:
         self.end, self.commits, self.pulls = end, commits, pulls
-        self.residual = residual
-        if residual is None and not commits.exact:
-            self.residual = full_like(like, 0)
+        self._residual = None if commits.exact else full_like(like, 0)
         self._next = None if commits.exact else empty_like(like)  # the residual, if the commit is accepted
         self._sent = None if commits.exact else empty(commits.nbytes(like.size, like.dtype), "u1", like)
         self._received = None if pulls.exact else empty(pulls.nbytes(like.size, like.dtype), "u1", like)
@@ -138,6 +150,16 @@ class EncodedEnd(WorkerEnd):
         commit = None if commit is None else self._encoded(commit)
         return EncodedHandle(self, self.end.leave(commit, out), commit is not None and bool(commit.encoding))
 
+    @property
+    def residual(self) -> Array | None:
+        """(n,) what earlier commits have left behind."""
+        return self._residual
+
+    def restore(self, residual: Array) -> None:
+        """Copy `residual`, if deltas are encoded."""
+        if self._residual is not None:
+            self._residual[...] = residual
+
     def close(self) -> None:
         """As the wrapped end."""
         self.end.close()
@@ -145,14 +167,15 @@ class EncodedEnd(WorkerEnd):
     def _encoded(self, commit: Commit) -> Commit:
         if commit.payload is None or self._sent is None:
             return commit
-        good = self.commits.encode(commit.payload, self._sent, residual=self.residual, new_residual=self._next)
+        good = self.commits.encode(commit.payload, self._sent, residual=self._residual, new_residual=self._next)
         flags = commit.flags if good else commit.flags | NOT_FINITE
         return commit._replace(payload=self._sent, encoding=self.commits.number, flags=flags)
 
     def finish(self, reply: Reply, committed: bool, out: Array | None) -> None:
         """An exchange is done: keep its residual if its delta was applied; decode its pull into `out`, if any."""
-        if committed and reply.status in (OK, DUPLICATE) and self.residual is not None:
-            self.residual[...] = self._next
+        if committed and reply.status in (OK, DUPLICATE):
+            # Swapped, not copied: another thread may be copying the old one for a checkpoint.
+            self._residual, self._next = self._next, self._residual
         if out is not None and self._received is not None:
             self.pulls.decode(self._received, out)
 
@@ -177,8 +200,8 @@ class EncodedHandle(Handle):
         return self._reply
 
 
-def encode(end: WorkerEnd, like: Array, commits: str, pulls: str, residual: Array | None = None) -> WorkerEnd:
+def encode(end: WorkerEnd, like: Array, commits: str, pulls: str) -> WorkerEnd:
     """`end` with encodings of these names, each where it makes a vector like `like` (n,) shorter."""
     shorter = [e.nbytes(like.size, like.dtype) < like.nbytes for e in (get(commits), get(pulls))]
     first, second = (get(name if short else "float32") for name, short in zip((commits, pulls), shorter))
-    return EncodedEnd(end, like, first, second, residual) if any(shorter) else end
+    return EncodedEnd(end, like, first, second) if any(shorter) else end

@@ -27,6 +27,7 @@ class LocalCenter(CenterEnd):
         self._workers = workers
         self._queue: deque[LocalHandle] = deque()
         self._parked: deque[LocalHandle] = deque()  # requests of workers that wait for work
+        self._retry = False
 
     @property
     def c(self) -> Array:
@@ -45,16 +46,28 @@ class LocalCenter(CenterEnd):
         """Begin a session."""
         self.live = self._workers
 
+    def retry(self) -> None:
+        """Try the requests that wait for work again."""
+        self._retry = True
+
     def serve_one(self, apply: Apply) -> bool:
         """Serve the oldest message, and then the workers that wait for work, if there is some."""
+        retry, self._retry = self._retry, False
         if not self._queue:
-            return False
+            return retry and self._serve_parked(apply)
         handle = self._queue.popleft()
         if not self._serve(handle, apply):
             self._parked.append(handle)
-        while self._parked and self._parked[0] is not handle and self._serve(self._parked[0], apply):
-            self._parked.popleft()
+        self._serve_parked(apply, handle)
         return True
+
+    def _serve_parked(self, apply: Apply, tried: "LocalHandle | None" = None) -> bool:
+        """Answer the requests before `tried` for which there is work; whether there was any."""
+        served = False
+        while self._parked and self._parked[0] is not tried and self._serve(self._parked[0], apply):
+            self._parked.popleft()
+            served = True
+        return served
 
     def _serve(self, handle: "LocalHandle", apply: Apply) -> bool:
         """Whether `handle` could be answered."""

@@ -84,16 +84,19 @@ class _Exchange:
 
 
 class P2PWorker(WorkerEnd):
-    """A worker's end: every rank but 0 of `comm`.
+    """A worker's end: every rank but 0 of `comm`; rank 0, too, where its center says so.
 
     Args:
         comm: Communicator of the center (rank 0) and its workers, of our own.
         wire: How vectors are handed to MPI; directly by default.
         replicates_state: Whether replies hold the center's state, which grows with the number of workers.
+        number: Of this worker; by default one less than its rank.
     """
 
-    def __init__(self, comm: MPI.Comm, wire: Wire | None = None, replicates_state: bool = False) -> None:
-        self._comm, self._worker, self.wire = comm, comm.rank - 1, wire or Direct()
+    def __init__(
+        self, comm: MPI.Comm, wire: Wire | None = None, replicates_state: bool = False, number: int | None = None
+    ) -> None:
+        self._comm, self._worker, self.wire = comm, comm.rank - 1 if number is None else number, wire or Direct()
         self._headers: list[bytearray] = []  # free buffers for headers of replies
         self._header_bytes = INLINE + reply_bytes(comm.size - 1, replicates_state)
 

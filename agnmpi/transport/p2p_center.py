@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from mpi4py import MPI
@@ -33,6 +33,8 @@ class P2PCenter(CenterEnd):
         message_buffers: Vectors beside c for incoming deltas and outgoing replies.
         wire: "staged" or "direct", where c lies on a device.
         pull_encoding: Of c in the replies to those who ask for it.
+        numbers: Of the workers, where they are not 0, 1, …
+        trains: Whether rank 0 is a worker, too, the last: by messages to itself, so neither may wait for the other.
 
     Attributes:
         lost: Workers that have died, with `on_loss` alone; else the error is raised.
@@ -46,12 +48,15 @@ class P2PCenter(CenterEnd):
     in_flight_deltas = 0
 
     def __init__(
-        self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged", pull_encoding: str = "float32"
-    ) -> None:
+        self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged", pull_encoding: str = "float32",
+        numbers: Sequence[int] = (), trains: bool = False,
+    ) -> None:  # fmt: skip
         if message_buffers < 1:
             raise ValueError(f"the center needs at least one message buffer, not {message_buffers}")
         self._vectors = Vectors(c, message_buffers, wire, get(pull_encoding))
-        self._peers = Peers([Peer(rank - 1, comm, rank) for rank in range(1, comm.size)])
+        numbers = numbers or range(comm.size - (not trains))
+        ranks = [*range(1, comm.size), *([CENTER] if trains else [])]
+        self._peers = Peers([Peer(number, comm, rank) for number, rank in zip(numbers, ranks)])
         self._listener = Listener(comm, self._peers.all, c)
         self._expected = set[int]()  # workers that have not left, and are neither lost nor silent
         self._leave_reply: Reply | None = None  # the reply to workers that have left
@@ -138,7 +143,12 @@ class P2PCenter(CenterEnd):
             return
         if reply is None:
             self._peers.move(peer, State.PARKED)
-        elif commit.requests & LEAVE:
+        else:
+            self._served(peer, reply)
+
+    def _served(self, peer: Peer, reply: Reply) -> None:
+        """Answer a message; those who leave when all have left."""
+        if peer.commit.requests & LEAVE:
             self._peers.move(peer, State.LEFT)
             self._expected.discard(peer.index)
             self._left, self._leave_reply = self._left + 1, reply
@@ -151,11 +161,23 @@ class P2PCenter(CenterEnd):
         answered = False
         while (peer := self._peers.first(State.PARKED)) and (reply := apply(peer.commit, self.c)) is not None:
             self._peers.move(peer, State.ANSWERING)
-            self._answer(peer, reply)
+            self._served(peer, reply)
             answered = True
         # Work may also become free without a message (a lost worker), and all may be asked to stop.
         self._retry_at = time.perf_counter() + _RETRY
         return answered
+
+    def change(self, change: Callable[[Array], None]) -> bool:
+        """As `CenterEnd.change`: once no reply reads c, or it is copied."""
+        lent, lent_with_center = self._lent(), len(self._used_by_silent())
+        if not self._vectors.may_serve(Commit(0, nbytes=self.c.nbytes), lent, lent_with_center):
+            return False
+        change(self.c)
+        return True
+
+    def retry(self) -> None:
+        """As `CenterEnd.retry`."""
+        self._retry_at = 0.0
 
     def _answer(self, peer: Peer, reply: Reply) -> None:
         """Begin a reply, with c if requested."""

@@ -261,10 +261,12 @@ class Listener:
         if message is None:
             return None
         count = self._status.Get_count()
+        if count > len(self._buffer):  # a sum of many commits
+            self._buffer = bytearray(count)
         message.Recv(self._buffer)  # so small that it came with its envelope
-        header, inline = self._buffer[:COMMIT_BYTES], bytes(self._buffer[COMMIT_BYTES:count])
         peer = self._peers[self._status.Get_source()]
-        commit = Commit.decode(header).received_from(peer.index, self._sizes)
+        commit, inline = Commit.split(bytes(self._buffer[:count]))
+        commit = commit.received_from(peer.index, self._sizes)
         if inline and len(inline) != commit.nbytes:
             commit = commit._replace(flags=commit.flags | MISFIT)
         if inline:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from ..arrays.backend import Array
 from ..arrays.encodings import get
 from ..core.ends import Apply, Capabilities, CenterEnd, WorkerEnd
-from .staging import make_wire
+from .staging import MAX_CALL_BYTES, make_wire
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -38,6 +38,8 @@ class Transport:
         floor: the bare MPI calls that transfer the same bytes, for `agnmpi bench`.
         centers: k, ranks that hold a block of the center variable each.
         center_per_host: k is the number of hosts, once the ranks are known: a center on each, beside its workers.
+        node_centers: on each host beside the center's a rank sums the commits of its workers, and sends these sums.
+        numbers: of the workers of a center, where they are not 0, 1, …; set for the parts of a tree.
         message_buffers: vectors at the center for messages in flight.
         wire: of vectors on a device: "staged" through pinned host memory, "direct" with CUDA-aware MPI, or "auto".
         center_device: "gpu" keeps the center where rank 0's parameters lie, else "cpu".
@@ -56,6 +58,8 @@ class Transport:
     floor: str = ""
     centers: int = 1
     center_per_host: bool = False
+    node_centers: bool = False
+    numbers: tuple[int, ...] = ()
     message_buffers: int = 4
     wire: str = "auto"
     center_device: str = "cpu"
@@ -73,7 +77,8 @@ class Transport:
         for name in ("encoding", "pull_encoding"):
             if not get(getattr(self, name)).exact and not self.capabilities.encodings:
                 raise ValueError(
-                    f"{name} {getattr(self, name)} needs transport {names_with('encodings')}: {self.name} sends numbers"
+                    f"{name} {getattr(self, name)} needs transport {names_with('encodings')}: with {self.name} MPI "
+                    "itself adds the numbers, and cannot add encoded ones"
                 )
 
     @property
@@ -96,25 +101,28 @@ class Transport:
 def _p2p_worker(comm: "MPI.Comm", like: Array, transport: Transport) -> WorkerEnd:
     from .p2p import P2PWorker
 
-    return P2PWorker(comm, make_wire(like, transport.wire), transport.replicates_state)
+    number = transport.numbers[comm.rank - 1] if transport.numbers else None
+    return P2PWorker(comm, make_wire(like, transport.wire), transport.replicates_state, number)
 
 
 def _p2p_center(comm: "MPI.Comm", c: Array, transport: Transport) -> CenterEnd:
     from .p2p_center import P2PCenter
 
-    return P2PCenter(comm, c, transport.message_buffers, transport.wire, transport.pull_encoding)
+    options = transport.message_buffers, transport.wire, transport.pull_encoding, transport.numbers
+    return P2PCenter(comm, c, *options)
 
 
 def _rma_worker(comm: "MPI.Comm", like: Array, transport: Transport) -> WorkerEnd:
     from .rma import RMAWorker
 
-    return RMAWorker(comm, like, make_wire(like, transport.wire))
+    wire, encodings = make_wire(like, transport.wire), (transport.encoding, transport.pull_encoding)
+    return RMAWorker(comm, like, wire, MAX_CALL_BYTES, *encodings)
 
 
-def _rma_center(comm: "MPI.Comm", c: Array, _transport: Transport) -> CenterEnd:
+def _rma_center(comm: "MPI.Comm", c: Array, transport: Transport) -> CenterEnd:
     from .rma import RMACenter
 
-    return RMACenter(comm, c)
+    return RMACenter(comm, c, MAX_CALL_BYTES, transport.encoding, transport.pull_encoding)
 
 
 def _accumulate_worker(comm: "MPI.Comm", like: Array, _transport: Transport) -> WorkerEnd:
@@ -155,8 +163,8 @@ register(
         "p2p",
         "messages, the center applies one whole commit after the other",
         Capabilities(
-            center_ranks=True, message_order=True, shards=True, silent_workers=True, outlives_loss=True,
-            device_center=True, direct=True, encodings=True,
+            center_ranks=True, message_order=True, shards=True, node_centers=True, silent_workers=True,
+            outlives_loss=True, device_center=True, direct=True, encodings=True,
         ),
         make_worker=_p2p_worker,
         make_center=_p2p_center,
@@ -167,7 +175,7 @@ register(
     Transport(
         "rma",
         "one-sided windows, a mailbox at the center for each worker",
-        Capabilities(center_ranks=True, shards=True, direct=True),
+        Capabilities(center_ranks=True, shards=True, direct=True, encodings=True, windows=True),
         make_worker=_rma_worker,
         make_center=_rma_center,
         floor="mailbox",
@@ -177,7 +185,9 @@ register(
     Transport(
         "accumulate",
         "one-sided windows, workers sum into the center themselves",
-        Capabilities(center_ranks=True, whole_pulls=False, exact_clock=False, single_commits=False, shards=True),
+        Capabilities(
+            center_ranks=True, whole_pulls=False, exact_clock=False, single_commits=False, shards=True, windows=True
+        ),
         make_worker=_accumulate_worker,
         make_center=_accumulate_center,
         floor="sum",
@@ -263,7 +273,7 @@ def locked(name: str, use_locking: bool) -> str:
 
 def p2p(
     centers: Centers = 1, message_buffers: int = 4, wire: str = "auto", center_device: str = "cpu",
-    encoding: str = "float32", pull_encoding: str = "float32",
+    encoding: str = "float32", pull_encoding: str = "float32", node_centers: bool = False,
 ) -> Transport:  # fmt: skip
     """Two-sided messages: the center applies one whole commit after the other; the default, the best across hosts.
 
@@ -275,27 +285,33 @@ def p2p(
         center_device: "cpu", or "gpu" to keep the center where rank 0's parameters lie.
         encoding: of commits: "float32", as they are; "bf16", "int8" or "int4", with error feedback.
         pull_encoding: of pulls, likewise, without.
+        node_centers: whether, on each host of three ranks or more beside the center's, the lowest rank adds up the
+            commits of the others and exchanges their sums with the center; encodings are of these sums. Default False.
 
     Raises:
         ValueError: for a number below 1, or an unknown encoding.
     """
     return resolve(
         "p2p", centers=centers, message_buffers=message_buffers, wire=wire, center_device=center_device,
-        encoding=encoding, pull_encoding=pull_encoding,
+        encoding=encoding, pull_encoding=pull_encoding, node_centers=node_centers,
     )  # fmt: skip
 
 
-def rma(centers: Centers = 1, wire: str = "auto") -> Transport:
+def rma(
+    centers: Centers = 1, wire: str = "auto", encoding: str = "float32", pull_encoding: str = "float32"
+) -> Transport:
     """One-sided windows: each worker puts its delta into a mailbox of its own; best on one machine.
 
     Args:
         centers: k, ranks 0 … k−1 hold a block of the center variable each; "hosts": one rank on each host.
         wire: of vectors on a GPU: "staged", "direct" with CUDA-aware MPI, or "auto".
+        encoding: of commits: "float32", as they are; "bf16", "int8" or "int4", with error feedback.
+        pull_encoding: of pulls, likewise, without.
 
     Raises:
-        ValueError: for a number below 1.
+        ValueError: for a number below 1, or an unknown encoding.
     """
-    return resolve("rma", centers=centers, wire=wire)
+    return resolve("rma", centers=centers, wire=wire, encoding=encoding, pull_encoding=pull_encoding)
 
 
 def accumulate(centers: Centers = 1) -> Transport:

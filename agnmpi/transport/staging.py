@@ -83,9 +83,8 @@ class Staged:
         Once this has returned, work queued later on the same stream may change `x`. The chunks are valid, and must be
         consumed, until the next call.
         """
-        if self._out is None or self._out.size < x.size:
-            self._out = _pinned(x)
-        buffer, parts, event = self._out, self.cuts(x), namespace(x).cuda.Event
+        self._out = _pinned(x, self._out)
+        buffer, parts, event = self._out.view(x.dtype), self.cuts(x), namespace(x).cuda.Event
         self._events += [event(disable_timing=True) for _ in range(len(parts) - len(self._events))]
         for part, copied in zip(parts, self._events):
             x[part].get(out=buffer[part], blocking=False)  # type: ignore[attr-defined]
@@ -99,9 +98,8 @@ class Staged:
 
     def incoming(self, x: Array) -> Array:
         """Return pinned memory as long as `x`."""
-        if self._in is None or self._in.size < x.size:
-            self._in = _pinned(x)
-        return self._in[: x.size]
+        self._in = _pinned(x, self._in)
+        return self._in.view(x.dtype)[: x.size]
 
     def cuts(self, x: Array) -> list[slice]:
         """Chunks."""
@@ -112,7 +110,7 @@ class Staged:
         """Queue the copy of the pinned chunk into `x`."""
         assert self._in is not None
         # With a stream given the copy is asynchronous.
-        x[part].set(self._in[part], stream=namespace(x).cuda.get_current_stream())  # type: ignore[attr-defined]
+        x[part].set(self._in.view(x.dtype)[part], stream=namespace(x).cuda.get_current_stream())  # type: ignore[attr-defined]
 
     def settle(self, x: Array) -> None:
         """Wait for the copies: the next receive may overwrite the pinned memory."""
@@ -130,8 +128,14 @@ def cut(x: Array, nbytes: int) -> Iterator[Array]:
     return (x[at : at + size] for at in range(0, x.size, size))
 
 
-def _pinned(x: Array) -> Array:
-    """Allocate page-locked host memory of exactly the size of `x`: CuPy's pool rounds up to a power of two."""
+def _pinned(x: Array, before: Array | None) -> Array:
+    """Bytes of page-locked host memory: `before`, if `x` fits, vectors and encoded ones alike; else room for `x`.
+
+    A multiple of 8, and no more: CuPy's pool rounds up to a power of two.
+    """
+    if before is not None and before.size >= x.nbytes:
+        return before
+    nbytes = -(-x.nbytes // 8) * 8
     cuda = namespace(x).cuda
-    memory: Any = cuda.PinnedMemoryPointer(cuda.PinnedMemory(x.nbytes), 0)
-    return np.frombuffer(memory, x.dtype, x.size)
+    memory: Any = cuda.PinnedMemoryPointer(cuda.PinnedMemory(nbytes), 0)
+    return np.frombuffer(memory, np.uint8, nbytes)

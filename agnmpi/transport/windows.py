@@ -6,6 +6,7 @@ pulls use a lock of our own, a word of the control window.
 """
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from ..arrays.backend import Array
 from ..core.backoff import Backoff, wait_until
 from ..core.ends import CenterEnd, WorkerEnd
 from ..core.messages import COMMIT_BYTES, Reply
-from .agreement import ConfigError, allgather, require_equal
+from ..version import mpi_library
+from .agreement import ConfigError, allgather, equal_on_all, require_equal, require_equal_total
 from .staging import MAX_CALL_BYTES, Direct, Wire, cut
 
 CENTER = 0  # rank
 _PAGE = 4096
+_AWAY = (0.002, 0.004, 0.008, 0.016, 0.02)  # seconds out of MPI, in turn: a busy machine may be late once or twice
 
 # Words (int64) of the control window: COUNTS of them that all read together; then for each worker the number of its
 # last posted message, and, adjacent, the number of its last served message and how far c is done; then the headers.
@@ -52,21 +55,28 @@ class Windows:
         slots: vectors beside c.
         most: bytes per MPI call.
         inline: bytes of a vector that are written behind each header and each reply.
+        slot_bytes: of each slot; None: of a vector.
+        encoded_bytes: of c as it is pulled, behind c.
 
     Raises:
         ConfigError: on all ranks, if it does not fit.
     """
 
-    def __init__(self, comm: MPI.Comm, like: Array, slots: int, most: int = MAX_CALL_BYTES, inline: int = 0) -> None:
+    def __init__(
+        self, comm: MPI.Comm, like: Array, slots: int, most: int = MAX_CALL_BYTES, inline: int = 0,
+        slot_bytes: int | None = None, encoded_bytes: int = 0,
+    ) -> None:  # fmt: skip
         require_equal(comm, {"size of the vector": str(like.size), "dtype": str(like.dtype)})
         self.comm, self.dtype, self.size, self.workers = comm, like.dtype, like.size, comm.size - 1
-        self.stride = -(-like.nbytes // _PAGE) * _PAGE  # vectors are page-aligned
+        self.slot_bytes = like.nbytes if slot_bytes is None else slot_bytes
+        self.stride, self.slot_stride = _whole_pages(like.nbytes), _whole_pages(self.slot_bytes)
         self._most, workers = most, self.workers
         self.posted = COUNTS  # first word of the numbers of posted messages
         self.headers = self.posted + 3 * workers
         self.inline = -(-inline // 8)  # words
         self.replies = self.headers + (COMMIT_WORDS + self.inline) * workers
-        sizes = self.stride, slots * self.stride, 8 * (self.replies + (REPLY_WORDS + self.inline) * workers)
+        nbytes = self.stride + _whole_pages(encoded_bytes)
+        sizes = nbytes, slots * self.slot_stride, 8 * (self.replies + (REPLY_WORDS + self.inline) * workers)
         _check_room(comm, sum(sizes))
         is_center = comm.rank == CENTER
         # Win.Allocate, not Win.Create: on one node both MPIs then use shared memory.
@@ -84,10 +94,47 @@ class Windows:
         for win in self._all:
             win.Lock_all(MPI.MODE_NOCHECK)
             win.Sync()
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.one_host = node.size == comm.size
-        node.Free()
+        self.one_host = equal_on_all(comm, MPI.Get_processor_name())
+        self.shared = self.one_host and (comm.size == 1 or self._reach_an_absent_center())
         wait_until(comm.Ibarrier().Test)
+
+    def begin(self, total: int | None, between: Callable[[], object] = bool) -> None:
+        """Begin a session of `total` steps; collective. `between` is called when none reads c, or adds to it."""
+        require_equal_total(self.comm, total)
+        between()
+        wait_until(self.comm.Ibarrier().Test)
+
+    def _reach_an_absent_center(self) -> bool:
+        """Whether what the first worker writes is seen at the center while that does not enter MPI; collective.
+
+        It is not where windows are no shared memory, as with MPICH 4.0 of Debian, or Intel MPI's I_MPI_FABRICS=ofi.
+        """
+        written, seen = self.words[self.posted : self.posted + 2], np.zeros(1, np.int64)
+        for seconds in _AWAY:
+            wait_until(self.comm.Ibarrier().Test)
+            if self.comm.rank == 1:
+                self.put(self.posted, b"\1" * 8)
+                self.add(self.posted + 1, 1)
+            back = time.monotonic() + seconds
+            while self.comm.rank == CENTER and not (seen[0] or time.monotonic() > back):
+                time.sleep(1e-4)
+                seen[0] = written.all()
+            wait_until(self.comm.Iallreduce(MPI.IN_PLACE, seen, MPI.MAX).Test)  # all have written
+            written[:] = 0
+            self.control.Sync()
+            if seen[0]:
+                return True
+        return False
+
+    @property
+    def caveat(self) -> str:
+        """What a user should know of windows here; empty if they are what they should be."""
+        if self.shared or not self.one_host:
+            return ""
+        return (
+            f"windows of {mpi_library()} are no shared memory on this host: what a worker writes waits until rank 0 "
+            "enters MPI; transport p2p is faster here"
+        )
 
     def served(self, worker: int) -> int:
         """First of two words: the number of a worker's last served message, and up to where c is done for it."""
@@ -101,16 +148,14 @@ class Windows:
         """First word of the answer to a worker."""
         return self.replies + (REPLY_WORDS + self.inline) * worker
 
-    def vector_behind(self, words: Array) -> Array:
-        """A vector that begins `words` of the control window."""
-        vector: Array = words.view(np.uint8)[: self.size * self.dtype.itemsize].view(self.dtype)
-        return vector
+    def vector(self) -> Array:
+        """c, at the center."""
+        return self.bytes_of(self.center, 0, self.size * self.dtype.itemsize).view(self.dtype)
 
-    def vector(self, win: MPI.Win, index: int = 0) -> Array:
-        """The vector number `index` of `win`, at the center."""
-        memory = np.asarray(win.tomemory())
-        vector: Array = memory[index * self.stride :][: self.size * self.dtype.itemsize].view(self.dtype)
-        return vector
+    def bytes_of(self, win: MPI.Win, offset: int, count: int) -> Array:
+        """`count` bytes of `win` from `offset` on, at the center."""
+        memory: Array = np.asarray(win.tomemory()).view(np.uint8)[offset:][:count]
+        return memory
 
     def add(self, word: int, value: int, op: MPI.Op = MPI.SUM) -> int:
         """Change a word of the control window atomically (`op`: SUM, MAX, REPLACE, NO_OP), and return the old value."""
@@ -148,20 +193,21 @@ class Windows:
         for win in self._all:
             win.Sync()
 
-    def pull(self, wire: Wire, out: Array, done: Callable[[], int] | None = None) -> None:
-        """Get c into `out`, piece by piece, so that a copy to the device and the wire overlap.
+    def pull(self, wire: Wire, out: Array, done: Callable[[], int] | None = None, offset: int = 0) -> None:
+        """Get c, or what lies at byte `offset`, into `out`, piece by piece, so that a copy to the device overlaps.
 
         `done()`: number of elements of c that may be read so far, where that is not all; it grows to all.
         """
         buffer, backoff, at = wire.incoming(out), Backoff(), 0
-        most = max(1, self._most // self.dtype.itemsize)
+        itemsize = out.dtype.itemsize
+        most = max(1, self._most // itemsize)
         for part in wire.cuts(out):
             while at < part.stop:
                 stop = min(done() if done else part.stop, part.stop, at + most)
                 if stop <= at:
                     backoff.wait()
                     continue
-                self.center.Get(buffer[at:stop], CENTER, at * self.dtype.itemsize)
+                self.center.Get(buffer[at:stop], CENTER, offset + at * itemsize)
                 self.center.Flush(CENTER)
                 backoff.reset()
                 at = stop
@@ -207,7 +253,7 @@ class WindowsCenter(CenterEnd):
 
     def __init__(self, windows: Windows, c: Array) -> None:
         self.windows = windows
-        self._c = windows.vector(windows.center)
+        self._c = windows.vector()
         self._c[...] = c
 
     @property
@@ -215,10 +261,19 @@ class WindowsCenter(CenterEnd):
         """(n,) the center variable."""
         return self._c
 
+    @property
+    def caveat(self) -> str:
+        """Of the windows."""
+        return self.windows.caveat
+
     def close(self) -> None:
         """Free the windows; collective. c is copied to memory of its own."""
         self._c = self._c.copy()
         self.windows.free()
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
 
 
 def _reserve(wins: list[MPI.Win]) -> None:

@@ -1,4 +1,4 @@
-"""Encoded commits and pulls over p2p: exact where the numbers are, with error feedback where they are not."""
+"""Encoded commits and pulls: exact where the numbers are, with error feedback where they are not."""
 
 import numpy as np
 import pytest
@@ -17,14 +17,19 @@ pytestmark = pytest.mark.mpi(min_size=2)
 # A vector of this number is written exactly, and so are its small multiples, as which c is pulled.
 EXACT = {"bf16": 1.0, "int8": 127.0, "int4": 7.0}
 COMMITS = 12
+both = pytest.mark.parametrize("transport", [transports.p2p, transports.rma])
 
 
 @pytest.mark.parametrize("n", [10, 1000, 3_000_000])
-@pytest.mark.parametrize("options", [{}, {"message_buffers": 1}, {"centers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"message_buffers": 1}, {"centers": 2}, {"transport": "rma"}, {"transport": "rma", "centers": 2}],
+    ids=lambda options: " ".join(map(str, options.values())) or "p2p",
+)
 @pytest.mark.parametrize("threaded", [False, True])
 @pytest.mark.parametrize(("encoding", "pull_encoding"), [("int8", "int8"), ("bf16", "int4"), ("int4", "float32")])
 def test_sums_are_whole_and_pulls_follow_the_clock(comm, n, options, threaded, encoding, pull_encoding):
-    if n > 1000 and (comm.size > 3 or options):
+    if n > 1000 and (comm.size > 3 or options not in ([{}] if threaded else [{}, {"transport": "rma"}])):
         pytest.skip("24 MB: covered with fewer ranks and one center")
     if options.get("centers", 1) >= comm.size:
         pytest.skip("needs a worker")
@@ -46,7 +51,7 @@ def test_sums_are_whole_and_pulls_follow_the_clock(comm, n, options, threaded, e
         end.leave(None, final).wait()
         return final
 
-    transport = transports.p2p(encoding=encoding, pull_encoding=pull_encoding, **options)
+    transport = transports.resolve(**{"transport": "p2p", **options}, encoding=encoding, pull_encoding=pull_encoding)
     outcome = MPIWorld(comm, transport, threaded=threaded).play(n, work)
     total = one * COMMITS * (comm.size - options.get("centers", 1))
     for final in outcome.results:
@@ -55,8 +60,9 @@ def test_sums_are_whole_and_pulls_follow_the_clock(comm, n, options, threaded, e
         assert (outcome.c == total).all()
 
 
+@both
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "int4"])
-def test_what_rounding_takes_from_one_commit_the_next_ones_bring(comm, encoding):
+def test_what_rounding_takes_from_one_commit_the_next_ones_bring(comm, encoding, transport):
     """The sum over all commits differs from the exact one by one residual for each worker, however many there are."""
     n, commits = 5000, 40
 
@@ -70,7 +76,7 @@ def test_what_rounding_takes_from_one_commit_the_next_ones_bring(comm, encoding)
         end.leave(None, final).wait()
         return exact, final, end.residual.copy()
 
-    outcome = MPIWorld(comm, transports.p2p(encoding=encoding)).play(n, work)
+    outcome = MPIWorld(comm, transport(encoding=encoding)).play(n, work)
     gathered = comm.gather(outcome.results[0] if outcome.results else None, 0)
     if comm.rank:
         return
@@ -82,7 +88,8 @@ def test_what_rounding_takes_from_one_commit_the_next_ones_bring(comm, encoding)
     assert 0 < np.abs(residual).max() < rounding * (comm.size - 1)
 
 
-def test_a_refused_commit_leaves_the_residual_as_it_was(comm):
+@both
+def test_a_refused_commit_leaves_the_residual_as_it_was(comm, transport):
     def work(end, index):
         kept = []
         for k, delta in enumerate([np.linspace(0, 1, 1000), np.full(1000, np.nan), np.linspace(1, 2, 1000)], 1):
@@ -94,7 +101,7 @@ def test_a_refused_commit_leaves_the_residual_as_it_was(comm):
     def patient(_end, center):
         center.patience = 2 * comm.size
 
-    outcome = MPIWorld(comm, transports.p2p(encoding="int4")).play(1000, work, on_end=patient)
+    outcome = MPIWorld(comm, transport(encoding="int4")).play(1000, work, on_end=patient)
     if comm.rank:
         ((first, refused, second),) = outcome.results
         assert [first[0], refused[0], second[0]] == [OK, REFUSED, OK]
@@ -104,11 +111,14 @@ def test_a_refused_commit_leaves_the_residual_as_it_was(comm):
         assert np.isfinite(second[1]).all()
 
 
+@both
+@pytest.mark.parametrize("n", [1000, 3000])
 @pytest.mark.parametrize("pull_encoding", ["float32", "int8"])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_loop_learns_and_ends_with_the_center_itself(comm, overlap, pull_encoding):
-    transport, target = transports.p2p(encoding="int8", pull_encoding=pull_encoding), np.linspace(-1, 1, 3000)
-    with AGNOptimizer(sgd(0.2), {"w": np.zeros(3000)}, comm, 4, transport=transport, overlap=overlap) as opt:
+def test_a_loop_learns_and_ends_with_the_center_itself(comm, overlap, pull_encoding, n, transport):
+    """1000 numbers travel with their headers and replies, encoded or not."""
+    transport, target = transport(encoding="int8", pull_encoding=pull_encoding), np.linspace(-1, 1, n, dtype="f4")
+    with AGNOptimizer(sgd(0.2), {"w": np.zeros(n, "f4")}, comm, 4, transport=transport, overlap=overlap) as opt:
         for _ in opt.steps(160 * (comm.size - 1)):
             opt.minimize(lambda p: (0.0, {"w": p["w"] - target}))
         center = opt.center["w"]

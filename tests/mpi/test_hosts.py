@@ -48,6 +48,17 @@ def test_this_machine_is_one_host(comm):
     assert placement.hosts(comm) == [MPI.Get_processor_name()] * comm.size
 
 
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_a_rank_has_its_place_among_those_of_its_host(comm, name, monkeypatch):
+    """In whatever order a launcher lists the hosts: cores and GPUs are shared out by it."""
+    hosts = PLACEMENTS[name](comm.size)
+    monkeypatch.setattr(placement, "hosts", lambda comm: hosts)
+    place = placement.place(comm, comm.rank > 0)
+    here = [rank for rank in range(comm.size) if hosts[rank] == hosts[comm.rank]]
+    assert place.local_size == len(here)
+    assert place.worker_index == sum(0 < rank < comm.rank for rank in here)
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda transport: transport.name)
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_sums_are_exact_and_every_rank_has_them(comm, placed, name, transport):

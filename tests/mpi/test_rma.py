@@ -12,6 +12,7 @@ from mpi4py import MPI
 from worlds import MPIWorld
 
 from agnmpi import AGNOptimizer, sgd
+from agnmpi.arrays.encodings import get
 from agnmpi.cluster import probe
 from agnmpi.cluster.connect import connect
 from agnmpi.cluster.setup import Setup
@@ -30,11 +31,10 @@ pytestmark = pytest.mark.mpi(min_size=2)
 MAILBOX, SUMS = rma(), accumulate()
 
 
-def one_host(comm):
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    same = node.size == comm.size
-    node.Free()
-    return same
+def shared(comm):
+    windows = Windows(comm, np.zeros(1), 0)
+    windows.free()
+    return windows.shared
 
 
 def until(test, what):
@@ -43,6 +43,39 @@ def until(test, what):
     while not test():
         assert time.monotonic() - before < 60, what
         time.sleep(1e-3)
+
+
+def test_whether_windows_are_shared_memory_is_found_out(comm):
+    """By what is so: the center stays out of MPI for seconds, if it must, to see a worker's write."""
+    windows = Windows(comm, np.zeros(1), 0)
+    if comm.rank == 0:
+        assert not windows.words.any(), "the trial leaves no trace"
+    comm.Barrier()
+    if comm.rank == 1:
+        windows.put(windows.posted, b"\1" * 8)
+        windows.add(windows.posted + 1, 1)
+    before, seen = time.monotonic(), False
+    while comm.rank == 0 and not seen and time.monotonic() < before + 3:
+        time.sleep(1e-3)
+        seen = windows.words[windows.posted] != 0 and windows.words[windows.posted + 1] == 1
+    assert windows.shared == comm.bcast(seen)
+    assert bool(windows.caveat) != windows.shared
+    windows.free()
+
+
+@pytest.mark.parametrize("transport", [MAILBOX, SUMS], ids=lambda transport: transport.name)
+def test_windows_that_are_no_shared_memory_are_told(comm, transport, monkeypatch, recwarn):
+    """Here pretended: what is written to find out never arrives."""
+    monkeypatch.setattr(Windows, "add", lambda *_: 0)
+    windows = Windows(comm, np.zeros(1), 0)
+    monkeypatch.undo()
+    windows.free()
+    assert not windows.shared
+    assert "transport p2p is faster here" in windows.caveat
+    monkeypatch.setattr(Windows, "caveat", windows.caveat)
+    AGNOptimizer(sgd(0.1), np.zeros(3), comm, transport=transport).close()
+    said = [str(warning.message) for warning in recwarn if "no shared memory" in str(warning.message)]
+    assert len(said) == (comm.rank == 0)
 
 
 @pytest.mark.parametrize("n", [10, 300_000])
@@ -70,8 +103,8 @@ def test_a_busy_center_costs_no_more_than_its_delay(comm, setup, n):
 
 def test_a_worker_reads_c_behind_the_apply(comm):
     """It comes in while its commit is being applied, and leaves with c as a whole; nobody changes c before."""
-    if not one_host(comm):
-        pytest.skip("across hosts the center answers reads between two calls of MPI alone")
+    if not shared(comm):
+        pytest.skip("these windows are no shared memory: the center answers reads between two calls of MPI alone")
     n, followed = 600_000, []
 
     def patient(end, center):
@@ -134,8 +167,8 @@ def test_who_was_kept_out_is_let_in_before_the_next_apply(comm):
 
 def test_whoever_comes_after_the_apply_pulls_as_everybody(comm):
     """A worker sees that c may be read behind the apply, and is counted as a reader when that has ended."""
-    if not one_host(comm):
-        pytest.skip("across hosts nobody reads behind the apply")
+    if not shared(comm):
+        pytest.skip("these windows are no shared memory: nobody reads behind the apply")
     n, late = 600_000, []
     seen = comm.Dup()
 
@@ -383,8 +416,8 @@ def test_a_vector_is_broadcast_in_pieces(comm):
 
 def test_serverless_commits_land_while_rank_0_is_away(comm):
     """On one machine rank 0 need not be in the library, nor in MPI, for them to arrive."""
-    if not one_host(comm):
-        pytest.skip("across hosts the windows need rank 0 in MPI now and then")
+    if not shared(comm):
+        pytest.skip("these windows are no shared memory: they need rank 0 in MPI now and then")
     n = 1000
     role = connect(comm, rules.agn(), np.zeros(n), None, setup=Setup(SUMS))
     role.begin(None, 1)
@@ -424,6 +457,18 @@ def test_memory_at_the_center(comm):
         assert windows.slots.tomemory().nbytes == (slots * windows.stride if comm.rank == 0 else 0)
         assert windows.stride < 8 * n + 4096
         role.close()
+    setup = Setup(rma(encoding="int8", pull_encoding="int4"))
+    role = connect(comm, rules.agn(), np.zeros(n), None, setup=setup)
+    windows = (role.end if role.serves else role.workers[0].end.end).windows
+    delta, pulled = (-(-get(name).nbytes(n) // 4096) * 4096 for name in ("int8", "int4"))
+    if comm.rank == 0:
+        assert windows.slots.tomemory().nbytes == (comm.size - 1) * delta
+        assert windows.center.tomemory().nbytes == windows.stride + pulled
+    else:
+        commit = Commit(comm.rank - 1, 1, steps=1, payload=np.zeros(n))
+        with pytest.raises(ValueError, match="a delta of 40000 bytes, but its slot has 5200: encode it"):
+            role.workers[0].end.end.exchange(commit, None)
+    role.close()
 
 
 def test_windows_beyond_shared_memory_are_refused(comm, monkeypatch):
@@ -442,8 +487,8 @@ def shared_memory(pid="self"):
 @pytest.mark.mpi(min_size=3)
 def test_windows_take_their_memory_before_the_next_center_looks(comm, monkeypatch):
     """Two centers on one host, the first and the last rank, and workers of both; there is room for one and a half."""
-    if not one_host(comm):
-        pytest.skip("the centers are to be on one host")
+    if not shared(comm):
+        pytest.skip("these windows are no shared memory")
     x, last = np.zeros(4_000_000), comm.size - 1
     need = x.nbytes * last
     centers = {pid: shared_memory(pid) for pid in np.array(comm.allgather(os.getpid()))[[0, last]]}

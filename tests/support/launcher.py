@@ -33,10 +33,22 @@ def mpiexec_path() -> str:
 
 
 @cache
+def mpi_library():
+    """The version string of mpi4py's MPI library; this process does not initialise MPI for it."""
+    code = "from mpi4py import MPI; print(MPI.Get_library_version())"
+    env = os.environ | {"MPI4PY_RC_INITIALIZE": "0"}
+    return subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def mpi_kind() -> str:
-    """ "openmpi" or "mpich"."""
-    said = subprocess.run([mpiexec_path(), "--version"], capture_output=True, text=True, timeout=60).stdout
-    return "openmpi" if "Open MPI" in said or "PRRTE" in said.upper() or "prte" in said.lower() else "mpich"
+    """ "openmpi", or "mpich", of which Intel MPI is one."""
+    return "openmpi" if mpi_library().startswith("Open MPI") else "mpich"
+
+
+@cache
+def has_ulfm() -> bool:
+    """Whether a job can survive a lost rank."""
+    return mpi_kind() == "openmpi" and not mpi_library().startswith("Open MPI v4")
 
 
 class Job:

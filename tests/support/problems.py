@@ -1,5 +1,7 @@
 """Small problems for the command line: well-behaved, or each broken in one way, some on the last rank only."""
 
+import multiprocessing
+import os
 import sys
 import time
 from pathlib import Path
@@ -172,3 +174,65 @@ class OneBadSample(Spoilt):
 
     def spoils(self, indices):
         return 40 in indices
+
+
+class FailsLater(Quadratic):
+    """On one rank a gradient fails, after some; the option `fails` says at which."""
+
+    calls = 0
+
+    def __init__(self, xp=np, fails=25, **options):
+        super().__init__(xp, **options)
+        self.fails = fails
+
+    def gradient(self, params, indices):
+        self.calls += 1
+        if self.calls == self.fails and on_last_rank():
+            raise ArithmeticError("this gradient went wrong later")
+        return super().gradient(params, indices)
+
+
+class Pools(Quadratic):
+    """Each gradient forks: a pool of processes computes it. One that raises, or exits, does so alone."""
+
+    def gradient(self, params, indices):
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            squares = sum(pool.map(abs, range(4)))
+        if on_last_rank():
+            child = os.fork()
+            if not child:
+                raise ArithmeticError("in a child")
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        assert squares == 6
+        return super().gradient(params, indices)
+
+
+class ExitsAtOnce(Quadratic):
+    """The last rank ends its process without a word to MPI: in its n-th gradient, or while it loads (n = 0)."""
+
+    def __init__(self, xp=np, n=5, code=3):
+        super().__init__(xp)
+        self.left, self.code = n, code
+        self.count_down()
+
+    def count_down(self):
+        self.left -= 1
+        if self.left < 0 and on_last_rank():
+            os._exit(self.code)
+
+    def gradient(self, params, indices):
+        self.count_down()
+        return super().gradient(params, indices)
+
+
+class SlowLastEvaluation(Quadratic):
+    """The last evaluation, of parameters that have moved, takes long."""
+
+    first = True
+
+    def evaluate(self, params):
+        if not self.first:
+            Path("last").touch()
+            time.sleep(5)
+        self.first = False
+        return super().evaluate(params)

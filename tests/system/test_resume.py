@@ -151,7 +151,7 @@ def test_a_second_signal_aborts_at_once(tmp_path):
         f"{PROBLEMS}:Stuck", "--period", "1000000", "--run", run, cwd=tmp_path,
     )  # fmt: skip
     job.process.send_signal(signal.SIGUSR1)
-    time.sleep(1)
+    time.sleep(2)
     assert job.process.poll() is None, "the period is not finished: the run goes on"
     job.process.send_signal(signal.SIGUSR1)
     code, _ = job.finish(30)

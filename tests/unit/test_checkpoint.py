@@ -1,6 +1,9 @@
 """Checkpoints as files: facts that are odd, blocks that are read by others, old ones that go."""
 
+import json
+import os
 import re
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from agnmpi import momentum
 from agnmpi.core import rules
 from agnmpi.core.center import Center
+from agnmpi.core.leases import Lease, Leases, rounds
 from agnmpi.core.params import parts
 from agnmpi.recovery.checkpoint import (
     center_file,
@@ -18,10 +22,17 @@ from agnmpi.recovery.checkpoint import (
     read_center,
     read_facts,
     read_span,
+    read_worker,
     seal,
     set_aside,
     unseal,
+    worker_file,
 )
+from agnmpi.recovery.saver import CenterSaver
+
+
+def leases(next_step, free):
+    return {"next": next_step, "free": free, "committed": next_step - sum(steps for _, steps in free)}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +44,13 @@ from agnmpi.recovery.checkpoint import (
         ("layout", {"names": ["w"]}, "'layout' is"),
         ("samples", None, "does not say 'samples'"),
         ("workers", None, "does not say 'workers'"),
+        ("seconds", float("nan"), "'seconds' is nan"),
+        ("steps", 1 << 70, "'steps' is 11805"),
+        ("leases", leases(8, [[0, 4], [2, 4]]), "'leases' is"),
+        ("leases", leases(8, [[4, 8]]), "'leases' is"),
+        ("leases", leases(8, [[0, 4]]) | {"committed": 9}, "'leases' is"),
+        ("leases", leases(8, []), "says that 8 steps are committed, but that c has 0"),
+        ("layout", {"names": ["w"], "shapes": [[3]], "offsets": [0, 5], "dtype": "float32"}, "'layout' is"),
     ],
 )
 def test_a_missing_or_odd_fact_is_named(tmp_path, fact, value, text):
@@ -56,6 +74,97 @@ def test_a_missing_or_odd_fact_is_named(tmp_path, fact, value, text):
     assert text in said[0]
 
 
+def a_checkpoint(run, c, center=None, **told):
+    """A whole checkpoint of one center and no worker, as a run writes it; returns its folder."""
+    layout = {"names": ["w"], "shapes": [[c.size]], "offsets": [0, c.size], "dtype": "float32"}
+    where, center = folder(run, 1), center or Center(rules.agn(), c, 1)
+    where.mkdir(parents=True, exist_ok=True)
+    arrays, facts = center.save(c)
+    facts |= {"centers": 1, "workers": 1, "layout": layout, "samples": 0, "seconds": 0.0} | told
+    seal(center_file(where), arrays, facts)
+    return where
+
+
+def test_a_lease_of_any_length_takes_no_memory(tmp_path):
+    many = 10**12
+    where = a_checkpoint(tmp_path, np.ones(3, "f4"), leases=leases(many, [[0, many]]))
+    work = Leases(many, 2)
+    work.restore(read_center(where)[1]["leases"])
+    assert [work.grant(0) for _ in range(2)] == [Lease(0, 2), Lease(2, 2)]
+    assert list(islice(rounds(many, 2, 0, 1, many, work.free), 2)) == [Lease(4, 2), Lease(6, 2)]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_center_that_is_not_finite_is_neither_written_nor_read(tmp_path, value):
+    c = np.array([1, value, 2], "f4")
+    with pytest.raises(ValueError, match="'c' holds NaN or infinity"):
+        read_center(a_checkpoint(tmp_path, c))
+    said, center = [], Center(rules.agn(), c, 1)
+    saver = CenterSaver(tmp_path / "run", center, dict, said.append)
+    saver.save(c, 5)
+    with pytest.raises(RuntimeError, match=r"'c' holds NaN or infinity at step 0: the run has diverged"):
+        saver.finish()
+    assert folders(tmp_path / "run") == []
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    where = a_checkpoint(tmp_path, np.ones(3, "f4"))
+    path, moved = center_file(where), tmp_path / "moved"
+    path.rename(moved)
+    path.symlink_to(moved)
+    with pytest.raises(ValueError, match="is no file"):
+        read_center(where)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is no file"):
+        read_center(where)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match="is no file"):
+        read_center(where)
+
+
+def sparse(path, arrays, facts):
+    """A safetensors file of zeros, which takes no room on the disk."""
+    end, header = 0, {"__metadata__": {"agnmpi": json.dumps(facts), "sha256": "0" * 64}}
+    for name, size in arrays.items():
+        header[name] = {"dtype": "F32", "shape": [size], "data_offsets": [end, end + 4 * size]}
+        end += 4 * size
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
+def test_sizes_beyond_memory_are_refused_before_they_are_read(tmp_path):
+    where = a_checkpoint(tmp_path, np.ones(3, "f4"))
+    facts = read_facts(where)
+    for arrays, text in [
+        ({"c": 1 << 40}, "'c' is F32 of shape (1099511627776,), but should be 3 numbers"),
+        ({"c": 3, "slot/m": 1 << 40}, "'slot/m' is F32"),
+        ({"c": 3, "evil": 3}, "has an array 'evil'"),
+        ({"m": 3}, "has no 'c'"),
+        ({"c": 3} | {f"slot/{i}": 3 for i in range(1000)}, "has 1001 arrays"),
+    ]:
+        sparse(center_file(where), arrays, facts)
+        with pytest.raises(ValueError, match=re.escape(text)):
+            read_center(where)
+    sparse(worker_file(where, 0), {"x": 3, "o": 1 << 40}, {})
+    with pytest.raises(ValueError, match="'o' is F32"):
+        read_worker(where, 0, 3)
+
+
+@pytest.mark.parametrize(("fact", "value"), [("optimizer_step", "7"), ("clock", None), ("worker", -1)])
+def test_a_workers_facts_are_checked(tmp_path, fact, value):
+    facts = {"worker": 0, "clock": 2, "optimizer": "adam", "optimizer_step": 3}
+    arrays = {name: np.ones(3, "f4") for name in ("x", "o", "slot/m")}
+    path = worker_file(tmp_path, 0)
+    seal(path, arrays, facts)
+    assert read_worker(tmp_path, 0, 3)[1] == facts
+    seal(path, arrays, facts | {fact: value})
+    with pytest.raises(ValueError, match=f"says that {fact!r} is {value!r}"):
+        read_worker(tmp_path, 0, 3)
+
+
 def test_a_part_of_the_vectors_is_read_from_the_files_that_hold_it(tmp_path, monkeypatch):
     size, spans = 10, list(parts(10, 3))
     layout = {"names": ["w"], "shapes": [[size]], "offsets": [0, size], "dtype": "float32"}
@@ -67,7 +176,9 @@ def test_a_part_of_the_vectors_is_read_from_the_files_that_hold_it(tmp_path, mon
         folder(tmp_path, 1).mkdir(parents=True, exist_ok=True)
         seal(center_file(folder(tmp_path, 1), i), arrays, {**told, **facts})
     read = []
-    monkeypatch.setattr("agnmpi.recovery.checkpoint.unseal", lambda path: read.append(path.name) or unseal(path))
+    monkeypatch.setattr(
+        "agnmpi.recovery.checkpoint.unseal", lambda path, *check: read.append(path.name) or unseal(path, *check)
+    )
     facts = read_facts(folder(tmp_path, 1))
     assert read == [], "facts are read without the vectors"
     for count in (1, 2, 3, 4):

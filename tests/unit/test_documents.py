@@ -13,7 +13,7 @@ FOLDERS = sorted(p.parent for p in ROOT.glob("agnmpi/*/__init__.py"))
 # Of mpiexec, srun, sbatch, scancel, pip, pytest, Docker, and of scripts here.
 FOREIGN = {
     "--with-ft", "--mca", "--mpi", "--nodes", "--time", "--signal", "--gpus-per-task", "--gpu-bind", "--no-binary",
-    "--with-mpi", "--shm-size", "--long", "--quick", "--full", "--data",
+    "--force-reinstall",     "--with-mpi", "--shm-size", "--long", "--quick", "--full", "--data", "--picture",
 }  # fmt: skip
 HIDDEN = ["--inject-faults", "--no-use-locking", "--slots=4"]  # of train; not in its help
 
@@ -35,7 +35,18 @@ def options_in(text):
 def options():
     """All options that --help of a command shows, and hidden ones."""
     found = options_in(" ".join(HIDDEN))
-    for command in ("train", "simulate", "bench", "bench utilisation", "bench problem", "doctor"):
+    for command in (
+        "train",
+        "simulate",
+        "bench",
+        "bench utilisation",
+        "bench problem",
+        "doctor",
+        "export",
+        "evaluate",
+        "runs",
+        "report",
+    ):
         with pytest.raises(HelpAsked) as asked:
             parse([*command.split(), "--help"])
         found |= options_in(str(asked.value))

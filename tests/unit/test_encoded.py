@@ -1,5 +1,7 @@
 """Encoded exchanges within one process and in virtual time."""
 
+import threading
+
 import numpy as np
 import pytest
 from in_process import config
@@ -7,11 +9,14 @@ from in_process import config
 from agnmpi.arrays.encodings import get, rounding_key
 from agnmpi.core import rules
 from agnmpi.core.center import Center
+from agnmpi.core.leases import Leases
 from agnmpi.core.messages import DROPPED, ENCODED, OK, PULL, Commit
+from agnmpi.core.worker import Worker
 from agnmpi.simulation import simulate
 from agnmpi.simulation.timing import Timing
 from agnmpi.transport import registry as transports
-from agnmpi.transport.composed import EncodedEnd, encode
+from agnmpi.transport.communication_thread import ThreadedEnd
+from agnmpi.transport.composed import EncodedEnd, ShardedWorker, encode
 from agnmpi.transport.local import LocalCenter
 
 N = 1000
@@ -58,6 +63,75 @@ def test_the_residual_is_what_was_not_sent_and_a_dropped_commit_leaves_it():
     np.testing.assert_allclose(local.c - start + end.residual, sent, atol=1e-5)
 
 
+class Gate(EncodedEnd):
+    """Exchanges that are answered when `opened`."""
+
+    opened, answered = threading.Event(), threading.Event()
+
+    def finish(self, reply, committed, out):
+        assert self.opened.wait(60)
+        super().finish(reply, committed, out)
+        self.answered.set()
+
+
+def test_a_checkpoint_during_an_exchange_holds_the_residual_of_before_or_after_it(monkeypatch):
+    """The exchange is answered in the communication thread while the residual is being copied."""
+    c = np.zeros(N, "f4")
+    center = Center(rules.agn(), c, 1)
+    center.leases = Leases(total=None, period=1)
+    gate = Gate(LocalCenter(c, 1, center.apply).worker_end(0), c, get("int4"), get("float32"))
+    worker = Worker(np.zeros(N, "f4"), rules.agn(), None, end := ThreadedEnd(gate, c), 0, overlap=True)
+
+    def commit(numbers):
+        worker.x += numbers.astype("f4")
+        worker.step(None)
+
+    gate.opened.set()
+    worker.begin()
+    commit(np.linspace(1, 2, N))
+    worker.finish_exchange()
+    held, before = end.residual, end.residual.copy()
+    gate.opened.clear()
+    gate.answered.clear()
+    commit(np.linspace(2, 5, N))
+
+    def copy_during_the_answer(x):
+        if x is not held:
+            return x.copy()
+        half = x[: x.size // 2].copy()
+        gate.opened.set()
+        assert gate.answered.wait(60)
+        return np.concatenate([half, x[x.size // 2 :]])
+
+    monkeypatch.setattr("agnmpi.core.worker.host_copy", copy_during_the_answer)
+    arrays, _ = worker.save()
+    worker.finish_exchange()
+    end.close()
+    assert (end.residual[: N // 2] != before[: N // 2]).any()
+    assert (end.residual[N // 2 :] != before[N // 2 :]).any()
+    assert any((arrays["residual"] == whole).all() for whole in (before, end.residual))
+
+
+def test_a_worker_of_several_centers_saves_and_restores_the_residual_of_all():
+    c = np.zeros(2 * N, "f4")
+    spans = [slice(0, N), slice(N, 2 * N)]
+
+    def end(first, second):
+        locals_ = [LocalCenter(c[span], 1, Center(rules.agn(), c[span], 1).apply) for span in spans]
+        ends = [local.worker_end(0) for local in locals_]
+        return ShardedWorker([encode(e, c[:N], name, "float32") for e, name in zip(ends, (first, second))], spans)
+
+    both, half, none = end("int4", "int4"), end("float32", "int8"), end("float32", "float32")
+    both.exchange(Commit(0, 1, payload=np.linspace(1, 2, 2 * N, dtype="f4")), None).wait()
+    saved = both.residual
+    assert saved[:N].any()
+    assert saved[N:].any()
+    half.restore(saved)
+    np.testing.assert_array_equal(half.residual, np.concatenate([np.zeros(N), saved[N:]]))
+    none.restore(saved)
+    assert none.residual is None
+
+
 def test_a_short_vector_goes_as_it_is():
     local, _ = connected("int8", "int8")
     end = local.worker_end(0)
@@ -87,10 +161,10 @@ def test_who_asks_for_an_encoded_pull_says_so():
     assert (seen[0].encoding, seen[0].payload.nbytes) == (get("bf16").number, 2 * N)
 
 
-@pytest.mark.parametrize("name", ["rma", "accumulate", "allreduce"])
+@pytest.mark.parametrize("name", ["accumulate", "allreduce"])
 @pytest.mark.parametrize("option", ["encoding", "pull_encoding"])
-def test_transports_that_send_numbers_refuse(name, option):
-    with pytest.raises(ValueError, match=f"{option} int8 needs transport p2p or local: {name} sends numbers"):
+def test_transports_whose_sums_are_mpis_refuse(name, option):
+    with pytest.raises(ValueError, match=f"{option} int8 needs transport p2p or rma or local: with {name} MPI itself"):
         transports.resolve(name, name == "allreduce", **{option: "int8"})
     with pytest.raises(ValueError, match="encoding 'int9': choose one of float32, bf16, int8, int4"):
         transports.p2p(**{option: "int9"})

@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import pairwise
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from agnmpi.arrays import device_encodings, encodings, host_encodings
+from agnmpi.arrays import device_encodings, encodings, host_encodings, kernels
 from agnmpi.arrays.encodings import get, rounding_key
 from agnmpi.arrays.host_encodings import CHUNK, FORMATS, mix64
 
@@ -567,6 +568,33 @@ def test_threads_do_not_share_scratch(name, monkeypatch):
         for _ in range(3):
             for got, want in zip(pool.map(bytes_of, xs), expected):
                 np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_several_threads_give_the_bytes_of_one(side, name, monkeypatch):
+    """With pieces of 1000 numbers, no multiple of a block, and a last block that is not whole."""
+    monkeypatch.setattr(kernels, "PIECE", 1000)
+    encoding, x = get(name), mixed(7 * 1000 + 13)
+    workers = set()
+
+    def results():
+        data = encode(side, name, x, x, key=3, first=encoding.block * 5)
+        c, stops = side.put(x.copy()), []
+        encoding.decode_add(side.put(data[1]), c, 0.3, stops.append)
+        workers.update(t.name for t in threading.enumerate() if t.name.startswith("agnmpi-kernels"))
+        assert stops == sorted(set(stops))
+        assert stops[-1] == x.size
+        return *data, decode(side, name, data[1], x.size), fake_cuda.plain(c)
+
+    one = results()
+    assert not workers
+    kernels.set_threads(3)
+    try:
+        for got, expected in zip(results(), one):
+            np.testing.assert_array_equal(got, expected)
+        assert len(workers) == (2 if side.name != "device" else 0)
+    finally:
+        kernels.set_threads(1)
 
 
 def test_on_a_device_each_is_one_launch(library, monkeypatch):

@@ -7,11 +7,15 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from agnmpi import momentum
 from agnmpi.core import rules
 from agnmpi.core.center import Center
-from agnmpi.core.leases import Leases
-from agnmpi.core.messages import MISFIT, REFUSED, WORK, Commit, Reply
+from agnmpi.core.leases import NONE, Lease, Leases
+from agnmpi.core.messages import DUPLICATE, MISFIT, REFUSED, WORK, Commit, Reply
+from agnmpi.recovery import facts as schema
 from agnmpi.recovery.checkpoint import seal, unseal
 from agnmpi.training.config import Config, load
 
@@ -51,7 +55,7 @@ def test_messages():
             payload = np.ones(3) if commit.nbytes and not commit.flags & MISFIT else None
             reply = center.apply(commit._replace(payload=payload), c)
             assert reply.clock in (2, 3)
-            assert reply.status == REFUSED or not commit.flags & MISFIT
+            assert reply.status in (REFUSED, DUPLICATE) or not commit.flags & MISFIT
             taken += 1
         except ValueError as error:
             refused.append(str(error))
@@ -84,6 +88,69 @@ def test_checkpoints(tmp_path):
             np.testing.assert_array_equal(found[name], x)
     assert len(refused) > 2000
     assert all(str(path) in text for text in refused)
+
+
+COUNTS = st.integers(-2, 30)
+ODD = [None, True, -1, 0, 1, 2, 3, 4.5, 1 << 40, 1 << 62, 1 << 70, 1e308, float("nan"), float("inf"), "", "w", "add"]
+ODD += [[], [0], [0, 0], [-1, 0], [0, "w"], [[0, 4]], {}, {"next": 3}, {"w": [1]}, [[]] * 3, ...]  # …: left out
+PIECES = st.lists(st.tuples(COUNTS, COUNTS).map(list), max_size=4)
+LEASES = st.fixed_dictionaries({"next": COUNTS, "free": PIECES, "committed": COUNTS}, optional={"given_up": COUNTS})
+LAYOUTS = st.fixed_dictionaries({
+    "names": st.lists(st.sampled_from(["w", "b", 3]), max_size=2),
+    "shapes": st.lists(st.lists(COUNTS, max_size=2), max_size=2),
+    "offsets": st.lists(COUNTS, max_size=3),
+    "dtype": st.sampled_from(["float32", 3]),
+})  # fmt: skip
+FACTS = ("centers", "workers", "layout", "clock", "steps", "applied", "refused", "dropped", "staleness", "leases")
+FACTS += ("center_optimizer", "center_optimizer_step", "samples", "seconds", "data", "processed", "given_up", "session")
+CHANGES = st.dictionaries(st.sampled_from(FACTS), st.sampled_from(ODD), max_size=2)
+SPECIAL = st.fixed_dictionaries({}, optional={"leases": LEASES, "layout": LAYOUTS, "steps": COUNTS})
+
+
+def check_facts(changes, special):
+    """A center whose facts are taken grants each step that is not done, once; any others are refused, by name."""
+    center = Center(rules.agn(), np.zeros(3), 2, momentum(0.1))
+    center.leases, center.steps = Leases(30, 4), 8
+    for worker in (0, 1, 0):
+        center.leases.grant(worker)
+    for worker, first in ((0, 0), (1, 4)):
+        center.leases.commit(worker, Lease(first, 4))
+    arrays, facts = center.save(np.ones(3))
+    facts |= {"centers": 1, "workers": 2, "samples": 9, "seconds": 0.5}
+    facts["layout"] = {"names": ["w"], "shapes": [[3]], "offsets": [0, 3], "dtype": "float64"}
+    facts |= special | changes
+    facts = {fact: value for fact, value in facts.items() if value is not ...}
+    try:
+        schema.check_center(facts, "it")
+        restored, c = Center(rules.agn(), np.zeros(3), 2, momentum(0.1)), np.zeros(3)
+        restored.restore(arrays, facts, c)
+    except ValueError as error:
+        clear = re.search(r"^it (does not say|says that)|center optimizer", str(error))
+        if not clear:
+            raise
+        return
+    assert (c == 1).all()
+    if facts["leases"] is None:
+        return
+    work = Leases(facts["leases"]["next"], 4)
+    work.restore(facts["leases"])
+    granted = [step for first, steps in iter(lambda: work.grant(0), NONE) for step in range(first, first + steps)]
+    assert len(granted) == len(set(granted))
+    assert set(granted) <= set(range(work.total))
+    assert len(granted) == work.total - facts["leases"]["committed"] - facts["leases"].get("given_up", 0)
+
+
+@settings(max_examples=200)
+@given(CHANGES, SPECIAL)
+def test_facts(changes, special):
+    check_facts(changes, special)
+
+
+@pytest.mark.long
+@settings(max_examples=100_000, suppress_health_check=list(HealthCheck))
+@given(CHANGES, SPECIAL)
+def test_very_many_facts(changes, special):
+    check_facts(changes, special)
 
 
 def test_configurations(tmp_path):

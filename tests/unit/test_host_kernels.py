@@ -190,6 +190,25 @@ def test_no_thread_writes_when_an_error_has_been_raised():
     np.testing.assert_array_equal(c, 1)  # the other threads have done all of it
 
 
+def test_two_callers_share_the_threads_and_none_waits_for_the_others_work():
+    kernels.set_threads(2)  # one helper
+    held, entered = threading.Event(), threading.Event()
+
+    def slow(lo, _hi):
+        entered.set()
+        assert held.wait(60)
+        return lo
+
+    other = threading.Thread(target=kernels.share, args=(slow, [(0, 2 * PIECE)]))
+    other.start()
+    try:
+        assert entered.wait(60)
+        assert kernels.share(lambda lo, _hi: lo, [(0, 3 * PIECE)]) == [0, PIECE, 2 * PIECE], "while the helper is busy"
+    finally:
+        held.set()
+        other.join()
+
+
 @libraries
 @pytest.mark.parametrize("count", [1, 4])
 def test_vectors_of_several_lengths_are_refused_in_whatever_thread(use, library, count):
@@ -301,3 +320,13 @@ def test_the_bench_says_what_ran_and_with_how_many_threads(use, library):
         if with_torch:
             torch = rows[f"torch {name}"]["bytes_per_second"]
             assert rows[name]["times_torch"] == pytest.approx(torch / rows[name]["bytes_per_second"])
+
+
+def test_kernels_run_to_the_very_end_of_the_interpreter():
+    """A loop that was not closed commits at exit, when Python starts no threads any more."""
+    code = (
+        "import atexit, numpy as np; from agnmpi.arrays import kernels; kernels.set_threads(2); x = np.zeros(3 << 18);"
+        "atexit.register(lambda: (kernels.run('add', [np.ones_like(x)], [1], [x]), print(x.sum() == x.size)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (said.stdout.strip(), said.stderr) == ("True", "")

@@ -7,7 +7,7 @@ from modules import modules
 
 LAYERS = [
     "version", "arrays", "core", "transport", "cluster", "recovery", "reporting", "training", "frameworks",
-    "simulation", "bench", "cli", "__main__",
+    "torch", "jax", "simulation", "bench", "cli", "__main__",
 ]  # fmt: skip
 FIRST_WITH = {"mpi4py": "transport", "torch": "frameworks", "jax": "frameworks"}
 

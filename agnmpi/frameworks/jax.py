@@ -1,0 +1,140 @@
+"""JAX: a pytree of parameters, trained over MPI in the loop that is there already."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from mpi4py import MPI
+
+from ..arrays.backend import Array, empty
+from ..core.rules import Rule
+from ..training.agn_optimizer import AGNOptimizer
+from ..transport.agreement import raise_on_all, require_equal
+from ..transport.registry import Transport
+from .launcher import hide_launcher_from_children
+from .run import Run as AnyRun
+
+hide_launcher_from_children()
+Tree: TypeAlias = Any
+
+
+class Run(AnyRun):
+    """Train `params` over the ranks of `comm`: your jitted step, its optimizer (optax) and its data stay as they are.
+
+        for x, y in run.batches(data, steps=1000):
+            run.update(*step(run.params, run.opt_state, x, y))
+
+    Each worker takes λ such steps, commits (x − o)/λ, and takes the center. Rank 0 holds the center: its loop over
+    `batches` serves, and yields nothing. The same script runs on every rank.
+
+    Args:
+        params: a pytree of floating arrays; rank 0's are those that all begin with.
+        opt_state: a pytree, such as optax's state; it stays on its worker. Default: none.
+        comm: any communicator; it is duplicated.
+        period: λ, steps between exchanges; default 10.
+        rule, outer_rate, transport, overlap, dylu: as of `AGNOptimizer`.
+
+    Attributes:
+        params: to take the next step from. A new tree after an exchange; its arrays may be donated to a jitted step.
+        opt_state: likewise; after a commit that was refused (NaN) it is what it was at the beginning.
+
+    Raises:
+        ValueError: for trees that differ between ranks, or hold no floating numbers.
+    """
+
+    def __init__(
+        self,
+        params: Tree,
+        opt_state: Tree,
+        comm: MPI.Intracomm,
+        period: int = 10,
+        *,
+        rule: Rule | None = None,
+        outer_rate: float | None = None,
+        transport: str | Transport = "auto",
+        overlap: bool = False,
+        dylu: bool = False,
+    ) -> None:
+        self.params, self.opt_state = params, opt_state
+        self._first_state = _copied(opt_state)
+        ours = comm.Dup()
+        try:
+            vector = raise_on_all(ours, lambda: _vector(params))
+            require_equal(ours, {name: f"{leaf.dtype}, {leaf.shape}" for name, leaf in _leaves(params)})
+        finally:
+            ours.Free()
+        self._x, self._ravel, self._unravel, rounds = vector
+        # What rounding has added to the numbers last unpacked, where leaves have fewer digits than x.
+        self._error = np.zeros_like(self._x) if rounds else None
+        opt = AGNOptimizer(
+            None, self._x, comm, period, name="agnmpi.jax.Run", copy=False, rule=rule, outer_rate=outer_rate,
+            transport=transport, overlap=overlap, dylu=dylu, on_commit=self._pack, on_pull=self._unpack,
+            on_refused=self._refused,
+        )  # fmt: skip
+        super().__init__(opt, period)
+
+    def update(self, params: Tree, opt_state: Tree = None) -> None:
+        """Count the step that has led to `params` and `opt_state`, and exchange when λ are done."""
+        self.params, self.opt_state = params, opt_state
+        self._step()
+
+    def _pack(self, _opt: AGNOptimizer) -> None:
+        self._x[...] = self._ravel(self.params)
+        if self._error is not None:
+            self._x -= self._error
+
+    def _unpack(self, _opt: AGNOptimizer) -> None:
+        self.params = self._tree(self._x)
+        if self._error is not None:
+            np.subtract(self._ravel(self.params), self._x, out=self._error)
+
+    def _refused(self, _opt: AGNOptimizer) -> None:
+        self.opt_state = _copied(self._first_state)
+
+    def _tree(self, x: Array) -> Tree:
+        # A copy: a jitted function that is given a view may read it when x has changed.
+        return self._unravel(jnp.asarray(x.copy()))
+
+    @contextmanager
+    def _holding(self, x: Array) -> Generator[Tree, None, None]:
+        own, self.params = self.params, self._tree(x)
+        try:
+            yield self.params
+        finally:
+            self.params = own
+
+
+def _leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """The leaves of `tree` by name."""
+    return [(f"leaf {jax.tree_util.keystr(path)}", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _copied(tree: Tree) -> Tree:
+    """A copy of `tree`, which outlives arrays that are donated."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _vector(tree: Tree) -> tuple[Array, Callable[[Tree], Array], Callable[[Array], Tree], bool]:
+    """The numbers of `tree` as a vector (n,); jitted functions there and back; whether some leaves have fewer digits.
+
+    Raises ValueError or TypeError for what cannot be trained.
+    """
+    leaves = _leaves(tree)
+    if not leaves:
+        raise ValueError("there are no parameters: give a pytree of arrays")
+    for name, leaf in leaves:
+        if not (isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating)):
+            raise TypeError(f"{name} is {getattr(leaf, 'dtype', type(leaf).__name__)}: give arrays of floating numbers")
+        if isinstance(leaf, jax.Array) and len(leaf.devices()) > 1:
+            raise TypeError(f"{name} lies on {len(leaf.devices())} devices: each rank trains on one")
+    flat, unravel = ravel_pytree(tree)
+    dtype = np.float64 if flat.dtype == np.float64 else np.float32
+    x = empty(flat.size, dtype, np.empty(0))
+    x[...] = flat
+    rounds = any(jnp.finfo(leaf.dtype).eps > np.finfo(dtype).eps for _, leaf in leaves)
+    ravel = jax.jit(lambda tree: ravel_pytree(tree)[0].astype(dtype))
+    return x, ravel, jax.jit(lambda vector: unravel(vector.astype(flat.dtype))), rounds

@@ -1,0 +1,63 @@
+"""A PyTorch optimizer and its schedule in a run: the state that a refused commit has spoilt, the position of η."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def unwrapped(wrapper: Any, inner: str) -> Any:
+    """What `wrapper` wraps in its attribute `inner`, if that has as many steps: Accelerate, Lightning."""
+    while hasattr(getattr(wrapper, inner, None), "step"):
+        wrapper = getattr(wrapper, inner)
+    return wrapper
+
+
+def reset_of(optimizer: Any) -> Callable[[], None]:
+    """What gives `optimizer` the state back that it has now: none, where it makes its state at its first step."""
+    if not optimizer.state:
+        return lambda: optimizer.state.clear()
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    return lambda: optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(state)})
+
+
+def was_skipped(optimizer: Any) -> bool:
+    """Whether the step that is being taken changes nothing: a GradScaler has found infinity, the kernel looks there."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
+
+
+class Schedule:
+    """A scheduler of torch, moved by the steps of the run. Its own `step` does nothing meanwhile.
+
+    Raises:
+        TypeError: for a scheduler that follows a metric.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = unwrapped(scheduler, "scheduler")
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise TypeError("ReduceLROnPlateau follows a metric, not steps: leave it out, and call its step(metric)")
+        self._step, self.at = self.scheduler.step, 0
+        self.scheduler.step = _do_nothing
+
+    def advance(self, step: int) -> None:
+        """Go on to the rate of the step with this number; never back, where steps are granted again."""
+        if step <= self.at:
+            return
+        with warnings.catch_warnings():
+            # It warns where it is moved before its optimizer, as it is on all workers but the first.
+            warnings.simplefilter("ignore", UserWarning)
+            while self.at < step:
+                self._step()
+                self.at += 1
+
+    def release(self) -> None:
+        """Let the scheduler move by its own `step` again."""
+        self.scheduler.step = self._step
+
+
+def _do_nothing(*_: object, **__: object) -> None:
+    pass

@@ -1,0 +1,123 @@
+"""The user's code: errors in it are shown by its own frames, and what it returns wrongly says what to return."""
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..arrays.backend import Array
+from ..core.params import Layout
+
+_PACKAGE = str(Path(__file__).parent.parent)
+
+
+class UserCodeError(ValueError):
+    """The user's code has failed; the message holds its own frames."""
+
+
+def user_frames(error: BaseException) -> str:
+    """The traceback of `error` from the user's first frame on, and what it says; without frames of ours before it."""
+    tb = error.__traceback__
+    while tb is not None and tb.tb_frame.f_code.co_filename.startswith((_PACKAGE, "<frozen importlib")):
+        tb = tb.tb_next
+    lines = [*traceback.format_tb(tb), *traceback.format_exception_only(error)]
+    if isinstance(error, ImportError) and "relative import" in str(error):
+        lines.append(
+            "A file alone is no part of a package: start where the package lies and give the module's name, "
+            "such as package.module:Problem\n"
+        )
+    return "".join(lines).rstrip()
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Raise UserCodeError, which says `what` failed, for any exception of the user's code in the block."""
+    try:
+        yield
+    except UserCodeError:
+        raise
+    except Exception as error:
+        raise UserCodeError(f"{what}:\n{user_frames(error)}") from error
+
+
+def where(function: Callable[..., Any]) -> str:
+    """The name of a function, and where it is written."""
+    name = getattr(function, "__qualname__", repr(function))
+    try:
+        return f"{name} ({inspect.getsourcefile(function)}, line {inspect.getsourcelines(function)[1]})"
+    except (OSError, TypeError):
+        return name
+
+
+def loss_and_gradients(returned: Any, layout: Layout, function: Callable[..., Any]) -> tuple[float, Mapping[str, Any]]:
+    """Check what a problem's `gradient` has returned; a sequence of gradients is taken in the order of the parameters.
+
+    Raises UserCodeError, which says what to return.
+    """
+    if not (isinstance(returned, tuple | list) and len(returned) == 2):
+        raise _wrong(function, f"(loss, gradients), not {_describe(returned)}")
+    loss, gradients = returned
+    if isinstance(loss, Mapping):
+        raise _wrong(function, "(loss, gradients), in this order: it returned the gradients first")
+    try:
+        number = _number(loss)
+    except (TypeError, ValueError, RuntimeError):
+        text = f"(loss, gradients); the loss is one number, the mean over the batch, not {_describe(loss)}"
+        raise _wrong(function, text) from None
+    if isinstance(gradients, Mapping):
+        return number, gradients
+    if isinstance(gradients, Sequence) and len(gradients) == len(layout.names):
+        return number, dict(zip(layout.names, gradients))
+    text = f"(loss, gradients); gradients has an array for each of {', '.join(layout.names)}, by name"
+    raise _wrong(function, f"{text}, not {_describe(gradients)}")
+
+
+def pack_gradients(returned: Any, layout: Layout, function: Callable[..., Any], g: Array) -> float:
+    """Write the gradients that a problem's `gradient` has returned to `g` (n,), and return the loss.
+
+    Raises UserCodeError, which says what to return.
+    """
+    loss, gradients = loss_and_gradients(returned, layout, function)
+    try:
+        layout.pack(gradients, out=g)
+    except (TypeError, ValueError) as error:
+        raise UserCodeError(f"the gradients of {where(function)} do not fit: {error}") from None
+    return loss
+
+
+def metrics(returned: Any, function: Callable[..., Any]) -> dict[str, float]:
+    """Check what `evaluate` has returned; raises UserCodeError, which says what to return."""
+    wanted = "numbers by name, such as {'accuracy': 0.98}"
+    if not isinstance(returned, Mapping):
+        raise _wrong(function, f"{wanted}, not {_describe(returned)}")
+    numbers = {}
+    for name, value in returned.items():
+        try:
+            numbers[str(name)] = _number(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise _wrong(function, f"{wanted}; {name!r} is {_describe(value)}") from None
+    return numbers
+
+
+def _wrong(function: Callable[..., Any], text: str) -> UserCodeError:
+    return UserCodeError(f"{where(function)} must return {text}")
+
+
+def _number(value: Any) -> float:
+    """A number, also of an array or a tensor with one element."""
+    return float(value.item() if hasattr(value, "item") else value)
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "None: a `return` is missing"
+    if hasattr(value, "shape"):
+        return f"an array of shape {tuple(value.shape)}"
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        return f"a {kind} with {', '.join(map(str, list(value)[:5])) or 'nothing in it'}"
+    if isinstance(value, tuple | list):
+        return f"a {kind} of {len(value)}"
+    return f"{value!r}" if isinstance(value, int | float | str) else f"a {kind}"

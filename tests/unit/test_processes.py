@@ -1,0 +1,83 @@
+"""Who still runs, and what a rank does that waits for one that does not."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from agnmpi.core.backoff import limit, wait_until
+from agnmpi.recovery.processes import Process, command
+from agnmpi.recovery.watchdog import Watchdog, calling
+
+
+class Ended(Exception):
+    pass
+
+
+def end(why):
+    raise Ended(why)
+
+
+@pytest.fixture
+def dead():
+    """A process that has ended, and whose parent knows."""
+    child = os.fork()
+    if not child:
+        signal.pause()
+    process = Process.this()._replace(pid=child, started=started(child))
+    assert not process.is_gone
+    os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert process.is_gone, "a zombie"
+    os.waitpid(child, 0)
+    assert process.is_gone
+    return process
+
+
+def started(pid):
+    """When a process started, by `ps`' own source."""
+    with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+        return int(file.read().rpartition(")")[2].split()[19])
+
+
+def test_processes(dead):
+    this = Process.this()
+    assert not this.is_gone
+    assert this._replace(started=this.started - 1).is_gone, "another has its pid now"
+    assert not dead._replace(namespace="another machine").is_gone, "not known"
+    assert command(os.getpid())
+    assert command(dead.pid) == ""
+
+
+def test_a_wait_for_the_dead_ends(dead):
+    Watchdog([Process.this(), dead], lambda: [0, 1], 0.5, end).start()
+    with pytest.raises(Ended, match=rf"has waited for 1 s, and rank 1, process {dead.pid}, has ended"):
+        wait_until(lambda: False)
+    turns = iter(range(1300))
+    Watchdog([Process.this(), dead], lambda: [0], 0.5, end).start()
+    wait_until(lambda: next(turns) > 1200)  # of 1 ms or more: whom it waits for is alive
+
+
+def test_a_call_that_waits_for_the_dead_ends(dead):
+    said, ended = [], threading.Event()
+    dog = Watchdog([Process.this(), dead], list, 0.1, lambda why: (said.append(why), ended.set()))
+    dog.start()
+    with calling("MPI_Comm_shrink", [0, 1]):
+        assert ended.wait(30)
+    assert said[0] == f"has been in MPI_Comm_shrink for more than 0.1 s, and rank 1, process {dead.pid}, has ended"
+    said.clear()
+    with calling("MPI_Comm_shrink", [0]):
+        assert not threading.Event().wait(1.5)
+    assert not said
+
+
+def test_the_limit(monkeypatch):
+    monkeypatch.delenv("AGNMPI_WATCHDOG", raising=False)
+    assert limit() == 60
+    monkeypatch.setenv("AGNMPI_WATCHDOG", "2.5")
+    assert limit() == 2.5
+    for text in ("-1", "nan", "inf", "long"):
+        monkeypatch.setenv("AGNMPI_WATCHDOG", text)
+        with pytest.raises(ValueError, match="AGNMPI_WATCHDOG must be a number of seconds"):
+            limit()
