@@ -13,6 +13,7 @@ from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout
 from ..recovery.checkpoint import folder, prune
 from ..recovery.cut import ConsistentCut, MPIMail
+from ..recovery.lock import lock
 from ..recovery.saver import CenterSaver
 from ..recovery.silent_workers import SilentWorkers
 from ..reporting.record import Recorder
@@ -169,6 +170,9 @@ class Duties:
     def _open(self, lines: Sequence[str] | None, threads: Sequence[int]) -> None:
         run, config, role = self._run, self._config, self._role
         run.directory.mkdir(parents=True, exist_ok=True)  # a new center may be on another host
+        if lines is None:
+            with suppress(OSError):  # the lost one may be about to end
+                lock(run.directory)
         changed = {} if lines is None else write_config(run.directory, config)
         if config.record and lines is not None:
             self._recorder = Recorder(run.directory, role.count, threads, role.center.idle_workers_wait)

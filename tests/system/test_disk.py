@@ -103,3 +103,14 @@ def test_directories_in_the_place_of_files(tmp_path):
     assert code == 2, output
     assert "events.jsonl" in output
     assert "Traceback" not in output
+
+
+def test_two_jobs_in_one_directory(tmp_path):
+    run = tmp_path / "run"
+    job = running(run, "--steps", "1000", "--resume", "auto")
+    code, output = agnmpi(3, *GIVEN[2:], "--run", run, "--resume", "auto", timeout=LIMIT)
+    assert code == 2, output
+    assert "is in use by another job (host " in output
+    code, output = job.finish(LIMIT)
+    assert code == 0, output
+    assert result_of(run)["samples"] == 1000 * 16
