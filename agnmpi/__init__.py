@@ -3,7 +3,8 @@
 In your own training loop: `AGNOptimizer`, with an optimizer (`sgd` … `adamw`, or your own `Optimizer`), a rule of
 exchange (`rules`), a rate schedule (`schedules`) and a transport (`transports`). As a whole run, as the command line
 does it: `train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`. A model of PyTorch:
-`agnmpi.torch.Run`; a pytree of JAX: `agnmpi.jax.Run`.
+`agnmpi.torch.Run`; a pytree of JAX: `agnmpi.jax.Run`. A solver that trains
+a surrogate of itself: `insitu.Run`.
 
 `import agnmpi` needs only numpy. Modules that use MPI are imported, and MPI initialised, at first use.
 """
@@ -18,10 +19,11 @@ from .core.rules import Rule
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .frameworks import insitu
     from .simulation.simulate import simulate
     from .training.agn_optimizer import AGNOptimizer
     from .training.config import Config
-    from .training.exits import Degraded, Interrupted
+    from .training.exits import Degraded, Failed, Interrupted, Unwritten
     from .training.job import train
     from .training.problem import Problem
     from .transport import registry as transports
@@ -32,14 +34,17 @@ __all__ = [
     "Config",
     "ConfigError",
     "Degraded",
+    "Failed",
     "Interrupted",
     "Optimizer",
     "Problem",
     "Rule",
+    "Unwritten",
     "__version__",
     "adagrad",
     "adam",
     "adamw",
+    "insitu",
     "momentum",
     "nesterov",
     "rmsprop",
@@ -57,8 +62,11 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Config": (".training.config", "Config"),
     "ConfigError": (".transport.agreement", "ConfigError"),
     "Degraded": (".training.exits", "Degraded"),
+    "Failed": (".training.exits", "Failed"),
     "Interrupted": (".training.exits", "Interrupted"),
+    "Unwritten": (".training.exits", "Unwritten"),
     "Problem": (".training.problem", "Problem"),
+    "insitu": (".frameworks.insitu", None),
     "jax": (".jax", None),
     "simulate": (".simulation.simulate", "simulate"),
     "torch": (".torch", None),

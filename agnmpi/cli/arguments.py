@@ -20,7 +20,7 @@ _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # Fixed values of options of `train`: in a simulation, and where a problem is measured, with each transport.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
 BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "overlap": False, "dylu": False, "record": False}
-OFFLINE = ("export", "evaluate")  # commands of one process, without MPI
+OFFLINE = ("export", "evaluate", "runs", "report")  # commands of one process, without MPI
 _GROUPS = {
     "rule": "rule of exchange",
     "transport": "transport",
@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     _add_bench_problem(commands)
     _add_doctor(commands)
     _add_models(commands)
+    _add_reports(commands)
     return top
 
 
@@ -207,6 +208,24 @@ def _add_models(commands: Any) -> None:
     )
     evaluate.add_argument("run", metavar="RUN", help=source)
     evaluate.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute")
+
+
+def _add_reports(commands: Any) -> None:
+    runs = commands.add_parser(
+        "runs",
+        help="list runs: how they ended, their metrics, what differs",
+        description="A line for each run: state, workers, time, metrics, and the options in which the runs differ. "
+        "Needs no MPI.",
+    )
+    runs.add_argument("directories", nargs="*", default=["runs"], metavar="DIR", help="runs, or what holds them")
+    report = commands.add_parser(
+        "report",
+        help="write a page with figures about a run, or several side by side",
+        description="Write one HTML page: learning curves, throughput, staleness, workers, what happened, options. "
+        "It needs no other file and no network. Needs no MPI.",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="runs, or directories that hold them")
+    report.add_argument("-o", "--output", metavar="FILE", help="the page [default: report.html in, or beside, the run]")
 
 
 def _add_train(commands: Any) -> None:

@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after `agnmpi`; None: those of this process.
 
     Returns:
-        The exit code: 0; 2 if refused before training; 1 for failures; 75 if interrupted; 76 if ranks were lost; 77 if
-        evaluations failed.
+        The exit code: 0; 2 if refused before training; 1 for failures; 69 if the watchdog ended it; 74 if the last
+        files could not be written; 75 if interrupted; 76 if ranks were lost; 77 if evaluations failed.
     """
     args, refusal = None, None
     try:
@@ -72,9 +72,13 @@ def _abort(code: int) -> None:
 
 def _offline(args: argparse.Namespace) -> int:
     """Run a command of one process, which needs no MPI."""
-    from . import models
+    from . import models, reports
 
     try:
+        if args.command == "runs":
+            return reports.runs(args.directories)
+        if args.command == "report":
+            return reports.report(args.runs, args.output)
         if args.command == "export":
             return models.export(Path(args.run), Path(args.file))
         return models.evaluate(Path(args.run), args.device)
@@ -114,7 +118,7 @@ def _run(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     from ..core.backoff import Orphaned
     from ..recovery.watchdog import watch
     from ..training.abort import abort, say, say_and_abort
-    from ..training.exits import INTERRUPTED, Degraded, Failed, Interrupted
+    from ..training.exits import INTERRUPTED, UNWRITTEN, Degraded, Failed, Interrupted, Unwritten
     from ..transport.agreement import ConfigError
 
     try:
@@ -126,8 +130,8 @@ def _run(args: argparse.Namespace, world: Any, signals: Signals) -> int:
             print(f"agnmpi: error: {error}", file=sys.stderr, flush=True)
         world.Barrier()  # as above
         return 2
-    except (Interrupted, Failed) as ended:
-        code = INTERRUPTED if isinstance(ended, Interrupted) else 1
+    except (Interrupted, Failed, Unwritten) as ended:
+        code = {Interrupted: INTERRUPTED, Failed: 1, Unwritten: UNWRITTEN}[type(ended)]
         if ended.abort:
             abort(world, code)
         if fault_tolerant():

@@ -154,7 +154,7 @@ class Connector(NamedTuple):
         above, c = _subset(comm, ranks), full_like(to_host(x), to_host(x))
         center, end = host._serving(below, c, n)
         node = NodeEnd(end, top.encoded(top.worker_end(above, c), c), center, n + mine)
-        center.on_block = node.move_on
+        center.on_block, center.patience = node.move_on, 1 << 62  # the center above counts what is refused
         role = NodeRole(center, n, node, numbers=host.setup.transport.numbers)
         role.comms = [below, above]
         return role

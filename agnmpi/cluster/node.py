@@ -12,6 +12,8 @@ from ..core.leases import Shares, merged
 from ..core.messages import IDLE, LEAVE, NOT_FINITE, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
 from ..core.rules import downpour
 
+_AHEAD = 2  # periods that are there for each worker when work comes from above
+
 
 class _Phase(Enum):
     """What a node center does in a session."""
@@ -30,9 +32,10 @@ class NodeEnd(CenterEnd):
         when D have come:        send c − o, as one commit of D
         when its pull c' comes:  c ← c' + (c − c_sent),  o ← c'
 
-    D is the number of its workers, or more where the exchange before was still under way: nobody waits for it. Clock
-    and steps of its center are those of the whole tree, as far as known here. Steps whose commits are refused here are
-    reported above, which grants them again.
+    D is the number of its workers, or more where the exchange before was still under way: while it is, each worker may
+    take two further periods. No more than these: what a slow link holds back is old when it comes. Clock and steps of
+    its center are those of the whole tree, as far as known here. Steps whose commits are refused here are reported
+    above, which grants them again.
 
     Args:
         below: has c; float32.
@@ -56,7 +59,6 @@ class NodeEnd(CenterEnd):
         self._after: Callable[[Reply, Array], None] = self._adopt  # what follows it
         self._asked = self._fruitful = False  # whether it, and the last that did, asked for work and found some
         self._stopped = False  # whether the center above knows that all shall stop
-        self._meanwhile = 0  # leases that the workers took, or wanted to, while the last exchange was under way
 
     @property
     def c(self) -> Array:
@@ -165,16 +167,14 @@ class NodeEnd(CenterEnd):
             shares.add(reply.work)
             shares.more = self._fruitful = reply.work.steps > 0
             shares.more |= reply.control == WAIT
-        self._meanwhile = shares.taken + len(center.waiting)
         center.checkpoint = max(center.checkpoint, reply.checkpoint)
         self._events += 1
         self.below.retry()
 
     def _request(self, requests: int = 0) -> Commit:
-        """A request for as much work as the workers take until the reply to the next one."""
+        """A request for so much work that two periods are there for each worker."""
         shares = self._shares
-        wanted = ceil(max(self.live, shares.taken) + self._meanwhile - shares.stock)
-        shares.taken = 0
+        wanted = ceil(_AHEAD * self.live - shares.stock)
         self._asked = wanted > 0
         requests |= WORK if self._asked else 0
         return Commit(self._number, requests=requests, total=shares.encoded_total, wanted=wanted)

@@ -84,6 +84,8 @@ class Center:
         self._failing = Counter[int]()  # by worker: its commits refused since its last good one
         self._good = set[int]()  # workers whose last commit was good
         self._released = set[int]()  # workers whose leases were taken back
+        self._samples = dict[int, int]()  # of workers with data of their own
+        self._all_samples = 0  # their sum
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
         self.served = self.session = 0  # messages; sessions begun
@@ -198,6 +200,9 @@ class Center:
         self._refused_in_a_row.clear()
         self._good.add(commit.worker)
         self._failing.pop(commit.worker, None)
+        if commit.samples:
+            self._all_samples += commit.samples - self._samples.get(commit.worker, 0)
+            self._samples[commit.worker] = commit.samples
         weight = self.weight(commit)
         if not weight:
             self.dropped += 1
@@ -242,8 +247,9 @@ class Center:
         if self._good and not nothing_is_left:  # the others are done: they keep what they have
             self.control = STOP
             return
+        sender = "node center" if commit.worker in self.nodes else "worker"
         raise RuntimeError(
-            f"{in_a_row} commits in a row were refused, the last from worker {commit.worker} (steps from "
+            f"{in_a_row} commits in a row were refused, the last from {sender} {commit.worker} (steps from "
             f"{done.first}): "
             + (
                 f"it is no commit to this model: {commit.nbytes} bytes, the center has {nbytes}"
@@ -313,7 +319,10 @@ class Center:
             raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
         if commit.worker in self.nodes:
             return 1.0
-        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.workers))
+        share = 1 / self.workers
+        if commit.worker in self._samples:  # those that have told nothing yet count as the mean of those that have
+            share *= self._samples[commit.worker] * len(self._samples) / self._all_samples
+        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.workers, share))
 
     def _buffers(self, commit: Commit) -> tuple[Array, float] | None:
         """The buffers of a commit, and their weight; None without buffers."""

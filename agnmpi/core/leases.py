@@ -324,7 +324,6 @@ class Shares(Leases):
         super().__init__(0, period)
         self.encoded_total = -1 if total is None else total
         self.more = True  # the center above may grant more
-        self.taken = 0  # leases granted since this was last set to 0
         self.done: list[Lease] = []  # committed, and not reported yet
         self.refused: list[Lease] = []  # the same: the center above grants them again
 
@@ -347,12 +346,6 @@ class Shares(Leases):
         """These steps were granted from above; they come after those that are there."""
         if lease.steps:
             self._free.appendleft(lease)
-
-    def grant(self, worker: int, skip_failed: bool = False, periods: int = 1) -> Lease:
-        """As `Leases.grant`."""
-        lease = super().grant(worker, skip_failed, periods)
-        self.taken += lease.steps > 0
-        return lease
 
     def commit(self, worker: int, done: Lease) -> None:
         """As `Leases.commit`."""

@@ -24,7 +24,7 @@ OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3
 # Reply.control; STOP: commit the steps done, return the rest of the lease, leave. WAIT: no work is free now, but other
 # workers hold leases that may become free: a request with IDLE is answered then.
 CONTINUE, STOP, WAIT = 0, 1, 2
-_COMMIT = struct.Struct("<12qdq")
+_COMMIT = struct.Struct("<13qdq")
 _REPLY = struct.Struct("<9q")
 _SNAPSHOT = struct.Struct("<8q")
 _MAX_BYTES = 1 << 42  # of a vector
@@ -46,6 +46,7 @@ class Commit(NamedTuple):
         nbytes: of the payload.
         total: with WORK and no payload, this rank's number of steps in the session; -1 without end.
         wanted: with WORK, how many leases a node center asks for at once.
+        samples: that this worker's own data have had so far; 0: all workers draw from the same.
         loss: mean training loss over the steps.
         parts: the steps in the payload, where they are not consecutive: those of several workers, in order.
         payload: the delta (n,); sent separately, after the header.
@@ -66,6 +67,7 @@ class Commit(NamedTuple):
     nbytes: int = 0
     total: int = -1
     wanted: int = 1
+    samples: int = 0
     loss: float = nan
     parts: tuple[Lease, ...] = ()
     payload: Array | None = None

@@ -38,12 +38,14 @@ class CommitInfo(NamedTuple):
         commits: Deltas summed in it: 1, or all n of a round with Allreduce (default 1).
         steps: k, local steps in it: λ, or fewer in the last period (default 1).
         workers: n (default 1).
+        share: p, its worker's share of the samples of all workers (default 1); 1/n where all draw from the same.
     """
 
     staleness: int
     commits: int = 1
     steps: int = 1
     workers: int = 1
+    share: float = 1.0
 
 
 Weight: TypeAlias = Callable[[CommitInfo], float]
@@ -377,6 +379,38 @@ def staleness_cap(cap: int) -> Weight:
 
     def weight(commit: CommitInfo) -> float:
         return float(commit.staleness <= cap)
+
+    return weight
+
+
+def by_samples(r: float, period: int) -> Weight:
+    """Weight rλ(s + 1)p/n of AGN's commits (x − o)/k: each worker counts by its samples, however often it commits.
+
+    For workers with data of their own. A worker's share of the commits is 1/(s + 1) in the mean, since it pulls after
+    each of its own; so its displacements count r·p/n a round, whatever its speed, and the center comes to rest where
+    the loss over all samples is least, not where the fastest worker's is. At most k·max(1, r): c does not go beyond x.
+
+    Args:
+        r: Effective outer rate of a round of n commits, as of `outer_rate`; positive.
+        period: λ.
+
+    Returns:
+        The weight, for `weighted`.
+
+    Raises:
+        ValueError: For an r that is not positive and finite.
+
+    Source: ours; inverse propensity weights (Horvitz, Thompson 1952), by commits instead of samples.
+
+    >>> weight = by_samples(1.0, period=10)  # two workers with as many samples; one commits three times as often
+    >>> [weight(CommitInfo(staleness, steps=10, workers=2, share=0.5)) for staleness in (3, 0, 0, 1)]
+    [10.0, 2.5, 2.5, 5.0]
+    """
+    outer_rate(r)  # refuses what is no rate
+
+    def weight(commit: CommitInfo) -> float:
+        w = r * period * (commit.staleness + 1) * commit.share / commit.workers
+        return min(w, commit.steps * max(1.0, r))
 
     return weight
 

@@ -113,6 +113,7 @@ class Worker:
         self.done = 0  # steps of the first lease since the last exchange was started
         self._loss = 0.0  # of these, summed
         self.dropped = 0  # steps that entered no round, because another rank left early
+        self.samples = 0  # that its own data have had so far; 0: it shares all data with the others
         self._work_may_come = False  # other workers hold leases
         self._commit: Commit | None = None
         self._handle: Handle | None = None  # of the exchange under way, or of leaving
@@ -209,7 +210,8 @@ class Worker:
         self.done, self._loss = 0, 0.0
         sent = self.index, self.sequence, steps, lease.first, self.clock
         mean = loss / steps if steps else nan
-        return Commit(*sent, requests=requests, flags=flags, loss=mean, payload=self._buffers.delta)
+        own = self.samples
+        return Commit(*sent, requests=requests, flags=flags, samples=own, loss=mean, payload=self._buffers.delta)
 
     def _form_delta(self, steps: int) -> int:
         """Write the delta of `steps` steps; returns the flags about it."""

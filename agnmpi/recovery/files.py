@@ -6,7 +6,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
@@ -58,6 +58,60 @@ def _flush_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+class LineFile:
+    """A file to which whole lines are appended, whatever the disk does.
+
+    What cannot be written (a full disk) is said once, and again when it is over; training goes on. A line of which a
+    part was written is taken back. If the file is removed, it is made again, with its directory.
+
+    Args:
+        path: the file.
+        say: called with each message.
+
+    Raises:
+        OSError: at first, where it cannot be opened.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path, self._say = path, say
+        self._file = path.open("ab", buffering=0)
+        self._missing = 0  # lines, since the last that was written
+
+    def write(self, line: str) -> int:
+        """Append a line; returns how many before it are missing, if it is the first after these."""
+        try:
+            if not os.fstat(self._file.fileno()).st_nlink:
+                self._make_again()
+            self._append(line.encode())
+        except OSError as error:
+            if not self._missing:
+                self._say(f"WARNING: {self._path} cannot be written ({error}); training goes on")
+            self._missing += 1
+            return 0
+        missing, self._missing = self._missing, 0
+        if missing:
+            self._say(f"{self._path} can be written again; {missing} of its lines are missing")
+        return missing
+
+    def _make_again(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = self._path.open("ab", buffering=0)
+        self._file.close()
+        self._file = file
+        self._say(f"WARNING: {self._path} was removed; it is made again, without its earlier lines")
+
+    def _append(self, data: bytes) -> None:
+        before = os.fstat(self._file.fileno()).st_size
+        if self._file.write(data) != len(data):
+            os.ftruncate(self._file.fileno(), before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -30,12 +30,37 @@ Files: TypeAlias = tuple[Mapping[str, Array], Mapping[str, Any]]  # arrays and f
 SMALL = 256 << 20
 
 
-class _Writer:
-    """Writes files in a thread, one after the other; `failed`: called with the error of a write that has failed."""
+class _Outage:
+    """Says once that something cannot be written, and once that it can be again."""
 
-    def __init__(self, name: str, failed: Callable[[Exception], None]) -> None:
+    def __init__(self, what: str, say: Say) -> None:
+        self._what, self._say, self._reason = what, say, ""
+
+    def begins(self, error: Exception, also: str = "") -> None:
+        """It could not be written."""
+        reason = str(error) or type(error).__name__  # a MemoryError may have no message
+        if type(error).__name__ != self._reason:
+            self._say(f"WARNING: {self._what} could not be written ({reason}){also}; training goes on")
+        self._reason = type(error).__name__
+
+    def ends(self) -> None:
+        """It was written."""
+        if self._reason:
+            self._say(f"{self._what} is written again")
+        self._reason = ""
+
+
+class _Writer:
+    """Writes files in a thread, one after the other.
+
+    `failed` is called with the error of a write that has failed, `succeeded` after any other.
+    """
+
+    def __init__(
+        self, name: str, failed: Callable[[Exception], None], succeeded: Callable[[], None] = lambda: None
+    ) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._failed = failed
+        self._failed, self._succeeded = failed, succeeded
         self._pending: Future[None] | None = None
 
     def begin(self, write: Callable[[], None]) -> None:
@@ -52,11 +77,14 @@ class _Writer:
     def wait(self) -> None:
         """Wait until nothing is being written."""
         pending, self._pending = self._pending, None
+        if pending is None:
+            return
         try:
-            if pending is not None:
-                pending.result()
+            pending.result()
         except (OSError, MemoryError) as error:
             self._failed(error)
+        else:
+            self._succeeded()
 
     def close(self) -> None:
         """Wait, and end the thread."""
@@ -89,11 +117,12 @@ class CenterSaver:
         keep: int = 3,
         index: int = 0,
     ) -> None:
-        self._run, self._center, self._facts, self._say, self._keep = run, center, facts, say, keep
+        self._run, self._center, self._facts, self._keep = run, center, facts, keep
         self._index = index
         self._due = Every(seconds=every_seconds) if every_seconds else None
         self._due_commits = Every(steps=every_commits) if every_commits else None
-        self._writer = _Writer("checkpoint", self._failed)
+        self._outage = _Outage("the checkpoint", say)
+        self._writer = _Writer("checkpoint", self._failed, self._outage.ends)
         self._wanted = False  # due, but the last one was still being written
         self.cut: ConsistentCut | None = None  # at the first of several centers: makes all of them save
         self.pause = 0.0  # longest pause of serving, in seconds
@@ -149,17 +178,11 @@ class CenterSaver:
         return f"the last good checkpoint is {self.last.name}" if self.last else "there is no checkpoint so far"
 
     def _failed(self, error: Exception) -> None:
-        self._say(
-            f"WARNING: the checkpoint could not be written ({_reason(error)}); {self._last_good()}; training goes on"
-        )
+        self._outage.begins(error, f"; {self._last_good()}")
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written."""
         self._writer.close()
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__  # a MemoryError may have no message
 
 
 def center_facts(role: Role, layout: Layout, centers: int, consistent: bool, ranks: Sequence[int]) -> dict[str, Any]:
@@ -265,14 +288,15 @@ class WorkerSaver:
         progress: Callable[[], object] = bool,
         small: int = SMALL,
     ) -> None:
-        self._run, self.worker, self._when, self._say, self._progress = run, worker, when, say, progress
+        self._run, self.worker, self._when, self._progress = run, worker, when, progress
         self._part = worker.index / max(workers, 1) / 10
         self._small = small
         self._seen = worker.checkpoint
         self._wanted: int | None = None  # number of the checkpoint to write for
         self._announced = time.monotonic()
         self._due = 0.0
-        self._writer = _Writer("worker-state", self._failed)
+        self._outage = _Outage(f"the local state of worker {worker.index}", say)
+        self._writer = _Writer("worker-state", self._outage.begins, self._outage.ends)
 
     def tick(self) -> None:
         """Save if there is a new checkpoint. Call it after each step of the worker."""
@@ -292,7 +316,7 @@ class WorkerSaver:
         try:
             files = worker.save(copied=sum(x.nbytes for x in worker.save(copied=False)[0].values()) <= self._small)
         except MemoryError as error:
-            self._failed(error)
+            self._outage.begins(error)
             return
         synchronize(worker.x)  # before another thread reads it
         self._writer.begin(partial(write_worker, self._run, worker.index, number, files))
@@ -303,12 +327,6 @@ class WorkerSaver:
         self._progress()
         return not self._writer.busy()
 
-    def _failed(self, error: Exception) -> None:
-        self._say(
-            f"WARNING: the local state of worker {self.worker.index} could not be written ({_reason(error)}); "
-            "training goes on"
-        )
-
     def finish(self, steps: int | None) -> None:
         """At the end: wait for what is being written, and save for the checkpoint after `steps` steps (None: none)."""
         self._writer.close()
@@ -317,7 +335,9 @@ class WorkerSaver:
         try:
             write_worker(self._run, self.worker.index, steps, self.worker.save(copied=False))
         except (OSError, MemoryError) as error:
-            self._failed(error)
+            self._outage.begins(error)
+        else:
+            self._outage.ends()
 
 
 def write_worker(run: Path, index: int, steps: int, files: Files) -> None:

@@ -3,9 +3,12 @@
 import json
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from math import fsum, isfinite, nan
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..recovery.files import LineFile
 
 
 def json_safe(value: Any) -> Any:
@@ -22,17 +25,30 @@ def json_safe(value: Any) -> Any:
 
 
 class JsonLines:
-    """A file of one JSON object per line; each line is flushed, so a killed run leaves complete lines."""
+    """A file of one JSON object per line; each line is flushed, so a killed run leaves complete lines.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+    Args:
+        path: the file.
+        then: takes each object, too.
+        say: called where the disk fails, and when that is over; lines are missing then, and none raises.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        then: Callable[[Mapping[str, Any]], object] = bool,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._file, self._then = LineFile(path, say), then
         self._start = time.monotonic()
 
     def write(self, event: str, **values: Any) -> None:
         """Append an event with the time (seconds since 1970) and the seconds since the start."""
         stamp = {"event": event, "time": round(time.time(), 3), "seconds": self.seconds()}
-        self._file.write(json.dumps(json_safe(stamp | values), allow_nan=False) + "\n")
-        self._file.flush()
+        line = json_safe(stamp | values)
+        if missing := self._file.write(json.dumps(line, allow_nan=False) + "\n"):
+            self.write("unwritten", lines=missing)
+        self._then(line)
 
     def seconds(self) -> float:
         """Seconds since the start."""
@@ -97,3 +113,25 @@ class RecentMean:
         """The mean; NaN where nothing in the span was finite."""
         weight = fsum(item.finite for item in self._bins)
         return fsum(item.total for item in self._bins) / weight if weight else nan
+
+
+class RecentRates:
+    """What was counted per second, over the last `span` seconds; further back, where nothing was counted in these.
+
+    >>> rates = RecentRates(span=10)
+    >>> [rates.add(at, (count,)) for at, count in ((0, 0), (1, 0), (5, 10), (20, 40), (45, 40))][1:]
+    [(0.0,), (2.0,), (2.0,), (0.75,)]
+    """
+
+    def __init__(self, span: float = 10.0) -> None:
+        self._span = span
+        self._seen = deque[tuple[float, tuple[int, ...]]]()
+
+    def add(self, now: float, counts: tuple[int, ...]) -> tuple[float, ...]:
+        """The rates at `now`, seconds, when `counts` have been counted altogether."""
+        self._seen.append((now, counts))
+        while len(self._seen) > 2 and now - self._seen[1][0] >= self._span and self._seen[1][1] != counts:
+            self._seen.popleft()
+        then, before = self._seen[0]
+        seconds = max(now - then, 1e-9)
+        return tuple((count - old) / seconds for count, old in zip(counts, before))

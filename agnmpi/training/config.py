@@ -10,6 +10,7 @@ from ..core.ends import Capabilities
 from ..core.optimizers import OPTIMIZERS, Optimizer
 from ..core.rules import RULES, Rule, Weight, outer_rate, staleness_cap, staleness_power, weighted
 from ..core.schedules import SCHEDULES, Schedule, constant, warmup
+from ..reporting.writers import WRITERS
 from ..transport import registry
 from .options import Refusal, canonical, check, documented, known, option, overlay, read_toml, refuse
 
@@ -149,6 +150,11 @@ class Config:
         None, "output", "evaluations without a better value of --monitor, after which the run ends", int, least=1
     )
     stop_at: float | None = option(None, "output", "value of --monitor at which the run ends", float)
+    writers: str = option(
+        "",
+        "output",
+        f"where the numbers of events.jsonl go, too, by commas: {', '.join(WRITERS)}",
+    )
     log_every: float = option(1.0, "output", "seconds between lines in events.jsonl", float, positive=True)
     record: bool = option(False, "output", "write the order of messages at the center, for simulate --replay", bool)
 
@@ -185,6 +191,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self, _REFUSALS)
+        if unknown := set(self.writer_names) - set(WRITERS):
+            raise ValueError(f"writers are {', '.join(WRITERS)}, not {', '.join(sorted(unknown))}")
         if self.monitor is not None:
             self.monitored  # noqa: B018  # refused at once
 
@@ -213,6 +221,11 @@ class Config:
         if center != "add":
             rate = rate or self.rate
         return replace(self, center_optimizer=center, center_rate=rate, center_options=options)
+
+    @property
+    def writer_names(self) -> tuple[str, ...]:
+        """The names in `writers`."""
+        return tuple(name.strip() for name in self.writers.split(",") if name.strip())
 
     @property
     def monitored(self) -> tuple[str, int]:

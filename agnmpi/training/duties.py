@@ -1,6 +1,7 @@
 """A serving rank's other duties: display, events, evaluations, record, checkpoints, silent workers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +11,14 @@ from ..cluster.roles import CenterRole, HoldingRole, NodeRole, Role, ShardRole
 from ..core.batches import Plan
 from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout
-from ..recovery.checkpoint import prune
+from ..recovery.checkpoint import folder, prune
 from ..recovery.cut import ConsistentCut
 from ..recovery.saver import CenterSaver, center_facts, consistent_cut
 from ..recovery.silent_workers import SilentWorkers
 from ..reporting.record import Recorder
 from .config import Config
 from .evaluations import Evaluate
-from .monitor import Monitor
+from .monitor import Monitor, OnEvent
 from .outputs import write_config
 from .session import Session
 
@@ -37,6 +38,7 @@ class Run(NamedTuple):
         evaluate: metrics of a center variable (n,).
         name: describes a rank.
         say: prints a line.
+        on_event: takes the events, as in events.jsonl.
     """
 
     config: Config
@@ -50,6 +52,7 @@ class Run(NamedTuple):
     evaluate: Evaluate
     name: Callable[[int], str]
     say: Callable[[str], None]
+    on_event: OnEvent = None
 
 
 class Duties:
@@ -67,6 +70,7 @@ class Duties:
 
     def __init__(self, run: Run, first: bool = True, begins: tuple[Sequence[str], Sequence[int]] | None = None) -> None:
         self.first, self._run, self._config, self._role = first, run, run.config, run.session.role
+        self._noted = self._role.center.checkpoint  # steps at the newest checkpoint that an event tells of
         self._recorder: Recorder | None = None
         self._silent: SilentWorkers | None = None
         self._saver: CenterSaver | None = None
@@ -93,7 +97,11 @@ class Duties:
             if commit.requests & LEAVE:
                 self._silent.excused(commit.worker)
         if self._recorder is not None:
-            self._recorder(commit, reply)
+            try:
+                self._recorder(commit, reply)
+            except OSError as error:
+                self.end_record()
+                self._run.say(f"WARNING: the record ends here, and cannot be replayed ({error}); training goes on")
 
     def tick(self, stop_signal: str | None) -> None:
         """Call between two messages; `stop_signal`: name of the signal that asks the run to stop."""
@@ -102,6 +110,8 @@ class Duties:
             self._cut.tick()
         if self._silent is not None:
             self._silent.tick()
+        if stop_signal and isinstance(role, NodeRole):
+            center.control = STOP  # its end tells the center above
         if not self.first:
             return
         self.monitor.tick()
@@ -111,6 +121,9 @@ class Duties:
             self._run.say(f"{why}: the workers commit what they have done; then a checkpoint, and the end")
         if self._saver is not None:
             self._saver.writing()
+        if center.checkpoint > self._noted:
+            self._noted = center.checkpoint
+            self.monitor.note("checkpoint", holds=center.checkpoint)
         if isinstance(role, CenterRole):
             role.end.announce(center.control, center.checkpoint)
 
@@ -119,12 +132,21 @@ class Duties:
         if self._saver is not None:
             self._saver.save(self._own_center())
 
-    def save_last(self, steps: int) -> None:
-        """Write the last checkpoint, after `steps` steps."""
-        if self._saver is not None:
-            self._saver.save(self._own_center(), steps)
-            self._saver.finish()
-            self._saver = None
+    def save_last(self, steps: int) -> bool:
+        """Write the last checkpoint, after `steps` steps, if any are; whether that has succeeded."""
+        saver, self._saver = self._saver, None
+        if saver is None:
+            return True
+        saver.save(self._own_center(), steps)
+        saver.finish()
+        return saver.last == folder(self._run.directory, steps)
+
+    def keep_config(self) -> None:
+        """Write the configuration again, if the run's directory was removed: without it nobody could resume."""
+        if self.first and not (self._run.directory / "config.toml").exists():
+            with suppress(OSError):  # whoever writes next says so
+                self._run.directory.mkdir(parents=True, exist_ok=True)
+                write_config(self._run.directory, self._config)
 
     def prune(self) -> None:
         """Remove checkpoints older than those to keep."""
@@ -134,7 +156,8 @@ class Duties:
     def end_record(self) -> None:
         """The record ends: nothing more is served."""
         if self._recorder is not None:
-            self._recorder.close()
+            with suppress(OSError):
+                self._recorder.close()
             self._recorder = None
 
     def change_role(self, role: Role) -> None:
@@ -148,7 +171,7 @@ class Duties:
         changed = {} if lines is None else write_config(run.directory, config)
         if config.record and lines is not None:
             self._recorder = Recorder(run.directory, role.count, threads, role.center.idle_workers_wait)
-        self.monitor = Monitor(config, run.plan, role, run.directory, run.layout, run.evaluate)
+        self.monitor = Monitor(config, run.plan, role, run.directory, run.layout, run.evaluate, on_event=run.on_event)
         for line in lines or ():
             self.monitor.say(line)
         self.monitor.start(run.initial if lines is not None and not role.center.steps else None)
@@ -181,6 +204,7 @@ class Duties:
 
     def _facts(self) -> dict[str, Any]:
         """A checkpoint's facts beside those of the center."""
+        self.keep_config()
         run, session = self._run, self._run.session
         centers, ranks = max(1, session.members.centers), session.members.workers() if session.failover else []
         return {

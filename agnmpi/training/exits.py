@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+# The exit code of a run that was completed or stopped, but whose last files could not be written (EX_IOERR).
+UNWRITTEN = 74
 # The exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL).
 INTERRUPTED = 75
 # The exit code of a run that was completed, but lost workers.
@@ -36,6 +38,17 @@ class Failed(Exception):
 
     def __init__(self, ranks: str, abort: bool) -> None:
         super().__init__(f"the run ended because of a failure on {ranks}")
+        self.abort = abort
+
+
+class Unwritten(Exception):
+    """The run has ended, but its last checkpoint or its result could not be written; it has said why.
+
+    `abort`: other ranks hang, and must be ended, too.
+    """
+
+    def __init__(self, abort: bool) -> None:
+        super().__init__(f"exit code {UNWRITTEN}")
         self.abort = abort
 
 

@@ -16,6 +16,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring, current
 from ..cluster.placement import blas_threads, check_world, end_sibling, limit_blas, place, process, require_equal_model
 from ..cluster.probe import choose_wire
+from ..cluster.roles import NodeRole
 from ..cluster.setup import Setup, check_setup
 from ..core.backoff import wait_until
 from ..core.batches import Plan
@@ -31,27 +32,38 @@ from ..recovery.restore import resume
 from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
 from ..transport.agreement import ConfigError, allgather, format_ranks, raise_on_all
 from .abort import forked, say_and_abort
-from .config import Config
+from .config import Config, load
 from .duties import Duties, Run
-from .exits import DEGRADED, Degraded, Failed, Interrupted, Signals
+from .exits import DEGRADED, UNWRITTEN, Degraded, Failed, Interrupted, Signals, Unwritten
 from .fault_injection import Injection, read_faults
-from .monitor import Monitor
+from .monitor import Monitor, OnEvent
 from .outputs import finish_run, introduction, node_centers_lines, run_directory, save_center, write_result
-from .problem import evaluate, gradient_of, prepare
+from .problem import Factory, evaluate, gradient_of, name_of, prepare
 from .session import Session
 from .user_code import user_frames
 
 Result: TypeAlias = dict[str, Any]  # as in result.json
 
 
-def train(config: Config, world: MPI.Intracomm, signals: Signals | None = None, inject: bool = False) -> Result | None:
-    """Train as `config` says; collective over `world`.
+def train(
+    problem: Config | str | Factory,
+    comm: MPI.Intracomm | None = None,
+    signals: Signals | None = None,
+    inject: bool = False,
+    *,
+    on_event: OnEvent = None,
+    **options: Any,
+) -> Result | None:
+    """Train as `agnmpi train` does; collective over `comm`.
 
     Args:
-        config: the run.
-        world: ranks that take part; it is duplicated.
+        problem: a class such as `Problem`, or its name, MODULE:PROBLEM; or a whole `Config`.
+        comm: ranks that take part; it is duplicated. Default: all.
         signals: signals that ask the run to stop; default: none.
         inject: inject the faults in the environment variable AGNMPI_FAULTS, for tests; default False.
+        on_event: called at the center with each event, as it is written to events.jsonl; one that raises is reported,
+            and not called again.
+        **options: of `Config`, such as epochs=10, period=3; what the problem is made with is options={...}.
 
     Returns:
         The result on rank 0, as in result.json; None elsewhere.
@@ -59,17 +71,36 @@ def train(config: Config, world: MPI.Intracomm, signals: Signals | None = None, 
     Raises:
         ConfigError: on every rank, for an invalid configuration, before training.
         Interrupted: on every rank, if one of `signals` has asked the run to stop.
+        Unwritten: on every rank, if the last checkpoint or the result could not be written.
         Failed: on every rank, if the problem's code has failed on one: the cause there.
         Degraded: on every surviving rank, if ranks were lost.
     """
-    return Job(config, world, signals or Signals(lambda _code: None), inject).run()
+    comm = MPI.COMM_WORLD if comm is None else comm
+    factory = problem if callable(problem) else None
+
+    def configure() -> Config:
+        if isinstance(problem, Config):
+            return replace(problem, **options)
+        return load(None, {"problem": name_of(factory) if factory else problem, **options})
+
+    config = raise_on_all(comm, configure)
+    return Job(config, comm, signals or Signals(lambda _code: None), inject, factory, on_event).run()
 
 
 class Job(Observer):
     """A run of `agnmpi train` on this rank: a configuration, a session, and its output files."""
 
-    def __init__(self, config: Config, world: MPI.Intracomm, signals: Signals, inject: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: MPI.Intracomm,
+        signals: Signals,
+        inject: bool = False,
+        factory: Factory | None = None,
+        on_event: OnEvent = None,
+    ) -> None:
         check_world(world)
+        self._on_event = on_event
         self.world, self.signals, self.rank = world.Dup(), signals, world.rank
         self.config = config = raise_on_all(self.world, config.complete)
         self.rule = config.make_rule()
@@ -81,7 +112,7 @@ class Job(Observer):
         here = place(self.world, self.trains)
         limit_blas(here.threads)
         device = config.device if self.trains else config.center_device
-        load = partial(prepare, config.problem, config.options, config.seed, device, here.worker_index)
+        load = partial(prepare, config.problem, config.options, config.seed, device, here.worker_index, factory)
         self.problem, self.layout, self.x = raise_on_all(self.world, load)
         numbers = self.problem.samples, config.batch, config.epochs, config.steps, config.seed
         self.plan = raise_on_all(self.world, lambda: Plan(*numbers))
@@ -95,7 +126,7 @@ class Job(Observer):
         self.session: Session
         self.duties: Duties | None = None  # at a rank that serves, or rank 0
         self.directory = Path()
-        self.complete = self.interrupted = False  # complete: before it was resumed
+        self.complete = self.interrupted = self.unwritten = False  # complete: before it was resumed
         self.failure: Exception | None = None  # of the user's code, on this rank
         self._failed = list[int]()  # ranks on which the user's code has failed
         self.result: Result | None = None
@@ -135,23 +166,27 @@ class Job(Observer):
             raise
         threads = [int(text) for text in allgather(self.world, str(blas_threads()))] if config.record else []
         self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
-        if self.rank == 0:
-            centers = list(map(self.name, self.centers))
-            lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers, self.setup)
-            lines += node_centers_lines(config, [(self.name(node), len(of)) for node, *of in self.setup.nodes])
-            if caveat := session.role.caveat:
-                lines.append(f"WARNING: {caveat}")
-            begins = lines + self._announcements, threads[-session.role.count :]
-            self.duties = Duties(self._run(), begins=begins)
-            if resumed is not None:
-                self.duties.monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
-        elif session.role.serves:
-            self.duties = Duties(self._run(), first=False)
+        self.duties = raise_on_all(self.world, lambda: self._begin_duties(threads))
+        if resumed is not None and self.duties is not None and self.duties.first:
+            self.duties.monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
+
+    def _begin_duties(self, threads: Sequence[int]) -> Duties | None:
+        """The duties of this rank, if it has any; raises OSError where the run's files cannot be opened."""
+        config, plan, session = self.config, self.plan, self.session
+        if self.rank:
+            return Duties(self._run(), first=False) if session.role.serves else None
+        centers = list(map(self.name, self.centers))
+        lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers, self.setup)
+        lines += node_centers_lines(config, [(self.name(node), len(of)) for node, *of in self.setup.nodes])
+        if caveat := session.role.caveat:
+            lines.append(f"WARNING: {caveat}")
+        begins = lines + self._announcements, threads[-session.role.count :]
+        return Duties(self._run(), begins=begins)
 
     def _run(self) -> Run:
         consistent = len(self.centers) < 2 or self.setup.transport.capabilities.single_commits
         facts = self.config, self.plan, self.layout, self.data, self.x, self.directory, self.session, consistent
-        return Run(*facts, self.evaluate, self.name, self.say)
+        return Run(*facts, self.evaluate, self.name, self.say, self._on_event)
 
     def _resume(self) -> Mapping[str, Any] | None:
         """Begin, or continue from a checkpoint and return its facts; determine the directory of the run."""
@@ -366,45 +401,55 @@ class Job(Observer):
 
     def _conclude(self) -> None:
         session = self.session
-        self._last_checkpoint()
+        written = self._last_checkpoint()
         if self.duties is not None and self.duties.first and not self._all_lost():
-            if self.interrupted:
-                save_center(self.directory, self.config, self.layout, session.role)
-            else:
-                self._write_result(self.duties.monitor)
-        if session.failover is not None or session.members.lost:
-            wait_until(session.comm.Ibarrier().Test)  # if rank 0 dies before all is written, another rank writes it
+            self.duties.keep_config()
+            try:
+                if self.interrupted:
+                    save_center(self.directory, self.config, self.layout, session.role)
+                else:
+                    self._write_result(self.duties.monitor)
+            except OSError as error:
+                written = False
+                self.say(f"WARNING: the result could not be written ({error})")
+        # As a barrier, too: if rank 0 dies before all is written, another rank writes it.
+        self.unwritten = "False" in allgather(session.comm, str(written))
 
-    def _last_checkpoint(self) -> None:
-        """Save the final state, and find out whether the run was asked to stop."""
+    def _last_checkpoint(self) -> bool:
+        """Save the final state, and find out whether the run was asked to stop; whether all of it is written here."""
         comm, role = self.session.comm, self.session.role
         if self.duties is not None:
             self.duties.end_record()
         if self.duties is not None and self.duties.first and self.duties.monitor.failure:
             self.failure = self.failure or RuntimeError("the first evaluation has failed")
         failed = self.rank if self.failure else None
-        status = [role.center.steps, role.center.settled, self.signals.received, failed]
+        dropped = role.center.dropped if isinstance(role, NodeRole) else 0  # rank 0 has not seen these
+        status = [role.center.steps, role.center.settled, self.signals.received, failed, dropped]
         statuses = [json.loads(text) for text in allgather(comm, json.dumps(status))]
         steps, settled, *_ = statuses[0]
         # Any rank may have received the signal.
-        stopped_by = [name for _, _, name, _ in statuses if name is not None]
-        self._failed = [rank for *_, rank in statuses if rank is not None]
+        stopped_by = [name for _, _, name, *_ in statuses if name is not None]
+        self._failed = [rank for *_, rank, _ in statuses if rank is not None]
+        if self.rank == 0:
+            role.center.dropped += sum(dropped for *_, dropped in statuses)
         self.interrupted = bool(self._failed) or (bool(stopped_by) and settled < self.plan.steps)
         if not self.interrupted:
             self.signals.over()
         for saver in self._worker_savers:
             saver.finish(steps if saver.worker in role.workers else None)
-        if self.duties is not None:
-            self.duties.save_last(steps)
+        written = self.duties is None or self.duties.save_last(steps)
         wait_until(comm.Ibarrier().Test)
         if self.duties is not None:
             self.duties.prune()  # again: now the other centers have written theirs
+        return written
 
     def _write_result(self, monitor: Monitor) -> None:
         lost = sorted(self.session.members.lost)
         if self.result is None:
             run = self.directory, self.config, self.layout, self.session.role
-            self.result = finish_run(*run, monitor, lost, self.complete)
+            hosts = [host for host, _ in self._ranks]
+            ranks = {"hosts": {host: hosts.count(host) for host in hosts}}
+            self.result = finish_run(*run, monitor, lost, ranks, self.complete)
             return
         self.result["lost"] = lost  # a rank has died since
         write_result(self.directory, self.result)
@@ -440,8 +485,13 @@ class Job(Observer):
                 monitor.say(f"{what} at step {center.steps} of {self.plan.steps}; {hint}")
             if self._failed:
                 raise Failed(format_ranks(self._failed), abort) from self.failure
+        if self.unwritten and self.rank == session.members.alive[0]:
+            self.say(f"WARNING: not all is on the disk that should be: exit code {UNWRITTEN}")
+        if members.lost and not self.interrupted:  # MPI cannot be finalized after a rank was lost
+            raise Degraded(UNWRITTEN if self.unwritten else DEGRADED, abort)
+        if self.unwritten:
+            raise Unwritten(abort)
+        if self.interrupted:
             raise Interrupted(abort)
-        if members.lost:  # MPI cannot be finalized after a rank was lost
-            raise Degraded(DEGRADED, abort)
         session.comm.Free()
         return self.result

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.progress import BarColumn, TextColumn
 
@@ -14,10 +15,14 @@ from ..core.batches import Plan
 from ..core.messages import Commit
 from ..core.params import Layout
 from ..core.timer import Every
-from ..reporting.events import JsonLines, RecentMean, json_safe
+from ..reporting.events import JsonLines, RecentMean, RecentRates, json_safe
+from ..reporting.runs import digits, duration
 from ..reporting.terminal import Bar, console
+from ..reporting.writers import Event, Writers
 from .config import Config
 from .evaluations import Best, Evaluate, Evaluation, Evaluations, Point
+
+OnEvent: TypeAlias = Callable[[Event], object] | None
 
 
 class Monitor:
@@ -38,11 +43,12 @@ class Monitor:
         layout: Layout,
         evaluate: Evaluate,
         stamp: Callable[[], Mapping[str, Any]] = dict,
+        on_event: OnEvent = None,
     ) -> None:
         self._center, self._stamp, self._config, self._plan = role.center, stamp, config, plan
-        self._events = JsonLines(directory / "events.jsonl")
         self._loss = RecentMean(plan.steps_per_epoch)
-        self._samples = self._logged_samples = self._logged_clock = 0
+        self._samples = 0
+        self._rates = RecentRates()
         self._log = Every(seconds=config.log_every)
         self._line = Every(seconds=10.0)
         best = Best(config, layout, directory) if config.monitor else None
@@ -51,9 +57,13 @@ class Monitor:
         self.metrics: Mapping[str, float] = {}
         self.failed_evaluations = 0
         self.failure = ""  # of the first evaluation: the run is to end
-        self._start = self._logged = time.monotonic()
+        self._start = time.monotonic()
         self.console = console()
         self._live = self.console.is_terminal
+        self._writers = Writers(directory, config.writer_names, on_event, self.say)
+        self._events = JsonLines(directory / "events.jsonl", self._writers.write, self.say)
+        self._done = dict[int, list[int]]()  # steps and commits, by worker
+        self._done_at = 0.0  # seconds at the last event with these
         self._progress = Bar(
             TextColumn("[bold]epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
@@ -68,11 +78,13 @@ class Monitor:
         """Print a line, with the date where the output is not a terminal."""
         stamp = "" if self._live else time.strftime("%Y-%m-%d %H:%M:%S ")
         style = "bold yellow" if line.startswith("WARNING") else None
-        self.console.print(stamp + line, style=style, markup=False, soft_wrap=True)
+        with suppress(OSError):  # the output, too, may go to a full disk
+            self.console.print(stamp + line, style=style, markup=False, soft_wrap=True)
 
     def start(self, initial: Array | None = None) -> None:
         """The training begins; from these parameters (n,), which are evaluated first, unless it goes on."""
-        self._start = self._logged = time.monotonic()
+        self._start = time.monotonic()
+        self._rate()
         self._events.write("start", workers=self.evaluations.role.count, period=self._config.period)
         if self._live:
             self._progress.start()
@@ -82,9 +94,10 @@ class Monitor:
 
     def resume(self, samples: int, seconds: float) -> None:
         """The run continues, after `samples` and `seconds` before it was resumed."""
-        self._samples = self._logged_samples = samples
+        self._samples = samples
         self._start -= seconds
-        self._logged_clock = self._center.clock
+        self._rates = RecentRates()
+        self._rate()
         self.evaluations.resumed(self._center.steps)
         self._events.write("resume", step=self._center.steps, clock=self._center.clock)
 
@@ -112,12 +125,20 @@ class Monitor:
         if self._live:
             self._progress.stop()
         self.evaluations.close()
+        self._write_workers(last=True)
         self._events.write(event, step=self._center.steps, clock=self._center.clock, **facts)
+        self._close()
+
+    def _close(self) -> None:
         self._events.close()
+        self._writers.close()
 
     def commit(self, commit: Commit, c: Array) -> None:
         """A commit was applied, and the center is now `c`."""
         self._loss.add(commit.loss, commit.steps)
+        done = self._done.setdefault(commit.worker, [0, 0])
+        done[0] += commit.steps
+        done[1] += commit.commits
         self._samples += sum(map(self._plan.count, commit.leases))
         self.evaluations.committed(c, self._point(), self._center.settled >= self._plan.steps)
         self.tick()
@@ -126,14 +147,16 @@ class Monitor:
         """Begin and collect evaluations; log and display if due."""
         self.evaluations.tick()
         if self._log():
-            self._write_progress()
+            rates = self._write_progress()
+            self._write_workers()
             if not self._live and self._line():
-                self.say(f"epoch {self._epochs()}  {self._status(self._rates())}  {self._time_left()}")
+                self.say(f"epoch {self._epochs()}  {self._status(rates)}  {self._time_left()}")
 
     def finish(self, c: Array) -> dict[str, Any]:
         """The training is over: evaluate the final center, and return the result."""
         seconds = time.monotonic() - self._start
         self._write_progress()
+        self._write_workers(last=True)
         self.evaluations.finish(c, self._point())
         if self._live:
             self._progress.stop()
@@ -159,7 +182,7 @@ class Monitor:
         }
         result = dict(json_safe(result))
         self._events.write("end", result=result, **self._stamp())
-        self._events.close()
+        self._close()
         return result
 
     def _point(self) -> Point:
@@ -184,18 +207,12 @@ class Monitor:
     def _epochs(self) -> str:
         return f"{self._epoch(self._center.steps):.2f}/{self._epoch(self._plan.steps):.3g}"
 
-    def _rates(self) -> tuple[float, float]:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        return self._center.clock / seconds, self._samples / seconds
+    def _rate(self) -> tuple[float, ...]:
+        """Commits and samples per second, lately."""
+        return self._rates.add(time.monotonic(), (self._center.clock, self._samples))
 
-    def _write_progress(self) -> None:
-        now = time.monotonic()
-        interval = max(now - self._logged, 1e-9)
-        rates = (
-            (self._center.clock - self._logged_clock) / interval,
-            (self._samples - self._logged_samples) / interval,
-        )
-        self._logged, self._logged_clock, self._logged_samples = now, self._center.clock, self._samples
+    def _write_progress(self) -> tuple[float, ...]:
+        rates = self._rate()
         self._events.write(
             "progress",
             step=self._center.steps,
@@ -204,8 +221,8 @@ class Monitor:
             commits=self._center.clock,
             staleness_mean=round(self._center.staleness_mean, 3),
             staleness_max=self._center.staleness_max,
-            commits_per_second=round(rates[0], 2),
-            samples_per_second=round(rates[1], 1),
+            commits_per_second=round(rates[0], 4),
+            samples_per_second=round(rates[1], 3),
             **self._stamp(),
         )
         self._progress.update(
@@ -215,24 +232,39 @@ class Monitor:
             facts=self._status(rates),
             left=self._time_left(),
         )
+        return rates
+
+    def _write_workers(self, last: bool = False) -> None:
+        """Write what each worker has done: each 5 s at first, then ever more rarely, so that the file stays small."""
+        elapsed = time.monotonic() - self._start
+        if not last and elapsed - self._done_at < max(5.0, elapsed / 100):
+            return
+        self._done_at = elapsed
+        done = [self._done.get(worker, [0, 0]) for worker in range(self.evaluations.role.count)]
+        self._events.write("workers", steps=[steps for steps, _ in done], commits=[commits for _, commits in done])
 
     def _time_left(self) -> str:
         steps = self._center.steps
         if not steps:
             return "waiting for the first commit"
         seconds = (time.monotonic() - self._start) * (self._plan.steps - steps) / steps
-        return f"{seconds:.0f} s left" if seconds < 600 else f"{seconds / 60:.0f} min left"
+        return f"{duration(seconds)} left"
 
-    def _status(self, rates: tuple[float, float]) -> str:
-        facts = [f"loss {self._loss.value:.4f}", format_metrics(self.metrics)]
+    def _status(self, rates: tuple[float, ...]) -> str:
+        facts = [f"loss {_short(self._loss.value)}", format_metrics(self.metrics)]
         facts += [
-            f"{rates[0]:.0f} commits/s",
-            f"{rates[1]:.0f} samples/s",
+            f"{rates[0]:.3g} commits/s",
+            f"{digits(rates[1])} samples/s",
             f"staleness {self._center.staleness_mean:.1f}",
         ]
         return "  ".join(filter(None, facts))
 
 
 def format_metrics(metrics: Mapping[str, float], between: str = "  ") -> str:
-    """Metrics as text, with four digits."""
-    return between.join(f"{name} {value:.4f}" for name, value in metrics.items())
+    """Metrics as text."""
+    return between.join(f"{name} {_short(value)}" for name, value in metrics.items())
+
+
+def _short(value: float) -> str:
+    """A number, aligned from one time to the next where it is of everyday size."""
+    return f"{value:.4f}" if 0.1 <= abs(value) < 100 or value == 0 else digits(value)

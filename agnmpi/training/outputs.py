@@ -1,12 +1,17 @@
 """A run on disk: its directory, configuration and result."""
 
 import json
+import platform
+import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..arrays.backend import device_count
 from ..cluster.placement import unused_devices
@@ -16,6 +21,7 @@ from ..core.batches import Plan
 from ..core.params import Layout
 from ..recovery.files import save, write_atomic
 from ..reporting.advice import advice
+from ..reporting.runs import digits, duration
 from ..version import __version__, mpi_library
 from .config import Config, load, newest_config
 from .exits import DEGRADED, UNEVALUATED
@@ -92,7 +98,11 @@ def conclude(
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write the final center, evaluate it, and write the result, with `extra` fields; returns it."""
-    save_center(directory, config, layout, role)
+    failure: OSError | None = None
+    try:
+        save_center(directory, config, layout, role)
+    except OSError as error:  # raised when all else is done
+        failure = error
     result = {
         "problem": config.problem,
         "rule": config.rule,
@@ -103,8 +113,14 @@ def conclude(
         **monitor.finish(role.c),
         **extra,
         "agnmpi": __version__,
+        "run_dir": str(directory),
+        "options": asdict(repeatable(config)),
+        "command": shlex.join(sys.argv),
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
     write_result(directory, result)
+    if failure is not None:
+        raise failure
     return result
 
 
@@ -115,11 +131,13 @@ def finish_run(
     role: Role,
     monitor: Monitor,
     lost: list[int],
+    ranks: Mapping[str, Any],
     complete: bool,
 ) -> dict[str, Any]:
     """Evaluate the final center at rank 0, write and print it and the result. Returns the result.
 
-    `lost`: ranks that died; `complete`: the run had all its steps before it was resumed, and keeps its result.
+    `lost`: ranks that died; `ranks`: facts about all; `complete`: the run had all its steps before it was resumed, and
+    keeps its result.
     """
     path = directory / "result.json"
     earlier = json.loads(path.read_text()) if complete and path.is_file() else {}
@@ -127,7 +145,7 @@ def finish_run(
         monitor.stop("complete")
         monitor.say(f"the run was complete, at step {role.center.steps}; its result stays, in {directory}/")
         return dict(earlier)
-    extra = {"refused": role.center.refused, "lost": lost, "mpi": mpi_library()}
+    extra = {"refused": role.center.refused, "lost": lost, "mpi": mpi_library(), **ranks}
     result = conclude(directory, config, layout, role, monitor, extra)
     if (result["loss"] is None and monitor.trained) or None in result["metrics"].values():
         monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
@@ -143,8 +161,8 @@ def finish_run(
     if result["given_up"]:
         monitor.say(f"WARNING: {result['given_up']} steps were given up: their commits were refused again and again")
     monitor.say(
-        f"done: {format_metrics(monitor.metrics, ', ')}; {result['samples']} samples in {result['seconds']:.1f} s "
-        f"({result['samples_per_second']:.0f}/s), {result['commits']} commits, "
+        f"done: {format_metrics(monitor.metrics, ', ')}; {result['samples']} samples in {duration(result['seconds'])} "
+        f"({digits(result['samples_per_second'])}/s), {result['commits']} commits, "
         f"staleness {result['staleness']['mean']:.2f} (max {result['staleness']['max']})"
     )
     for line in dropped_lines(result):

@@ -4,17 +4,17 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from ..arrays.backend import Array, choose
 from ..core.batches import Plan
 from ..core.params import Layout
-from .user_code import UserCodeError, blamed, loss_and_gradients, metrics, user_frames, where
+from .user_code import UserCodeError, blamed, metrics, pack_gradients, user_frames
 
 
 class Problem(Protocol):
@@ -93,30 +93,46 @@ class Problem(Protocol):
         """
 
 
-def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any]) -> Problem:
+Factory: TypeAlias = Callable[..., Problem]
+
+
+def load_problem(spec: str, xp: ModuleType, options: Mapping[str, Any], factory: Factory | None = None) -> Problem:
     """Create a problem.
 
     Args:
         spec: MODULE:PROBLEM; MODULE is a module's name or the path of a .py file.
         xp: numpy or cupy.
         options: its keyword arguments.
+        factory: makes it; then `spec` is only its name.
 
     Raises:
         ValueError: with the remedy, if there is no such problem; UserCodeError, which is one, with the frames of the
             problem's own code, if that fails.
     """
+    needed = ("samples", "init", "gradient", "evaluate")
+    problem: Problem = load(spec, (xp,), options, needed, "agnmpi.Problem", factory)
+    return problem
+
+
+def load(
+    spec: str, given: Sequence[Any], options: Mapping[str, Any], needed: Sequence[str], described: str,
+    factory: Callable[..., Any] | None = None,
+) -> Any:  # fmt: skip
+    """Create the object `spec` as `PROBLEM(*given, **options)`; as `load_problem`.
+
+    `needed`: attributes that it must have, as `described` says.
+    """
     module_name, _, attribute = spec.rpartition(":")
     if not module_name:
         raise ValueError(f"problem {spec!r}: give MODULE:PROBLEM, such as examples/digits.py:Digits")
-    module = _module(module_name)
-    factory = getattr(module, attribute, None)
+    factory = factory or getattr(_module(module_name), attribute, None)
     if not callable(factory):
         raise ValueError(f"problem {spec!r}: {module_name} has no class or function {attribute!r}")
     with blamed(f"problem {spec!r} cannot be made; it is called as {attribute}{_signature(factory)}"):
-        problem: Problem = factory(xp, **options)
-    missing = [name for name in ("samples", "init", "gradient", "evaluate") if not hasattr(problem, name)]
+        problem = factory(*given, **options)
+    missing = [name for name in needed if not hasattr(problem, name)]
     if missing:
-        raise ValueError(f"problem {spec!r} has no {', '.join(missing)}: see agnmpi.Problem")
+        raise ValueError(f"problem {spec!r} has no {', '.join(missing)}: see {described}")
     return problem
 
 
@@ -128,7 +144,12 @@ def _signature(factory: Callable[..., Any]) -> str:
 
 
 def prepare(
-    spec: str, options: Mapping[str, Any], seed: int, device: str, local_index: int
+    spec: str,
+    options: Mapping[str, Any],
+    seed: int,
+    device: str,
+    local_index: int,
+    factory: Factory | None = None,
 ) -> tuple[Problem, Layout, Array]:
     """Create the problem `spec` and its initial parameters.
 
@@ -138,11 +159,12 @@ def prepare(
         seed: of the parameters.
         device: "cpu", "gpu" or "auto".
         local_index: of this worker among those of its node, which share the devices.
+        factory: makes it; then `spec` is only its name.
 
     Returns:
         The problem, the layout of its parameters, and their flat vector (n,).
     """
-    problem = load_problem(spec, choose(device, local_index), options)
+    problem = load_problem(spec, choose(device, local_index), options, factory)
     with blamed(f"init of problem {spec!r} failed"):
         initial = problem.init(np.random.default_rng(seed))
     if initial is None:
@@ -154,6 +176,18 @@ def prepare(
 def evaluate(problem: Problem, params: Mapping[str, Array]) -> dict[str, float]:
     """The metrics of a problem; raises UserCodeError where `evaluate` returns something else."""
     return metrics(problem.evaluate(params), problem.evaluate)
+
+
+def name_of(factory: Factory) -> str:
+    """MODULE:PROBLEM of a class or function; of a script's own, with its file.
+
+    Raises ValueError for what cannot be found by a name again.
+    """
+    module, name = factory.__module__, getattr(factory, "__qualname__", "")
+    if "<" in name or not name:
+        raise ValueError(f"{factory!r} has no name by which a run could find it again: define it in a module")
+    file = getattr(sys.modules.get(module), "__file__", None) if module == "__main__" else None
+    return f"{file or module}:{name}"
 
 
 def absolute(spec: str) -> str:
@@ -196,11 +230,6 @@ def gradient_of(
     views, g = layout.views(x), x.copy() if g is None else g
 
     def gradient(step: int) -> tuple[float, Array]:
-        loss, gradients = loss_and_gradients(problem.gradient(views, plan.indices(step)), layout, problem.gradient)
-        try:
-            layout.pack(gradients, out=g)
-        except (TypeError, ValueError) as error:
-            raise UserCodeError(f"the gradients of {where(problem.gradient)} do not fit: {error}") from None
-        return loss, g
+        return pack_gradients(problem.gradient(views, plan.indices(step)), layout, problem.gradient, g), g
 
     return gradient

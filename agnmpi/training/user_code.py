@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..arrays.backend import Array
 from ..core.params import Layout
 
 _PACKAGE = str(Path(__file__).parent.parent)
@@ -71,6 +72,19 @@ def loss_and_gradients(returned: Any, layout: Layout, function: Callable[..., An
         return number, dict(zip(layout.names, gradients))
     text = f"(loss, gradients); gradients has an array for each of {', '.join(layout.names)}, by name"
     raise _wrong(function, f"{text}, not {_describe(gradients)}")
+
+
+def pack_gradients(returned: Any, layout: Layout, function: Callable[..., Any], g: Array) -> float:
+    """Write the gradients that a problem's `gradient` has returned to `g` (n,), and return the loss.
+
+    Raises UserCodeError, which says what to return.
+    """
+    loss, gradients = loss_and_gradients(returned, layout, function)
+    try:
+        layout.pack(gradients, out=g)
+    except (TypeError, ValueError) as error:
+        raise UserCodeError(f"the gradients of {where(function)} do not fit: {error}") from None
+    return loss
 
 
 def metrics(returned: Any, function: Callable[..., Any]) -> dict[str, float]:

@@ -84,7 +84,7 @@ class _Exchange:
 
 
 class P2PWorker(WorkerEnd):
-    """A worker's end: every rank but 0 of `comm`.
+    """A worker's end: every rank but 0 of `comm`; rank 0, too, where its center says so.
 
     Args:
         comm: Communicator of the center (rank 0) and its workers, of our own.

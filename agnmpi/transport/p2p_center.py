@@ -34,6 +34,7 @@ class P2PCenter(CenterEnd):
         wire: "staged" or "direct", where c lies on a device.
         pull_encoding: Of c in the replies to those who ask for it.
         numbers: Of the workers, where they are not 0, 1, …
+        trains: Whether rank 0 is a worker, too, the last: by messages to itself, so neither may wait for the other.
 
     Attributes:
         lost: Workers that have died, with `on_loss` alone; else the error is raised.
@@ -48,13 +49,14 @@ class P2PCenter(CenterEnd):
 
     def __init__(
         self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged", pull_encoding: str = "float32",
-        numbers: Sequence[int] = (),
+        numbers: Sequence[int] = (), trains: bool = False,
     ) -> None:  # fmt: skip
         if message_buffers < 1:
             raise ValueError(f"the center needs at least one message buffer, not {message_buffers}")
         self._vectors = Vectors(c, message_buffers, wire, get(pull_encoding))
-        numbers = numbers or range(comm.size - 1)
-        self._peers = Peers([Peer(number, comm, rank) for rank, number in enumerate(numbers, 1)])
+        numbers = numbers or range(comm.size - (not trains))
+        ranks = [*range(1, comm.size), *([CENTER] if trains else [])]
+        self._peers = Peers([Peer(number, comm, rank) for number, rank in zip(numbers, ranks)])
         self._listener = Listener(comm, self._peers.all, c)
         self._expected = set[int]()  # workers that have not left, and are neither lost nor silent
         self._leave_reply: Reply | None = None  # the reply to workers that have left

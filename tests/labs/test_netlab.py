@@ -179,6 +179,19 @@ def test_a_center_on_each_host(bed, tmp_path, placed, serve, transport):
     assert "3 hosts with several ranks: with --centers hosts each holds a part of the center" in report
 
 
+def test_a_node_center_spares_the_link_between_hosts(bed):
+    """Two hosts with 4 workers each: a sum of 4 commits, or more, crosses instead of each; int8 is of these sums."""
+    placed = ["-H", "h0,h1", "-n", "5", "ompi" if OPENMPI else "mpich"]
+    said = bed.run(ROOT / "tests/support/bytes_between_hosts.py", 300_000, 30, placed=placed, timeout=120)
+    found = json.loads(said[said.index('{"flat') : said.rindex("}") + 1])
+    flat, float32, int8 = (found[layout][0] for layout in ("flat", "node", "node int8"))
+    assert flat > 30 * 4 * 2 * 1_200_000, "each commit, and each pull"
+    assert float32 <= 0.26 * flat
+    assert int8 <= 0.07 * flat
+    assert found["flat"][1] == found["node"][1] == 8 * 30
+    assert abs(found["node int8"][1] - 8 * 30) < 0.5
+
+
 @pytest.mark.long
 def test_large_vectors_add_up(bed):
     """40 MB from each of 3 workers, and back, while rank 0 is away for 2 s when they have begun to come."""

@@ -35,7 +35,18 @@ def options_in(text):
 def options():
     """All options that --help of a command shows, and hidden ones."""
     found = options_in(" ".join(HIDDEN))
-    for command in ("train", "simulate", "bench", "bench utilisation", "bench problem", "doctor", "export", "evaluate"):
+    for command in (
+        "train",
+        "simulate",
+        "bench",
+        "bench utilisation",
+        "bench problem",
+        "doctor",
+        "export",
+        "evaluate",
+        "runs",
+        "report",
+    ):
         with pytest.raises(HelpAsked) as asked:
             parse([*command.split(), "--help"])
         found |= options_in(str(asked.value))

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import resource
+import shutil
 import tracemalloc
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from agnmpi.reporting.events import JsonLines, RecentMean
 from agnmpi.training.config import Config
 from agnmpi.training.outputs import run_directory
 from agnmpi.transport.agreement import ConfigError
+from agnmpi.transport.local import LocalCenter
 
 
 def test_save_and_load(tmp_path):
@@ -131,7 +135,8 @@ def test_saving_takes_no_second_copy(tmp_path):
 
 
 def a_worker(index=0):
-    return Worker(np.ones(10, "f4"), rules.agn(), momentum(0.1), None, index)
+    end = LocalCenter(np.ones(10, "f4"), index + 1, lambda *_: None).worker_end(index)
+    return Worker(np.ones(10, "f4"), rules.agn(), momentum(0.1), end, index)
 
 
 def test_workers_states_are_written_with_each_checkpoint_while_they_are_small():
@@ -195,7 +200,7 @@ def test_no_memory_for_a_checkpoint_is_reported_and_training_goes_on(tmp_path, m
         raise MemoryError
 
     center = Center(rules.agn(), worker.x, 1)
-    saver = CenterSaver(tmp_path, center, dict, said.append)
+    saver = CenterSaver(tmp_path, center, lambda: {"centers": 1}, said.append)
     monkeypatch.setattr("agnmpi.core.center.host_copy", none)
     saver.save(worker.x)
     assert "the checkpoint could not be written (MemoryError); there is no checkpoint so far" in said.pop()
@@ -208,12 +213,56 @@ def test_no_memory_for_a_checkpoint_is_reported_and_training_goes_on(tmp_path, m
     monkeypatch.setattr("agnmpi.recovery.saver.seal", none)  # in the thread
     for steps in (1, 2):
         saver.save(worker.x, steps)
-    saver.finish()
-    assert len(said) == 2
     worker.checkpoint = 9
     workers.tick()
+    assert not saver.writing() or not said, "said once"
+    monkeypatch.undo()
+    saver.save(worker.x, 3)
+    saver.finish()
     workers.finish(10)
-    assert len(said) == 4
+    assert said == ["the checkpoint is written again", "the local state of worker 0 is written again"]
+
+
+@contextmanager
+def no_file_longer_than(size):
+    """As on a full disk, a write beyond that is cut, and the next one fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_lines_that_cannot_be_written_are_told_and_counted(tmp_path):
+    said, path = [], tmp_path / "run" / "events.jsonl"
+    path.parent.mkdir()
+    log = JsonLines(path, say=said.append)
+    log.write("a")
+    for _ in range(2):
+        with no_file_longer_than(path.stat().st_size + 7):
+            log.write("b")
+            log.write("c")
+        log.write("d")
+    shutil.rmtree(path.parent)
+    log.write("e")
+    log.close()
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["e"]
+    kinds = ["cannot be written", "can be written again; 2 of its lines are missing"] * 2 + ["was removed"]
+    assert len(said) == len(kinds)
+    for line, kind in zip(said, kinds):
+        assert kind in line
+
+
+def test_what_is_written_after_an_outage_is_whole(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = JsonLines(path, say=[].append)
+    with no_file_longer_than(7):
+        log.write("a")
+    log.write("b")
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["b", "unwritten"]
+    with pytest.raises(IsADirectoryError):
+        JsonLines(tmp_path)
 
 
 def test_default_run_directories_do_not_collide(tmp_path, monkeypatch):

@@ -20,6 +20,8 @@ from launcher import ROOT
         ["doctor"],
         ["export"],
         ["evaluate"],
+        ["runs"],
+        ["report"],
     ],
     ids=" ".join,
 )

@@ -1,0 +1,468 @@
+"""In situ: a solver trains a surrogate of itself while it runs, in its own loop, and never waits for the training.
+
+Every rank of the solver trains on what it computes; rank 0 holds the center beside. All of it happens inside the calls
+below, a small share of the time: none of them waits for another rank but `Run(…)` and `close`, which are collective,
+and `done`, which waits for ranks that are more than a time step behind.
+"""
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeAlias, get_args
+
+import numpy as np
+from mpi4py import MPI
+
+from ..arrays.backend import Array
+from ..arrays.kernels import set_threads
+from ..cluster.placement import check_world, fault_tolerant, place, require_equal_model
+from ..core.backoff import set_pace, wait_until
+from ..core.center import Center, serve
+from ..core.drive import Unblocking
+from ..core.leases import Leases
+from ..core.messages import REFUSED, Commit, Reply
+from ..core.observer import Observer
+from ..core.optimizers import Optimizer, adam
+from ..core.params import Layout
+from ..core.rules import Rule, agn, by_samples, weighted
+from ..core.worker import Worker
+from ..recovery.files import save
+from ..training.abort import AbortOnException
+from ..training.problem import load
+from ..training.user_code import pack_gradients
+from ..transport.agreement import raise_on_all, require_equal
+from ..transport.p2p import CENTER, P2PWorker
+from ..transport.p2p_center import P2PCenter
+from ..version import __version__
+from .budget import Budget
+from .reservoir import Reservoir, Samples
+
+Place: TypeAlias = Literal["solver", "rank", "thread"]
+_PATIENCE = 1 << 60  # refused commits in a row: a network that fails must not end the solver
+_CAP, _SPIN = 5e-3, 0.0  # seconds: how a thread that serves waits, beside a solver that computes
+_SAID_AFTER = 30.0  # seconds
+
+
+class Surrogate(Protocol):
+    """What a run trains: a model, its loss and its prediction, in a class that you write; without MPI.
+
+    >>> class Line:  # y = w x
+    ...     def init(self, rng):
+    ...         return {"w": np.zeros(1)}
+    ...     def gradient(self, params, x, y):
+    ...         error = x * params["w"] - y
+    ...         return (error**2).mean() / 2, {"w": (error * x).mean(keepdims=True)}
+    ...     def predict(self, params, x):
+    ...         return x * params["w"]
+    """
+
+    def init(self, rng: np.random.Generator) -> Mapping[str, Array]:
+        """Make the initial parameters: NumPy arrays by name, float32 or float64; those of rank 0 are used."""
+
+    def gradient(self, params: Mapping[str, Array], x: Samples, y: Samples) -> tuple[float, Mapping[str, Array]]:
+        """Return the mean loss over a batch x (m, …), y (m, …), as they were put, and its gradients by name."""
+
+    def predict(self, params: Mapping[str, Array], x: Samples) -> Samples:
+        """Predict y (m, …) from x (m, …)."""
+
+
+class Status(NamedTuple):
+    """What a rank knows of a run.
+
+    Args:
+        steps: taken by this rank.
+        all_steps: taken by all ranks and committed, as of the last pull.
+        clock: of the center at the last pull: commits applied.
+        samples: put on this rank.
+        loss: of this rank's last step, NaN before.
+        used: the fraction of the time that was spent in the calls of the run.
+    """
+
+    steps: int
+    all_steps: int
+    clock: int
+    samples: int
+    loss: float
+    used: float
+
+
+class Run:
+    """Train a surrogate inside a solver; on every rank of `comm`, collective.
+
+        c ← c + (r/n)(x − o)·n·p·(s + 1)/n     (AGN at outer rate r; p: a rank's share of all samples, s: staleness)
+
+    Args:
+        surrogate: a `Surrogate`, or FILE.py:NAME of a class or function that makes one.
+        comm: any communicator of the solver; it is duplicated.
+        period: λ, a rank's steps between its exchanges; default 10.
+        center: who holds the center. "solver" (default): rank 0, inside its own calls, beside its share of the work;
+            "thread": a thread of rank 0, where MPI has MPI_THREAD_MULTIPLE; "rank": rank 0 of `comm` does nothing else.
+        optimizer: of each rank; default adam(0.001).
+        batch: samples of a step; default 64.
+        capacity: samples in each rank's reservoir; default 10,000.
+        steps: over all ranks, after which `done` is true; default: no end.
+        outer_rate: r, the displacement of the center in a round of n commits; default 1.
+        solver: the ranks of `comm` that this rank calls `done` together with; default: all that compute. Where several
+            simulations feed one network, each gives its own.
+        seed: of the initial parameters, the reservoirs and the batches; default 0.
+        options: keyword arguments for the class or function that `surrogate` names.
+
+    Raises:
+        TypeError: for what is no communicator, surrogate or optimizer.
+        ValueError: for other invalid arguments, or where ranks differ; on all ranks.
+
+    >>> class Line:
+    ...     def init(self, rng):
+    ...         return {"w": np.zeros(1)}
+    ...     def gradient(self, params, x, y):
+    ...         error = x * params["w"] - y
+    ...         return (error**2).mean() / 2, {"w": (error * x).mean(keepdims=True)}
+    ...     def predict(self, params, x):
+    ...         return x * params["w"]
+    >>> from agnmpi import sgd
+    >>> run, rng = Run(Line(), MPI.COMM_SELF, optimizer=sgd(0.5), steps=200), np.random.default_rng(0)
+    >>> while not run.done:
+    ...     x = rng.normal(size=100)  # a time step of the solver
+    ...     run.put(x, 3 * x)
+    ...     taken = run.learn(budget=0.5)
+    >>> run.close()
+    >>> run.predict(np.ones(2)).round(6)
+    array([3., 3.])
+    """
+
+    def __init__(
+        self,
+        surrogate: "str | Surrogate",
+        comm: MPI.Intracomm,
+        period: int = 10,
+        center: Place = "solver",
+        *,
+        optimizer: Optimizer | None = None,
+        batch: int = 64,
+        capacity: int = 10_000,
+        steps: int | None = None,
+        outer_rate: float = 1.0,
+        solver: MPI.Intracomm | None = None,
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(comm, MPI.Intracomm):
+            raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
+        check_world(comm)
+        self._comm = comm.Dup()
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)  # of ours alone: an error is an exception, whatever the solver has
+        try:
+            self._reservoir = raise_on_all(
+                self._comm, lambda: Reservoir(capacity, np.random.default_rng([seed, comm.rank]))
+            )
+            self._surrogate, self._layout, x, rule, optimizer = raise_on_all(
+                self._comm,
+                lambda: _checked(
+                    surrogate, self._comm, period, center, optimizer, batch, steps, outer_rate, seed, options or {}
+                ),
+            )  # fmt: skip
+            facts: dict[str, object] = {
+                "period": period,
+                "center": center,
+                "optimizer": optimizer.numbers,
+                "steps": steps,
+            }
+            facts |= {"outer_rate": outer_rate, "seed": seed}
+            require_equal_model(self._comm, self._layout, {name: str(value) for name, value in facts.items()})
+        except ValueError:  # on all ranks
+            self._comm.Free()
+            raise
+        self.is_center = center == "rank" and comm.rank == CENTER
+        group = solver or self._comm
+        self._solver = group.Dup() if solver else group.Split(0 if self.is_center else 1, comm.rank)
+        self._batch, self._closed = batch, False
+        set_threads(place(self._comm, not self.is_center).threads)
+        self._hook = AbortOnException(self._comm)
+        self._served = _Served(self._comm, rule, x, period, center, steps) if comm.rank == CENTER else None
+        self._training: Unblocking | None = None
+        if not self.is_center:
+            number = (comm.rank - 1) % comm.size  # rank 0's is the last
+            end = P2PWorker(self._comm, number=number)
+            worker = Worker(x, rule, optimizer, end, number, overlap=True)
+            worker.total = steps
+            self._training = Unblocking(worker)
+        self._views, self._g = self._layout.views(x), np.empty_like(x)
+        self._taken, self._loss, self._budget = 0, nan, Budget()
+        self._done, self._stop, self._asked = False, False, 0
+        self._flags, self._sums = np.zeros(2, np.int64), np.zeros(2, np.int64)
+        self._agreed: MPI.Request | None = None
+        # Every rank has the center before any goes on; the barrier is for rank 0, which serves until then.
+        self._wait(lambda: self._training is None or self._training.is_due() or self._training.finished)
+        self._wait(self._comm.Ibarrier().Test)
+        self._budget = Budget()
+
+    # --- in the solver's loop ---
+
+    def put(self, x: Samples, y: Samples) -> None:
+        """Offer samples x (m, …), y (m, …) of this rank: those that its reservoir keeps are copied. Never waits."""
+        with self._budget.using():
+            self._trainer("put").worker.samples = self._reservoir.seen + len(x)
+            self._reservoir.put(x, y)
+            self._poll()
+
+    def learn(self, budget: float = 0.02, most: int | None = None) -> int:
+        """Train for at most a share `budget` of the time since the last call; returns the number of steps taken.
+
+        What is left over is kept for one step. Never waits: while an exchange is under way, or before there are
+        samples for a batch, it may take no step. On rank 0 it serves, too, beside the budget.
+
+        Args:
+            budget: at least 0; default 0.02.
+            most: steps; default: as many as fit.
+        """
+        if not (budget >= 0 and isfinite(budget)):
+            raise ValueError(f"rank {self._comm.rank}: the budget is a share of the time, at least 0, not {budget!r}")
+        training, taken = self._trainer("learn"), 0
+        self._budget.grant(budget)
+        with self._budget.using():
+            self._poll()
+            while taken != most and self._budget.allows_step() and self._is_due(training):
+                with self._budget.step():
+                    self._step(training)
+                taken += 1
+                self._poll()
+        return taken
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken, or any rank has called `stop`: the same on all ranks of the solver.
+
+        Read it once in each time step, on every rank of the solver. The answer is that of the last time step: a sum
+        over the ranks that was under way meanwhile.
+        """
+        if self._done:
+            return True
+        with self._budget.using():
+            training = self._trainer("done")
+            self._poll()
+            training.is_due()
+            if self._agreed is not None:
+                self._wait(self._agreed.Test, "`done`: every rank of the solver must read it once in each time step")
+                unfinished, stopped = self._sums
+                self._done = not unfinished or bool(stopped)
+            self._agreed, self._asked = None, self._asked + 1
+            if not self._done:
+                self._flags[:] = not training.finished, self._stop
+                self._agreed = self._solver.Iallreduce(self._flags, self._sums, MPI.SUM)
+            return self._done
+
+    def stop(self) -> None:
+        """Let `done` become true on all ranks of the solver."""
+        self._stop = True
+
+    def predict(self, x: Samples) -> Samples:
+        """Predict y (m, …) from x (m, …) with the center as this rank has it. Never waits."""
+        return self._surrogate.predict(self._layout.views(self._center()), x)
+
+    @property
+    def params(self) -> dict[str, Array]:
+        """A copy of the center as this rank has it, by name; after `close` the final one, on every rank."""
+        return self._layout.views(self._center().copy())
+
+    @property
+    def status(self) -> Status:
+        """What this rank knows of the run."""
+        if self._training is None:
+            assert self._served is not None
+            center = self._served.center
+            return Status(0, center.steps, center.clock, 0, nan, 1.0)
+        reply = self._training.worker.last_reply
+        known = (reply.steps, reply.clock) if reply else (0, 0)
+        return Status(self._taken, *known, self._reservoir.seen, self._loss, self._budget.used)
+
+    # --- the center, and the end ---
+
+    def serve(self, every: float = 1.0) -> Generator[Status, None, None]:
+        """On rank 0 with center="rank": serve until all others have called `close`; yields each `every` seconds."""
+        if not self.is_center or self._served is None:
+            raise RuntimeError(f'rank {self._comm.rank} has nothing to serve: only rank 0, with center="rank"')
+        end, at = self._served.end, 0.0
+
+        def interrupted() -> bool:
+            return not end.live or time.monotonic() >= at
+
+        while end.live:
+            at = time.monotonic() + every
+            self._wait(interrupted)
+            yield self.status
+
+    def save(self, path: "str | Path") -> None:
+        """Write the center as this rank has it to a safetensors file."""
+        facts = {"agnmpi": __version__, "clock": str(self.status.clock)}
+        save(Path(path), self._layout.views(self._center()), facts)
+
+    def close(self, save: "str | Path | None" = None) -> None:
+        """Commit what is done, wait for all ranks, and take the final center; collective.
+
+        Args:
+            save: rank 0 writes the final center there, as safetensors.
+        """
+        if self._closed:
+            return
+        if self._training is not None:
+            self._training.leave()
+        self._wait(self._has_left)
+        if self._served is not None:
+            self._served.join()
+        if save is not None and self._comm.rank == CENTER:
+            self.save(save)
+        self._closed = True
+        self._hook.remove()
+        if self._served is not None and self._served.end.lost:
+            return  # with dead ranks MPI's collectives would not return
+        if self._training is not None and not fault_tolerant():
+            require_equal(self._solver, {"the number of times that `done` was read": str(self._asked)})
+            if self._agreed is not None:
+                wait_until(self._agreed.Test)
+            self._solver.Free()
+            self._comm.Free()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # after an error the other ranks do not call the collective close
+            self.close()
+
+    # --- how ---
+
+    def _trainer(self, what: str) -> Unblocking:
+        if self._closed:
+            raise RuntimeError(f"rank {self._comm.rank}: {what} after close")
+        if self._training is None:
+            raise RuntimeError(f"rank {self._comm.rank} is the center, and no part of the solver: call serve, or close")
+        return self._training
+
+    def _is_due(self, training: Unblocking) -> bool:
+        return training.is_due() and self._reservoir.seen >= self._batch
+
+    def _step(self, training: Unblocking) -> None:
+        returned = self._surrogate.gradient(self._views, *self._reservoir.batch(self._batch))
+        self._loss = pack_gradients(returned, self._layout, self._surrogate.gradient, self._g)
+        training.step(self._g, self._loss)
+        self._taken += 1
+
+    def _center(self) -> Array:
+        if self._training is not None:
+            return self._training.worker.o
+        assert self._served is not None
+        return self._served.end.c
+
+    def _poll(self) -> None:
+        """At a rank that serves: serve what has arrived."""
+        if self._served is not None:
+            self._served.poll()
+
+    def _has_left(self) -> bool:
+        if self._training is not None:
+            self._training.is_due()
+        own = self._training is None or self._training.left
+        return own and (self._served is None or not self._served.end.live)
+
+    def _wait(self, test: Callable[[], bool], what: str = "") -> None:
+        """Wait until `test()`, and serve meanwhile; `what`: to be said of a long wait."""
+        begin, said = time.monotonic(), not what
+
+        def polled() -> bool:
+            nonlocal said
+            self._poll()
+            if not said and time.monotonic() - begin > _SAID_AFTER:
+                said = True
+                text = f"rank {self._comm.rank} has waited for {_SAID_AFTER:.0f} s in {what}"
+                warnings.warn(text, RuntimeWarning, stacklevel=4)
+            return test()
+
+        served = self._served
+        wait_until(polled, (lambda: served.end.progress) if served else int)
+
+
+class _Served(Observer):
+    """The center at rank 0, served inside the calls of the solver, or by a thread."""
+
+    def __init__(self, comm: MPI.Comm, rule: Rule, x: Array, period: int, place: Place, steps: int | None) -> None:
+        trains = place != "rank"
+        workers, self._size = comm.size - (not trains), comm.size
+        self.center = Center(rule, x, workers, patience=_PATIENCE, observer=self)
+        # As many buffers as workers: one whose solver does not call for long keeps its own.
+        self.end = P2PCenter(comm, x.copy(), comm.size, trains=trains)
+        self.center.leases, self.center.on_block = Leases(steps, period), self.end.move_on
+        self.center.idle_workers_wait = True
+        if fault_tolerant():
+            self.end.on_loss = self._worker_lost
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.end.open()
+        if place == "thread" and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            self._thread = threading.Thread(target=self._serve, name="agnmpi center", daemon=True)
+            self._thread.start()
+        elif place == "thread":
+            text = (
+                "MPI was not initialized with MPI_THREAD_MULTIPLE: rank 0 serves the center inside put, learn and done"
+            )
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+    def poll(self) -> None:
+        """Serve what has arrived, if no thread does; raises what has ended the thread."""
+        if self._error is not None:
+            raise self._error
+        while self._thread is None and self.end.live and self.end.serve_one(self.center.apply):
+            pass
+
+    def join(self) -> None:
+        """When all have left: wait for the thread."""
+        if self._thread is not None:
+            self._thread.join()
+            self.poll()
+
+    def _serve(self) -> None:
+        set_pace(_CAP, _SPIN)
+        try:
+            serve(self.end, self.center.apply)
+        except BaseException as error:  # raised again where the solver calls
+            self._error = error
+
+    def served(self, commit: Commit, reply: Reply) -> None:
+        """Warn, once: a network that fails must not end the solver, but be known."""
+        if reply.status == REFUSED and self.center.refused == 1:
+            rank = (commit.worker + 1) % self._size
+            text = f"rank {rank} has sent NaN or infinity: refused, as are all such commits; lower the rate"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _worker_lost(self, worker: int) -> None:
+        self.center.worker_lost(worker)
+        warnings.warn(f"rank {(worker + 1) % self._size} is lost; the others go on", RuntimeWarning, stacklevel=2)
+
+
+def _checked(
+    surrogate: "str | Surrogate", comm: MPI.Comm, period: int, center: str, optimizer: Optimizer | None, batch: int,
+    steps: int | None, outer_rate: float, seed: int, options: Mapping[str, Any],
+) -> tuple[Surrogate, Layout, Array, Rule, Optimizer]:  # fmt: skip
+    """The surrogate, the layout of its parameters, their vector (n,), the rule and the optimizer; raises ValueError."""
+    needed = ("init", "gradient", "predict")
+    if isinstance(surrogate, str):
+        made: Surrogate = load(surrogate, (), options, needed, "agnmpi.insitu.Surrogate")
+    elif missing := [name for name in needed if not hasattr(surrogate, name)]:
+        raise TypeError(f"{type(surrogate).__name__} has no {', '.join(missing)}: see agnmpi.insitu.Surrogate")
+    else:
+        made = surrogate
+    for name, number in {"period": period, "batch": batch, "steps": 1 if steps is None else steps}.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
+    if center not in get_args(Place):
+        raise ValueError(f"center must be one of {', '.join(get_args(Place))}, not {center!r}")
+    if center == "rank" and comm.size < 2:
+        raise ValueError('center="rank" needs another rank, which computes: there is one in all')
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must come from agnmpi (sgd, adam, …), not {optimizer!r}")
+    rule = weighted(agn(), by_samples(outer_rate, period))
+    initial = made.init(np.random.default_rng(seed))
+    layout = Layout.of(initial)
+    return made, layout, layout.pack(initial), rule, optimizer or adam(0.001)

@@ -1,0 +1,180 @@
+import time
+import warnings
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from surrogates import Fails, Mean, Ring
+
+from agnmpi import ConfigError, insitu, sgd
+from agnmpi.recovery.files import load
+
+pytestmark = pytest.mark.mpi
+ALWAYS = 1e9  # a budget that always has room for a step
+
+
+def computes(comm, center):
+    return comm.rank > 0 or center != "rank"
+
+
+def play(comm, seed, **given):
+    """A coupled solver, by a schedule drawn from `seed`: model, λ, who serves, how it ends, how many steps it takes."""
+    draw = np.random.default_rng([seed, comm.size])  # the same on all ranks
+    center = draw.choice(["solver", "thread", *(["rank"] if comm.size > 1 else [])])
+    period, size = int(draw.integers(1, 13)), int(draw.choice([1, 600, 5000]))
+    end, at = draw.choice(["steps", "time", "stop"]), int(draw.integers(1, 60))
+    total, stopper = int(draw.integers(1, 400)), int(draw.integers(comm.size))
+    solver_comm = comm.Split(int(computes(comm, center)), comm.rank)
+    given = {"optimizer": sgd(0.1), "batch": 4, "period": period, "center": center} | given
+    run = insitu.Run(Mean(size), comm, steps=total if end == "steps" else None, **given)
+    own, t = np.random.default_rng([seed, comm.size, comm.rank]), 0
+    if run.is_center:
+        list(run.serve())
+    else:
+        solver = Ring(solver_comm)
+        while not run.done and not (end == "time" and t == at):
+            solver.step()
+            if own.integers(4):
+                run.put(np.zeros(3), np.ones(3))
+            for _ in range(own.integers(3)):
+                run.learn(ALWAYS, most=int(own.integers(8)))
+            if own.integers(10) == 0:
+                time.sleep(1e-3 * own.random())
+            if end == "stop" and t >= at and solver_comm.rank == stopper % solver_comm.size:
+                run.stop()
+            t += 1
+    run.close()
+    ends = comm.allgather((t, run.status.steps, run.status.all_steps, run.params["w"].tobytes(), run.is_center))
+    solver_comm.Free()
+    assert len({t for t, _, _, _, is_center in ends if not is_center}) == 1
+    assert len({(all_steps, w) for _, _, all_steps, w, _ in ends}) == 1
+    assert sum(steps for _, steps, _, _, _ in ends) == ends[0][2]
+    assert end != "steps" or ends[0][2] == total
+    assert end != "time" or t == (0 if run.is_center else at)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_coupled_solver_ends_by_any_schedule(comm, seed):
+    play(comm, seed)
+
+
+@pytest.mark.long
+def test_a_coupled_solver_ends_by_any_of_200_schedules(comm):
+    for seed in range(100, 300):
+        play(comm, seed)
+
+
+def put_and_learn(run, calls):
+    """So many calls, however the others are."""
+    for _ in range(calls):
+        run.put(np.zeros(3), np.ones(3))
+        run.learn(ALWAYS, most=3)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("late", [0, 1])
+def test_no_call_waits_for_a_rank_that_does_not_call(comm, late):
+    """One rank calls nothing until the others have done all their calls, and tell it."""
+    run = insitu.Run(Mean(5000), comm, 2, optimizer=sgd(0.1), batch=4)
+    if comm.rank != late:
+        put_and_learn(run, 30)
+    comm.Barrier()
+    put_and_learn(run, 30)
+    run.close()
+    taken = comm.allgather(run.status.steps)
+    assert min(taken) > 0
+    assert sum(taken) == run.status.all_steps
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_thread_serves_while_rank_0_is_elsewhere(comm):
+    """The others train until the clock has come far; rank 0 is in a barrier all the time."""
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        pytest.skip("MPI without MPI_THREAD_MULTIPLE")
+    run = insitu.Run(Mean(), comm, 2, "thread", optimizer=sgd(0.1), batch=1)
+    run.put(np.zeros(1), np.ones(1))
+    while comm.rank > 0 and run.status.clock < 3 * comm.size:
+        run.learn(ALWAYS, most=1)
+    comm.Barrier()
+    run.close()
+    assert run.status.clock >= 3 * comm.size
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_fast_rank_does_not_bend_the_optimum(comm):
+    """Rank 0 takes three times the steps: the center is at the mean over all samples, of which the last rank has half.
+
+    Each rank takes its turn when it has the answer to its last: no turn is skipped, however the machine is loaded.
+    """
+    run = insitu.Run(Mean(), comm, 4, optimizer=sgd(0.02), batch=1)
+    each, last = 10, comm.rank == comm.size - 1
+    count = each * (comm.size - 1 if last else 1)
+    run.put(np.zeros(count), np.full(count, float(last)))
+    seen = []
+    for turn in range(600):
+        wanted = run.status.steps + (3 if comm.rank == 0 else 1)
+        while run.status.steps < wanted:
+            run.learn(ALWAYS, most=wanted - run.status.steps)
+        comm.Barrier()
+        seen += [run.params["w"][0]] * (turn >= 300)
+    run.close()
+    assert abs(np.mean(seen) - 0.5) < 0.1
+
+
+def test_a_network_that_fails_does_not_end_the_solver(comm):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = insitu.Run(Fails(), comm, 2, batch=1)
+        put_and_learn(run, 60)
+        run.close()
+    assert run.params["w"].tolist() == [0]
+    assert sum("has sent NaN or infinity" in str(w.message) for w in said) == (comm.rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"period": 0}, "period must be at least 1, not 0"),
+        ({"center": "nowhere"}, "center must be one of solver, rank, thread, not 'nowhere'"),
+        ({"surrogate": "nothing.py:X"}, "does not exist"),
+        ({"outer_rate": -1.0}, "must be a positive number"),
+        ({"capacity": 0}, "capacity of a reservoir must be at least 1, not 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_on_all_ranks(comm, given, said):
+    with pytest.raises(ConfigError, match=said):
+        insitu.Run(**{"surrogate": Mean(), "comm": comm} | given)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_that_differ_are_named(comm):
+    with pytest.raises(ConfigError, match="period differs between ranks"):
+        insitu.Run(Mean(), comm, 5 + (comm.rank == 0))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_the_center_is_no_part_of_the_solver(comm):
+    run = insitu.Run(Mean(), comm, 5, "rank")
+    if comm.rank == 0:
+        with pytest.raises(RuntimeError, match="rank 0 is the center"):
+            run.learn()
+    else:
+        with pytest.raises(RuntimeError, match="has nothing to serve"):
+            next(run.serve())
+        with pytest.raises(ValueError, match="the budget is a share of the time"):
+            run.learn(-1)
+    run.close()
+
+
+def test_the_final_center_is_saved_and_predicts(comm, tmp_path):
+    path = comm.bcast(tmp_path / "surrogate.safetensors")
+    run = insitu.Run(Mean(), comm, 2, optimizer=sgd(0.5), batch=1, steps=40 * comm.size)
+    while not run.done:
+        run.put(np.zeros(1), np.full(1, 3.0))
+        run.learn(ALWAYS, most=4)
+    run.close(save=path)
+    comm.Barrier()
+    arrays, facts = load(path)
+    assert arrays["w"].tobytes() == run.params["w"].tobytes()
+    assert int(facts["clock"]) == run.status.clock
+    assert run.predict(np.zeros(2)) == pytest.approx([3, 3], abs=0.1)

@@ -1,0 +1,121 @@
+"""The parts of in-situ training that need no ranks: the reservoir, the driver that never blocks, weights by samples."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from in_process import world
+
+from agnmpi import sgd
+from agnmpi.core import rules
+from agnmpi.core.drive import Unblocking
+from agnmpi.frameworks.budget import Budget
+from agnmpi.frameworks.reservoir import Reservoir
+
+
+@given(st.integers(1, 20), st.lists(st.integers(0, 30), max_size=8), st.integers(0, 99))
+def test_a_reservoir_holds_pairs_that_came_each_once(capacity, puts, seed):
+    reservoir, at = Reservoir(capacity, np.random.default_rng(seed)), 0
+    for count in puts:
+        numbers = np.arange(at, at + count, dtype=float)
+        reservoir.put(numbers, -numbers)
+        numbers[:] = np.nan  # what is kept was copied
+        at += count
+    assert (reservoir.seen, len(reservoir)) == (at, min(at, capacity))
+    if at:
+        x, y = reservoir.batch(400)
+        assert (x == -y).all()
+        assert set(x) <= set(range(at))
+        assert len(set(x)) <= capacity
+
+
+@pytest.mark.parametrize("piece", [7, 100])
+def test_a_reservoir_is_uniform_over_all_that_came(piece):
+    """Each of 100 numbers is held with probability 1/4, in whatever pieces they come."""
+    held = np.zeros(100)
+    for seed in range(600):
+        reservoir = Reservoir(25, np.random.default_rng(seed))
+        for at in range(0, 100, piece):
+            numbers = np.arange(at, min(at + piece, 100))
+            reservoir.put(numbers, numbers)
+        held[np.unique(reservoir.batch(300)[0])] += 1
+    deviation = (600 * 0.25 * 0.75) ** 0.5
+    assert abs(held - 150).max() < 5 * deviation
+    assert held.std() == pytest.approx(deviation, rel=0.3)
+
+
+def test_samples_that_do_not_fit_are_refused():
+    reservoir = Reservoir(5, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="the reservoir is empty"):
+        reservoir.batch(1)
+    with pytest.raises(ValueError, match=r"not shapes \(2, 3\) and \(3,\)"):
+        reservoir.put(np.zeros((2, 3)), np.zeros(3))
+    reservoir.put(np.zeros((2, 3)), np.zeros(2))
+    with pytest.raises(ValueError, match=r"samples x had shape \(3,\), and have \(4,\) now"):
+        reservoir.put(np.zeros((2, 4)), np.zeros(2))
+
+
+@given(st.floats(0.01, 0.9), st.lists(st.tuples(st.floats(0, 5), st.floats(0.01, 2)), min_size=1, max_size=50))
+def test_steps_use_no_more_than_their_share_and_the_last_of_them(share, calls):
+    now = 0.0
+    budget, used, longest = Budget(lambda: now), 0.0, 0.0
+    for passed, cost in calls:
+        now += passed
+        budget.grant(share)
+        while budget.allows_step():
+            with budget.step():
+                now += cost
+            used, longest = used + cost, max(longest, cost)
+        assert used <= share * now + longest + 1e-9
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 60), st.booleans(), st.integers(0, 999), st.integers(0, 80))
+def test_workers_that_never_wait_take_each_step_once(workers, period, total, overlap, seed, leave_after):
+    """Whatever the order in which workers are called and the center serves, and whenever they are told to leave."""
+    center, local, made = world(
+        rules.agn(), sgd(0.1), [0.0], workers, period, total=total, overlap=overlap, begin=False
+    )
+    center.idle_workers_wait = True
+    draw, training, taken = np.random.default_rng(seed), [Unblocking(worker) for worker in made], 0
+    for turn in range(10_000):
+        i = int(draw.integers(workers + 1))
+        if i == workers:
+            local.serve_one(center.apply)
+        elif training[i].is_due():
+            training[i].step(np.full(1, -1.0), 0.5)
+            taken += 1
+        if turn == leave_after * workers:
+            for each in training:
+                each.leave()
+        if all(each.left for each in training):
+            break
+    assert all(each.left for each in training)
+    assert center.steps == taken <= total
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("speeds", "samples", "targets", "rate"),
+    [
+        ((3, 1), (1, 1), (1, 0), 0.03),
+        ((1, 3), (1, 1), (1, 0), 0.03),
+        ((10, 5, 1, 1), (1, 1, 1, 1), (0, 1, 2, 3), 0.01),
+    ],
+)
+def test_weights_by_samples_take_out_the_speeds(speeds, samples, targets, rate, overlap):
+    """The center rests at the mean over all samples; without weights it rests near the fastest worker."""
+
+    def rest(rule):
+        _, local, workers = world(rule, sgd(rate), [0.0], len(speeds), 10, overlap=overlap)
+        seen = []
+        for turn in range(600):
+            for worker, speed, count, target in zip(workers, speeds, samples, targets):
+                worker.samples = count
+                for _ in range(speed):
+                    worker.step(worker.x - target)
+            seen += [local.c[0]] * (turn >= 400)
+        return np.mean(seen)
+
+    optimum, by_speed = np.average(targets, weights=samples), np.average(targets, weights=speeds)
+    assert rest(rules.agn()) == pytest.approx(by_speed, abs=0.06)
+    assert rest(rules.weighted(rules.agn(), rules.by_samples(1.0, 10))) == pytest.approx(optimum, abs=0.06)

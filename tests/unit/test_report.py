@@ -1,0 +1,166 @@
+"""Runs as they are listed and reported, from files written here: of every state, resumed, cut short, many workers."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from xml.etree import ElementTree
+
+import pytest
+
+from agnmpi.cli.main import main
+from agnmpi.reporting.page import page
+from agnmpi.reporting.runs import read
+
+
+def write(path, *events, options="period = 3\nrule = 'agn'\n", result=None, old=True):
+    path.mkdir(parents=True)
+    lines = [json.dumps({"time": 0.0, "seconds": 0.0} | event) for event in events]
+    (path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    (path / "config.toml").write_text(options)
+    if result is not None:
+        (path / "result.json").write_text(json.dumps(result))
+    if old:
+        os.utime(path / "events.jsonl", (time.time() - 3600,) * 2)
+    return path
+
+
+def start(workers=2):
+    return {"event": "start", "workers": workers, "period": 3}
+
+
+def evaluation(step, accuracy, seconds):
+    metrics = {"accuracy": accuracy}
+    return {
+        "event": "evaluation",
+        "step": step,
+        "epoch": step / 10,
+        "seconds": seconds,
+        "metrics": metrics,
+        "loss": 1.0,
+    }
+
+
+def progress(step, seconds, loss=1.0):
+    return {
+        "event": "progress", "step": step, "epoch": step / 10, "seconds": seconds, "loss": loss, "staleness_mean": 1.5,
+        "staleness_max": 4, "samples_per_second": 320.0, "commits_per_second": 10.0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """With a lost worker, a best model, a resumption, a checkpoint, and a line that a crash cut short."""
+    steps = [{"event": "workers", "seconds": s, "steps": [s, 2 * s], "commits": [s, s]} for s in (5, 10)]
+    lost = {"event": "lost", "seconds": 7.0, "rank": 2, "host": "<node>", "step": 50, "uncommitted": []}
+    first = [start(), evaluation(0, 0.1, 0.1), progress(40, 4.0), steps[0], lost, evaluation(50, 0.9, 8.0), steps[1]]
+    saved = {"event": "checkpoint", "seconds": 9.0, "holds": 50}
+    again = [start(1), {"event": "resume", "step": 60}, progress(90, 5.0, loss=None), evaluation(100, 0.8, 6.0)]
+    result = {"best": {"metric": "accuracy", "value": 0.9, "step": 50}, "command": "agnmpi train", "stopped": "enough"}
+    path = write(tmp_path / "run", *first, saved, *again, {"event": "end", "seconds": 6.5}, result=result)
+    with (path / "events.jsonl").open("a") as file:
+        file.write('{"event": "prog')
+    return path
+
+
+def test_what_a_run_was(run):
+    found = read(run)
+    assert found.state == "done"
+    assert found.seconds == 9.0 + 6.5, "the time before it was resumed counts"
+    assert found.curve("accuracy", "wall") == [(0.1, 0.1), (8.0, 0.9), (15.0, 0.8)]
+    assert found.curve("loss", "epoch") == [(4.0, 1.0)], "what is not finite is left out"
+
+
+@pytest.mark.parametrize(
+    ("last", "old", "state"),
+    [("end", True, "done"), ("interrupted", True, "interrupted"), ("failed", False, "failed"),
+     ("progress", True, "crashed"), ("progress", False, "running")],
+)  # fmt: skip
+def test_states(tmp_path, last, old, state):
+    end = progress(3, 3.0) if last == "progress" else {"event": last}
+    assert read(write(tmp_path / "run", start(), end, old=old)).state == state
+
+
+def test_a_line_for_each_run(tmp_path, run, capsys):
+    write(tmp_path / "slow", start(4), progress(20, 200.0), options="period = 30\nrule = 'agn'\n")
+    (tmp_path / "empty").mkdir()
+    assert main(["runs", str(tmp_path)]) == 0
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "state", "workers", "time", "epoch", "last", "best", "period"]
+    assert re.search(r"/run +done +1 +16 s +9 +accuracy 0\.8000 +accuracy 0\.9000 +3$", first)
+    assert re.search(r"/slow +crashed +4 +3 min 20 s +2 +30$", second)
+    assert main(["runs", str(tmp_path / "empty")]) == 2
+    assert "no runs in" in capsys.readouterr().err
+
+
+def figures(text):
+    """The figures of a page, by title, each as a whole XML document."""
+    found = [ElementTree.fromstring(figure) for figure in re.findall(r"<figure>.*?</figure>", text)]
+    return {figure.findtext("figcaption"): figure for figure in found}
+
+
+def test_the_page_of_a_run(run):
+    text = page([read(run)])
+    assert not re.search(r"src=|href=|<script|url\(|https?://(?!www\.w3\.org)", text), "it needs nothing else"
+    found = figures(text)
+    assert {"accuracy", "training loss", "samples/s", "mean staleness"} <= set(found)
+    assert any(title.startswith("steps/s of each worker; darkest: 2 ") for title in found)
+    lines = found["accuracy"].findall(".//polyline")
+    assert [len(line.get("points").split()) for line in lines] == [3]
+    told = [mark.text for mark in found["accuracy"].iter("title")]
+    assert any("a worker was lost rank 2, host <node>" in text for text in told)
+    assert {"checkpoint at step 50", "the best accuracy"} <= set(told)
+    assert "&lt;node&gt;" in text
+    assert "<node>" not in text, "names are not HTML"
+    assert "it was resumed" in text
+    assert "it stopped: enough" in text
+
+
+def test_runs_side_by_side(tmp_path, run):
+    other = write(tmp_path / "other", start(300), evaluation(5, 0.5, 1.0), progress(5, 1.0), options="period = 7\n",
+                  old=False)  # fmt: skip
+    target = tmp_path / "report.html"
+    assert main(["report", str(run), str(other), "-o", str(target)]) == 0
+    text = target.read_text()
+    assert len(figures(text)["accuracy"].findall(".//polyline")) == 2
+    assert '<tr class="differs"><th>period</th><td>3</td><td>7</td></tr>' in text
+
+
+def test_a_long_run_makes_a_small_page(tmp_path):
+    events = [progress(step, float(step), loss=1 / (step + 1)) for step in range(20_000)]
+    count = 300
+    for at in range(0, 20_000, 100):
+        events.append({"event": "workers", "seconds": float(at + 1), "steps": [at] * count, "commits": [at] * count})
+    text = page([read(write(tmp_path / "run", start(count), *events))])
+    assert "(logarithmic)" in text
+    assert len(text) < 1_000_000
+    assert "295–299" in text
+
+
+def test_what_is_no_run_is_refused(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is no run" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_browser_shows_it(tmp_path, run):
+    """Chromium draws the page, in light and dark, and has nothing to complain about."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    target, picture = tmp_path / "report.html", tmp_path / "report.png"
+    target.write_text(page([read(run)]))
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path}/u",
+    ]
+    shot = [f"--screenshot={picture}", "--window-size=1200,2000"]
+    done = subprocess.run([browser, *options, *shot, target.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert picture.stat().st_size > 50_000, "not an empty page"
