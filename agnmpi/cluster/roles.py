@@ -36,6 +36,7 @@ class Role:
     def __init__(self, center: Center, workers: Sequence[Worker], count: int) -> None:
         self.center, self.workers, self.count = center, list(workers), count
         self.comms: Sequence[MPI.Comm] = ()  # of its own
+        self._numbers: Sequence[int] = ()
         self.session = 0  # sessions begun; of the last one:
         self.total: int | None = None
         self.period = 1
@@ -45,6 +46,11 @@ class Role:
     def c(self) -> Array:
         """(n,) the center variable, where this rank holds it whole; else as last pulled."""
         return self.workers[0].o
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Whose commits a center here would see: the workers' numbers, and behind them those of node centers."""
+        return self._numbers or range(self.count)
 
     @property
     def span(self) -> slice:
@@ -153,7 +159,7 @@ class CenterRole(HoldingRole):
     ) -> None:
         super().__init__(center, [], count, end)
         self._grants = grants
-        self.numbers = numbers or range(count)
+        self._numbers = numbers
 
     @property
     def caveat(self) -> str:

@@ -257,7 +257,11 @@ class AGNOptimizer:
         return self._loop.session.role.serves
 
     def steps(
-        self, total: int | None = None, at_center: "Callable[[Status], object] | None" = None, every: int = 1000
+        self,
+        total: int | None = None,
+        at_center: "Callable[[Status], object] | None" = None,
+        every: int = 1000,
+        ahead: int = 0,
     ) -> Generator[int, None, None]:
         """Yield the number of each step granted to this worker; each of 0 … total−1 is granted to one worker.
 
@@ -271,6 +275,7 @@ class AGNOptimizer:
             at_center: called with a `Status` at rank 0 while that serves, in a thread; where all ranks train, between
                 two steps. It must not call MPI. Its errors are reported, and training goes on.
             every: steps between two calls of it; default 1000.
+            ahead: how many times λ steps a worker is granted beyond those that it takes (see `granted`); default 0.
         """
         if every <= 0:
             raise ValueError(f"every must be a positive number of steps, not {every}")
@@ -279,7 +284,7 @@ class AGNOptimizer:
             assert at_center is not None
             at_center(self._status(point, bring(c, self._x)))
 
-        return self._loop.steps(Asked(total, call if at_center else None, every))
+        return self._loop.steps(Asked(total, call if at_center else None, every, ahead))
 
     def stop(self) -> None:
         """End the loop for all, from any rank, or from `at_center`: each worker stops after its period.
@@ -288,6 +293,12 @@ class AGNOptimizer:
         Raises RuntimeError for one with a number.
         """
         self._loop.stop()
+
+    @property
+    def granted(self) -> list[int]:
+        """The numbers of the steps that this worker is to take, the next first; their samples may be loaded already."""
+        worker = self._loop.worker
+        return [] if worker is None else worker.granted
 
     @property
     def status(self) -> "Status":

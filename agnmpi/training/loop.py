@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from mpi4py import MPI
 
 from ..arrays.backend import Array, Range, bring
-from ..cluster.roles import CenterRole, HoldingRole
+from ..cluster.roles import CenterRole, HoldingRole, NodeRole
 from ..cluster.setup import Setup
 from ..core.backoff import wait_until
 from ..core.center import PATIENCE
@@ -63,6 +63,7 @@ class Asked(NamedTuple):
     total: int | None  # steps over all workers
     at_center: Callable[[Point, Array], object] | None  # called where the center is
     every: float  # steps between two calls
+    ahead: int = 0  # leases that a worker holds beyond the one that it computes
 
 
 class Loop(Observer):
@@ -360,6 +361,8 @@ class Loop(Observer):
         if session.comm.rank == 0:
             self._caller.pack()
         role.start_from(self._x)
+        for worker in role.workers:
+            worker.ahead = asked.ahead
         session.begin(asked.total, self._period)
         if role.serves and not session.single_commits:
             self._met.update(range(role.count))  # that was collective
@@ -382,8 +385,9 @@ class Loop(Observer):
     def _say_who_is_missing(self, pulls: int) -> None:
         session, role = self.session, self.session.role
         if role.serves:
-            late = [session.members.rank_of(worker) for worker in range(role.count) if worker not in self._met]
-            who = f"{format_ranks(late)} {'are' if len(late) > 1 else 'is'} not" if late and not session.rank else ""
+            says = not session.rank or isinstance(role, NodeRole)
+            late = [session.members.rank_of(worker) for worker in role.numbers if worker not in self._met]
+            who = f"{format_ranks(late)} {'are' if len(late) > 1 else 'is'} not" if late and says else ""
         elif role.workers[0].pulls > pulls:
             who = ""
         else:
