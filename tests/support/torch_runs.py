@@ -160,6 +160,50 @@ def few_digits():
     assert len(set(COMM.allgather(digest(model)))) == 1
 
 
+def evaluation():
+    """Rank 0 evaluates the center while it serves, and can stop all from there."""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    seen = []
+
+    def look(status):
+        seen.append((status.step, accuracy(model)))
+        if seen[-1][1] > 0.8:
+            run.stop()
+
+    with agnmpi.torch.Run(model, optimizer, COMM, period=5, outer_rate=1.0) as run:
+        run.evaluate(look, every=50)
+        epoch(model, optimizer, run.batches(DataLoader(spread(), 32, shuffle=True), steps=100_000))
+        assert run.status.step < 100_000
+    assert bool(seen) == (COMM.rank == 0)
+    assert accuracy(model) > 0.7
+    assert len(set(COMM.allgather(digest(model)))) == 1
+
+
+def dealt():
+    """Each sample of an epoch once, over all workers, however far a loader prefetches, and in two loops."""
+    for processes in (0, 2):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+        dataset = TensorDataset(*spread().tensors, torch.arange(512))
+        with agnmpi.torch.Run(model, optimizer, COMM, period=3) as run:
+            sampler = run.sampler(dataset, batch=20, epochs=2)
+            loader = DataLoader(dataset, batch_sampler=sampler, num_workers=processes)
+            seen = []
+            for steps in (7, None):
+                for x, y, indices in run.batches(loader, steps):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), y).backward()
+                    if len(seen) == 2 and COMM.rank == 1:
+                        model[1].weight.grad[:] = torch.nan  # its steps go to the other
+                    optimizer.step()
+                    seen.append(indices.tolist())
+        assert run.status.step == 52, run.status.step
+        counts = np.bincount([i for part in COMM.allgather(seen) for batch in part for i in batch], minlength=512)
+        assert (counts >= 2).all(), "refused steps were computed again"
+        assert counts.sum() <= 2 * 512 + 3 * 20, counts.sum()
+
+
 def own_data():
     """Without a number of steps each worker goes through its own loader, once."""
     model = net()
@@ -178,15 +222,26 @@ def rows(indices):
     return torch.stack([x for x, _ in indices]), torch.stack([y for _, y in indices])
 
 
-def loaders():
-    """Loaders with processes of their own, however these start."""
-    for method in ("fork", "spawn", "forkserver"):
-        model = net()
-        optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        loader = DataLoader(spread(), 32, shuffle=True, num_workers=2, multiprocessing_context=method, collate_fn=rows)
-        with agnmpi.torch.Run(model, optimizer, COMM, period=3) as run:
-            epoch(model, optimizer, run.batches(loader, steps=40))
-        assert len(set(COMM.allgather(digest(model)))) == 1, method
+def from_processes(method):
+    """A loader with two processes of its own, which import this module, and MPI with it, where they are not forks."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loader = DataLoader(spread(), 32, shuffle=True, num_workers=2, multiprocessing_context=method, collate_fn=rows)
+    with agnmpi.torch.Run(model, optimizer, COMM, period=3) as run:
+        epoch(model, optimizer, run.batches(loader, steps=10))
+    assert len(set(COMM.allgather(digest(model)))) == 1, method
+
+
+def fork():
+    from_processes("fork")
+
+
+def spawn():
+    from_processes("spawn")
+
+
+def forkserver():
+    from_processes("forkserver")
 
 
 def compiled():

@@ -279,9 +279,10 @@ def test_doctor(ranks):
     assert roles == (["alone"] if ranks == 1 else ["center", "worker", "worker"])
     assert mpi_library().startswith(report["mpi"][:5])
     assert bool(report["advice"]) == (ranks > 1)
-    code, output = agnmpi(ranks, "doctor", timeout=LIMIT)
+    code, output = agnmpi(ranks, "doctor", "--encodings", timeout=LIMIT)
     assert code == 0
     assert "world of" in output
+    assert "at 10 Gbit/s 1 M numbers take float32" in output
 
 
 def test_bench(tmp_path):

@@ -36,6 +36,9 @@ def test_interrupted_saved_and_resumed(tmp_path):
     result = result_of(run)
     assert (result["workers"], result["steps"], result["samples"]) == (3, steps + 400, 16 * (steps + 400))
     assert result["metrics"]["distance"] < 0.5
+    last = [event for event in events_of(run) if event["event"] == "workers"][-1]
+    assert sum(last["steps"]) == 400, "of the worker beside rank 0, and of the node center"
+    assert len(last["steps"]) == 2
     assert [event["step"] for event in events_of(run) if event["event"] in ("interrupted", "resume")] == [steps, steps]
 
 

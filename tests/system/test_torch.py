@@ -9,7 +9,7 @@ from launcher import ROOT, mpiexec
 SCRIPT = ROOT / "tests/support/torch_runs.py"
 
 
-def holds(*checks, n=3, needs=("torch",), timeout=150):
+def holds(*checks, n=3, needs=("torch",), timeout=280):
     """Start the script once with these checks."""
     for package in needs:
         if importlib.util.find_spec(package) is None:
@@ -20,11 +20,16 @@ def holds(*checks, n=3, needs=("torch",), timeout=150):
 
 
 def test_numbers_buffers_refusals_schedules():
-    holds("same_numbers", "batch_norm", "bad_gradient", "schedule", "few_digits", "own_data")
+    holds("same_numbers", "batch_norm", "bad_gradient", "schedule", "few_digits", "own_data", "evaluation", "dealt")
 
 
 def test_loaders_with_processes():
-    holds("loaders")
+    holds("fork", "spawn", n=2)
+
+
+@pytest.mark.long
+def test_loaders_with_a_fork_server():
+    holds("forkserver", n=3)
 
 
 @pytest.mark.long

@@ -320,3 +320,13 @@ def test_the_bench_says_what_ran_and_with_how_many_threads(use, library):
         if with_torch:
             torch = rows[f"torch {name}"]["bytes_per_second"]
             assert rows[name]["times_torch"] == pytest.approx(torch / rows[name]["bytes_per_second"])
+
+
+def test_kernels_run_to_the_very_end_of_the_interpreter():
+    """A loop that was not closed commits at exit, when Python starts no threads any more."""
+    code = (
+        "import atexit, numpy as np; from agnmpi.arrays import kernels; kernels.set_threads(2); x = np.zeros(3 << 18);"
+        "atexit.register(lambda: (kernels.run('add', [np.ones_like(x)], [1], [x]), print(x.sum() == x.size)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (said.stdout.strip(), said.stderr) == ("True", "")

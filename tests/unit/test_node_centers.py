@@ -131,8 +131,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("encoding", ["float32", "int8"])
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("encoding", "overlap"), [("float32", False), ("int8", True)])
 def test_every_rule_that_adds_converges(name, encoding, overlap):
     rng = np.random.default_rng(0)
     target = rng.normal(size=600)
