@@ -70,6 +70,10 @@ class Connector(NamedTuple):
         """`end` with the encodings of the transport, for vectors like `like` (n,)."""
         return encode(end, like, self.setup.transport.encoding, self.setup.transport.pull_encoding)
 
+    def threaded(self, end: WorkerEnd, like: Array) -> WorkerEnd:
+        """`end` with its exchanges in a thread of their own, if the setup says so; `like`: as above."""
+        return ThreadedEnd(end, like) if self.setup.threaded else end
+
     def center(self, comm: MPI.Comm, x: Array) -> CenterRole:
         """The role of the center, rank 0 of `comm`, which begins from `x` (n,)."""
         x = x if self.setup.transport.center_device == "gpu" else to_host(x)
@@ -124,10 +128,8 @@ class Connector(NamedTuple):
         return self._training(x, end, index, comm.size - len(centers))
 
     def _training(self, x: Array, end: WorkerEnd, index: int, count: int) -> WorkerRole:
-        if self.setup.threaded:
-            end = ThreadedEnd(end, x)
-        setup = self.setup
-        worker = Worker(x, self.rule, self.optimizer, end, index, setup.overlap, setup.transport.replicates_state)
+        end, replicates_state = self.threaded(end, x), self.setup.transport.replicates_state
+        worker = Worker(x, self.rule, self.optimizer, end, index, self.setup.overlap, replicates_state)
         return WorkerRole(Center(self.rule, x[:0], count), [worker], count)  # the center's state is on another rank
 
     def _in_tree(self, comm: MPI.Comm, x: Array) -> Role:

@@ -86,8 +86,9 @@ class Role:
         self.center.session = self.session
         leases = Leases(total, period, SpeedProportional(period, self.center.now) if self.center.now else None)
         if resumed:
-            done = int(resumed["steps"])
-            leases.restore(resumed["leases"] or {"next": done, "free": []})
+            done = int(resumed["steps"]) - int(resumed.get("before", 0))  # before this session
+            if not resumed.get("between"):  # two sessions
+                leases.restore(resumed["leases"] or {"next": done, "free": []})
         self._prepare(total, period, leases)
         for worker in self.workers:
             worker.total, worker.session = total, self.session

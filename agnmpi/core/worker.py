@@ -20,6 +20,8 @@ from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, STOP_ALL, WAIT, WOR
 from .optimizers import Optimizer
 from .rules import Rule
 
+CALLER = "caller/"  # begins the names of the caller's arrays in what is saved
+
 
 class Phase(Enum):
     """The phase of a worker."""
@@ -103,6 +105,7 @@ class Worker:
         self._buffers = _Buffers(x, self.o, overlap, overlap or double_buffer)
         self.last_reply: Reply | None = None  # to the last pull
         self.pulls = self.refusals = 0  # numbers of pulls, and of commits of this worker that were refused
+        self.more: Callable[[], Mapping[str, Array]] = dict  # arrays of the caller's, saved with this worker's
         self.form_x: Callable[[], object] = bool  # called before x is read, where the caller moves arrays of its own
         self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
@@ -464,6 +467,7 @@ class Worker:
         """
         slots = self.optimizer.slots(self.state) if self.optimizer else {}
         arrays = {"x": self.x_at_leave, "o": self.o} | {f"slot/{name}": slot for name, slot in slots.items()}
+        arrays |= {CALLER + name: x for name, x in self.more().items()}
         residual = self.end.residual  # with overlap the exchange under way may replace it, but not change this one
         arrays |= {} if residual is None else {"residual": residual}
         if copied:

@@ -121,6 +121,17 @@ def read_span(folder: Path, found: Mapping[str, Any], span: slice) -> dict[str, 
     return {name: blocks[0] if len(blocks) == 1 else np.concatenate(blocks) for name, blocks in pieces.items()}
 
 
+def caller_file(folder: Path, worker: int) -> Path:
+    """The file of the arrays that the caller of a worker saves with it."""
+    return folder / f"caller-{worker}.safetensors"
+
+
+def read_caller(folder: Path, worker: int) -> dict[str, Array]:
+    """Read what the caller of a worker has saved with it, {} if nothing. Raises ValueError if it is not whole."""
+    path = caller_file(folder, worker)
+    return unseal(path)[0] if path.exists() else {}
+
+
 def read_worker(folder: Path, worker: int, size: int) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read the local state of a worker of a model of `size` numbers; raises as `read_center`."""
     path = worker_file(folder, worker)

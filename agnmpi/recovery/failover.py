@@ -137,7 +137,7 @@ class Failover:
             end = self._connector.encoded(self._connector.worker_end(self.comm, self._x), self._x)
             if self._end.residual is not None:
                 end.restore(self._end.residual)
-            self._end.replace(end)
+            self._end.replace(self._connector.threaded(end, self._x))
             self._role.count = self._role.center.workers = self.comm.size - 1
         else:
             self._role, source = self._restore(worker, reports, workers_before)

@@ -9,6 +9,7 @@ from ..arrays.backend import Array, empty_like
 from ..core.ends import Elected, Handle, WorkerEnd
 from ..core.messages import Commit, Reply
 from ..core.worker import Worker
+from ..transport.communication_thread import ThreadedEnd
 from ..transport.peers import peer_failed
 
 Begin: TypeAlias = Callable[[WorkerEnd, Array | None], Handle]
@@ -30,7 +31,9 @@ class ResendingEnd(WorkerEnd):
         self._kept: list[object] = []  # exchanges with dead centers: MPI may still access their memory
 
     def replace(self, end: WorkerEnd) -> None:
-        """Use another center from now on."""
+        """Use another center from now on; nothing is under way with the last one."""
+        if isinstance(self.end, ThreadedEnd):
+            self.end.stop()
         self.end = end
 
     def keep(self, handle: object) -> None:

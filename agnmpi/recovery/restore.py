@@ -19,7 +19,7 @@ def resume(
     comm: MPI.Comm,
     role: Role,
     layout: Layout,
-    total: int,
+    total: int | None,
     data: Mapping[str, int],
     run: Callable[[], Path] | None,
     required: bool,
@@ -27,9 +27,9 @@ def resume(
 ) -> Mapping[str, Any] | None:
     """Restore `role` from the newest complete checkpoint; collective. Returns its facts, None if there is none.
 
-    `total`: steps of the run; `data`: what determines the samples of a step (samples, batch, seed); `run()`: its
-    directory, on rank 0; `required`: refuse if there is no checkpoint; `say` is called with what is skipped, and with
-    the checkpoint used.
+    `total`: steps of the run, None: as many as it takes; `data`: what determines the samples of a step (samples, batch,
+    seed); `run()`: its directory, on rank 0; `required`: refuse if there is no checkpoint; `say` is called with what is
+    skipped, and with the checkpoint used.
     """
     candidates: list[Path] = []
 
@@ -57,7 +57,8 @@ def resume(
     local = raise_on_all(comm, lambda: _restore_rank(role, checkpoint, arrays, facts))
     everywhere = all(json.loads(text) for text in allgather(comm, json.dumps(local)))
     say(
-        f"resumed from {checkpoint.name}: {facts['steps']} of {total} steps, clock {facts['clock']}"
+        f"resumed from {checkpoint.name}: {facts['steps']}{'' if total is None else f' of {total}'} steps, clock "
+        f"{facts['clock']}"
         + ("" if everywhere else "; not all workers find their local state: their optimizers start anew there")
     )
     if not facts.get("consistent", True):
@@ -65,14 +66,14 @@ def resume(
             "WARNING: the blocks of several centers without locking are saved one after the other: some commits may be "
             "in one and not in another"
         )
-    return dict(facts)
+    return {**facts, "checkpoint": name}
 
 
 def _choose(
     directory: str,
     candidates: list[Path],
     layout: Layout,
-    total: int,
+    total: int | None,
     data: Mapping[str, int],
     required: bool,
     say: Callable[[str], None],
@@ -101,7 +102,7 @@ def _choose(
     if differ:
         raise ValueError(f"{name} has {' and '.join(differ)}: it cannot be told which samples are done")
     granted = max(facts["steps"], (facts["leases"] or {"next": 0})["next"])
-    if granted > total:
+    if total is not None and granted > total:
         raise ValueError(
             f"{name} has {granted} steps, but the run ends at {total}: give more --epochs (or --steps) to go on"
         )

@@ -1,7 +1,7 @@
 """Checkpoints of a running job: copied between two commits, written by a thread, announced to the workers."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,16 @@ import numpy as np
 
 from ..arrays.backend import Array, synchronize
 from ..arrays.kernels import all_finite
+from ..cluster.roles import Role, ShardRole
 from ..core.backoff import wait_until
 from ..core.center import Center
 from ..core.optimizers import Optimizer
+from ..core.params import Layout
 from ..core.timer import Every
-from ..core.worker import Worker
-from .checkpoint import center_file, folder, folders, prune, seal, worker_file
-from .cut import ConsistentCut
+from ..core.worker import CALLER, Worker
+from ..version import __version__
+from .checkpoint import caller_file, center_file, folder, folders, prune, seal, worker_file
+from .cut import ConsistentCut, MPIMail
 
 Say = Callable[[str], None]
 Files: TypeAlias = tuple[Mapping[str, Array], Mapping[str, Any]]  # arrays and facts
@@ -182,6 +185,44 @@ class CenterSaver:
         self._writer.close()
 
 
+def center_facts(role: Role, layout: Layout, centers: int, consistent: bool, ranks: Sequence[int]) -> dict[str, Any]:
+    """A checkpoint's facts beside those of the center itself.
+
+    Args:
+        role: of this rank.
+        layout: of the parameters.
+        centers: how many hold a block each.
+        consistent: whether they can be saved as one cut.
+        ranks: of the workers, where one may take over.
+    """
+    return {
+        "agnmpi": __version__,
+        "centers": centers,
+        "workers": role.count,
+        "consistent": consistent,
+        "layout": layout._asdict(),
+        "ranks": list(ranks),
+    }
+
+
+def consistent_cut(
+    role: ShardRole, saver: CenterSaver, consistent: bool, say: Say, name: Callable[[int], str]
+) -> ConsistentCut:
+    """Let `saver` save the block of `role` together with the other centers; `name`: describes a center."""
+    cut = ConsistentCut(
+        MPIMail(role.centers),
+        role.end if consistent else None,
+        role.center,
+        lambda number: saver.save(role.end.c, number),
+        saver.writing,
+        say,
+        name=name,
+    )
+    if role.centers.rank == 0:
+        saver.cut, role.before_leaving = cut, cut.finish
+    return cut
+
+
 def state_bytes(model: int, optimizer: Optimizer | None) -> int:
     """Bytes of a worker's local state: x, what it last pulled, and the slots.
 
@@ -305,4 +346,8 @@ def write_worker(run: Path, index: int, steps: int, files: Files) -> None:
     if not directory.is_dir() and any(other > directory for other in folders(run)):
         return  # too late: pruned for newer ones
     directory.mkdir(parents=True, exist_ok=True)
-    seal(worker_file(directory, index), *files)
+    arrays, facts = files
+    callers = {name: x for name, x in arrays.items() if name.startswith(CALLER)}
+    if callers:
+        seal(caller_file(directory, index), {name.removeprefix(CALLER): x for name, x in callers.items()}, {})
+    seal(worker_file(directory, index), {name: x for name, x in arrays.items() if name not in callers}, facts)

@@ -10,9 +10,10 @@ from types import TracebackType
 from mpi4py import MPI
 
 from ..cluster.placement import fault_tolerant
-from ..core.backoff import Orphaned
+from ..core.backoff import Orphaned, wait_until
 from ..recovery.processes import command
 from ..recovery.watchdog import LAUNCHERS, STRANDED
+from .exits import INTERRUPTED, Interrupted
 
 _pid = os.getpid()
 
@@ -67,19 +68,30 @@ def _end_launcher_later() -> None:
         subprocess.Popen(["sh", "-c", script], stderr=subprocess.DEVNULL, start_new_session=True)
 
 
+def _end_interrupted(comm: MPI.Comm, error: Interrupted) -> None:
+    """End this rank with the code of a run that can be resumed; all ranks do."""
+    if comm.rank == 0:
+        print(f"agnmpi: {error}: interrupted, and can be resumed", file=sys.stderr, flush=True)
+    wait_until(comm.Ibarrier().Test)  # Open MPI ends the job when a first rank exits with an error
+    if fault_tolerant():  # MPI cannot be finalized where a rank was lost
+        os._exit(INTERRUPTED)
+    sys.exit(INTERRUPTED)
+
+
 class AbortOnException:
     """While installed, an uncaught exception on this rank ends the job instead of leaving the others waiting."""
 
     def __init__(self, comm: MPI.Comm) -> None:
         self._comm, self._previous = comm, sys.excepthook
-        self._installed = comm.size > 1
-        if self._installed:
-            sys.excepthook = self._hook
+        self._installed = True
+        sys.excepthook = self._hook
 
     def _hook(self, kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
-        if self._installed:
+        if self._installed and isinstance(error, Interrupted) and not forked():
+            _end_interrupted(self._comm, error)
+        elif self._installed and self._comm.size > 1:
             say_and_abort(self._comm, error)
-        else:  # removed, but still called by a hook installed later
+        else:  # of one rank; or removed, but still called by a hook installed later
             self._previous(kind, error, tb)
 
     def remove(self) -> None:

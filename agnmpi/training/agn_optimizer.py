@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import nan
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from mpi4py import MPI
@@ -19,11 +20,11 @@ from ..core.optimizers import Optimizer
 from ..core.params import Layout, named
 from ..core.rules import Rule, agn, outer_rate, weighted
 from ..reporting.advice import advice
-from ..transport.agreement import raise_on_all
+from ..transport.agreement import ConfigError, raise_on_all
 from ..transport.registry import Transport, resolve
 from .abort import AbortOnException, forked
 from .evaluations import Point
-from .loop import Asked, Caller, Hook, Loop
+from .loop import Asked, Caller, Hook, Kept, Loop
 from .own_arrays import OwnArrays, one_vector
 
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
@@ -67,6 +68,11 @@ class AGNOptimizer:
         on_pull: called with this optimizer when the parameters have become a center that was pulled.
         on_refused: called, after that, where this worker's last commit was refused (NaN, infinity): if you keep moments
             of your own, set them to 0.
+        checkpoint: directory for checkpoints, written every `checkpoint_every` seconds (default 300), at `close`, and
+            when a signal (USR1, USR2, TERM, INT) comes in a loop, which then raises `Interrupted` on all ranks.
+            None (default): none, and signals are yours.
+        resume: "auto": from the newest checkpoint in `checkpoint`, if there is one; else a directory that has one.
+        state, load_state: arrays of yours on this rank, such as moments, that checkpoints hold; called with them.
 
     Raises:
         TypeError: for what is not an array or optimizer.
@@ -106,6 +112,11 @@ class AGNOptimizer:
         on_commit: "Event | None" = None,
         on_pull: "Event | None" = None,
         on_refused: "Event | None" = None,
+        checkpoint: str | Path | None = None,
+        resume: str | Path | None = None,
+        checkpoint_every: float = 300.0,
+        state: Callable[[], Mapping[str, Array]] = dict,
+        load_state: Callable[[Mapping[str, Array]], object] = bool,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
@@ -128,12 +139,24 @@ class AGNOptimizer:
                 outer_rate,
                 copy,
             )
+            self._caller_state = state, load_state
+            self._kept = None if checkpoint is None else Kept(Path(checkpoint), checkpoint_every)
             self._loop = self._set_up(arguments, use_locking, overlap, dylu)
+            if resume is not None:
+                self._resume(resume)
         except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
             self._comm.Free()
             raise
         atexit.register(self._at_exit)  # before mpi4py finalizes MPI
+
+    def _resume(self, resume: str | Path) -> None:
+        if resume != "auto":
+            self._loop.restore(Path(resume), required=True)
+        elif self._kept is not None:
+            self._loop.restore(self._kept.directory, required=False)
+        else:
+            raise ConfigError('resume="auto" needs checkpoint, the directory')
 
     def _set_up(self, arguments: "_Arguments", use_locking: bool, overlap: bool, dylu: bool) -> Loop:
         """Compare with the other ranks, create the flat vector, and connect; errors are raised on all ranks."""
@@ -150,6 +173,7 @@ class AGNOptimizer:
             "encodings": f"{transport.encoding}, pulls {transport.pull_encoding}",
             "overlap": str(overlap),
             "dylu": str(dylu),
+            "checkpoint": "none" if self._kept is None else f"every {self._kept.every:g} s",
         }
         require_equal_model(comm, layout, facts)
         setup = Setup(transport, overlap, dylu).on_hosts(comm)
@@ -164,8 +188,10 @@ class AGNOptimizer:
         wire = choose_wire(comm, self._x, transport.wire)
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
         self._sharded = len(setup.center_ranks) > 1
-        caller = Caller(self._pack, self._pulled, self._refused)
-        loop = Loop(comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller)
+        caller = Caller(self._pack, self._pulled, self._refused, *self._caller_state)
+        loop = Loop(
+            comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller, layout, self._kept
+        )
         self._restore_blas = limit_blas(loop.session.threads)
         if comm.rank == 0 and not (arguments.rule and arguments.rule.weighs):  # a weight of the caller's is not called
             _advise(self._name, rule, loop.session.role.count, period)
@@ -290,6 +316,18 @@ class AGNOptimizer:
         The next `steps`, and `close`, do this automatically. A generator that you still reference must be closed first.
         """
         self._loop.finish()
+
+    def save(self, directory: str | Path) -> None:
+        """Write a checkpoint of everything, between two loops; collective. It lies in `directory`/checkpoints."""
+        self._loop.save(Path(directory))
+
+    def restore(self, directory: str | Path) -> None:
+        """Continue from the newest checkpoint in `directory`; collective, before the first loop.
+
+        The loops that were complete then yield nothing, and the one that was not goes on where it was: a script is
+        started again as it is. Raises ValueError if there is no checkpoint, or one of another model.
+        """
+        self._loop.restore(Path(directory), required=True)
 
     def initialize(self) -> None:
         """Start every worker from the center: rank 0's values, whatever its own were. Collective."""

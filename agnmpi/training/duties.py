@@ -12,11 +12,11 @@ from ..core.batches import Plan
 from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout
 from ..recovery.checkpoint import folder, prune
-from ..recovery.cut import ConsistentCut, MPIMail
-from ..recovery.saver import CenterSaver
+from ..recovery.cut import ConsistentCut
+from ..recovery.lock import lock
+from ..recovery.saver import CenterSaver, center_facts, consistent_cut
 from ..recovery.silent_workers import SilentWorkers
 from ..reporting.record import Recorder
-from ..version import __version__
 from .config import Config
 from .evaluations import Evaluate
 from .monitor import Monitor, OnEvent
@@ -169,6 +169,9 @@ class Duties:
     def _open(self, lines: Sequence[str] | None, threads: Sequence[int]) -> None:
         run, config, role = self._run, self._config, self._role
         run.directory.mkdir(parents=True, exist_ok=True)  # a new center may be on another host
+        if lines is None:
+            with suppress(OSError):  # the lost one may be about to end
+                lock(run.directory)
         changed = {} if lines is None else write_config(run.directory, config)
         if config.record and lines is not None:
             self._recorder = Recorder(run.directory, role.count, threads, role.center.idle_workers_wait)
@@ -192,20 +195,11 @@ class Duties:
             config.keep_checkpoints,
             role.centers.rank if isinstance(role, ShardRole) else 0,
         )
-        if not isinstance(role, ShardRole):
-            return
-        saver = self._saver
-        self._cut = ConsistentCut(
-            MPIMail(role.centers),
-            role.end if self._run.consistent else None,
-            role.center,
-            lambda number: saver.save(role.end.c, number),
-            saver.writing,
-            self._run.say,
-            name=lambda center: self._run.name(self._run.session.members.serving[center]),
-        )
-        if self.first:
-            saver.cut, role.before_leaving = self._cut, self._cut.finish
+        if isinstance(role, ShardRole):
+            run, serving = self._run, self._run.session.members.serving
+            self._cut = consistent_cut(
+                role, self._saver, run.consistent, run.say, lambda center: run.name(serving[center])
+            )
 
     def _own_center(self) -> Array:
         """This rank's block of the center variable, or all of it."""
@@ -216,14 +210,10 @@ class Duties:
         """A checkpoint's facts beside those of the center."""
         self.keep_config()
         run, session = self._run, self._run.session
+        centers, ranks = max(1, session.members.centers), session.members.workers() if session.failover else []
         return {
-            "agnmpi": __version__,
-            "centers": max(1, session.members.centers),
-            "workers": self._role.count,
-            "consistent": run.consistent,
-            "layout": run.layout._asdict(),
+            **center_facts(self._role, run.layout, centers, run.consistent, ranks),
             "data": dict(run.data),
             "config": asdict(self._config),
-            "ranks": session.members.workers() if session.failover else [],
             **(self.monitor.progress if self.first else {}),
         }

@@ -28,6 +28,7 @@ from ..core.observer import Observer
 from ..core.worker import Worker
 from ..recovery.center_state import Saved
 from ..recovery.checkpoint import newest
+from ..recovery.lock import unlock_all
 from ..recovery.restore import resume
 from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
 from ..transport.agreement import ConfigError, allgather, format_ranks, raise_on_all
@@ -136,6 +137,12 @@ class Job(Observer):
 
     def run(self) -> Result | None:
         """Connect, resume, train, and write the result."""
+        try:
+            return self._run_all()
+        finally:
+            unlock_all()
+
+    def _run_all(self) -> Result | None:
         self._connect()
         while True:
             for workers in self.session.rounds():

@@ -1,29 +1,40 @@
 """A loop of your own over the steps: on its rank it trains or serves, however it ends, and whoever is lost."""
 
+import logging
 import operator
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from mpi4py import MPI
 
 from ..arrays.backend import Array, Range, bring
 from ..cluster.roles import CenterRole, HoldingRole, NodeRole
 from ..cluster.setup import Setup
+from ..core.backoff import wait_until
 from ..core.center import PATIENCE
 from ..core.leases import Lease
 from ..core.messages import CONTINUE, STOP, Commit, Reply
 from ..core.observer import Observer
 from ..core.optimizers import Optimizer
+from ..core.params import Layout
 from ..core.rules import Rule
-from ..core.worker import Worker
+from ..core.worker import Phase, Worker
+from ..recovery.center_state import Saved
+from ..recovery.checkpoint import newest, read_caller, read_span
+from ..recovery.restore import resume
 from ..reporting.events import RecentMean
-from ..transport.agreement import format_ranks
+from ..transport.agreement import allgather, format_ranks
+from .abort import abort
 from .evaluations import AtCenter, Point
+from .exits import Interrupted, Signals
+from .own_checkpoints import OwnCheckpoints
 from .session import Session
 
 WAIT = 30.0  # seconds after which a rank that waits for others to begin says so, once a session
@@ -35,6 +46,15 @@ class Caller(NamedTuple):
     pack: Callable[[], None]  # before x is read: copy arrays of the caller's own into it
     pulled: Callable[[], None]  # x has become a pulled center, or the final one
     refused: Callable[[], None]  # then, if this worker's commit was refused
+    state: Callable[[], Mapping[str, Array]]  # a worker's arrays that checkpoints hold, beside its own
+    restore: Callable[[Mapping[str, Array]], object]  # called with the same, when resumed
+
+
+class Kept(NamedTuple):
+    """Where checkpoints are kept."""
+
+    directory: Path
+    every: float  # seconds between two
 
 
 class Asked(NamedTuple):
@@ -59,17 +79,22 @@ class Loop(Observer):
         period: λ.
         name: of the optimizer, in messages.
         caller: what the caller does meanwhile.
+        layout: of the parameters.
+        kept: where checkpoints are kept; None: nowhere, and signals are the caller's.
     """
 
     def __init__(
         self, comm: MPI.Intracomm, rule: Rule, x: Array, optimizer: Optimizer | None,
         center_optimizer: Optimizer | None, setup: Setup, period: int, name: str, caller: Caller,
+        layout: Layout, kept: Kept | None,
     ) -> None:  # fmt: skip
-        self.session = Session(comm, rule, x, optimizer, center_optimizer, setup, self)
+        self._layout = layout
+        saved = partial(_newest, kept, self._say)
+        self.session = Session(comm, rule, x, optimizer, center_optimizer, setup, self, saved)
         self.closed = self._running = self._stepped = False
         self._x, self._period, self._name, self._caller = x, period, name, caller
         if self.worker is not None:
-            self.worker.form_x = self._form_x
+            self.worker.form_x, self.worker.more = self._form_x, caller.state
         self._generators: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
         self._pulls = self._refusals = 0  # of the worker, when the caller was last told
         self._failed = 0  # its commits that were refused in a row
@@ -79,6 +104,11 @@ class Loop(Observer):
         self._loss = RecentMean(10.0 * period * self.session.role.count)
         self._began = time.monotonic(), 0  # this session, and the steps before it
         self._at_center: AtCenter | None = None
+        self._kept, self._checkpoints = kept, None if kept is None else self._set_up_checkpoints(kept)
+        self._skip = 0  # loops that were complete when the run was resumed
+        self._done_before = 0  # steps of the next session that were taken or given up before the run was resumed
+        self._saved_at = -1  # steps at the last `save`
+        self._signals = Signals(partial(abort, comm)) if kept else None
 
     @property
     def worker(self) -> Worker | None:
@@ -94,18 +124,104 @@ class Loop(Observer):
 
     def stop(self) -> None:
         """End this session for all: each worker stops after the period that it computes."""
+        rule, total = self.session.rule, self.session.role.total
+        if rule.allreduce and total is not None:
+            raise RuntimeError(
+                f"{self._name}: rule {rule.name} gives {total} steps to all ranks at the same time: to stop early, "
+                "loop over steps() without a number"
+            )
+        self._stop_all()
+
+    def _stop_all(self) -> None:
         role = self.session.role
         if self.session.rule.allreduce:
-            if role.total is not None:
-                raise RuntimeError(
-                    f"{self._name}: rule {self.session.rule.name} shares out {role.total} steps to all ranks at the "
-                    "same time: to stop early, loop over steps() without a number"
-                )
             self._stopping = True
         elif isinstance(role, HoldingRole):
             role.center.control = STOP
         elif self._running:
             role.workers[0].stop_all()
+
+    def save(self, directory: Path) -> None:
+        """Write a checkpoint; collective, between two sessions."""
+        if self._running:
+            raise RuntimeError(f"{self._name}: save between two loops, not in one: rank 0 must take part")
+        self.finish()
+        self._save(directory, between=True)
+
+    def restore(self, directory: Path, required: bool) -> None:
+        """Continue from the newest checkpoint; collective, before the first session."""
+        session, role = self.session, self.session.role
+        if role.session:
+            raise RuntimeError(f"{self._name}: restore before the first loop")
+        run = (lambda: directory) if session.comm.rank == 0 else None
+        facts = resume(session.comm, role, self._layout, None, {}, run, required, self._say)
+        if facts is None:
+            return
+        checkpoint = Path(facts["checkpoint"])
+        self._skip = role.session = int(facts.get("completed", 0))
+        before = int(facts.get("before", 0))
+        if not facts.get("between"):
+            self._done_before = int(facts["steps"]) - before + int((facts["leases"] or {}).get("given_up", 0))
+        for worker in role.workers:
+            worker.before = before
+        if self.worker is not None and self.worker.phase is Phase.RESUMED:
+            self._caller.restore(read_caller(checkpoint, self.worker.index))
+        if role.serves and role.stores:
+            self._x[...] = bring(read_span(checkpoint, facts, slice(None))["c"], self._x)
+        self._caller.pulled()
+
+    def _save(self, directory: Path, between: bool) -> None:
+        comm = self.session.comm
+        if self._checkpoints is not None:
+            self._checkpoints.finish()
+        steps = int(allgather(comm, str(self.session.role.center.steps))[0])
+        OwnCheckpoints(directory, self.session, self._layout, partial(self._facts, between), self._say).save(steps)
+        wait_until(comm.Ibarrier().Test)
+        self._saved_at = steps
+        self._checkpoints = None if self._kept is None else self._set_up_checkpoints(self._kept)
+
+    def _set_up_checkpoints(self, kept: Kept) -> OwnCheckpoints:
+        facts = partial(self._facts, False)
+        return OwnCheckpoints(kept.directory, self.session, self._layout, facts, self._say, kept.every)
+
+    def _facts(self, between: bool) -> dict[str, Any]:
+        """Of this loop, for a checkpoint; `between`: two sessions."""
+        role, (began, before) = self.session.role, self._began
+        return {
+            "samples": role.center.steps,
+            "seconds": time.monotonic() - began,
+            "completed": role.session - (not between),
+            "before": role.center.steps if between else before,
+            "between": between,
+        }
+
+    def _end_if_signalled(self) -> None:
+        """Raise Interrupted on all ranks, after a checkpoint, if any was asked to stop."""
+        if self._signals is None or self._kept is None:
+            return
+        received = [text for text in allgather(self.session.comm, self._signals.received or "") if text]
+        if received:
+            self._save(self._kept.directory, between=False)
+            raise Interrupted(abort=False)
+
+    @contextmanager
+    def _signals_installed(self) -> Iterator[None]:
+        signals = self._signals if threading.current_thread() is threading.main_thread() else None
+        if signals is not None:
+            signals.install()
+        try:
+            yield
+        finally:
+            if signals is not None:
+                signals.remove()
+
+    def _say(self, line: str) -> None:
+        """Warn, or log what is no warning."""
+        text = line.removeprefix("WARNING: ")
+        if text != line:
+            warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=2)
+        else:
+            logging.getLogger("agnmpi").info("%s: %s", self._name, text)
 
     @property
     def point(self) -> Point:
@@ -188,6 +304,13 @@ class Loop(Observer):
         for generator in list(self._generators):
             generator.close()
         self.finish()
+        session = self.session
+        if self._kept is not None and session.role.session and not session.members.lost:
+            steps = int(allgather(session.comm, str(session.role.center.steps))[0])
+            if steps != self._saved_at:
+                self._save(self._kept.directory, between=True)
+        if self._checkpoints is not None:
+            self._checkpoints.finish()
         self.closed = True
 
     def _finish(self, worker: Worker) -> None:
@@ -203,6 +326,9 @@ class Loop(Observer):
 
     def _steps(self, asked: Asked) -> Generator[int, None, None]:
         self._asked, total = None, asked.total
+        if self._skip:
+            self._skip -= 1
+            return
         if self.closed:
             raise RuntimeError(f"{self._name} is closed")
         if self._running:
@@ -211,8 +337,8 @@ class Loop(Observer):
         if total is not None and total < 0:
             raise ValueError(f"the number of steps must not be negative, but is {total}")
         self.finish()
-        before = self.session.role.center.settled
-        with self._watch():
+        before, self._done_before = self.session.role.center.settled - self._done_before, 0
+        with self._watch(), self._signals_installed():
             self._begin(asked)
             dropped = 0
             for workers in self.session.rounds():
@@ -225,6 +351,7 @@ class Loop(Observer):
         if self.session.deserted:
             raise RuntimeError(f"{self._name}: all workers are lost")
         self._copy_final_center()
+        self._end_if_signalled()
         self._report(total, self.session.role.center.settled - before, dropped)
 
     def _begin(self, asked: Asked) -> None:
@@ -292,7 +419,7 @@ class Loop(Observer):
 
     def _train(self, worker: Worker) -> Generator[int, None, None]:
         """A worker's steps in a loop."""
-        self._running = True
+        self._running, told = True, False
         try:
             # However it ends, commit the partial period and leave: a caught error may keep this frame alive.
             with closing(worker.steps()) as steps:
@@ -305,8 +432,15 @@ class Loop(Observer):
                             f"step {number} was not taken: the loop over {self._name}.steps() must call minimize(), "
                             "apply_gradients() or step() once, or skip()"
                         )
+                    if self._checkpoints is not None:
+                        self._checkpoints.stepped()
+                    if self._signals is not None and self._signals.received and not told:
+                        told = True
+                        self._stop_all()
                     if self._stopping:
                         break
+            if self._stopping:  # all stop now: none waits for long
+                worker.settle()
         except GeneratorExit:  # break
             if self.session.role.serves:  # it was elected as it left: the others wait
                 self._finish(worker)
@@ -317,6 +451,8 @@ class Loop(Observer):
     def committed(self, commit: Commit, c: Array) -> None:
         """Count, and call the caller's `at_center`."""
         self._loss.add(commit.loss, commit.steps)
+        if self._checkpoints is not None:
+            self._checkpoints.committed(c)
         if self._at_center is not None:
             self._at_center.committed(c, self.point, last=False)
             self._at_center.tick()
@@ -330,6 +466,10 @@ class Loop(Observer):
         role = self.session.role
         if self._at_center is not None:
             self._at_center.tick()
+        if self._checkpoints is not None:
+            self._checkpoints.waiting()
+        if self._signals is not None and self._signals.received:
+            role.center.control = STOP
         if isinstance(role, CenterRole):
             role.end.announce(role.center.control, role.center.checkpoint)
 
@@ -359,6 +499,8 @@ class Loop(Observer):
     def new_center(self, source: str, _newly_lost: Sequence[int]) -> None:
         """Warn; on every rank."""
         change = f"ranks {sorted(self.session.members.lost)} are lost, the center among them"
+        if self._kept is not None:
+            self._checkpoints = self._set_up_checkpoints(self._kept)
         if self.session.comm.rank == 0:
             change += f"; this rank {'serves' if self.session.role.serves else 'trains'} on, from {source}"
         self._warn_of_loss(change)
@@ -369,6 +511,11 @@ class Loop(Observer):
             "end each rank by os._exit, after a barrier on the `comm` of this optimizer"
         )
         warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _newest(kept: Kept | None, say: Callable[[str], None]) -> Saved | None:
+    checkpoint = None if kept is None else newest(kept.directory, say)
+    return checkpoint and checkpoint[1:]
 
 
 class Hook:

@@ -20,6 +20,7 @@ from ..cluster.setup import Setup
 from ..core.batches import Plan
 from ..core.params import Layout
 from ..recovery.files import save, write_atomic
+from ..recovery.lock import lock
 from ..reporting.advice import advice
 from ..reporting.runs import digits, duration
 from ..version import __version__, mpi_library
@@ -30,17 +31,24 @@ from .problem import absolute
 
 
 def run_directory(config: Config) -> Path:
-    """Create the run's directory; raises FileExistsError rather than overwrite another run."""
+    """Create the run's directory, and lock it.
+
+    Raises FileExistsError rather than overwrite another run, or work where another job does.
+    """
     if config.resume is not None:
         path = Path((config.run_dir or "") if config.resume == "auto" else config.resume)
         path.mkdir(parents=True, exist_ok=True)
+        lock(path)
         return path
     if not config.run_dir:
-        return _new_directory(f"{config.problem.rpartition(':')[2].lower()}-{time.strftime('%Y%m%d-%H%M%S')}")
+        path = _new_directory(f"{config.problem.rpartition(':')[2].lower()}-{time.strftime('%Y%m%d-%H%M%S')}")
+        lock(path)
+        return path
     path = Path(config.run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    lock(path)  # another job may be about to write its configuration
     if (path / "config.toml").exists():
         raise FileExistsError(f"{path} holds another run; give another --run-dir, or remove it")
-    path.mkdir(parents=True, exist_ok=True)
     return path
 
 

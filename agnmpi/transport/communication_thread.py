@@ -96,11 +96,15 @@ class ThreadedEnd(WorkerEnd):
 
     def close(self) -> None:
         """End the thread, when its exchanges are done, and free what the end holds; collective."""
+        self.stop()
+        self.end.close()
+
+    def stop(self) -> None:
+        """End the thread, when its exchanges are done, and nothing else."""
         if self._thread is not None:
             self._put(None)
             self._thread.join()
             self._thread = None
-        self.end.close()
 
     def _run(self, start: Callable[[], Handle]) -> ThreadedHandle:
         if self._thread is None:

@@ -55,7 +55,7 @@ def line(cells):
 
 def merged(text, rows):
     """`text` with its table, in which `rows` replace those of the same MPI."""
-    old = [[cell.strip() for cell in row.strip("|\n ").split("|")] for row in TABLE.search(text)[0].splitlines()[2:]]
+    old = [[cell.strip() for cell in row.split("|")[1:-1]] for row in TABLE.search(text)[0].splitlines()[2:]]
     all_rows = {cells[0]: cells for cells in [*old, *rows]}
     table = line(HEAD) + "|" + "---|" * len(HEAD) + "\n" + "".join(line(all_rows[name]) for name in sorted(all_rows))
     return TABLE.sub(lambda _: table, text)

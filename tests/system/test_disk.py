@@ -1,6 +1,7 @@
 """Disks that fail: training goes on, says so once, and the exit code tells what is not written at the end."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -103,3 +104,14 @@ def test_directories_in_the_place_of_files(tmp_path):
     assert code == 2, output
     assert "events.jsonl" in output
     assert "Traceback" not in output
+
+
+def test_two_jobs_in_one_directory(tmp_path):
+    run = tmp_path / "run"
+    job = running(run, "--steps", "1000000", "--resume", "auto")
+    code, output = agnmpi(3, *GIVEN[2:], "--run", run, "--resume", "auto", timeout=LIMIT)
+    assert code == 2, output
+    assert "is in use by another job (host " in output
+    job.process.send_signal(signal.SIGUSR1)
+    code, output = job.finish(LIMIT)
+    assert code == 75, output

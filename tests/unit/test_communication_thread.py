@@ -1,6 +1,7 @@
 """Exchanges in a thread of their own."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from agnmpi.cluster.setup import Setup
 from agnmpi.core.backoff import Backoff
 from agnmpi.core.ends import Done, Elected, WorkerEnd
 from agnmpi.core.messages import Commit, Reply
+from agnmpi.recovery.resend import ResendingEnd
 from agnmpi.transport import registry as transports
 from agnmpi.transport.communication_thread import ThreadedEnd
 
@@ -142,9 +144,50 @@ def test_the_thread_level_decides_and_the_reason_says_what_helps(monkeypatch, le
     assert not setup._replace(overlap=False).threaded
 
 
-def test_where_ranks_may_die_and_where_all_exchange_together_there_is_no_thread(monkeypatch):
+@pytest.mark.parametrize(
+    ("level", "caller_uses_mpi", "has_thread"),
+    [
+        (MPI.THREAD_SERIALIZED, False, True),
+        (MPI.THREAD_SERIALIZED, True, False),
+        (MPI.THREAD_MULTIPLE, False, False),
+        (MPI.THREAD_MULTIPLE, True, False),
+    ],
+)
+def test_where_ranks_may_die_no_two_threads_may_call_mpi(monkeypatch, level, caller_uses_mpi, has_thread):
+    monkeypatch.setattr("agnmpi.cluster.setup.MPI.Query_thread", lambda: level, raising=False)
+    monkeypatch.setattr(setups, "fault_tolerant", lambda: True)
+    setup = Setup(transports.p2p(), overlap=True, caller_uses_mpi=caller_uses_mpi)
+    assert setup.threaded == has_thread
+    assert ("ULFM" in setup.unthreaded) == (not has_thread)
+
+
+def test_where_all_exchange_together_there_is_no_thread(monkeypatch):
     monkeypatch.setattr("agnmpi.cluster.setup.MPI.Query_thread", lambda: MPI.THREAD_MULTIPLE, raising=False)
     monkeypatch.setattr(setups, "fault_tolerant", lambda: False)
     assert "allreduce" in Setup(transports.allreduce(), overlap=True).unthreaded
-    monkeypatch.setattr(setups, "fault_tolerant", lambda: True)
-    assert "ULFM" in Setup(transports.p2p(), overlap=True).unthreaded
+
+
+def test_a_lost_center_is_replaced_in_the_callers_thread_when_the_exchange_has_ended_in_its_own(monkeypatch):
+    monkeypatch.setattr("agnmpi.recovery.resend.peer_failed", lambda _error: True)
+    (first, end), (second, other) = threaded(), threaded()
+    before, looked = len(communication_threads()), []
+
+    def center_lost():
+        looked.append(threading.current_thread())
+        resending.replace(other)
+        assert len(communication_threads()) == before, "that of the first end has ended"
+        return False
+
+    resending = ResendingEnd(end, SimpleNamespace(index=3), center_lost)
+    handle = resending.exchange(Commit(5, 2), None)
+    assert not handle.test()
+    assert len(communication_threads()) == before + 1
+    first.error = MPI.Exception(MPI.ERR_OTHER)
+    first.release.set()
+    second.release.set()
+    assert handle.wait().clock == 2
+    assert (first.calls, second.calls) == ([2], [2])
+    assert looked == [threading.current_thread()]
+    assert threading.get_ident() not in first.threads | second.threads
+    resending.close()
+    assert second.calls == [2, "close"]

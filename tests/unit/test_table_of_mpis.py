@@ -26,9 +26,11 @@ def test_rows(tmp_path):
     cells = dict(zip(HEAD, row(tmp_path / "debian.xml")))
     assert cells["MPI"] == "Open MPI 4.1.4 (`debian`)"
     assert [cells[key] for key in ("p2p", "rma", "windows shared", "resume")] == ["yes", "**fails**", "no", ""]
-    text = merged(f"before\n\n| MPI |\n|---|\n| Z | old |\n| {cells['MPI']} | old |\n\nafter\n", [list(cells.values())])
+    text = merged(
+        f"before\n\n| MPI |\n|---|\n| Z | old |  |\n| {cells['MPI']} | old |\n\nafter\n", [list(cells.values())]
+    )
     assert text.startswith("before\n\n| MPI | p2p |")
-    assert text.endswith("| Z | old |\n\nafter\n")
+    assert text.endswith("| Z | old |  |\n\nafter\n")
     assert text.count("Open MPI 4.1.4") == 1
 
 

@@ -1,0 +1,150 @@
+"""Loops of one's own that are interrupted, and go on where they were."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agnmpi import AGNOptimizer, Interrupted, adam, schedules, sgd
+from agnmpi.core import rules
+from agnmpi.transport import registry
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+TRANSPORTS = [entry for entry in registry.entries() if entry.capabilities.center_ranks]
+
+
+@pytest.fixture
+def directory(comm, tmp_path):
+    """One directory for all ranks."""
+    return Path(comm.bcast(str(tmp_path)))
+
+
+def name(transport):
+    return transport.name if transport else "allreduce"
+
+
+def epochs(comm, directory, at=None, **options):
+    """Three loops of 60 steps with Adam and a schedule; at step `at` of the second all get a signal, as under mpiexec.
+
+    Returns where it ended, the steps that this rank took, and whether it was interrupted.
+    """
+    taken, target = [], np.linspace(-1, 1, 8)
+    opt = AGNOptimizer(
+        adam(schedules.cosine(0.1, 180)), np.zeros(8), comm, 5, checkpoint=directory, resume="auto", **options
+    )
+    try:
+        for epoch in range(3):
+            for step in opt.steps(60):
+                opt.minimize(lambda p: (0.0, p["0"] - target))
+                taken.append((epoch, step))
+                if at is not None and epoch == 1 and step >= at:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                    at = None
+    except Interrupted:
+        return opt, taken, True
+    return opt, taken, False
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("at", [0, 32, 57])
+def test_with_one_worker_the_numbers_are_those_of_an_undisturbed_run(comm, directory, at, overlap):
+    part = comm.Split(0 if comm.rank < 2 else 1, comm.rank)
+    if comm.rank < 2:
+        whole, all_taken, _ = epochs(part, directory / "whole", overlap=overlap)
+        whole.close()
+        before, first, interrupted = epochs(part, directory / "cut", at, overlap=overlap)
+        assert interrupted
+        before.close()
+        resumed, second, interrupted = epochs(part, directory / "cut", overlap=overlap)
+        assert not interrupted
+        assert first + second == all_taken
+        if not overlap:  # there the interruption ends a period early
+            assert (resumed.center["0"] == whole.center["0"]).all()
+            assert resumed.clock == whole.clock
+        resumed.close()
+        complete, third, _ = epochs(part, directory / "cut")
+        assert third == []
+        assert (complete.center["0"] == resumed.center["0"]).all()
+        complete.close()
+    part.Free()
+
+
+@pytest.mark.parametrize("transport", [*TRANSPORTS, None], ids=name)
+def test_each_step_is_taken_once_over_an_interruption(comm, directory, transport):
+    options = {"rule": rules.synchronous()} if transport is None else {"transport": transport}
+    n = comm.size - (transport is not None)
+    first, taken, interrupted = epochs(comm, directory, 20, **options)
+    assert interrupted
+    clock = first.clock
+    first.close()
+    again, more, interrupted = epochs(comm, directory, **options)
+    assert not interrupted
+    assert again.clock > clock
+    everyone = sorted(step for steps in comm.allgather(taken + more) for step in steps)
+    if transport is None:  # each rank has left its round where it was: their number is kept, not which
+        assert len(everyone) == 180
+    elif transport.capabilities.single_commits:
+        assert everyone == [(epoch, step) for epoch in range(3) for step in range(60)]
+    else:
+        assert len(everyone) == len(set(everyone)) >= 180 - 5 * n, "what a worker gave back goes to nobody"
+    assert np.abs(again.center["0"] - np.linspace(-1, 1, 8)).max() < 0.7
+    again.close()
+
+
+def test_a_checkpoint_between_two_loops_has_all(comm, directory):
+    """Also moments of the caller's own, and arrays of it."""
+    part = comm.Split(0 if comm.rank < 2 else 1, comm.rank)
+    if comm.rank < 2:
+
+        def run(loops, save=None, load=None):
+            m, x = np.zeros(3), np.zeros(6).reshape(3, 2)
+            opt = AGNOptimizer(None, x, part, 4, state=lambda: {"m": m}, load_state=lambda a: np.copyto(m, a["m"]))
+            if load:
+                opt.restore(load)
+                assert comm.rank == 0 or (m != 0).all()
+            for epoch in range(loops):
+                for step in opt.steps(20):
+                    m[...] = 0.5 * m + np.cos(step + np.arange(3)) + x[:, 0] / 10
+                    x -= 0.1 * m[:, None]
+                    opt.step()
+                    with pytest.raises(RuntimeError, match="between two loops"):
+                        opt.save(directory)
+                if save and epoch == 1:
+                    opt.save(save)
+                    with pytest.raises(RuntimeError, match="before the first loop"):
+                        opt.restore(save)
+            assert (x == opt.center["0"]).all()
+            return opt, x.copy()
+
+        whole, expected = run(4, save=directory)
+        resumed, x = run(4, load=directory)
+        assert (x == expected).all()
+        assert resumed.clock == whole.clock
+        whole.close()
+        resumed.close()
+    part.Free()
+
+
+def test_checkpoints_are_written_meanwhile(comm, directory):
+    with AGNOptimizer(sgd(0.1), np.zeros(4), comm, 2, checkpoint=directory, checkpoint_every=1e-3) as opt:
+        for _ in opt.steps(200 * opt.num_workers):
+            opt.minimize(lambda p: (0.0, p["0"] - 1))
+        seen = len(list((directory / "checkpoints").glob("step-*")))
+    assert seen > 0
+    assert (directory / "checkpoints" / f"step-{200 * (comm.size - 1):012d}" / "center-0.safetensors").exists()
+    comm.Barrier()
+
+
+def test_what_cannot_be_is_refused(comm, directory):
+    with pytest.raises(ValueError, match="needs checkpoint"):
+        AGNOptimizer(sgd(0.1), np.zeros(4), comm, resume="auto")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        AGNOptimizer(sgd(0.1), np.zeros(4), comm, resume=directory / "none")
+    with AGNOptimizer(sgd(0.1), np.zeros(4), comm, checkpoint=directory) as opt:
+        for _ in opt.steps(10):
+            opt.minimize(lambda p: (0.0, p["0"] - 1))
+    with pytest.raises(ValueError, match="another model"):
+        AGNOptimizer(sgd(0.1), np.zeros(5), comm, checkpoint=directory, resume="auto")
