@@ -5,9 +5,8 @@ import contextlib
 import difflib
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 from ..arrays.encodings import NAMES
@@ -15,21 +14,13 @@ from ..simulation.timing import Timing
 from ..training.config import Config
 from ..transport.registry import entries
 from ..version import __version__
+from .flags import add_fields
 
 _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # Fixed values of options of `train`: in a simulation, and where a problem is measured, with each transport.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
 BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "overlap": False, "dylu": False, "record": False}
 OFFLINE = ("export", "evaluate", "runs", "report")  # commands of one process, without MPI
-_GROUPS = {
-    "rule": "rule of exchange",
-    "transport": "transport",
-    "optimizer": "optimizers",
-    "run": "work",
-    "output": "files and display",
-    "checkpoint": "checkpoints and losses",
-    "time": "virtual time",
-}
 _UTILISATION = """\
 Measure how much of their time the workers compute, for each transport and
 encoding, without and with overlap. A step sleeps, as a host does while its GPU
@@ -165,7 +156,7 @@ def _add_bench_problem(commands: Any) -> None:
     )
     bench.add_argument("--json", metavar="FILE", default=None, help="write the results to it, too")
     unused = [f.name for f in fields(Config) if f.metadata["group"] in ("output", "checkpoint")]
-    _add_fields(bench, Config, (*BENCHED, *unused, "epochs", "steps"))
+    add_fields(bench, Config, (*BENCHED, *unused, "epochs", "steps"))
 
 
 def _add_transports(bench: Any) -> None:
@@ -243,7 +234,7 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument("--inject-faults", action="store_true", default=False, help=argparse.SUPPRESS)  # for tests
     _add_sources(train, "set any option, also in a table: --set options.hidden=64 --set optimizer_options.beta1=0.8")
-    _add_fields(train, Config)
+    add_fields(train, Config)
     train.add_argument(  # TensorFlow's option
         "--use-locking", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS
     )
@@ -271,8 +262,8 @@ def _add_simulate(commands: Any) -> None:
     simulate.add_argument(
         "--replay", metavar="RUN", default=None, help="repeat RUN, of train --record, message for message"
     )
-    _add_fields(simulate, Config, (*SIMULATED, "message_buffers", "wire", "center_device"), hidden=("checkpoint",))
-    _add_fields(simulate, Timing)
+    add_fields(simulate, Config, (*SIMULATED, "message_buffers", "wire", "center_device"), hidden=("checkpoint",))
+    add_fields(simulate, Timing)
 
 
 def _add_sources(command: Any, about_set: str) -> None:
@@ -280,47 +271,6 @@ def _add_sources(command: Any, about_set: str) -> None:
     command.add_argument("problem", nargs="?", metavar="MODULE:PROBLEM", help=_field("problem").metadata["help"])
     command.add_argument("--config", metavar="FILE", help="TOML file; RUN/config.toml repeats a run", default=None)
     command.add_argument("--set", action="append", dest="sets", metavar="KEY=VALUE", default=[], help=about_set)
-
-
-def _add_fields(
-    command: Any, options: type[Config] | type[Timing], without: Sequence[str] = (), hidden: Sequence[str] = ()
-) -> None:
-    """Add an option for each field of the dataclass `options` but tables; groups in `hidden` are not shown."""
-    used = dict.fromkeys(f.metadata["group"] for f in fields(options))
-    groups = {name: command.add_argument_group(_GROUPS[name]) for name in used if name in _GROUPS}
-    for f in fields(options):
-        meta = f.metadata
-        if f.name == "problem" or f.name.endswith("options") or f.name in without:
-            continue
-        default = f"{f.default:g}" if isinstance(f.default, float) else f.default
-        text = meta["help"] if default in (None, "") or default is False else f"{meta['help']} [default: {default}]"
-        shown = argparse.SUPPRESS if meta["group"] in hidden else text.replace("%", "%%")
-        names = [(f.name, shown), *((other, argparse.SUPPRESS) for other in meta["also"])]
-        for name, help_text in names:
-            _add_flag(groups[meta["group"]], name, f.name, meta, help_text)
-
-
-def _add_flag(group: Any, name: str, dest: str, meta: Mapping[str, Any], text: str) -> None:
-    flag = name.replace("_", "-")
-    if meta["kind"] is bool:
-        group.add_argument(f"--{flag}", dest=dest, action="store_true", help=text)
-        group.add_argument(f"--no-{flag}", dest=dest, action="store_false", help=argparse.SUPPRESS)  # over a file
-    elif meta["choices"]:
-        canonical = partial(_canonical, meta["aliases"])
-        group.add_argument(f"--{flag}", dest=dest, type=canonical, choices=meta["choices"], help=text)
-    else:
-        metavar = {int: "N", float: "X"}.get(meta["kind"], "DIR" if dest in ("run_dir", "resume") else "TEXT")
-        value = partial(_value, meta["kind"], meta["words"])
-        value.__name__ = " or ".join((meta["kind"].__name__, *meta["words"]))  # type: ignore[attr-defined]  # for argparse's messages
-        group.add_argument(f"--{flag}", dest=dest, type=value, metavar="|".join((metavar, *meta["words"])), help=text)
-
-
-def _canonical(aliases: Mapping[str, str], value: str) -> str:
-    return aliases.get(value, value)
-
-
-def _value(kind: type, words: Sequence[str], value: str) -> Any:
-    return value if value in words else kind(value)
 
 
 def _field(name: str) -> Any:

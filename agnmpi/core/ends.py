@@ -193,6 +193,12 @@ def run_waits(waits: Waits[T]) -> T:
         handle.wait()
 
 
+def awaited(handle: Handle) -> Waits[Reply]:
+    """Wait for `handle`, and return its reply."""
+    yield handle
+    return handle.wait()
+
+
 def all_done(handles: Iterable[Handle]) -> bool:
     """Make progress on each of `handles`; whether all are done."""
     return not [handle for handle in handles if not handle.test()]

@@ -11,16 +11,14 @@ from enum import Enum, auto
 from math import nan
 from typing import Any
 
-from ..arrays.backend import Array, Range, bring, empty_like, host_copy, namespace
+from ..arrays.backend import Array, Range, empty_like, namespace
 from ..arrays.kernels import all_finite
 from .backoff import check_launcher
-from .ends import Elected, Handle, Waits, WorkerEnd, run_waits
+from .ends import Elected, Handle, Waits, WorkerEnd, awaited, run_waits
 from .leases import Lease
 from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
 from .optimizers import Optimizer
 from .rules import Rule
-
-CALLER = "caller/"  # begins the names of the caller's arrays in what is saved
 
 
 class Phase(Enum):
@@ -95,9 +93,8 @@ class Worker:
             raise ValueError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
         self.x, self.rule, self.optimizer, self.end, self.index = x, rule, optimizer, end, index
         self.overlap, self.phase = overlap, Phase.NEW
-        self.ahead = (
-            0  # leases to hold beyond the one being computed: their samples are loaded; with overlap at least 1
-        )
+        # Leases to hold beyond the one being computed: their samples are loaded; with overlap at least 1.
+        self.ahead = 0
         self.state: Any = optimizer.init(x) if optimizer else None
         self.x_at_leave = x  # x when this worker left, before the final center replaced it
         self.o = empty_like(x)  # the center as last pulled
@@ -180,10 +177,7 @@ class Worker:
     def step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
         """The loop's body: a `local_step`, and the exchange when the period is complete."""
         self.local_step(g, loss, ranges)
-        try:
-            run_waits(self.waits_after_step())
-        except Elected:
-            self._retire()
+        self._run(self.waits_after_step())
 
     def waits_after_step(self) -> Waits[None]:
         """After a local step: the exchange, if the period is complete; else finish the previous one, if it is done."""
@@ -237,8 +231,7 @@ class Worker:
         if self.overlap:  # else x is as it was sent
             self.form_x()
         handle, self._handle = self._handle, None
-        yield handle
-        reply = handle.wait()
+        reply = yield from awaited(handle)
         self._swap_in_pull(reply)
         if self.rule.pulls == "before":
             commit, flags = self._commit, self._form_delta(self._commit.steps)
@@ -246,9 +239,7 @@ class Worker:
             if self.overlap and flags and not commit.flags:
                 commit = commit._replace(steps=0)
             self._commit = commit._replace(clock=self.clock, flags=flags)
-            handle = self.end.exchange(self._commit, None)
-            yield handle
-            reply = handle.wait()
+            reply = yield from awaited(self.end.exchange(self._commit, None))
         if reply.status == REFUSED:
             self._reset()
         else:  # the pull is adopted even where the commit was dropped
@@ -315,9 +306,7 @@ class Worker:
         """As `begin`."""
         yield from self.waits_to_settle()
         self.x_at_leave = self.x
-        handle = self.end.exchange(self._request(), self._buffers.pulled)
-        yield handle
-        reply = handle.wait()
+        reply = yield from awaited(self.end.exchange(self._request(), self._buffers.pulled))
         self._swap_in_pull(reply)
         if not (self.phase is Phase.RESUMED and self.rule.pulls == "before"):
             self.x[...] = self.o
@@ -326,9 +315,8 @@ class Worker:
         for _ in range(max(self.ahead, self.overlap)):
             if not self.leases:
                 return
-            handle = self.end.exchange(self._request(), None)
-            yield handle
-            self._obey(handle.wait())
+            reply = yield from awaited(self.end.exchange(self._request(), None))
+            self._obey(reply)
 
     def _request(self, requests: int = 0) -> Commit:
         """A message that requests work, without a delta."""
@@ -349,9 +337,7 @@ class Worker:
 
     def _wait_for_work(self) -> Waits[None]:
         """Other workers hold leases that a break, a refusal or a lost rank may free: ask once, and wait."""
-        handle = self.end.exchange(self._request(IDLE | PULL), self._buffers.pulled)
-        yield handle
-        reply = handle.wait()
+        reply = yield from awaited(self.end.exchange(self._request(IDLE | PULL), self._buffers.pulled))
         self._swap_in_pull(reply)
         if self.rule.pulls == "after":  # nothing was computed since the last pull
             self.x[...] = self.o
@@ -379,6 +365,13 @@ class Worker:
         except Elected:
             self._retire()
 
+    def _run(self, waits: Waits[None]) -> None:
+        """Run `waits` to its end, or until this rank is elected to serve."""
+        try:
+            run_waits(waits)
+        except Elected:
+            self._retire()
+
     def _retire(self) -> None:
         """This rank serves from now on."""
         self.phase = Phase.ELECTED
@@ -390,17 +383,12 @@ class Worker:
         """Ask that all workers stop, after the period that each is computing; this one goes on until it leaves."""
         if self.rule.allreduce:
             return  # a rank that leaves ends the rounds of all
-        try:
-            run_waits(self._waits_to_stop_all())
-        except Elected:
-            self._retire()
+        self._run(self._waits_to_stop_all())
 
     def _waits_to_stop_all(self) -> Waits[None]:
         if self._handle is not None:
             yield from self._finish_exchange()
-        handle = self.end.exchange(Commit(self.index, requests=STOP_ALL), None)
-        yield handle
-        handle.wait()
+        yield from awaited(self.end.exchange(Commit(self.index, requests=STOP_ALL), None))
 
     def leave(self) -> None:
         """Finish the exchange under way, commit the steps done, and leave, without waiting for the reply.
@@ -409,10 +397,7 @@ class Worker:
         """
         if os.getpid() != self._process:
             return
-        try:
-            run_waits(self.waits_to_leave())
-        except Elected:
-            self._retire()
+        self._run(self.waits_to_leave())
 
     def waits_to_leave(self) -> Waits[None]:
         """As `leave`."""
@@ -439,56 +424,17 @@ class Worker:
 
         Or until this rank is elected to serve the others.
         """
-        try:
-            run_waits(self.waits_to_settle())
-        except Elected:
-            self._retire()
+        self._run(self.waits_to_settle())
 
     def waits_to_settle(self) -> Waits[None]:
         """As `settle`."""
         if self.phase is not Phase.LEAVING:
             return
         assert self._handle is not None
-        yield self._handle
-        reply = self._handle.wait()
+        reply = yield from awaited(self._handle)
         self._swap_in_pull(reply)
         self.before = reply.steps
         self._handle = self._commit = None
         self.phase = Phase.LEFT
         self.x_at_leave = self.x.copy() if self.rule.pulls == "before" else self.x
         self.x[...] = self.o
-
-    # --- a checkpoint ---
-
-    def save(self, copied: bool = True) -> tuple[dict[str, Array], dict[str, Any]]:
-        """What a checkpoint stores of this worker, between two periods: x, o, the slots, and metadata.
-
-        `copied`: to the host, for a thread that writes while training continues; else the vectors themselves.
-        """
-        slots = self.optimizer.slots(self.state) if self.optimizer else {}
-        arrays = {"x": self.x_at_leave, "o": self.o} | {f"slot/{name}": slot for name, slot in slots.items()}
-        arrays |= {CALLER + name: x for name, x in self.more().items()}
-        residual = self.end.residual  # with overlap the exchange under way may replace it, but not change this one
-        arrays |= {} if residual is None else {"residual": residual}
-        if copied:
-            arrays = {name: host_copy(x) for name, x in arrays.items()}
-        return arrays, {
-            "worker": self.index,
-            "clock": self.clock,
-            "optimizer": self.optimizer.name if self.optimizer else None,
-            "optimizer_step": self.state.step if self.optimizer else 0,
-        }
-
-    def restore(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
-        """Restore what `save` returned. Raises ValueError for another optimizer or another model."""
-        name = self.optimizer.name if self.optimizer else None
-        if facts["optimizer"] != name or arrays["x"].shape != self.x.shape:
-            raise ValueError(
-                f"the worker's state is of optimizer {facts['optimizer']}, not {name}, or of another model"
-            )
-        if self.optimizer:
-            self.state = self.optimizer.restore(self.state, arrays, int(facts["optimizer_step"]))
-        self.x[...], self.o[...] = bring(arrays["x"], self.x), bring(arrays["o"], self.x)
-        if "residual" in arrays:
-            self.end.restore(bring(arrays["residual"], self.x))
-        self.phase = Phase.RESUMED

@@ -13,6 +13,7 @@ from ..cluster.roles import Role
 from ..core.params import Layout
 from ..transport.agreement import allgather, raise_on_all
 from .checkpoint import folders, left_out, read_facts, read_span, read_worker, set_aside
+from .worker_state import restore_worker
 
 
 def resume(
@@ -134,7 +135,7 @@ def _restore_rank(role: Role, checkpoint: Path, arrays: Mapping[str, Array], fac
     for worker in role.workers:
         worker.checkpoint = int(facts["steps"])
         try:
-            worker.restore(*read_worker(checkpoint, worker.index, worker.x.size))
+            restore_worker(worker, *read_worker(checkpoint, worker.index, worker.x.size))
         except (OSError, ValueError) as error:
             print(f"agnmpi: worker {worker.index} starts anew: {error}", file=sys.stderr, flush=True)
             return False

@@ -17,10 +17,11 @@ from ..core.center import Center
 from ..core.optimizers import Optimizer
 from ..core.params import Layout
 from ..core.timer import Every
-from ..core.worker import CALLER, Worker
+from ..core.worker import Worker
 from ..version import __version__
 from .checkpoint import caller_file, center_file, folder, folders, prune, seal, worker_file
 from .cut import ConsistentCut, MPIMail
+from .worker_state import CALLER, save_worker
 
 Say = Callable[[str], None]
 Files: TypeAlias = tuple[Mapping[str, Array], Mapping[str, Any]]  # arrays and facts
@@ -314,7 +315,8 @@ class WorkerSaver:
     def _begin(self, number: int) -> None:
         worker = self.worker
         try:
-            files = worker.save(copied=sum(x.nbytes for x in worker.save(copied=False)[0].values()) <= self._small)
+            size = sum(x.nbytes for x in save_worker(worker, copied=False)[0].values())
+            files = save_worker(worker, copied=size <= self._small)
         except MemoryError as error:
             self._outage.begins(error)
             return
@@ -333,7 +335,7 @@ class WorkerSaver:
         if steps is None or self._when == "none":
             return
         try:
-            write_worker(self._run, self.worker.index, steps, self.worker.save(copied=False))
+            write_worker(self._run, self.worker.index, steps, save_worker(self.worker, copied=False))
         except (OSError, MemoryError) as error:
             self._outage.begins(error)
         else:

@@ -12,6 +12,7 @@ from agnmpi.core.center import Center
 from agnmpi.core.leases import Leases
 from agnmpi.core.messages import DROPPED, ENCODED, OK, PULL, Commit
 from agnmpi.core.worker import Worker
+from agnmpi.recovery.worker_state import save_worker
 from agnmpi.simulation import simulate
 from agnmpi.simulation.timing import Timing
 from agnmpi.transport import registry as transports
@@ -103,8 +104,8 @@ def test_a_checkpoint_during_an_exchange_holds_the_residual_of_before_or_after_i
         assert gate.answered.wait(60)
         return np.concatenate([half, x[x.size // 2 :]])
 
-    monkeypatch.setattr("agnmpi.core.worker.host_copy", copy_during_the_answer)
-    arrays, _ = worker.save()
+    monkeypatch.setattr("agnmpi.recovery.worker_state.host_copy", copy_during_the_answer)
+    arrays, _ = save_worker(worker)
     worker.finish_exchange()
     end.close()
     assert (end.residual[: N // 2] != before[: N // 2]).any()
