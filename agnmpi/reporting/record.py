@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.messages import LEAVE, WORK, Commit, Reply
+from ..core.messages import LEAVE, STOP_ALL, WORK, Commit, Reply
 from ..version import __version__
 
 NAME = "order.jsonl"
@@ -14,7 +14,7 @@ NAME = "order.jsonl"
 class Served(NamedTuple):
     """A message that was served, and its reply; the pull, if any, was of `clock`."""
 
-    kind: str  # ask, commit, pull, leave
+    kind: str  # ask, commit, pull, leave, stop
     worker: int
     sequence: int
     first: int  # step, of a commit
@@ -28,7 +28,8 @@ class Served(NamedTuple):
     @classmethod
     def of(cls, commit: Commit, reply: Reply) -> "Served":
         """Make the record of a message and its reply."""
-        requests = "leave" if commit.requests & LEAVE else "ask" if commit.requests & WORK else "pull"
+        names = {LEAVE: "leave", WORK: "ask", STOP_ALL: "stop"}
+        requests = next((name for flag, name in names.items() if commit.requests & flag), "pull")
         kind = requests if commit.payload is None else "commit"
         done = (commit.sequence, commit.first_step, commit.steps) if kind == "commit" else (0, 0, 0)
         return cls(kind, commit.worker, *done, reply.clock, reply.status, reply.control, *reply.work)

@@ -59,6 +59,8 @@ def replay(recorded: Path, config: Config) -> Callable[[], dict[str, Any]]:
             messages = outboxes[expected.worker].messages
             if expected.control == STOP:  # the run was asked to stop
                 stage.centers[0].control = STOP
+            if expected.kind == "stop":  # by a worker, on which a signal came; it moved nothing
+                continue
             if config.dylu:  # the run's speeds are unknown: grant the recorded leases
                 stage.leases.pace = lambda _worker, _steps, granted=expected.work_steps: max(1, granted)
             while not messages and next(sessions[expected.worker], None) is not None:
