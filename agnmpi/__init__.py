@@ -20,8 +20,8 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .frameworks import insitu
+    from .loops.agn_optimizer import AGNOptimizer
     from .simulation.simulate import simulate
-    from .training.agn_optimizer import AGNOptimizer
     from .training.config import Config
     from .training.exits import Degraded, Failed, Interrupted, Unwritten
     from .training.job import train
@@ -58,7 +58,7 @@ __all__ = [
 
 # Public names that are imported when first used: module, and the name in it (None: the module itself).
 _LAZY: dict[str, tuple[str, str | None]] = {
-    "AGNOptimizer": (".training.agn_optimizer", "AGNOptimizer"),
+    "AGNOptimizer": (".loops.agn_optimizer", "AGNOptimizer"),
     "Config": (".training.config", "Config"),
     "ConfigError": (".transport.agreement", "ConfigError"),
     "Degraded": (".training.exits", "Degraded"),

@@ -5,13 +5,12 @@ below, a small share of the time: none of them waits for another rank but `Run(â
 and `done`, which waits for ranks that are more than a time step behind.
 """
 
-import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, Self, TypeAlias, get_args
+from typing import Any, NamedTuple, Protocol, Self, get_args
 
 import numpy as np
 from mpi4py import MPI
@@ -19,12 +18,8 @@ from mpi4py import MPI
 from ..arrays.backend import Array
 from ..arrays.kernels import set_threads
 from ..cluster.placement import check_world, fault_tolerant, place, require_equal_model
-from ..core.backoff import set_pace, wait_until
-from ..core.center import Center, serve
+from ..core.backoff import wait_until
 from ..core.drive import Unblocking
-from ..core.leases import Leases
-from ..core.messages import REFUSED, Commit, Reply
-from ..core.observer import Observer
 from ..core.optimizers import Optimizer, adam
 from ..core.params import Layout
 from ..core.rules import Rule, agn, by_samples, weighted
@@ -35,14 +30,11 @@ from ..training.problem import load
 from ..training.user_code import pack_gradients
 from ..transport.agreement import raise_on_all, require_equal
 from ..transport.p2p import CENTER, P2PWorker
-from ..transport.p2p_center import P2PCenter
 from ..version import __version__
 from .budget import Budget
+from .insitu_center import Place, Served
 from .reservoir import Reservoir, Samples
 
-Place: TypeAlias = Literal["solver", "rank", "thread"]
-_PATIENCE = 1 << 60  # refused commits in a row: a network that fails must not end the solver
-_CAP, _SPIN = 5e-3, 0.0  # seconds: how a thread that serves waits, beside a solver that computes
 _SAID_AFTER = 30.0  # seconds
 
 
@@ -181,7 +173,7 @@ class Run:
         self._batch, self._closed = batch, False
         set_threads(place(self._comm, not self.is_center).threads)
         self._hook = AbortOnException(self._comm)
-        self._served = _Served(self._comm, rule, x, period, center, steps) if comm.rank == CENTER else None
+        self._served = Served(self._comm, rule, x, period, center, steps) if comm.rank == CENTER else None
         self._training: Unblocking | None = None
         if not self.is_center:
             number = (comm.rank - 1) % comm.size  # rank 0's is the last
@@ -386,63 +378,6 @@ class Run:
 
         served = self._served
         wait_until(polled, (lambda: served.end.progress) if served else int)
-
-
-class _Served(Observer):
-    """The center at rank 0, served inside the calls of the solver, or by a thread."""
-
-    def __init__(self, comm: MPI.Comm, rule: Rule, x: Array, period: int, place: Place, steps: int | None) -> None:
-        trains = place != "rank"
-        workers, self._size = comm.size - (not trains), comm.size
-        self.center = Center(rule, x, workers, patience=_PATIENCE, observer=self)
-        # As many buffers as workers: one whose solver does not call for long keeps its own.
-        self.end = P2PCenter(comm, x.copy(), comm.size, trains=trains)
-        self.center.leases, self.center.on_block = Leases(steps, period), self.end.move_on
-        self.center.idle_workers_wait = True
-        if fault_tolerant():
-            self.end.on_loss = self._worker_lost
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self.end.open()
-        if place == "thread" and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-            self._thread = threading.Thread(target=self._serve, name="agnmpi center", daemon=True)
-            self._thread.start()
-        elif place == "thread":
-            text = (
-                "MPI was not initialized with MPI_THREAD_MULTIPLE: rank 0 serves the center inside put, learn and done"
-            )
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
-
-    def poll(self) -> None:
-        """Serve what has arrived, if no thread does; raises what has ended the thread."""
-        if self._error is not None:
-            raise self._error
-        while self._thread is None and self.end.live and self.end.serve_one(self.center.apply):
-            pass
-
-    def join(self) -> None:
-        """When all have left: wait for the thread."""
-        if self._thread is not None:
-            self._thread.join()
-            self.poll()
-
-    def _serve(self) -> None:
-        set_pace(_CAP, _SPIN)
-        try:
-            serve(self.end, self.center.apply)
-        except BaseException as error:  # raised again where the solver calls
-            self._error = error
-
-    def served(self, commit: Commit, reply: Reply) -> None:
-        """Warn, once: a network that fails must not end the solver, but be known."""
-        if reply.status == REFUSED and self.center.refused == 1:
-            rank = (commit.worker + 1) % self._size
-            text = f"rank {rank} has sent NaN or infinity: refused, as are all such commits; lower the rate"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-    def _worker_lost(self, worker: int) -> None:
-        self.center.worker_lost(worker)
-        warnings.warn(f"rank {(worker + 1) % self._size} is lost; the others go on", RuntimeWarning, stacklevel=2)
 
 
 def _checked(

@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, empty
 from ..core.rules import Rule
-from ..training.agn_optimizer import AGNOptimizer
+from ..loops.agn_optimizer import AGNOptimizer
 from ..transport.agreement import raise_on_all, require_equal
 from ..transport.registry import Transport
 from .launcher import hide_launcher_from_children

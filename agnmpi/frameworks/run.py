@@ -9,7 +9,8 @@ import numpy as np
 
 from ..arrays.backend import Array
 from ..core.batches import Plan
-from ..training.agn_optimizer import AGNOptimizer, Status
+from ..loops.agn_optimizer import AGNOptimizer
+from ..loops.terms import Status
 from .sampler import Dealt, Sampler, ahead
 
 Batch = TypeVar("Batch")

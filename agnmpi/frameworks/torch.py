@@ -9,7 +9,7 @@ from mpi4py import MPI
 from ..arrays import kernels
 from ..arrays.backend import Array
 from ..core.rules import Rule
-from ..training.agn_optimizer import AGNOptimizer
+from ..loops.agn_optimizer import AGNOptimizer
 from ..transport.agreement import raise_on_all
 from ..transport.registry import Transport
 from .flat_model import FlatModel

@@ -202,7 +202,7 @@ def test_every_rule_trains(comm, name, overlap):
 
 def test_threads_under_fault_tolerance_are_warned_of(comm, monkeypatch):
     monkeypatch.setenv("AGNMPI_FT", "1")
-    monkeypatch.setattr("agnmpi.training.agn_optimizer.MPI.Query_thread", lambda: MPI.THREAD_MULTIPLE, raising=False)
+    monkeypatch.setattr("agnmpi.loops.warner.MPI.Query_thread", lambda: MPI.THREAD_MULTIPLE, raising=False)
     with (
         pytest.warns(RuntimeWarning, match="MPI4PY_RC_THREAD_LEVEL=funneled"),
         AGNOptimizer(sgd(0.1), np.zeros(3), comm) as opt,

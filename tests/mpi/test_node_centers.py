@@ -181,7 +181,7 @@ def test_ranks_that_differ_are_refused_on_all(comm):
 def test_a_worker_that_is_late_is_named_by_its_node_center(comm, placed, monkeypatch):
     ((node, *_),) = placed("two hosts")
     late, x = comm.size - 1, np.zeros(4)
-    monkeypatch.setattr("agnmpi.training.loop.WAIT", 0.5)
+    monkeypatch.setattr("agnmpi.loops.warner.WAIT", 0.5)
     with optimizer(x, comm, 1) as opt, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         time.sleep(1.5 if comm.rank == late else 0)

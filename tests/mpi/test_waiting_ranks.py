@@ -9,7 +9,7 @@ import pytest
 
 from agnmpi import AGNOptimizer, sgd
 from agnmpi.core import rules
-from agnmpi.training import loop
+from agnmpi.loops import warner
 from agnmpi.transport import registry
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -51,11 +51,11 @@ def test_a_loop_that_a_rank_never_begins_is_made_up_for(comm, transport, empty):
 
 def waited(comm, opt, late, monkeypatch):
     """What each rank says while the rank `late` comes late."""
-    monkeypatch.setattr(loop, "WAIT", 0.3)
+    monkeypatch.setattr(warner, "WAIT", 0.3)
     comm.Barrier()
     if comm.rank == late:
         time.sleep(1.0)
-        monkeypatch.setattr(loop, "WAIT", 30.0)
+        monkeypatch.setattr(warner, "WAIT", 30.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in opt.steps(4):

@@ -19,7 +19,7 @@ def go_away(seconds, after):
     tick, left = Monitor.tick, [after]
 
     def late(self):
-        if left and self.role.center.clock >= left[0]:
+        if left and self.evaluations.role.center.clock >= left[0]:
             self.say(f"rank 0 is away after {left.pop()} commits")
             time.sleep(seconds)
         tick(self)

@@ -321,7 +321,7 @@ def test_bench_utilisation(tmp_path):
     )  # fmt: skip
     assert code == 0, output
     report = json.loads((tmp_path / "utilisation.json").read_text())
-    names = ["p2p", "p2p int8", "rma", "accumulate", "allreduce"]
+    names = ["p2p", "p2p int8", "rma", "rma int8", "accumulate", "allreduce"]
     found = [(row["transport"], row["encoding"], row["overlap"], row["workers"]) for row in report["rows"]]
     assert found == [
         (name.split()[0], "int8" if "int8" in name else "float32", overlap, 3 if name == "allreduce" else 2)

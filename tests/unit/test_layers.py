@@ -6,8 +6,8 @@ import sys
 from modules import modules
 
 LAYERS = [
-    "version", "arrays", "core", "transport", "cluster", "recovery", "reporting", "training", "frameworks",
-    "torch", "jax", "simulation", "bench", "cli", "__main__",
+    "version", "arrays", "core", "transport", "cluster", "recovery", "reporting", "training", "loops",
+    "frameworks", "torch", "jax", "simulation", "bench", "cli", "__main__",
 ]  # fmt: skip
 FIRST_WITH = {"mpi4py": "transport", "torch": "frameworks", "jax": "frameworks"}
 

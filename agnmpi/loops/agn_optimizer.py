@@ -1,37 +1,35 @@
 """AGNOptimizer: for programs with their own training loop."""
 
 import atexit
-import logging
-import operator
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from dataclasses import replace
 from math import nan
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from mpi4py import MPI
 
-from ..arrays.backend import Array, Range, as_array, bring, namespace
-from ..cluster.placement import check_world, fault_tolerant, limit_blas, require_equal_model
+from ..arrays.backend import Array, bring, namespace
+from ..cluster.placement import check_world, limit_blas, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.setup import Setup, check_setup
 from ..core.optimizers import Optimizer
-from ..core.params import Layout, named
-from ..core.rules import Rule, agn, outer_rate, weighted
-from ..reporting.advice import advice
+from ..core.rules import Rule
+from ..training.abort import AbortOnException, forked
+from ..training.evaluations import Point
 from ..transport.agreement import ConfigError, raise_on_all
-from ..transport.registry import Transport, resolve
-from .abort import AbortOnException, forked
-from .evaluations import Point
-from .loop import Asked, Caller, Hook, Kept, Loop
+from ..transport.registry import Transport
+from .arguments import Arguments
+from .gradients import Gradients, by_name, fill
+from .hook import Hook
+from .loop import Loop
 from .own_arrays import OwnArrays, one_vector
+from .terms import Asked, Caller, Kept, Status
+from .warner import advise, warn_of_threads
 
-Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
 Loss: TypeAlias = Callable[[Mapping[str, Array]], tuple[float, Gradients]]
 Event: TypeAlias = Callable[["AGNOptimizer"], object]
-
-_log = logging.getLogger("agnmpi")
 
 
 class AGNOptimizer:
@@ -121,13 +119,13 @@ class AGNOptimizer:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
         check_world(comm)
-        _warn_of_threads(name)
+        warn_of_threads(name)
         self._name, self._optimizer, self.loss = name, optimizer, nan
         self._comm = comm.Dup()
         self._hook = AbortOnException(self._comm)
         self._on_commit, self._on_pull, self._on_refused = on_commit, on_pull, on_refused
         try:
-            arguments = _Arguments(
+            arguments = Arguments(
                 optimizer,
                 center_optimizer,
                 params,
@@ -158,19 +156,11 @@ class AGNOptimizer:
         else:
             raise ConfigError('resume="auto" needs checkpoint, the directory')
 
-    def _set_up(self, arguments: "_Arguments", use_locking: bool, overlap: bool, dylu: bool) -> Loop:
+    def _set_up(self, arguments: Arguments, use_locking: bool, overlap: bool, dylu: bool) -> Loop:
         """Compare with the other ranks, create the flat vector, and connect; errors are raised on all ranks."""
         comm, optimizer = self._comm, arguments.optimizer
         rule, layout, period, transport = raise_on_all(comm, lambda: arguments.checked(use_locking))
-        facts = {
-            "rule": f"{rule.name}, alpha {rule.alpha:g}, outer rate {arguments.outer_rate}",
-            "variant": arguments.variant,
-            "communication_period": str(period),
-            "optimizer": _describe(optimizer),
-            "center_optimizer": _describe(arguments.center_optimizer),
-            "transport": f"{transport.name}, centers {transport.wanted_centers}, center on {transport.center_device}",
-            "node_centers": str(transport.node_centers),
-            "encodings": f"{transport.encoding}, pulls {transport.pull_encoding}",
+        facts = arguments.facts(rule, period, transport) | {
             "overlap": str(overlap),
             "dylu": str(dylu),
             "checkpoint": "none" if self._kept is None else f"every {self._kept.every:g} s",
@@ -194,7 +184,7 @@ class AGNOptimizer:
         )
         self._restore_blas = limit_blas(loop.session.threads)
         if comm.rank == 0 and not (arguments.rule and arguments.rule.weighs):  # a weight of the caller's is not called
-            _advise(self._name, rule, loop.session.role.count, period)
+            advise(self._name, rule, loop.session.role.count, period)
         for text in (setup.unthreaded, loop.session.role.caveat):
             if text and comm.rank == 0:
                 warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=4)
@@ -259,7 +249,7 @@ class AGNOptimizer:
     def steps(
         self,
         total: int | None = None,
-        at_center: "Callable[[Status], object] | None" = None,
+        at_center: Callable[[Status], object] | None = None,
         every: int = 1000,
         ahead: int = 0,
     ) -> Generator[int, None, None]:
@@ -301,11 +291,11 @@ class AGNOptimizer:
         return [] if worker is None else worker.granted
 
     @property
-    def status(self) -> "Status":
+    def status(self) -> Status:
         """How far the run is, as this rank knows it, with a copy of the center. Never blocks."""
         return self._status(self._loop.point, bring(self._loop.session.role.c.copy(), self._x))
 
-    def _status(self, point: Point, c: Array) -> "Status":
+    def _status(self, point: Point, c: Array) -> Status:
         center = self._loop.session.role.center
         rate = self._loop.steps_per_second
         return Status(*point, center.staleness_mean, rate, self._layout.views(c))
@@ -342,19 +332,10 @@ class AGNOptimizer:
         """
         self._loop.check()
         value, gradients = loss(self.params)
-        if isinstance(gradients, Mapping):
-            unknown = set(gradients) - set(self._layout.names)
-            if unknown:
-                raise ValueError(f"gradients for {sorted(unknown)}, but the parameters are {list(self._layout.names)}")
-            by_name = {name: gradients.get(name) for name in self._layout.names}
-        else:
-            listed = list(gradients) if isinstance(gradients, Sequence) else [gradients]
-            if len(listed) != len(self._layout.names):
-                raise ValueError(f"{len(listed)} gradients for {len(self._layout.names)} parameters")
-            by_name = dict(zip(self._layout.names, listed))
+        named = by_name(gradients, self._layout)
         self.loss = float(value)
         selected = self._layout.names if var_list is None else [self._name_of(v) for v in var_list]
-        return [(by_name[name], self._views[name]) for name in selected]
+        return [(named[name], self._views[name]) for name in selected]
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> None:
         """Take a local step with (gradient, variable) pairs, and exchange when λ steps are done.
@@ -367,22 +348,8 @@ class AGNOptimizer:
         self._loop.check()
         if self._optimizer is None:
             raise RuntimeError(f"{self._name} has no optimizer: move the parameters and call step()")
-        views, ranges = self._layout.views(self._g), dict[str, Range]()
-        for gradient, variable in grads_and_vars:
-            name = self._name_of(variable)
-            if name in ranges:
-                raise ValueError(f"variable {name!r} is listed twice")
-            if gradient is None:
-                continue
-            try:
-                self._layout.fill(name, views[name], as_array(gradient))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"gradient of {name!r} on rank {self._comm.rank}: {error}") from None
-            ranges[name] = self._layout.span(name)
-        if not ranges:
-            raise ValueError(f"rank {self._comm.rank}: no gradients: None for every variable")
-        all_given = len(ranges) == len(self._layout.names)
-        self._loop.step(self._g, self.loss, None if all_given else list(ranges.values()))
+        given = ((self._name_of(variable), gradient) for gradient, variable in grads_and_vars)
+        self._loop.step(self._g, self.loss, fill(self._g, given, self._layout, self._comm.rank))
 
     def minimize(self, loss: Loss, var_list: Iterable[Any] | None = None) -> float:
         """Compute the gradients, apply them, and return the value of the loss before the step."""
@@ -402,7 +369,7 @@ class AGNOptimizer:
 
     def make_session_run_hook(
         self, is_chief: bool | None = None, task_index: int | None = None, total: int | None = None
-    ) -> "Hook":
+    ) -> Hook:
         """Return a hook for training loops that take callbacks; see Hook.
 
         `is_chief`, `task_index`: as in TensorFlow, worker 0 being the chief; known from `comm`, and only checked
@@ -494,90 +461,3 @@ class AGNOptimizer:
     def _refused(self) -> None:
         if self._on_refused is not None:
             self._on_refused(self)
-
-
-class Status(NamedTuple):
-    """How far a run is.
-
-    Args:
-        step: local steps that all workers have committed.
-        clock: commits applied.
-        loss: mean over recent commits; at a worker over its own recent steps.
-        staleness: mean of all commits; known at rank 0, and where all ranks train.
-        steps_per_second: of all workers in this loop.
-        center: a copy of the center, by name.
-    """
-
-    step: int
-    clock: int
-    loss: float
-    staleness: float
-    steps_per_second: float
-    center: dict[str, Array]
-
-
-class _Arguments(NamedTuple):
-    """The arguments of AGNOptimizer on one rank."""
-
-    optimizer: Optimizer | None
-    center_optimizer: Optimizer | None
-    params: Any
-    communication_period: int
-    rule: Rule | None
-    variant: str
-    transport: str | Transport
-    buffers: Collection[str]
-    outer_rate: float | None
-    copy: bool
-
-    def checked(self, use_locking: bool) -> tuple[Rule, Layout, int, Transport]:
-        """The rule, the layout, λ and the transport. Raises TypeError or ValueError for invalid arguments."""
-        for optimizer in (self.optimizer, self.center_optimizer):
-            if optimizer is not None and not isinstance(optimizer, Optimizer):
-                raise TypeError(f"optimizer must come from agnmpi (sgd, adam, …) or be None, not {optimizer!r}")
-        if self.rule is not None and not isinstance(self.rule, Rule):
-            raise TypeError(f"rule must be made by agnmpi.rules, such as rules.downpour(), not {self.rule!r}")
-        if self.rule is not None and self.variant != "displacement":
-            raise ValueError(f"give either a rule or variant {self.variant!r}: rules.agn({self.variant!r}) is both")
-        try:
-            period = operator.index(self.communication_period)
-        except TypeError:
-            raise TypeError(f"communication_period must be an int, not {self.communication_period!r}") from None
-        if period < 1:
-            raise ValueError(f"communication_period must be at least 1, not {period}")
-        for key, array in named(self.params).items():
-            if self.optimizer is None and not getattr(array.flags, "writeable", True):
-                raise ValueError(
-                    f"parameter {key!r} is read-only, but is to be updated: give a writable array "
-                    "(of a PyTorch tensor: tensor.detach().numpy())"
-                )
-        layout = Layout.of(self.params, self.buffers)
-        if not self.copy:
-            one_vector(self.params, layout)
-        rule = (self.rule or agn(self.variant))._replace(buffers=layout.buffers)
-        if self.outer_rate is not None:
-            rule = weighted(rule, outer_rate(self.outer_rate))
-        return rule, layout, period, resolve(self.transport, rule.allreduce, use_locking)
-
-
-def _advise(name: str, rule: Rule, workers: int, period: int) -> None:
-    """Log the advice about n/λ: what is only slow as information, which Python does not show by default."""
-    for line in advice(rule, workers, period):
-        text = line.removeprefix("WARNING: ")
-        _log.log(logging.INFO if text == line else logging.WARNING, "%s: %s", name, text)
-
-
-def _warn_of_threads(name: str) -> None:
-    """Under MPI_THREAD_MULTIPLE Open MPI 5.0's btl/tcp deadlocks when a peer dies during a large message."""
-    if fault_tolerant() and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-        warnings.warn(
-            f"{name}: MPI runs fault tolerant and with MPI_THREAD_MULTIPLE, under which Open MPI may hang when a "
-            'rank dies; set MPI4PY_RC_THREAD_LEVEL=funneled, or mpi4py.rc.thread_level = "funneled" before the '
-            "import of MPI",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-def _describe(optimizer: Optimizer | None) -> str:
-    return f"{optimizer.name}({optimizer.numbers})" if optimizer else "none"

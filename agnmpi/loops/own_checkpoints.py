@@ -10,7 +10,7 @@ from ..arrays.backend import Array
 from ..cluster.roles import HoldingRole, ShardRole
 from ..core.params import Layout
 from ..recovery.saver import CenterSaver, WorkerSaver, center_facts, consistent_cut, state_bytes, workers_saved
-from .session import Session
+from ..training.session import Session
 
 
 class OwnCheckpoints:

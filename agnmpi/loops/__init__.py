@@ -1,0 +1,1 @@
+"""Loops of your own: the optimizer that they call, and its sessions."""

@@ -1,0 +1,142 @@
+"""How a loop of your own is kept: when its checkpoints are written, how it is resumed, signals that ask for both."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..arrays.backend import Array, bring
+from ..core.backoff import wait_until
+from ..core.params import Layout
+from ..core.worker import Phase
+from ..recovery.center_state import Saved
+from ..recovery.checkpoint import newest, read_caller, read_span
+from ..recovery.restore import resume
+from ..training.abort import abort
+from ..training.exits import Interrupted, Signals
+from ..training.session import Session
+from ..transport.agreement import allgather
+from .own_checkpoints import OwnCheckpoints
+from .terms import Caller, Kept
+
+
+class Keeper:
+    """Keeps what a loop has done, on one rank.
+
+    Args:
+        session: of the loop.
+        layout: of the parameters.
+        kept: where checkpoints are kept; None: nowhere but by `save`, and signals are the caller's.
+        facts: of the loop, for a checkpoint; called with whether that is between two sessions.
+        say: called with each warning.
+    """
+
+    def __init__(
+        self, session: Session, layout: Layout, kept: Kept | None, facts: Callable[[bool], Mapping[str, Any]],
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._session, self._layout, self._facts, self._say = session, layout, facts, say
+        self._kept, self._checkpoints = kept, None if kept is None else self._set_up(kept)
+        self.skip = 0  # loops that were complete when the run was resumed
+        self.done_before = 0  # steps of the next session that were taken or given up before the run was resumed
+        self._saved_at = -1  # steps at the last `save`
+        self._signals = Signals(partial(abort, session.comm)) if kept else None
+
+    @property
+    def signalled(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._signals is not None and bool(self._signals.received)
+
+    def restore(self, directory: Path, required: bool, x: Array, caller: Caller) -> None:
+        """Continue from the newest checkpoint, with parameters `x` (n,); collective, before the first session."""
+        session, role = self._session, self._session.role
+        run = (lambda: directory) if session.comm.rank == 0 else None
+        facts = resume(session.comm, role, self._layout, None, {}, run, required, self._say)
+        if facts is None:
+            return
+        checkpoint = Path(facts["checkpoint"])
+        self.skip = role.session = int(facts.get("completed", 0))
+        before = int(facts.get("before", 0))
+        if not facts.get("between"):
+            self.done_before = int(facts["steps"]) - before + int((facts["leases"] or {}).get("given_up", 0))
+        for worker in role.workers:
+            worker.before = before
+        if not role.serves and role.workers[0].phase is Phase.RESUMED:
+            caller.restore(read_caller(checkpoint, role.workers[0].index))
+        if role.serves and role.stores:
+            x[...] = bring(read_span(checkpoint, facts, slice(None))["c"], x)
+        caller.pulled()
+
+    def save(self, directory: Path, between: bool) -> None:
+        """Write a checkpoint, `between` two sessions or not; collective."""
+        comm = self._session.comm
+        if self._checkpoints is not None:
+            self._checkpoints.finish()
+        steps = int(allgather(comm, str(self._session.role.center.steps))[0])
+        OwnCheckpoints(directory, self._session, self._layout, partial(self._facts, between), self._say).save(steps)
+        wait_until(comm.Ibarrier().Test)
+        self._saved_at = steps
+        self._checkpoints = None if self._kept is None else self._set_up(self._kept)
+
+    def _set_up(self, kept: Kept) -> OwnCheckpoints:
+        facts = partial(self._facts, False)
+        return OwnCheckpoints(kept.directory, self._session, self._layout, facts, self._say, kept.every)
+
+    def end_if_signalled(self) -> None:
+        """Raise Interrupted on all ranks, after a checkpoint, if any was asked to stop."""
+        if self._signals is None or self._kept is None:
+            return
+        received = [text for text in allgather(self._session.comm, self._signals.received or "") if text]
+        if received:
+            self.save(self._kept.directory, between=False)
+            raise Interrupted(abort=False)
+
+    @contextmanager
+    def signals_installed(self) -> Iterator[None]:
+        """While in it, on the main thread: signals ask for an end."""
+        signals = self._signals if threading.current_thread() is threading.main_thread() else None
+        if signals is not None:
+            signals.install()
+        try:
+            yield
+        finally:
+            if signals is not None:
+                signals.remove()
+
+    def stepped(self) -> None:
+        """A worker of this rank has taken a step."""
+        if self._checkpoints is not None:
+            self._checkpoints.stepped()
+
+    def committed(self, c: Array) -> None:
+        """A commit was applied, and the center is now `c` (n,)."""
+        if self._checkpoints is not None:
+            self._checkpoints.committed(c)
+
+    def waiting(self) -> None:
+        """Go on with what is under way."""
+        if self._checkpoints is not None:
+            self._checkpoints.waiting()
+
+    def new_center(self) -> None:
+        """Another rank serves: this rank may have another part in a checkpoint."""
+        if self._kept is not None:
+            self._checkpoints = self._set_up(self._kept)
+
+    def finish(self) -> None:
+        """For good: write what was done since the last checkpoint."""
+        session = self._session
+        if self._kept is not None and session.role.session and not session.members.lost:
+            steps = int(allgather(session.comm, str(session.role.center.steps))[0])
+            if steps != self._saved_at:
+                self.save(self._kept.directory, between=True)
+        if self._checkpoints is not None:
+            self._checkpoints.finish()
+
+
+def newest_state(kept: Kept | None, say: Callable[[str], None]) -> Saved | None:
+    """What the newest checkpoint that this rank can read holds; None: there is none."""
+    checkpoint = None if kept is None else newest(kept.directory, say)
+    return checkpoint and checkpoint[1:]
