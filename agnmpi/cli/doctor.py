@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,24 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
     for key in ("library", "agnmpi"):
         if len({rank[key] for rank in ranks}) > 1:
             problems.append(f"the ranks run different versions of {key}: use one environment on all hosts")
+    hints = _hints(comm, ranks, devices)
+    return {
+        "agnmpi": __version__,
+        "mpi": mpi_library(),
+        "mpi_standard": "{}.{}".format(*MPI.Get_version()),
+        "mpi4py": importlib.metadata.version("mpi4py"),
+        "fault_tolerant": fault_tolerant(),
+        "thread_level": LEVELS[MPI.Query_thread()],
+        "world": comm.size,
+        "ranks": ranks,
+        "advice": advice(agn(), comm.size - 1, period) if comm.size > 1 else [],
+        "hints": hints,
+        "problems": problems,
+    }
+
+
+def _hints(comm: MPI.Comm, ranks: Sequence[Mapping[str, Any]], devices: int) -> list[str]:
+    """What may be better, and what to type for it; collective."""
     hints = [windows] if (windows := _windows(comm)) else []
     if comm.size == 1:
         hints.append("one rank: a rule with a center needs two or more; type: mpiexec -n 4 python -m agnmpi doctor")
@@ -110,19 +129,7 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
     crowded = any(rank["local_size"] > rank["cores"] for rank in ranks)
     if crowded and "Open MPI" in mpi_library() and os.environ.get("OMPI_MCA_mpi_yield_when_idle") != "1":  # noqa: SIM112
         hints.append("more ranks than cores under Open MPI: type: . jobs/env-openmpi.sh, so that waiting ranks yield")
-    return {
-        "agnmpi": __version__,
-        "mpi": mpi_library(),
-        "mpi_standard": "{}.{}".format(*MPI.Get_version()),
-        "mpi4py": importlib.metadata.version("mpi4py"),
-        "fault_tolerant": fault_tolerant(),
-        "thread_level": LEVELS[MPI.Query_thread()],
-        "world": comm.size,
-        "ranks": ranks,
-        "advice": advice(agn(), comm.size - 1, period) if comm.size > 1 else [],
-        "hints": hints,
-        "problems": problems,
-    }
+    return hints
 
 
 def _encodings(comm: MPI.Comm, threads: int) -> list[str]:

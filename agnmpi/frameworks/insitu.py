@@ -150,19 +150,11 @@ class Run:
             self._reservoir = raise_on_all(
                 self._comm, lambda: Reservoir(capacity, np.random.default_rng([seed, comm.rank]))
             )
-            self._surrogate, self._layout, x, rule, optimizer = raise_on_all(
-                self._comm,
-                lambda: _checked(
-                    surrogate, self._comm, period, center, optimizer, batch, steps, outer_rate, seed, options or {}
-                ),
-            )  # fmt: skip
-            facts: dict[str, object] = {
-                "period": period,
-                "center": center,
-                "optimizer": optimizer.numbers,
-                "steps": steps,
-            }
-            facts |= {"outer_rate": outer_rate, "seed": seed}
+            self._surrogate, self._layout, x, rule, optimizer = raise_on_all(self._comm, lambda: _checked(
+                surrogate, self._comm, period, center, optimizer, batch, steps, outer_rate, seed, options or {}
+            ))  # fmt: skip
+            facts: dict[str, object] = {"period": period, "center": center, "optimizer": optimizer.numbers}
+            facts |= {"steps": steps, "outer_rate": outer_rate, "seed": seed}
             require_equal_model(self._comm, self._layout, {name: str(value) for name, value in facts.items()})
         except ValueError:  # on all ranks
             self._comm.Free()
@@ -174,13 +166,7 @@ class Run:
         set_threads(place(self._comm, not self.is_center).threads)
         self._hook = AbortOnException(self._comm)
         self._served = Served(self._comm, rule, x, period, center, steps) if comm.rank == CENTER else None
-        self._training: Unblocking | None = None
-        if not self.is_center:
-            number = (comm.rank - 1) % comm.size  # rank 0's is the last
-            end = P2PWorker(self._comm, number=number)
-            worker = Worker(x, rule, optimizer, end, number, overlap=True)
-            worker.total = steps
-            self._training = Unblocking(worker)
+        self._training = None if self.is_center else _training(self._comm, x, rule, optimizer, steps)
         self._views, self._g = self._layout.views(x), np.empty_like(x)
         self._taken, self._loss, self._budget = 0, nan, Budget()
         self._done, self._stop, self._asked = False, False, 0
@@ -378,6 +364,15 @@ class Run:
 
         served = self._served
         wait_until(polled, (lambda: served.end.progress) if served else int)
+
+
+def _training(comm: MPI.Intracomm, x: Array, rule: Rule, optimizer: Optimizer, steps: int | None) -> Unblocking:
+    """The worker of a rank that computes."""
+    number = (comm.rank - 1) % comm.size  # rank 0's is the last
+    end = P2PWorker(comm, number=number)
+    worker = Worker(x, rule, optimizer, end, number, overlap=True)
+    worker.total = steps
+    return Unblocking(worker)
 
 
 def _checked(

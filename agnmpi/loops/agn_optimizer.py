@@ -126,17 +126,9 @@ class AGNOptimizer:
         self._on_commit, self._on_pull, self._on_refused = on_commit, on_pull, on_refused
         try:
             arguments = Arguments(
-                optimizer,
-                center_optimizer,
-                params,
-                communication_period,
-                rule,
-                variant,
-                transport,
-                buffers,
-                outer_rate,
-                copy,
-            )
+                optimizer, center_optimizer, params, communication_period, rule, variant, transport, buffers,
+                outer_rate, copy,
+            )  # fmt: skip
             self._caller_state = state, load_state
             self._kept = None if checkpoint is None else Kept(Path(checkpoint), checkpoint_every)
             self._loop = self._set_up(arguments, use_locking, overlap, dylu)

@@ -17,6 +17,7 @@ from ..recovery.lock import lock
 from ..recovery.saver import CenterSaver, center_facts, consistent_cut
 from ..recovery.silent_workers import SilentWorkers
 from ..reporting.record import Recorder
+from ..transport.agreement import format_ranks
 from .config import Config
 from .evaluations import Evaluate
 from .monitor import Monitor, OnEvent
@@ -148,6 +149,18 @@ class Duties:
             with suppress(OSError):  # whoever writes next says so
                 self._run.directory.mkdir(parents=True, exist_ok=True)
                 write_config(self._run.directory, self._config)
+
+    def ended_early(self, failed: list[int], stop_signal: str | None) -> None:
+        """Say that the run has ended before its work was done: failed on these ranks, or stopped by a signal."""
+        run = self._run
+        if failed:
+            self.monitor.stop("failed", ranks=failed)
+        else:
+            self.monitor.stop("interrupted", signal=stop_signal or "another rank's")
+        kept = self._config.keep_checkpoints
+        hint = f"--resume {run.directory}" if kept else "no checkpoint was kept (keep_checkpoints = 0)"
+        what = f"failed on {format_ranks(failed)}, and ended" if failed else "interrupted"
+        self.monitor.say(f"{what} at step {run.session.role.center.steps} of {run.plan.steps}; {hint}")
 
     def prune(self) -> None:
         """Remove checkpoints older than those to keep."""

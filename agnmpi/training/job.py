@@ -2,8 +2,6 @@
 
 import json
 import os
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -22,9 +20,6 @@ from ..core.backoff import wait_until
 from ..core.batches import Plan
 from ..core.drive import drive
 from ..core.drive import train as train_worker
-from ..core.leases import Lease
-from ..core.messages import Commit, Reply
-from ..core.observer import Observer
 from ..core.worker import Worker
 from ..recovery.center_state import Saved
 from ..recovery.checkpoint import newest
@@ -34,14 +29,15 @@ from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
 from ..transport.agreement import ConfigError, allgather, format_ranks, raise_on_all
 from .abort import forked, say_and_abort
 from .config import Config, load
-from .duties import Duties, Run
+from .duties import Run
 from .exits import DEGRADED, UNWRITTEN, Degraded, Failed, Interrupted, Signals, Unwritten
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor, OnEvent
-from .outputs import finish_run, introduction, node_centers_lines, run_directory, save_center, write_result
+from .outputs import finish_run, run_directory, save_center, write_result
 from .problem import Factory, evaluate, gradient_of, name_of, prepare
+from .run_observer import RunObserver
 from .session import Session
-from .user_code import user_frames
+from .user_code import report_failure
 
 Result: TypeAlias = dict[str, Any]  # as in result.json
 
@@ -88,7 +84,7 @@ def train(
     return Job(config, comm, signals or Signals(lambda _code: None), inject, factory, on_event).run()
 
 
-class Job(Observer):
+class Job:
     """A run of `agnmpi train` on this rank: a configuration, a session, and its output files."""
 
     def __init__(
@@ -117,6 +113,8 @@ class Job(Observer):
         self.problem, self.layout, self.x = raise_on_all(self.world, load)
         numbers = self.problem.samples, config.batch, config.epochs, config.steps, config.seed
         self.plan = raise_on_all(self.world, lambda: Plan(*numbers))
+        # Determines the samples of each step.
+        self.data = {"samples": self.problem.samples, "batch": config.batch, "seed": config.seed}
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
         # Only rank 0 uses the run's directory here.
         options = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run_dir", "resume")}
@@ -125,7 +123,7 @@ class Job(Observer):
         self.injection = Injection(raise_on_all(self.world, lambda: read_faults(faults)), self.rank)
         self._ranks = [json.loads(text) for text in allgather(self.world, json.dumps([here.host, process()]))]
         self.session: Session
-        self.duties: Duties | None = None  # at a rank that serves, or rank 0
+        self.observer = RunObserver(self.rank, [host for host, _ in self._ranks], signals, self.injection)
         self.directory = Path()
         self.complete = self.interrupted = self.unwritten = False  # complete: before it was resumed
         self.failure: Exception | None = None  # of the user's code, on this rank
@@ -133,7 +131,6 @@ class Job(Observer):
         self.result: Result | None = None
         self._worker_savers: list[WorkerSaver] = []
         self._announcements = list[str]()  # for the display, once it exists
-        self._began = 0.0  # start time, less the duration before a resume
 
     def run(self) -> Result | None:
         """Connect, resume, train, and write the result."""
@@ -164,36 +161,24 @@ class Job(Observer):
             self.world, self.rule, self.x, config.make_optimizer(plan.steps),
             config.make_center_optimizer(plan.steps),
             self.setup._replace(transport=replace(self.setup.transport, wire=wire)),
-            self, self._newest, config.drop_stalled,
+            self.observer, self._newest, config.drop_stalled,
         )  # fmt: skip
+        self.observer.session = session
         try:
             resumed = self._resume()
         except ConfigError:  # on all ranks; MPICH 5.0 complains at length of windows that are not freed
             session.close()
             raise
         threads = [int(text) for text in allgather(self.world, str(blas_threads()))] if config.record else []
-        self._began = time.monotonic() - (float(resumed["seconds"]) if resumed else 0.0)
-        self.duties = raise_on_all(self.world, lambda: self._begin_duties(threads))
-        if resumed is not None and self.duties is not None and self.duties.first:
-            self.duties.monitor.resume(int(resumed["samples"]), float(resumed["seconds"]))
+        raise_on_all(self.world, lambda: self._begin(resumed, threads))
 
-    def _begin_duties(self, threads: Sequence[int]) -> Duties | None:
-        """The duties of this rank, if it has any; raises OSError where the run's files cannot be opened."""
-        config, plan, session = self.config, self.plan, self.session
-        if self.rank:
-            return Duties(self._run(), first=False) if session.role.serves else None
-        centers = list(map(self.name, self.centers))
-        lines = introduction(config, self.layout, plan, session.role.count, self.world.size, centers, self.setup)
-        lines += node_centers_lines(config, [(self.name(node), len(of)) for node, *of in self.setup.nodes])
-        if caveat := session.role.caveat:
-            lines.append(f"WARNING: {caveat}")
-        begins = lines + self._announcements, threads[-session.role.count :]
-        return Duties(self._run(), begins=begins)
-
-    def _run(self) -> Run:
+    def _begin(self, resumed: Mapping[str, Any] | None, threads: Sequence[int]) -> None:
+        """Take up the duties of this rank; raises OSError where the run's files cannot be opened."""
+        observer = self.observer
         consistent = len(self.centers) < 2 or self.setup.transport.capabilities.single_commits
         facts = self.config, self.plan, self.layout, self.data, self.x, self.directory, self.session, consistent
-        return Run(*facts, self.evaluate, self.name, self.say, self._on_event)
+        run = Run(*facts, self.evaluate, observer.name, observer.say, self._on_event)
+        observer.begin(run, self.setup, resumed, self._announcements, threads)
 
     def _resume(self) -> Mapping[str, Any] | None:
         """Begin, or continue from a checkpoint and return its facts; determine the directory of the run."""
@@ -212,7 +197,7 @@ class Job(Observer):
         return resumed
 
     def _newest(self) -> Saved | None:
-        checkpoint = newest(self.directory, self.say)
+        checkpoint = newest(self.directory, self.observer.say)
         return checkpoint and checkpoint[1:]
 
     def _steps(self, worker: Worker, saver: WorkerSaver) -> Iterator[int]:
@@ -226,7 +211,8 @@ class Job(Observer):
             except Exception as error:  # the user's: what is committed is saved before the job ends
                 if forked():
                     say_and_abort(self.world, error)
-                self._fail(step, error)
+                self.failure = error
+                report_failure(self.observer.name(self.rank), step, error)
                 worker.stop_all()
                 raise
             self.injection.corrupt(g)
@@ -253,17 +239,7 @@ class Job(Observer):
         """Why this rank is to stop; "" if it is not."""
         if self.signals.received or self.failure:
             return self.signals.received or str(self.failure)
-        return self.duties.monitor.stop_reason if self.duties is not None and self.duties.first else ""
-
-    def _fail(self, step: int, error: Exception) -> None:
-        """The user's code has failed in `step`: say so at once, with its frames, in one write."""
-        self.failure = error
-        sys.stdout.flush()
-        sys.stderr.write(
-            f"agnmpi: {self.name(self.rank)} failed in step {step}; the others commit what they have done, then "
-            f"the job ends:\nTraceback (most recent call last):\n{user_frames(error)}\n"
-        )
-        sys.stderr.flush()
+        return self.observer.monitor.stop_reason if self.observer.monitor is not None else ""
 
     def _set_up_worker_savers(self, workers: Sequence[Worker]) -> None:
         """Prepare to write the local states of these workers, as configured."""
@@ -271,121 +247,18 @@ class Job(Observer):
         option = config.checkpoint_workers if config.keep_checkpoints else "none"
         when, line = workers_saved(option, state_bytes(self.x.nbytes, config.make_optimizer(1)), count)
         if line and self.rank == 0:
-            self.say(line)
+            self.observer.say(line)
         for saver in self._worker_savers:  # of an earlier round, with a lost center
             saver.finish(None)
         # A probe moves all on; where ranks may die, one among them fails.
         progress = bool if self.setup.threaded else MPI.COMM_SELF.Iprobe
-        self._worker_savers = [WorkerSaver(self.directory, w, count, when, self.say, progress) for w in workers]
-
-    # Events of the session.
-
-    def committed(self, commit: Commit, c: Array) -> None:
-        """Count, display, evaluate and save."""
-        if self.duties is None:
-            return
-        self.duties.committed(commit, c)
-        if self.session.role.serves and self.duties.first:
-            self.injection.step()
-
-    def served(self, commit: Commit, reply: Reply) -> None:
-        """Record; the worker is alive."""
-        if self.duties is not None:
-            self.duties.served(commit, reply)
-
-    def waiting(self) -> None:
-        """Update display and checkpoints; check for signals and silent workers."""
-        if self.duties is not None:
-            self.duties.tick(self.signals.received)
-
-    def left(self) -> None:
-        """Save before ranks are left behind."""
-        if self.config.drop_stalled and self.duties is not None:
-            self.duties.save()  # Open MPI 5.0 may crash if a rank dies while others are left behind
-
-    def lost(self, rank: int, held: Sequence[Lease]) -> None:
-        """Report a worker that has died."""
-        role, lost = self.session.role, self.session.members.lost
-        others = sum(worker not in lost for worker in self.session.members.workers())
-        self.say(
-            f"WARNING: {self.name(rank)} is lost, at step {role.center.steps}; what it had not committed goes to the "
-            f"{others} others"
-        )
-        self.note("lost", rank=rank, host=self._ranks[rank][0], uncommitted=held)
-
-    def given_up(self, lease: Lease) -> None:
-        """Report steps that are given up."""
-        last = lease.first + lease.steps - 1
-        self.say(
-            f"WARNING: steps {lease.first} to {last} gave NaN or infinity again and again, and are given up; look at "
-            "their samples"
-        )
-        self.note("given_up", first=lease.first, steps=lease.steps)
-
-    def failing(self, worker: int, refusals: int) -> None:
-        """Name a worker whose commits are refused again and again."""
-        if self.duties is None or not self.duties.first:
-            return
-        rank = self.session.members.rank_of(worker) if self.session.role.serves else self.rank
-        self.say(f"WARNING: the last {refusals} commits of {self.name(rank)} were refused: NaN or infinity")
-        self.note("failing", rank=rank, refusals=refusals)
-
-    def missing(self, ranks: Sequence[int]) -> None:
-        """Report ranks that were lost after their work was done."""
-        if self.session.role.serves:
-            for rank in ranks:
-                self.say(f"WARNING: {self.name(rank)} is lost, after its work was done")
-
-    def alone(self) -> None:
-        """Report that no other rank is left."""
-        self.say(f"WARNING: all workers are lost; rank {self.rank}, which was one, trains on alone")
-        if self.duties is not None:
-            self.duties.change_role(self.session.role)
-
-    def new_center(self, source: str, newly_lost: Sequence[int]) -> None:
-        """Another center has been elected; if it is this rank, it takes over the files and the display, too."""
-        session = self.session
-        if session.comm.rank:
-            return
-        role, center, leases = session.role, session.role.center, session.role.center.leases
-        assert leases is not None
-        self.duties = Duties(self._run())
-        samples = self.plan.count(Lease(0, leases.next)) - sum(self.plan.count(lease) for lease in leases.open())
-        self.duties.monitor.resume(samples, time.monotonic() - self._began)
-        self.say(
-            f"WARNING: {' and '.join(map(self.name, newly_lost))} {'is' if len(newly_lost) == 1 else 'are'} lost, "
-            f"the center among them; {self.name(self.rank)} is the center now, from {source}, and goes on at step "
-            f"{center.steps}, clock {center.clock}, " + (f"workers: {role.count}" if role.serves else "alone")
-        )
-        self.note("failover", lost=sorted(session.members.lost), center=self.rank, begun_from=source)
-
-    # Output.
-
-    @property
-    def data(self) -> dict[str, int]:
-        """Determines the samples of each step."""
-        return {"samples": self.problem.samples, "batch": self.config.batch, "seed": self.config.seed}
+        facts = count, when, self.observer.say, progress
+        self._worker_savers = [WorkerSaver(self.directory, worker, *facts) for worker in workers]
 
     def evaluate(self, c: Array) -> Mapping[str, float]:
         """Evaluate `c` (n,), which may lie on any device, on this rank's device; in any thread."""
         with current(self.x):
             return evaluate(self.problem, self.layout.views(bring(c, self.x)))
-
-    def name(self, rank: int) -> str:
-        """The rank and its host, as text."""
-        return f"rank {rank} on {self._ranks[rank][0]}"
-
-    def say(self, line: str) -> None:
-        """Print a line: on the display where this rank has one."""
-        if self.duties is not None and self.duties.first:
-            self.duties.monitor.say(line)
-        else:
-            print(f"agnmpi: rank {self.rank}: {line}", file=sys.stderr, flush=True)
-
-    def note(self, event: str, **facts: Any) -> None:
-        """Write an event, if this rank writes events."""
-        if self.duties is not None and self.duties.first:
-            self.duties.monitor.note(event, **facts)
 
     def _concluded(self) -> bool:
         """Save and write the results; whether all ranks have succeeded, the same on every rank."""
@@ -407,27 +280,27 @@ class Job(Observer):
         return False
 
     def _conclude(self) -> None:
-        session = self.session
+        session, duties = self.session, self.observer.duties
         written = self._last_checkpoint()
-        if self.duties is not None and self.duties.first and not self._all_lost():
-            self.duties.keep_config()
+        if duties is not None and duties.first and not self._all_lost():
+            duties.keep_config()
             try:
                 if self.interrupted:
                     save_center(self.directory, self.config, self.layout, session.role)
                 else:
-                    self._write_result(self.duties.monitor)
+                    self._write_result(duties.monitor)
             except OSError as error:
                 written = False
-                self.say(f"WARNING: the result could not be written ({error})")
+                self.observer.say(f"WARNING: the result could not be written ({error})")
         # As a barrier, too: if rank 0 dies before all is written, another rank writes it.
         self.unwritten = "False" in allgather(session.comm, str(written))
 
     def _last_checkpoint(self) -> bool:
         """Save the final state, and find out whether the run was asked to stop; whether all of it is written here."""
-        comm, role = self.session.comm, self.session.role
-        if self.duties is not None:
-            self.duties.end_record()
-        if self.duties is not None and self.duties.first and self.duties.monitor.failure:
+        comm, role, duties = self.session.comm, self.session.role, self.observer.duties
+        if duties is not None:
+            duties.end_record()
+        if duties is not None and duties.first and duties.monitor.failure:
             self.failure = self.failure or RuntimeError("the first evaluation has failed")
         failed = self.rank if self.failure else None
         dropped = role.center.dropped if isinstance(role, NodeRole) else 0  # rank 0 has not seen these
@@ -444,10 +317,10 @@ class Job(Observer):
             self.signals.over()
         for saver in self._worker_savers:
             saver.finish(steps if saver.worker in role.workers else None)
-        written = self.duties is None or self.duties.save_last(steps)
+        written = duties is None or duties.save_last(steps)
         wait_until(comm.Ibarrier().Test)
-        if self.duties is not None:
-            self.duties.prune()  # again: now the other centers have written theirs
+        if duties is not None:
+            duties.prune()  # again: now the other centers have written theirs
         return written
 
     def _write_result(self, monitor: Monitor) -> None:
@@ -467,33 +340,22 @@ class Job(Observer):
 
     def _end(self) -> Result | None:
         """Free communicators and ends. Returns the result on rank 0."""
-        session, members = self.session, self.session.members
+        session, members, duties = self.session, self.session.members, self.observer.duties
         if session.failover is not None:  # else MPI_Abort does it, with our exit code
             for rank in members.hung:
                 end_sibling(*self._ranks[rank][1])
         abort = bool(members.hung) and session.failover is None
         if self._all_lost():
-            self.say(f"all workers are lost, ranks {members.lost}; resume with --resume {self.directory}")
+            self.observer.say(f"all workers are lost, ranks {members.lost}; resume with --resume {self.directory}")
             raise Degraded(1, abort)
         session.close()
         if self.interrupted:
-            if self.duties is not None and self.duties.first:
-                monitor, center = self.duties.monitor, session.role.center
-                if self._failed:
-                    monitor.stop("failed", ranks=self._failed)
-                else:
-                    monitor.stop("interrupted", signal=self.signals.received or "another rank's")
-                hint = (
-                    f"--resume {self.directory}"
-                    if self.config.keep_checkpoints
-                    else "no checkpoint was kept (keep_checkpoints = 0)"
-                )
-                what = f"failed on {format_ranks(self._failed)}, and ended" if self._failed else "interrupted"
-                monitor.say(f"{what} at step {center.steps} of {self.plan.steps}; {hint}")
+            if duties is not None and duties.first:
+                duties.ended_early(self._failed, self.signals.received)
             if self._failed:
                 raise Failed(format_ranks(self._failed), abort) from self.failure
         if self.unwritten and self.rank == session.members.alive[0]:
-            self.say(f"WARNING: not all is on the disk that should be: exit code {UNWRITTEN}")
+            self.observer.say(f"WARNING: not all is on the disk that should be: exit code {UNWRITTEN}")
         if members.lost and not self.interrupted:  # MPI cannot be finalized after a rank was lost
             raise Degraded(UNWRITTEN if self.unwritten else DEGRADED, abort)
         if self.unwritten:

@@ -5,7 +5,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -216,9 +216,10 @@ def node_centers_lines(config: Config, nodes: Sequence[tuple[str, int]], most: i
 
 
 def introduction(
-    config: Config, layout: Layout, plan: Plan, workers: int, size: int, centers: Sequence[str], setup: Setup
+    config: Config, layout: Layout, plan: Plan, role: Role, size: int, setup: Setup, name: Callable[[int], str]
 ) -> list[str]:
-    """Messages about a run before it begins; `centers`: names of the ranks that serve."""
+    """Messages about a run of `size` ranks before it begins; `name` describes a rank."""
+    workers, centers = role.count, list(map(name, setup.center_ranks))
     ranks = f"{size} rank{'s' if size > 1 else ''}"
     return [
         headline(config, layout, plan),
@@ -229,4 +230,6 @@ def introduction(
         *advice(config.make_rule(), workers, config.period),
         *([f"note: {setup.unthreaded}"] if setup.unthreaded else ()),
         *(unused_devices(device_count()) if config.device == "auto" else ()),
+        *node_centers_lines(config, [(name(node), len(of)) for node, *of in setup.nodes]),
+        *([f"WARNING: {role.caveat}"] if role.caveat else ()),
     ]

@@ -1,6 +1,7 @@
 """The user's code: errors in it are shown by its own frames, and what it returns wrongly says what to return."""
 
 import inspect
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,16 @@ def user_frames(error: BaseException) -> str:
             "such as package.module:Problem\n"
         )
     return "".join(lines).rstrip()
+
+
+def report_failure(rank: str, step: int, error: BaseException) -> None:
+    """Say at once, in one write, with its frames, that the user's code has failed on `rank` in `step`."""
+    sys.stdout.flush()
+    sys.stderr.write(
+        f"agnmpi: {rank} failed in step {step}; the others commit what they have done, then the job ends:\n"
+        f"Traceback (most recent call last):\n{user_frames(error)}\n"
+    )
+    sys.stderr.flush()
 
 
 @contextmanager

@@ -1,0 +1,169 @@
+"""What a rank makes of the events of its session: its duties beside serving, what it says, and what it writes."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..arrays.backend import Array
+from ..cluster.setup import Setup
+from ..core.leases import Lease
+from ..core.messages import Commit, Reply
+from ..core.observer import Observer
+from .duties import Duties, Run
+from .exits import Signals
+from .fault_injection import Injection
+from .monitor import Monitor
+from .outputs import introduction
+from .session import Session
+
+
+class RunObserver(Observer):
+    """Observes the session of a rank in a run of `agnmpi train`.
+
+    Args:
+        rank: this one, as at the beginning.
+        hosts: of all ranks.
+        signals: that ask the run to stop.
+        injection: of faults, for tests.
+    """
+
+    session: Session  # once it is set up
+
+    def __init__(self, rank: int, hosts: Sequence[str], signals: Signals, injection: Injection) -> None:
+        self.duties: Duties | None = None  # at a rank that serves, or rank 0
+        self._rank, self._hosts, self._signals, self._injection = rank, hosts, signals, injection
+        self._run: Run
+        self._began = 0.0  # start time, less the duration before a resume
+
+    def begin(
+        self,
+        run: Run,
+        setup: Setup,
+        resumed: Mapping[str, Any] | None,
+        announcements: Sequence[str],
+        threads: Sequence[int],
+    ) -> None:
+        """Take up the duties of this rank, if it has any, where a run begins or goes on.
+
+        Args:
+            run: the run.
+            setup: how its ranks exchange.
+            resumed: facts of the checkpoint that it goes on from, if any.
+            announcements: lines to display at rank 0 after the introduction.
+            threads: BLAS threads of each rank, where they are recorded.
+
+        Raises:
+            OSError: the run's files cannot be opened.
+        """
+        role, seconds = self.session.role, float(resumed["seconds"]) if resumed else 0.0
+        self._run, self._began = run, time.monotonic() - seconds
+        if self._rank == 0:
+            size = len(self._hosts)
+            lines = introduction(run.config, run.layout, run.plan, role, size, setup, self.name)
+            self.duties = Duties(run, begins=([*lines, *announcements], threads[-role.count :]))
+            if resumed is not None:
+                self.duties.monitor.resume(int(resumed["samples"]), seconds)
+        elif role.serves:
+            self.duties = Duties(run, first=False)
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The display and the events, on the rank that has them."""
+        return self.duties.monitor if self.duties is not None and self.duties.first else None
+
+    def committed(self, commit: Commit, c: Array) -> None:
+        """Count, display, evaluate and save."""
+        if self.duties is None:
+            return
+        self.duties.committed(commit, c)
+        if self.session.role.serves and self.duties.first:
+            self._injection.step()
+
+    def served(self, commit: Commit, reply: Reply) -> None:
+        """Record; the worker is alive."""
+        if self.duties is not None:
+            self.duties.served(commit, reply)
+
+    def waiting(self) -> None:
+        """Update display and checkpoints; check for signals and silent workers."""
+        if self.duties is not None:
+            self.duties.tick(self._signals.received)
+
+    def left(self) -> None:
+        """Save before ranks are left behind."""
+        if self.duties is not None and self._run.config.drop_stalled:
+            self.duties.save()  # Open MPI 5.0 may crash if a rank dies while others are left behind
+
+    def lost(self, rank: int, held: Sequence[Lease]) -> None:
+        """Report a worker that has died."""
+        role, lost = self.session.role, self.session.members.lost
+        others = sum(worker not in lost for worker in self.session.members.workers())
+        self.say(
+            f"WARNING: {self.name(rank)} is lost, at step {role.center.steps}; what it had not committed goes to the "
+            f"{others} others"
+        )
+        self.note("lost", rank=rank, host=self._hosts[rank], uncommitted=held)
+
+    def given_up(self, lease: Lease) -> None:
+        """Report steps that are given up."""
+        last = lease.first + lease.steps - 1
+        self.say(
+            f"WARNING: steps {lease.first} to {last} gave NaN or infinity again and again, and are given up; look at "
+            "their samples"
+        )
+        self.note("given_up", first=lease.first, steps=lease.steps)
+
+    def failing(self, worker: int, refusals: int) -> None:
+        """Name a worker whose commits are refused again and again."""
+        if self.monitor is None:
+            return
+        rank = self.session.members.rank_of(worker) if self.session.role.serves else self._rank
+        self.say(f"WARNING: the last {refusals} commits of {self.name(rank)} were refused: NaN or infinity")
+        self.note("failing", rank=rank, refusals=refusals)
+
+    def missing(self, ranks: Sequence[int]) -> None:
+        """Report ranks that were lost after their work was done."""
+        if self.session.role.serves:
+            for rank in ranks:
+                self.say(f"WARNING: {self.name(rank)} is lost, after its work was done")
+
+    def alone(self) -> None:
+        """Report that no other rank is left."""
+        self.say(f"WARNING: all workers are lost; rank {self._rank}, which was one, trains on alone")
+        if self.duties is not None:
+            self.duties.change_role(self.session.role)
+
+    def new_center(self, source: str, newly_lost: Sequence[int]) -> None:
+        """Another center has been elected; if it is this rank, it takes over the files and the display, too."""
+        session = self.session
+        if session.comm.rank:
+            return
+        role, center, leases = session.role, session.role.center, session.role.center.leases
+        assert leases is not None
+        self.duties = Duties(self._run)
+        count = self._run.plan.count
+        samples = count(Lease(0, leases.next)) - sum(map(count, leases.open()))
+        self.duties.monitor.resume(samples, time.monotonic() - self._began)
+        self.say(
+            f"WARNING: {' and '.join(map(self.name, newly_lost))} {'is' if len(newly_lost) == 1 else 'are'} lost, "
+            f"the center among them; {self.name(self._rank)} is the center now, from {source}, and goes on at step "
+            f"{center.steps}, clock {center.clock}, " + (f"workers: {role.count}" if role.serves else "alone")
+        )
+        self.note("failover", lost=sorted(session.members.lost), center=self._rank, begun_from=source)
+
+    def name(self, rank: int) -> str:
+        """The rank and its host, as text."""
+        return f"rank {rank} on {self._hosts[rank]}"
+
+    def say(self, line: str) -> None:
+        """Print a line: on the display where this rank has one."""
+        if self.monitor is not None:
+            self.monitor.say(line)
+        else:
+            print(f"agnmpi: rank {self._rank}: {line}", file=sys.stderr, flush=True)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Write an event, if this rank writes events."""
+        if self.monitor is not None:
+            self.monitor.note(event, **facts)
