@@ -23,6 +23,7 @@ from .windows import (
     COUNTS,
     LEFT,
     LOSS,
+    LOSSES,
     NEXT,
     READERS,
     REFUSALS,
@@ -48,7 +49,8 @@ class AccumulateWorker(WindowsWorker):
         super().__init__(Windows(comm, like, 0, most), wire)
         self._total: int | None = None
         self._period = 1
-        self._loss = np.empty(1)  # kept until a flush: across hosts an Accumulate is still to be sent when it returns
+        # Of a commit, their sum and number; kept until a flush: across hosts an Accumulate is sent after it returns.
+        self._loss = np.empty(2)
         self._sequence = self.sessions = self._failed = 0  # failed: commits in a row
 
     def begin(self, total: int | None, period: int, _start: int = 0) -> None:
@@ -88,7 +90,7 @@ class AccumulateWorker(WindowsWorker):
         self._sequence, self._failed = commit.sequence, 0
         windows.add(STEPS, commit.steps)
         if commit.steps and isfinite(commit.loss):
-            self._loss[0] = commit.loss * commit.steps
+            self._loss[:] = commit.loss * commit.steps, commit.steps
             windows.control.Accumulate(self._loss, CENTER, 8 * LOSS, MPI.SUM)
         staleness = windows.add(CLOCK, 1) - commit.clock
         windows.add(STALENESS, staleness)
@@ -127,7 +129,7 @@ class AccumulateCenter(WindowsCenter):
         self._left = self._sessions = 0
         self._seen = [0, 0]  # clock and steps already reported to `apply`
         self._start: Array | None = None  # what the next session starts from, if not from c as it is
-        self._loss = 0.0
+        self._losses = 0.0, 0.0  # their sum and number, at the last call
         self._announced = (CONTINUE, -1)  # control, checkpoint
 
     @property
@@ -186,10 +188,9 @@ class AccumulateCenter(WindowsCenter):
         if commits or done:
             windows.sync()
             first, self._seen = self._seen[1], [clock, steps]
-            mean = float("nan")
-            if done:  # else they were counted before their commits
-                loss = float(windows.words.view(np.float64)[LOSS])
-                mean, self._loss = (loss - self._loss) / done, loss
+            loss, losses = map(float, windows.words.view(np.float64)[LOSS : LOSSES + 1])  # not of these steps alone
+            mean = (loss - self._losses[0]) / (losses - self._losses[1]) if losses > self._losses[1] else float("nan")
+            self._losses = loss, losses
             apply(Commit(0, steps=done, first_step=first, commits=commits, loss=mean), self._c)
         self._left = left
         return commits > 0

@@ -185,7 +185,9 @@ def test_rank_0_is_called_while_it_serves(comm, transport):
             for status, on_main in seen:
                 assert on_main == (transport is None)
                 assert status.step > 0
-                assert status.loss == 1.0
+                # Sums straight into c are read while they are added to: a commit's loss may be there before its steps.
+                summed = transport is not None and not transport.capabilities.single_commits
+                assert status.loss == pytest.approx(1.0, rel=0.2 if summed else 0)
                 assert status.steps_per_second > 0
                 assert status.center["w"].shape == (2, 2)
                 if transport is not None and transport in WHOLE:
