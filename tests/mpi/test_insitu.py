@@ -178,7 +178,7 @@ def test_the_center_is_no_part_of_the_solver(comm):
 
 def test_the_final_center_is_saved_and_predicts(comm, tmp_path):
     path = comm.bcast(tmp_path / "surrogate.safetensors")
-    run = insitu.Run(Mean(), comm, 2, optimizer=sgd(0.5), batch=1, steps=40 * comm.size)
+    run = insitu.Run(Mean(), comm, 2, optimizer=sgd(0.5), batch=1, steps=200 * comm.size)
     while not run.done:
         run.put(np.zeros(1), np.full(1, 3.0))
         run.learn(ALWAYS, most=4)

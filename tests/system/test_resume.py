@@ -314,7 +314,7 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(tm
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoints").write_text("in the way")
-    output = train(3, *SHORT, "--epochs", "10", "--checkpoint-commits", "10", "--run", run)
+    output = train(3, *SHORT, "--epochs", "10", "--checkpoint-commits", "10", "--run", run, code=74)
     assert "the checkpoint could not be written" in output
     assert result_of(run)["steps"] == 150
 

@@ -22,7 +22,7 @@ def under_mpiexec(tmp_path, size, least, *selected):
     assert counts[0] >= least
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 9])
+@pytest.mark.parametrize("size", [2, 3, 5, pytest.param(9, marks=pytest.mark.long)])
 def test_under_mpiexec(tmp_path, size):
     under_mpiexec(tmp_path, size, 300, "-m", "not long")
 
