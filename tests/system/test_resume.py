@@ -119,7 +119,6 @@ def interrupted(tmp_path, ranks, *options, number=signal.SIGUSR1):
 def test_usr1_commits_saves_and_leaves(tmp_path, ranks, options):
     run, code, output = interrupted(tmp_path, ranks, *options)
     assert code == 75, output
-    assert "SIGUSR1" in output or "synchronous" in options
     assert f"--resume {run.resolve()}" in output
     assert not (run / "result.json").exists()
     _, facts = unseal(folders(run)[0] / "center-0.safetensors")
