@@ -213,10 +213,7 @@ class AGNOptimizer:
     @property
     def taken(self) -> int:
         """Steps in all commits so far, of all workers and loops, as this rank knows it."""
-        worker = self._loop.worker
-        if worker is None:
-            return self._loop.session.role.center.steps
-        return worker.last_reply.steps if worker.last_reply else 0
+        return self._loop.taken
 
     @property
     def comm(self) -> MPI.Intracomm:

@@ -39,7 +39,9 @@ class Keeper:
     ) -> None:  # fmt: skip
         self._session, self._layout, self._facts, self._say = session, layout, facts, say
         self._kept, self._checkpoints = kept, None if kept is None else self._set_up(kept)
-        self.skip = 0  # loops that were complete when the run was resumed
+        self.skip = 0  # loops that were complete when the run was resumed, and are still to come
+        self._before = [0]  # steps before each session, also the next one
+        self._resuming = False  # resumed, and none has begun since
         self.done_before = 0  # steps of the next session that were taken or given up before the run was resumed
         self._saved_at = -1  # steps at the last `save`
         self._signals = Signals(partial(abort, session.comm)) if kept else None
@@ -57,8 +59,9 @@ class Keeper:
         if facts is None:
             return
         checkpoint = Path(facts["checkpoint"])
-        self.skip = role.session = int(facts.get("completed", 0))
-        before = int(facts.get("before", 0))
+        self._before, self._resuming = [0, *map(int, facts.get("ends", []))], True
+        self.skip = role.session = len(self._before) - 1
+        before = self._before[-1]
         if not facts.get("between"):
             self.done_before = int(facts["steps"]) - before + int((facts["leases"] or {}).get("given_up", 0))
         for worker in role.workers:
@@ -68,6 +71,23 @@ class Keeper:
         if role.serves and role.stores:
             x[...] = bring(read_span(checkpoint, facts, slice(None))["c"], x)
         caller.pulled()
+
+    @property
+    def replayed(self) -> int | None:
+        """Steps before the next loop of a resumed run, whose complete loops are gone through; None: one has begun."""
+        return self._before[-1 - self.skip] if self._resuming else None
+
+    def begins(self, steps: int) -> None:
+        """A session is about to begin, after `steps` steps."""
+        if len(self._before) == self._session.role.session:
+            self._before.append(steps)
+        self._resuming = False
+
+    def progress(self, between: bool) -> dict[str, Any]:
+        """Where the loop is, for a checkpoint."""
+        steps, sessions = self._session.role.center.steps, self._session.role.session
+        ends = (self._before + [steps])[1 : sessions + between]
+        return {"ends": ends, "before": ends[-1] if ends else 0, "between": between}
 
     def save(self, directory: Path, between: bool) -> None:
         """Write a checkpoint, `between` two sessions or not; collective."""
