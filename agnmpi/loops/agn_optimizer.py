@@ -69,6 +69,9 @@ class AGNOptimizer:
         checkpoint: directory for checkpoints, written every `checkpoint_every` seconds (default 300), at `close`, and
             when a signal (USR1, USR2, TERM, INT) comes in a loop, which then raises `Interrupted` on all ranks.
             None (default): none, and signals are yours.
+        checkpoint_workers: which checkpoints hold, beside the center, what each worker has alone, such as moments:
+            "all"; "end", those at the end and after a signal; "none"; "auto" (default): "all" up to 256 MB of all
+            workers together, else "end".
         resume: "auto": from the newest checkpoint in `checkpoint`, if there is one; else a directory that has one.
         state, load_state: arrays of yours on this rank, such as moments, that checkpoints hold; called with them.
 
@@ -113,11 +116,14 @@ class AGNOptimizer:
         checkpoint: str | Path | None = None,
         resume: str | Path | None = None,
         checkpoint_every: float = 300.0,
+        checkpoint_workers: str = "auto",
         state: Callable[[], Mapping[str, Array]] = dict,
         load_state: Callable[[Mapping[str, Array]], object] = bool,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
+        if checkpoint_workers not in ("auto", "all", "end", "none"):
+            raise ValueError(f"checkpoint_workers must be auto, all, end or none, not {checkpoint_workers!r}")
         check_world(comm)
         warn_of_threads(name)
         self._name, self._optimizer, self.loss = name, optimizer, nan
@@ -130,7 +136,7 @@ class AGNOptimizer:
                 outer_rate, copy,
             )  # fmt: skip
             self._caller_state = state, load_state
-            self._kept = None if checkpoint is None else Kept(Path(checkpoint), checkpoint_every)
+            self._kept = None if checkpoint is None else Kept(Path(checkpoint), checkpoint_every, checkpoint_workers)
             self._loop = self._set_up(arguments, use_locking, overlap, dylu)
             if resume is not None:
                 self._resume(resume)
@@ -155,7 +161,7 @@ class AGNOptimizer:
         facts = arguments.facts(rule, period, transport) | {
             "overlap": str(overlap),
             "dylu": str(dylu),
-            "checkpoint": "none" if self._kept is None else f"every {self._kept.every:g} s",
+            "checkpoint": "none" if self._kept is None else "every {1:g} s, workers {2}".format(*self._kept),
         }
         require_equal_model(comm, layout, facts)
         setup = Setup(transport, overlap, dylu).on_hosts(comm)

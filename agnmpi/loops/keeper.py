@@ -14,6 +14,7 @@ from ..core.worker import Phase
 from ..recovery.center_state import Saved
 from ..recovery.checkpoint import newest, read_caller, read_span
 from ..recovery.restore import resume
+from ..recovery.saver import state_bytes, workers_saved
 from ..training.abort import abort
 from ..training.exits import Interrupted, Signals
 from ..training.session import Session
@@ -38,7 +39,14 @@ class Keeper:
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._session, self._layout, self._facts, self._say = session, layout, facts, say
-        self._kept, self._checkpoints = kept, None if kept is None else self._set_up(kept)
+        self._kept, self._when = kept, "end"
+        for worker in session.role.workers[:1] if kept else []:
+            assert kept is not None
+            nbytes = state_bytes(worker.x.nbytes, worker.optimizer)
+            self._when, choice = workers_saved(kept.workers, nbytes, session.role.count)
+            if choice and worker.index == 0:
+                say(f"WARNING: {choice}")
+        self._checkpoints = None if kept is None else self._set_up(kept)
         self.skip = 0  # loops that were complete when the run was resumed, and are still to come
         self._before = [0]  # steps before each session, also the next one
         self._resuming = False  # resumed, and none has begun since
@@ -86,7 +94,7 @@ class Keeper:
     def progress(self, between: bool) -> dict[str, Any]:
         """Where the loop is, for a checkpoint."""
         steps, sessions = self._session.role.center.steps, self._session.role.session
-        ends = (self._before + [steps])[1 : sessions + between]
+        ends = [*self._before, steps][1 : sessions + between]
         return {"ends": ends, "before": ends[-1] if ends else 0, "between": between}
 
     def save(self, directory: Path, between: bool) -> None:
@@ -102,7 +110,7 @@ class Keeper:
 
     def _set_up(self, kept: Kept) -> OwnCheckpoints:
         facts = partial(self._facts, False)
-        return OwnCheckpoints(kept.directory, self._session, self._layout, facts, self._say, kept.every)
+        return OwnCheckpoints(kept.directory, self._session, self._layout, facts, self._say, self._when, kept.every)
 
     def end_if_signalled(self) -> None:
         """Raise Interrupted on all ranks, after a checkpoint, if any was asked to stop."""

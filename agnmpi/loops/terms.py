@@ -43,6 +43,7 @@ class Kept(NamedTuple):
 
     directory: Path
     every: float  # seconds between two
+    workers: str  # which hold the workers' states: "all", "end", "none", or "auto"
 
 
 class Asked(NamedTuple):
