@@ -207,10 +207,10 @@ class Run(ABC):
         if (saved := self._saved) is None:
             return
         place = _Place(*map(int, saved["place"]))
-        if self._place[:2] >= place[:2]:
-            within = not self._place.ended
-            self._saved, self._place = None, place._replace(ended=self._place.ended)
-            self._pass_resumed = saved if within and _under("begin", saved) else None
+        loops, ended = self._place[:2]
+        if (loops, ended) >= place[:2]:
+            self._saved, self._place = None, place._replace(loops=loops, ended=ended)
+            self._pass_resumed = saved if not ended and _under("begin", saved) else None
             self._set_own_state(_under("own", saved), within=not place.ended)
             self._set_randomness(_under("now", saved))
 

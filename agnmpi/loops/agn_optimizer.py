@@ -122,10 +122,9 @@ class AGNOptimizer:
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
-        if checkpoint_workers not in ("auto", "all", "end", "none"):
-            raise ValueError(f"checkpoint_workers must be auto, all, end or none, not {checkpoint_workers!r}")
         check_world(comm)
         warn_of_threads(name)
+        self._kept, self._caller_state = Kept.of(checkpoint, checkpoint_every, checkpoint_workers), (state, load_state)
         self._name, self._optimizer, self.loss = name, optimizer, nan
         self._comm = comm.Dup()
         self._hook = AbortOnException(self._comm)
@@ -135,8 +134,6 @@ class AGNOptimizer:
                 optimizer, center_optimizer, params, communication_period, rule, variant, transport, buffers,
                 outer_rate, copy,
             )  # fmt: skip
-            self._caller_state = state, load_state
-            self._kept = None if checkpoint is None else Kept(Path(checkpoint), checkpoint_every, checkpoint_workers)
             self._loop = self._set_up(arguments, use_locking, overlap, dylu)
             if resume is not None:
                 self._resume(resume)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -140,9 +141,27 @@ def test_checkpoints_are_written_meanwhile(comm, directory):
     comm.Barrier()
 
 
+@pytest.mark.parametrize("workers", ["all", "end", "none"])
+def test_checkpoints_hold_the_workers_where_that_is_asked_for(comm, directory, workers):
+    options = {"checkpoint": directory, "checkpoint_every": 1e-3, "checkpoint_workers": workers}
+    with AGNOptimizer(adam(0.1), np.zeros(4), comm, 2, **options) as opt:
+        for _ in opt.steps(200 * opt.num_workers):
+            opt.minimize(lambda p: (0.0, p["0"] - 1))
+            time.sleep(1e-3)
+        comm.Barrier()
+        meanwhile = list((directory / "checkpoints").glob("step-*/worker-*"))
+        comm.Barrier()
+    comm.Barrier()
+    last = max((directory / "checkpoints").glob("step-*"))
+    assert bool(meanwhile) == (workers == "all")
+    assert len(list(last.glob("worker-*"))) == (0 if workers == "none" else comm.size - 1)
+
+
 def test_what_cannot_be_is_refused(comm, directory):
     with pytest.raises(ValueError, match="needs checkpoint"):
         AGNOptimizer(sgd(0.1), np.zeros(4), comm, resume="auto")
+    with pytest.raises(ValueError, match="checkpoint_workers must be auto, all, end or none, not 'some'"):
+        AGNOptimizer(sgd(0.1), np.zeros(4), comm, checkpoint=directory, checkpoint_workers="some")
     with pytest.raises(ValueError, match="no whole checkpoint"):
         AGNOptimizer(sgd(0.1), np.zeros(4), comm, resume=directory / "none")
     with AGNOptimizer(sgd(0.1), np.zeros(4), comm, checkpoint=directory) as opt:
