@@ -66,7 +66,7 @@ def seeded(run):
 
 
 def dealt(run):
-    return DataLoader(Noisy(), batch_sampler=run.sampler(Noisy(), batch=8, epochs=9))
+    return DataLoader(Noisy(), batch_sampler=run.sampler(Noisy(), batch=8, epochs=12))
 
 
 class Script:
