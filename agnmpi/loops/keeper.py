@@ -103,7 +103,8 @@ class Keeper:
         if self._checkpoints is not None:
             self._checkpoints.finish()
         steps = int(allgather(comm, str(self._session.role.center.steps))[0])
-        OwnCheckpoints(directory, self._session, self._layout, partial(self._facts, between), self._say).save(steps)
+        facts = partial(self._facts, between)
+        OwnCheckpoints(directory, self._session, self._layout, facts, self._say, self._when).save(steps)
         wait_until(comm.Ibarrier().Test)
         self._saved_at = steps
         self._checkpoints = None if self._kept is None else self._set_up(self._kept)

@@ -29,7 +29,7 @@ class OwnCheckpoints:
 
     def __init__(
         self, directory: Path, session: Session, layout: Layout, facts: Callable[[], Mapping[str, Any]],
-        say: Callable[[str], None], when: str = "end", every: float = 0.0, keep: int = 3,
+        say: Callable[[str], None], when: str, every: float = 0.0, keep: int = 3,
     ) -> None:  # fmt: skip
         role, first, centers = session.role, session.comm.rank == 0, max(1, session.members.centers)
         consistent = centers == 1 or session.single_commits
