@@ -33,7 +33,32 @@ def test_it_starts_mpi_and_its_hook_is_called(tmp_path):
     script = tmp_path / "solver.py"
     script.write_text(SOLVER)
     code, output = mpiexec(3, sys.executable, script)
-    assert code != 0, output
+    assert code == 1, output
     assert "rank 1 on" in output
     assert output.count("the solver keeps what rank 1 has: 'lost'") == 1, output
     assert "OSError: and fails" in output
+
+
+WAITING = """
+import os, threading
+import numpy as np
+from mpi4py import MPI
+import agnmpi.loops.warner
+from agnmpi import AGNOptimizer, sgd
+
+agnmpi.loops.warner.WAIT = 1.0  # seconds
+threading.Timer(4, os._exit, [3]).start()
+comm = MPI.COMM_WORLD
+opt = AGNOptimizer(sgd(0.1), np.zeros(3), comm)
+for step in opt.steps(60):
+    comm.allreduce(1)  # the solver's: rank 0 serves, and never comes
+"""
+
+
+def test_workers_that_wait_for_rank_0_are_no_silent_deadlock(tmp_path):
+    script = tmp_path / "solver.py"
+    script.write_text(WAITING)
+    code, output = mpiexec(3, sys.executable, script)
+    assert code != 0, output
+    assert output.count("no worker has committed anything in the first 1 s") == 1, output
+    assert "agnmpi.insitu" in output
