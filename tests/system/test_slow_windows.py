@@ -32,7 +32,9 @@ def test_a_run_says_so(tmp_path, transport):
 
 def test_bench_says_so():
     """Beside the times of the transports that use them."""
-    code, output = agnmpi(2, "bench", "--sizes", 1000, "--rounds", 20, "--quiet", 0, "--optimizer-size", 0, env=TCP)
+    code, output = agnmpi(
+        2, "bench", "--transports", "rma", "accumulate", *"--sizes 1000 --rounds 20 --quiet 0".split(), env=TCP
+    )
     assert code == 0, output
     assert output.count("WARNING: windows of") == 1
     assert "transport p2p is faster here" in " ".join(output.split())
