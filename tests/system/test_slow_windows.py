@@ -32,9 +32,8 @@ def test_a_run_says_so(tmp_path, transport):
 
 def test_bench_says_so():
     """Beside the times of the transports that use them."""
-    code, output = agnmpi(
-        2, "bench", "--transports", "rma", "accumulate", *"--sizes 1000 --rounds 20 --quiet 0".split(), env=TCP
-    )
+    small = ["--sizes", 1000, "--rounds", 20, "--quiet", 0]
+    code, output = agnmpi(2, "bench", "--transports", "rma", "accumulate", *small, env=TCP)
     assert code == 0, output
     assert output.count("WARNING: windows of") == 1
     assert "transport p2p is faster here" in " ".join(output.split())
