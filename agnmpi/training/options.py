@@ -86,9 +86,13 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if name.endswith("options"):
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be a table, not {value!r}")
-        if not _kept(value):
-            kept = "numbers, lists, tables and text in UTF-8 (a date in quotes)"
-            raise ValueError(f"{name} must be {kept}, not {value!a}")
+        try:
+            kept = _kept(value)
+        except RecursionError as error:
+            raise ValueError(f"{name} is nested too deeply") from error
+        if not kept:
+            what = "numbers, lists, tables and text in UTF-8 (a date in quotes)"
+            raise ValueError(f"{name} must be {what}, not {value!a}")
         return
     if value is None or value in metadata["words"]:
         return
@@ -128,7 +132,9 @@ def _is_utf8(text: str) -> bool:
 
 
 def _short(value: float) -> str:
-    return f"{'-' * (value < 0)}10^{int(log10(abs(value)))} or so" if abs(value) > float_info.max else repr(value)
+    if isinstance(value, float) or abs(value) <= float_info.max:
+        return repr(value)
+    return f"{'-' * (value < 0)}10^{int(log10(abs(value)))} or so"  # Python refuses to print thousands of digits
 
 
 def canonical(options: type, values: Mapping[str, Any]) -> dict[str, Any]:
