@@ -46,6 +46,9 @@ def test_a_run_without_a_result_has_failed_whatever_mpiexec_says(tmp_path, file)
 def test_the_exit_code_is_that_of_mpiexec(tmp_path):
     code, output = submitted(tmp_path, "one_node.sbatch", MAKES_RUN="1", ENDS_WITH="76")
     assert code == 76, output
+
+
+def test_with_a_run_dir_of_ones_own_it_alone_counts(tmp_path):
     code, output = submitted(tmp_path, "one_node.sbatch", "m:P", "--run-dir", "elsewhere")
     assert code == 0, output
     assert "--run-dir runs/name-7 m:P --run-dir elsewhere" in (tmp_path / "launched").read_text()
