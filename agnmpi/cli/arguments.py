@@ -254,21 +254,16 @@ def _add_sweep(commands: Any) -> None:
         help="train a problem for each point of a grid of options, in one world",
         usage="mpiexec -n P python -m agnmpi sweep MODULE:PROBLEM\n"
         "           --grid KEY=VALUE,VALUE… [--grid …] [options]",
-        description="Train a run for each combination of the values of --grid, each in a directory of its own; at the "
-        "end show a table. Started again with the same --run-dir, it trains what has no result yet. All options of "
-        "train hold here, too.",
+        description="Train a run for each combination of the values of --grid, each in a directory of its own. Started "
+        "again with the same --run-dir, it trains what has no result yet. All options of train hold here, too.",
         argument_default=argparse.SUPPRESS,
     )
     sweep.add_argument("--inject-faults", action="store_true", default=False, help=argparse.SUPPRESS)  # for tests
     _add_sources(sweep, "as in train")
-    sweep.add_argument(
-        "--grid", action="append", default=[], metavar="KEY=VALUE,VALUE…",
-        help="values of an option, with _ for -: --grid rate=1e-3,1e-2 --grid options.hidden=64,128",
-    )  # fmt: skip
-    sweep.add_argument(
-        "--ranks-per-run", type=int, default=None, metavar="N",
-        help="the world is divided into groups of N ranks, which train at the same time [default: all]",
-    )  # fmt: skip
+    text = "values of an option, with _ for -: --grid rate=1e-3,1e-2 --grid options.hidden=64,128"
+    sweep.add_argument("--grid", action="append", default=[], metavar="KEY=VALUE,VALUE…", help=text)
+    text = "the world is divided into groups of N ranks, which train at the same time [default: all]"
+    sweep.add_argument("--ranks-per-run", type=int, default=None, metavar="N", help=text)
     add_fields(sweep, Config, ("resume",))
 
 
