@@ -162,7 +162,8 @@ class Run:
         self.is_center = center == "rank" and comm.rank == CENTER
         group = solver or self._comm
         self._solver = group.Dup() if solver else group.Split(0 if self.is_center else 1, comm.rank)
-        self._batch, self._closed = batch, False
+        self._batch = batch
+        self.closed = False  # whether `close` has come to its end
         set_threads(place(self._comm, not self.is_center).threads)
         self._hook = AbortOnException(self._comm)
         self._served = Served(self._comm, rule, x, period, center, steps) if comm.rank == CENTER else None
@@ -283,7 +284,7 @@ class Run:
         Args:
             save: rank 0 writes the final center there, as safetensors.
         """
-        if self._closed:
+        if self.closed:
             return
         if self._training is not None:
             self._training.leave()
@@ -292,7 +293,7 @@ class Run:
             self._served.join()
         if save is not None and self._comm.rank == CENTER:
             self.save(save)
-        self._closed = True
+        self.closed = True
         self._hook.remove()
         if self._served is not None and self._served.end.lost:
             return  # with dead ranks MPI's collectives would not return
@@ -313,7 +314,7 @@ class Run:
     # --- how ---
 
     def _trainer(self, what: str) -> Unblocking:
-        if self._closed:
+        if self.closed:
             raise RuntimeError(f"rank {self._comm.rank}: {what} after close")
         if self._training is None:
             raise RuntimeError(f"rank {self._comm.rank} is the center, and no part of the solver: call serve, or close")
