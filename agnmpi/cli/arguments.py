@@ -125,6 +125,13 @@ def _add_bench_utilisation(commands: Any) -> None:
         "--step", type=float, default=0.02, metavar="S", help="seconds a step sleeps, as for a GPU [default: 0.02]"
     )
     bench.add_argument(
+        "--slowest",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="the last rank's steps sleep X times as long [default: 1]",
+    )
+    bench.add_argument(
         "--parameters", type=int, default=1_000_000, metavar="N", help="float32 numbers [default: 1000000]"
     )
     bench.add_argument("--period", type=int, default=10, metavar="N", help="λ, steps between exchanges [default: 10]")
