@@ -20,7 +20,7 @@ _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # Fixed values of options of `train`: in a simulation, and where a problem is measured, with each transport.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
 BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "overlap": False, "dylu": False, "record": False}
-OFFLINE = ("export", "evaluate", "runs", "report")  # commands of one process, without MPI
+OFFLINE = ("export", "evaluate", "runs", "report", "capi")  # commands of one process, without MPI
 _UTILISATION = """\
 Measure how much of their time the workers compute, for each transport and
 encoding, without and with overlap. A step sleeps, as a host does while its GPU
@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_models(commands)
     _add_reports(commands)
+    _add_capi(commands)
     return top
 
 
@@ -227,6 +228,19 @@ def _add_reports(commands: Any) -> None:
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="runs, or directories that hold them")
     report.add_argument("-o", "--output", metavar="FILE", help="the page [default: report.html in, or beside, the run]")
+
+
+def _add_capi(commands: Any) -> None:
+    capi = commands.add_parser(
+        "capi",
+        help="build the library for solvers in C and Fortran",
+        description="Write libagnmpi.so, agnmpi.h and agnmpi.f90 to a directory, for this Python environment and the "
+        "MPI of a compiler, and print what compilers need to be told.",
+    )
+    capi.add_argument("directory", metavar="DIR", help="is made if need be")
+    capi.add_argument(
+        "--mpicc", metavar="CC", help="MPI's C compiler [default: mpicc beside this Python, $MPICC, or mpicc on PATH]"
+    )
 
 
 def _add_train(commands: Any) -> None:

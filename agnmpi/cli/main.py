@@ -71,7 +71,7 @@ def _abort(code: int) -> None:
 
 
 def _offline(args: argparse.Namespace) -> int:
-    """Run a command of one process, which needs no MPI."""
+    """Run a command of one process, which does not initialise MPI."""
     from . import models, reports
 
     try:
@@ -81,6 +81,11 @@ def _offline(args: argparse.Namespace) -> int:
             return reports.report(args.runs, args.output)
         if args.command == "export":
             return models.export(Path(args.run), Path(args.file))
+        if args.command == "capi":
+            from ..frameworks.capi_build import build
+
+            print(*build(Path(args.directory), args.mpicc))
+            return 0
         return models.evaluate(Path(args.run), args.device)
     except (ValueError, OSError) as error:
         print(f"agnmpi: error: {error}", file=sys.stderr)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Given: TypeAlias = tuple[memoryview, tuple[int, ...], str]  # memory, shape and dtype of an array of C's
 P = ParamSpec("P")
-_REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError)  # their message is enough, and the user's frames
+_REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError)  # of these the user's frames are enough
 _run: "Run | None" = None
 _first = True  # whether this rank is the first of the run's, which says what is wrong on all of them
 _error = ""
@@ -148,7 +148,7 @@ def _options(text: str, signature: inspect.Signature) -> dict[str, Any]:
     from mpi4py import MPI
 
     try:
-        given = tomllib.loads(f"given = {{{text}}}")["given"]
+        given: dict[str, Any] = tomllib.loads(f"given = {{{text}}}")["given"]
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"options {text!r} are not NAME = VALUE, …, as in TOML: {error}") from None
     name, rate = given.pop("optimizer", "adam"), given.pop("rate", 0.001)
@@ -196,9 +196,10 @@ def params(name: str, values: Given) -> None:
     named, out = _opened().params, _array(values, "values")
     if name not in named:
         raise ValueError(f"there is no parameter {name!r}; there are {', '.join(named)}")
-    if named[name].size != out.size:
-        raise ValueError(f"parameter {name!r} has {named[name].size} numbers, of shape {named[name].shape}, not {out.size}")
-    out[...] = named[name].ravel()
+    x = named[name]
+    if x.size != out.size:
+        raise ValueError(f"parameter {name!r} has {x.size} numbers, of shape {x.shape}, not {out.size}")
+    out[...] = x.ravel()
 
 
 @_call

@@ -25,7 +25,7 @@ def build(directory: Path, compiler: str | None = None) -> list[str]:
 
     Args:
         directory: is made if need be.
-        compiler: MPI's for C; default: mpicc beside this Python, $MPICC, or mpicc on PATH.
+        compiler: MPI's C compiler; default: mpicc beside this Python, $MPICC, or mpicc on PATH.
 
     Returns:
         What a compiler and a linker need to be told.
@@ -36,7 +36,7 @@ def build(directory: Path, compiler: str | None = None) -> list[str]:
     beside = shutil.which("mpicc", path=str(Path(sys.executable).parent))
     command = (compiler or beside or os.environ.get("MPICC") or "mpicc").split()
     if shutil.which(command[0]) is None:
-        raise ValueError(f"there is no {command[0]} on PATH: load your cluster's MPI module, or name MPI's C compiler")
+        raise ValueError(f"there is no {command[0]} on PATH: load your MPI's module, or name its C compiler by --mpicc")
     include, library = Path(sysconfig.get_path("include")), _libpython()
     if not (include / "Python.h").is_file():
         raise ValueError(f"{include} has no Python.h: install Python's headers (Debian: apt-get install python3-dev)")
@@ -52,7 +52,7 @@ def build(directory: Path, compiler: str | None = None) -> list[str]:
              f"{made}/libagnmpi.so", str(library), f"-Wl,-rpath,{library.parent}", "-ldl"],
             f"{' '.join(command)} cannot build libagnmpi.so",
         )  # fmt: skip
-        _run([sys.executable, "-c", _CHECK, f"{made}/libagnmpi.so"], "the library would not work")
+        _run([sys.executable, "-c", _CHECK, f"{made}/libagnmpi.so"], "the library would not work with this environment")
         shutil.copy(f"{made}/libagnmpi.so", target)
     for name in ("agnmpi.h", "agnmpi.f90"):
         shutil.copy(_SOURCES / name, directory)

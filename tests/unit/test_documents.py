@@ -46,6 +46,7 @@ def options():
         "evaluate",
         "runs",
         "report",
+        "capi",
     ):
         with pytest.raises(HelpAsked) as asked:
             parse([*command.split(), "--help"])
