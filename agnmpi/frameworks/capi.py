@@ -191,6 +191,12 @@ def predict(x: Given, y: Given) -> None:
 
 
 @_call
+def pull(arrived: Given) -> None:
+    """On a rank that reads: ask for the newest center; writes whether one has come."""
+    _array(arrived)[...] = _opened().pull()
+
+
+@_call
 def params(name: str, values: Given) -> None:
     """Write a parameter to `values` (size,)."""
     named, out = _opened().params, _array(values, "values")

@@ -193,6 +193,15 @@ int agn_predict(const void *x, int x_ndim, const int64_t *x_shape, void *y, int 
                 &(struct array){y, y_ndim, y_shape, type, PyBUF_WRITE});
 }
 
+int agn_pull(int *arrived)
+{
+    int64_t answer = 0;
+    int code = call("pull", "(O&)", array, &(struct array){&answer, 0, NULL, AGN_INT64, PyBUF_WRITE});
+    if (arrived)
+        *arrived = answer != 0;
+    return code;
+}
+
 int agn_params(const char *name, void *values, int64_t size, int type)
 {
     return call("params", "(sO&)", name, array, &(struct array){values, 1, &size, type, PyBUF_WRITE});

@@ -16,7 +16,7 @@ module agnmpi
     implicit none
     private
     public :: agn_open, agn_serve, agn_put, agn_learn, agn_predict, agn_params, agn_step, agn_done, agn_stop, agn_save
-    public :: agn_close, agn_error, agn_errors_return
+    public :: agn_pull, agn_close, agn_error, agn_errors_return
 
     integer(c_int), parameter :: float = 4, double = 8
 
@@ -80,6 +80,11 @@ module agnmpi
         function c_done(done) bind(C, name="agn_done") result(code)
             import
             integer(c_int), intent(out) :: done
+            integer(c_int) :: code
+        end function
+        function c_pull(arrived) bind(C, name="agn_pull") result(code)
+            import
+            integer(c_int), intent(out) :: arrived
             integer(c_int) :: code
         end function
         function c_stop() bind(C, name="agn_stop") result(code)
@@ -153,6 +158,14 @@ contains
         call tell(c_done(answer), ierr)
         done = answer /= 0
     end function
+
+    subroutine agn_pull(arrived, ierr)
+        logical, intent(out), optional :: arrived
+        integer, intent(out), optional :: ierr
+        integer(c_int) :: answer
+        call tell(c_pull(answer), ierr)
+        if (present(arrived)) arrived = answer /= 0
+    end subroutine
 
     subroutine agn_stop(ierr)
         integer, intent(out), optional :: ierr

@@ -45,6 +45,10 @@ int agn_learn(double budget, int64_t *taken);
 int agn_predict(const void *x, int x_ndim, const int64_t *x_shape, void *y, int y_ndim, const int64_t *y_shape,
                 int type);
 
+/* On a rank opened with "reads = true", which does not train: ask for the newest center. `arrived`: NULL, or for
+ * whether one has come since the last call. */
+int agn_pull(int *arrived);
+
 /* Copy the `size` numbers of a parameter, in the order of C. */
 int agn_params(const char *name, void *values, int64_t size, int type);
 
