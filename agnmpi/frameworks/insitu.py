@@ -148,7 +148,7 @@ class Run:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
         check_world(comm)
-        self._comm = comm.Dup()
+        self._comm, self._rank = comm.Dup(), comm.rank
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)  # of ours alone: an error is an exception, whatever the solver has
         try:
             self._reservoir = raise_on_all(
@@ -214,7 +214,7 @@ class Run:
             most: steps; default: as many as fit.
         """
         if not (budget >= 0 and isfinite(budget)):
-            raise ValueError(f"rank {self._comm.rank}: the budget is a share of the time, at least 0, not {budget!r}")
+            raise ValueError(f"rank {self._rank}: the budget is a share of the time, at least 0, not {budget!r}")
         training, taken = self._trainer("learn"), 0
         self._budget.grant(budget)
         with self._budget.using():
@@ -254,7 +254,7 @@ class Run:
     def pull(self) -> bool:
         """On a rank that reads: ask for the newest center; whether one has come since the last call. Never waits."""
         if self._reader is None:
-            raise RuntimeError(f"rank {self._comm.rank} does not read: it pulls when it has trained")
+            raise RuntimeError(f"rank {self._rank} does not read: it pulls when it has trained")
         with self._budget.using():
             arrived = self._reader.poll()
             self._reader.pull()
@@ -288,7 +288,7 @@ class Run:
     def serve(self, every: float = 1.0) -> Generator[Status, None, None]:
         """On rank 0 with center="rank": serve until all others have called `close`; yields each `every` seconds."""
         if not self.is_center or self._served is None:
-            raise RuntimeError(f'rank {self._comm.rank} has nothing to serve: only rank 0, with center="rank"')
+            raise RuntimeError(f'rank {self._rank} has nothing to serve: only rank 0, with center="rank"')
         end, at = self._served.end, 0.0
 
         def interrupted() -> bool:
@@ -317,7 +317,7 @@ class Run:
         self._wait(self._has_left)
         if self._served is not None:
             self._served.join()
-        if save is not None and self._comm.rank == CENTER:
+        if save is not None and self._rank == CENTER:
             self.save(save)
         self.closed = True
         self._hook.remove()
@@ -341,10 +341,10 @@ class Run:
 
     def _trainer(self, what: str) -> Unblocking:
         if self.closed:
-            raise RuntimeError(f"rank {self._comm.rank}: {what} after close")
+            raise RuntimeError(f"rank {self._rank}: {what} after close")
         if self._training is None:
             does, calls = ("reads", "pull") if self._reader else ("is the center", "serve")
-            raise RuntimeError(f"rank {self._comm.rank} {does}, and is no part of the solver: call {calls}, or close")
+            raise RuntimeError(f"rank {self._rank} {does}, and is no part of the solver: call {calls}, or close")
         return self._training
 
     def _is_due(self, training: Unblocking) -> bool:
@@ -394,7 +394,7 @@ class Run:
             self._poll()
             if not said and time.monotonic() - begin > _SAID_AFTER:
                 said = True
-                text = f"rank {self._comm.rank} has waited for {_SAID_AFTER:.0f} s in {what}"
+                text = f"rank {self._rank} has waited for {_SAID_AFTER:.0f} s in {what}"
                 warnings.warn(text, RuntimeWarning, stacklevel=4)
             return test()
 

@@ -1,10 +1,13 @@
 /* libagnmpi.so: starts the Python of the environment that has built it, and hands each call to frameworks/capi.py. */
 #include <Python.h>
 #include <dlfcn.h>
+#include <errno.h>
 #include <fenv.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "agnmpi.h"
 #include "environment.h" /* AGN_PYTHON, AGN_LIBPYTHON: the paths of Python and of its library */
@@ -78,6 +81,8 @@ static const char *start(void)
 {
     const char *error = NULL;
     PyGILState_STATE held;
+    if (access(AGN_PYTHON, X_OK)) /* without it, another's packages would be found, or none */
+        return strerror(errno);
     /* Extension modules find Python's symbols also where a program loads this library by dlopen. */
     if (!dlopen(AGN_LIBPYTHON, RTLD_NOW | RTLD_GLOBAL))
         return dlerror();
@@ -90,6 +95,24 @@ static const char *start(void)
     }
     PyGILState_Release(held);
     return error;
+}
+
+/* What is the program's, and Python would change. */
+struct kept {
+    fenv_t traps;            /* solvers trap division by zero; NumPy divides by it, and looks at the result */
+    struct sigaction at_int; /* Python's module signal takes SIGINT, whoever imports it */
+};
+
+static void keep(struct kept *kept)
+{
+    feholdexcept(&kept->traps);
+    sigaction(SIGINT, NULL, &kept->at_int);
+}
+
+static void give_back(const struct kept *kept)
+{
+    sigaction(SIGINT, &kept->at_int, NULL);
+    fesetenv(&kept->traps);
 }
 
 struct array {
@@ -118,13 +141,13 @@ static PyObject *array(void *given)
 static int call(const char *name, const char *format, ...)
 {
     va_list values;
-    fenv_t traps;
+    struct kept kept;
     PyGILState_STATE held;
     PyObject *function, *given, *answer, *said;
     long code;
     if (!module)
         return refuse(name, "no run is open: call agn_open first", "");
-    feholdexcept(&traps); /* solvers trap division by zero; NumPy divides by it, and looks at the result */
+    keep(&kept);
     held = PyGILState_Ensure();
     va_start(values, format);
     function = PyObject_GetAttrString(module, name);
@@ -144,17 +167,17 @@ static int call(const char *name, const char *format, ...)
     Py_XDECREF(given);
     Py_XDECREF(function);
     PyGILState_Release(held);
-    fesetenv(&traps);
+    give_back(&kept);
     return code == 0 ? 0 : code == 1 ? failed() : refuse(name, "Python failed, as said above", "");
 }
 
 int agn_open(const char *spec, MPI_Fint comm, int period, const char *options)
 {
-    fenv_t traps;
+    struct kept kept;
     const char *error;
-    feholdexcept(&traps);
+    keep(&kept);
     error = module ? NULL : start();
-    fesetenv(&traps);
+    give_back(&kept);
     if (error)
         return refuse("open: Python cannot start", error,
                       " (" AGN_PYTHON "; where it has moved, build the library again: python -m agnmpi capi DIR)");
