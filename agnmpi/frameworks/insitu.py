@@ -157,33 +157,20 @@ class Run:
             self._surrogate, self._layout, x, rule, optimizer = raise_on_all(self._comm, lambda: _checked(
                 surrogate, self._comm, period, center, optimizer, batch, steps, outer_rate, seed, options or {}
             ))  # fmt: skip
-            facts: dict[str, object] = {"period": period, "center": center, "optimizer": optimizer.numbers}
-            facts |= {"steps": steps, "outer_rate": outer_rate, "seed": seed}
-            require_equal_model(self._comm, self._layout, {name: str(value) for name, value in facts.items()})
-            who = [text == "True" for text in allgather(self._comm, str(bool(reads)))]
-            members = raise_on_all(self._comm, lambda: Members.of(who, center))
+            facts = {"period": period, "center": center, "optimizer": optimizer.numbers, "steps": steps}
+            members = _agreed(self._comm, self._layout, facts | {"outer_rate": outer_rate, "seed": seed}, reads, center)
         except ValueError:  # on all ranks
             self._comm.Free()
             raise
         self.is_center = center == "rank" and comm.rank == CENTER
         trains = comm.rank in members.train
-        self._solver = self._comm.Split(0 if self.is_center else 1 if trains else 2, comm.rank)
-        if solver and trains:
-            self._solver.Free()
-            self._solver = solver.Dup()
+        self._solver = _solver(self._comm, 0 if self.is_center else 1 if trains else 2, solver)
         self._batch = batch
         self.closed = False  # whether `close` has come to its end
         set_threads(place(self._comm, trains).threads)
         self._hook = AbortOnException(self._comm)
-        self._served = Served(self._comm, rule, x, period, center, steps, members) if comm.rank == CENTER else None
-        self._training: Unblocking | None = None
-        self._reader: Reader | None = None
-        if not self.is_center:
-            end = P2PWorker(self._comm, number=members.number(comm.rank))
-            if trains:
-                self._training = _training(end, x, rule, optimizer, members.number(comm.rank), steps)
-            else:
-                self._reader = Reader(end, x)
+        parts = _parts(self._comm, members, x, rule, optimizer, period, center, steps)
+        self._served, self._training, self._reader = parts
         self._views, self._g = self._layout.views(x), np.empty_like(x)
         self._taken, self._loss, self._budget = 0, nan, Budget()
         self._done, self._stop, self._asked = False, False, 0
@@ -402,11 +389,38 @@ class Run:
         wait_until(polled, (lambda: served.end.progress) if served else int)
 
 
-def _training(end: P2PWorker, x: Array, rule: Rule, optimizer: Optimizer, number: int, steps: int | None) -> Unblocking:
-    """The worker of a rank that computes."""
+def _agreed(comm: MPI.Intracomm, layout: Layout, facts: Mapping[str, object], reads: bool, center: Place) -> Members:
+    """Who takes part; raises ValueError, on all ranks, where they differ in what they train, or none does."""
+    require_equal_model(comm, layout, {name: str(value) for name, value in facts.items()})
+    who = [text == "True" for text in allgather(comm, str(bool(reads)))]
+    return raise_on_all(comm, lambda: Members.of(who, center))
+
+
+def _solver(comm: MPI.Intracomm, role: int, given: MPI.Intracomm | None) -> MPI.Intracomm:
+    """The ranks that `done` is asked with: those of the same role, or a solver's own where it trains; collective."""
+    same = comm.Split(role, comm.rank)
+    if given is not None and role == 1:
+        same.Free()
+        same = given.Dup()
+    assert isinstance(same, MPI.Intracomm)
+    return same
+
+
+def _parts(
+    comm: MPI.Intracomm, members: Members, x: Array, rule: Rule, optimizer: Optimizer, period: int, center: Place,
+    steps: int | None,
+) -> tuple[Served | None, Unblocking | None, Reader | None]:  # fmt: skip
+    """What this rank has: the center, a worker, or what reads; rank 0 may have the first two."""
+    served = Served(comm, rule, x, period, center, steps, members) if comm.rank == CENTER else None
+    if comm.rank not in members.ranks:
+        return served, None, None
+    number = members.number(comm.rank)
+    end = P2PWorker(comm, number=number)
+    if comm.rank in members.read:
+        return served, None, Reader(end, x)
     worker = Worker(x, rule, optimizer, end, number, overlap=True)
     worker.total = steps
-    return Unblocking(worker)
+    return served, Unblocking(worker), None
 
 
 def _checked(
