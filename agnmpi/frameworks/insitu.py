@@ -165,8 +165,7 @@ class Run:
         self.is_center = center == "rank" and comm.rank == CENTER
         trains = comm.rank in members.train
         self._solver = _solver(self._comm, 0 if self.is_center else 1 if trains else 2, solver)
-        self._batch = batch
-        self.closed = False  # whether `close` has come to its end
+        self._batch, self.closed = batch, False  # closed: `close` has come to its end
         set_threads(place(self._comm, trains).threads)
         self._hook = AbortOnException(self._comm)
         parts = _parts(self._comm, members, x, rule, optimizer, period, center, steps)
