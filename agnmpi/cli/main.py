@@ -14,7 +14,8 @@ from ..core.backoff import limit
 from ..simulation.timing import Timing, load_timing
 from ..training.config import Config, load, newest_config
 from ..training.exits import Signals
-from .arguments import BENCHED, OFFLINE, SIMULATED, ArgumentsRefused, HelpAsked, parse
+from .arguments import BENCHED, SIMULATED, ArgumentsRefused, HelpAsked, parse
+from .offline import OFFLINE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
