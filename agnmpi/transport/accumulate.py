@@ -181,12 +181,16 @@ class AccumulateCenter(WindowsCenter):
     @contextmanager
     def still(self) -> Iterator[Cut]:
         """As `CenterEnd.still`; waits for the sums under way."""
-        wait_until(self._lock.lock)
+        wait_until(self._locked)
         self.windows.sync()
         try:
             yield Cut(self.windows.read(CLOCK), self.windows.read(STEPS), self._leases())
         finally:
             self._lock.unlock()
+
+    def _locked(self) -> bool:
+        self.windows.comm.Iprobe()  # progress for sums from other hosts
+        return self._lock.lock()
 
     def _leases(self) -> Mapping[str, Any] | None:
         windows, held = self.windows, list[Lease]()
