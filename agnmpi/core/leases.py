@@ -385,13 +385,6 @@ def merged(leases: Sequence[Lease]) -> list[Lease]:
     return merged
 
 
-def cut(free: Iterable[Lease], period: int) -> list[Lease]:
-    """The steps in `free`, in pieces of at most `period`."""
-    return [
-        Lease(at, min(period, _end(lease) - at)) for lease in free for at in range(lease.first, _end(lease), period)
-    ]
-
-
 class Division(NamedTuple):
     """Work that is divided among all workers alike: first what is free, then what was never granted, λ at a time.
 
@@ -399,13 +392,13 @@ class Division(NamedTuple):
         total: steps over all workers; None: no end.
         period: λ.
         start: steps that were granted before.
-        free: of these, what was not done, in pieces of at most λ.
+        free: of these, what was not done.
         given_up: of these, what is never granted again.
 
-    >>> work = Division(8, 3, 4, [Lease(1, 2)])
-    >>> [work.lease(k) for k in range(4)]
-    [Lease(first=1, steps=2), Lease(first=4, steps=3), Lease(first=7, steps=1), Lease(first=-1, steps=0)]
-    >>> work.state(2, [Lease(5, 2)])
+    >>> work = Division(8, 3, 4, [Lease(0, 4)])
+    >>> [work.lease(k) for k in range(5)][1:]
+    [Lease(first=3, steps=1), Lease(first=4, steps=3), Lease(first=7, steps=1), Lease(first=-1, steps=0)]
+    >>> work.state(3, [Lease(5, 2)])
     {'next': 7, 'free': [[5, 2]], 'committed': 5, 'given_up': 0}
     """
 
@@ -418,27 +411,41 @@ class Division(NamedTuple):
     @classmethod
     def of(cls, leases: Leases) -> "Division":
         """What is left in `leases`, none of which is held."""
-        free = cut(leases.free, leases.period)
-        return cls(leases.total, leases.period, leases.next, free, leases.given_up)
+        return cls(leases.total, leases.period, leases.next, leases.free, leases.given_up)
+
+    def _pieces(self, lease: Lease) -> int:
+        return -(-lease.steps // self.period)
 
     def lease(self, k: int) -> Lease:
         """The k-th lease, from 0; `NONE` behind the last."""
-        if k < len(self.free):
-            return self.free[k]
-        first = self.start + (k - len(self.free)) * self.period
+        for lease in self.free:
+            if k < self._pieces(lease):
+                at = lease.first + k * self.period
+                return Lease(at, min(self.period, _end(lease) - at))
+            k -= self._pieces(lease)
+        first = self.start + k * self.period
         if self.total is None:
             return Lease(first, self.period)
         return Lease(first, min(self.period, self.total - first)) if first < self.total else NONE
 
     def state(self, granted: int, undone: Iterable[Lease], workers: int = 1) -> dict[str, Any]:
         """As `Leases.state`: after so many rounds of a lease for each of `workers`, of which `undone` is not done."""
-        further = max(0, granted - -(-len(self.free) // workers)) * workers * self.period
-        next_step = (
-            self.start + further if self.total is None else min(self.start + further, max(self.total, self.start))
-        )
-        free = sorted([*self.free[granted * workers :], *undone])
+        rounds_of_free = -(-sum(map(self._pieces, self.free)) // workers)
+        next_step = self.start + max(0, granted - rounds_of_free) * workers * self.period
+        if self.total is not None:
+            next_step = max(self.start, min(next_step, self.total))
+        free, pieces = list(undone), granted * workers
+        for lease in self.free:
+            taken = min(pieces * self.period, lease.steps)
+            pieces = max(0, pieces - self._pieces(lease))
+            free += [Lease(lease.first + taken, lease.steps - taken)] if taken < lease.steps else []
         committed = next_step - sum(lease.steps for lease in free) - self.given_up
-        return {"next": next_step, "free": list(map(list, free)), "committed": committed, "given_up": self.given_up}
+        return {
+            "next": next_step,
+            "free": [*map(list, sorted(free))],
+            "committed": committed,
+            "given_up": self.given_up,
+        }
 
 
 def rounds(
@@ -453,7 +460,9 @@ def rounds(
     >>> [list(rounds(8, 3, worker, 2)) for worker in (0, 1)]
     [[Lease(first=0, steps=3), Lease(first=6, steps=1)], [Lease(first=3, steps=3), Lease(first=7, steps=1)]]
     """
-    pieces = iter(cut(free, period))
+    pieces = (
+        Lease(at, min(period, _end(lease) - at)) for lease in free for at in range(lease.first, _end(lease), period)
+    )
     while first := list(islice(pieces, workers)):
         yield first[worker] if worker < len(first) else Lease(start, 0)
     while total is None or start < total:
