@@ -13,7 +13,7 @@ from ..core.ends import CenterEnd, Handle, WorkerEnd, all_done
 from ..core.leases import Leases, Shares, SpeedProportional
 from ..core.worker import Worker
 from ..transport.allreduce import AllreduceEnd
-from ..transport.chunks import bcast_in_pieces
+from ..transport.chunks import bcast_in_pieces, share_blocks
 from ..transport.local import LocalCenter
 from .node import NodeEnd
 
@@ -260,8 +260,8 @@ class ShardRole(CenterRole):
             handles = [end.leave(None, self._whole[span]) for end, span in zip(self._others, self._spans[1:])]
             for handle in handles:
                 handle.wait()
-            self._whole[self._spans[0]] = to_host(self.end.c)
-        bcast_in_pieces(self.centers, self._whole)
+        self._whole[self.span] = to_host(self.end.c)
+        share_blocks(self.centers, [self._whole[span] for span in self._spans])
 
     def copy_center(self) -> Callable[[], Array | None]:
         """As `Role.copy_center`: the blocks are pulled, each is whole."""

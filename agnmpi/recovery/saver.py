@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..arrays.backend import Array, synchronize
+from ..arrays.backend import Array, host_copy, synchronize
 from ..arrays.kernels import all_finite
 from ..cluster.roles import Role, ShardRole
 from ..core.backoff import wait_until
@@ -311,14 +311,15 @@ class WorkerSaver:
     def _begin(self, number: int) -> None:
         worker = self.worker
         try:
-            size = sum(x.nbytes for x in save_worker(worker, copied=False)[0].values())
-            files = save_worker(worker, copied=size <= self._small)
+            arrays, facts = save_worker(worker, copied=False)
+            if sum(x.nbytes for x in arrays.values()) <= self._small:
+                arrays = {name: host_copy(x) for name, x in arrays.items()}
         except MemoryError as error:
             self._outage.begins(error)
             return
         synchronize(worker.x)  # before another thread reads it
-        self._writer.begin(partial(write_worker, self._run, worker.index, number, files))
-        if files[0]["o"] is worker.o:
+        self._writer.begin(partial(write_worker, self._run, worker.index, number, (arrays, facts)))
+        if arrays["o"] is worker.o:
             wait_until(self._written)
 
     def _written(self) -> bool:
