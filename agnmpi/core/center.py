@@ -356,8 +356,7 @@ class SummedCenter(Center):
 
     def __init__(self, rule: Rule, like: Array, workers: int, end: CenterEnd, observer: Observer) -> None:
         super().__init__(rule, like, workers, observer=observer)
-        self._end = end
-        self._in_a_row = 0  # commits refused since the last good one
+        self._end, self._in_a_row = end, 0  # the second: commits refused since the last good one
 
     def apply(self, commit: Commit, c: Array) -> Reply:
         """Update the counts; raises RuntimeError where `patience` is exhausted."""
@@ -366,8 +365,7 @@ class SummedCenter(Center):
         if self._in_a_row >= self.patience * self.workers:  # all fail: one that does leaves after `patience` of them
             raise RuntimeError(f"{self._in_a_row} commits in a row were refused: they hold NaN or infinity")
         self.refused, self.staleness_sum, self.staleness_max = summed
-        self.clock += commit.commits
-        self.steps += commit.steps
+        self.clock, self.steps = self.clock + commit.commits, self.steps + commit.steps
         self.observer.committed(commit, c)
         return Reply(self.clock)
 
