@@ -10,7 +10,7 @@ from ..arrays.backend import Array, bring, empty_like, host_copy, to_host
 from ..core.backoff import wait_until
 from ..core.center import Center, serve
 from ..core.ends import CenterEnd, Handle, WorkerEnd, all_done
-from ..core.leases import Leases, Shares, SpeedProportional, rounds
+from ..core.leases import Leases, Shares, SpeedProportional
 from ..core.worker import Worker
 from ..transport.allreduce import AllreduceEnd
 from ..transport.chunks import bcast_in_pieces, share_blocks
@@ -95,7 +95,7 @@ class Role:
 
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         for end in self.ends():
-            end.begin(total, period, leases.next)
+            end.begin(total, period, leases)
 
     def ends(self) -> list[WorkerEnd | CenterEnd]:
         """All ends of this rank, in order of the centers."""
@@ -205,7 +205,7 @@ class NodeRole(CenterRole):
 
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         self.center.leases = Shares(total, period)
-        self.end.begin(total, period, leases.next)
+        self.end.begin(total, period, leases)
 
 
 class ShardRole(CenterRole):
@@ -285,9 +285,6 @@ class PeerRole(HoldingRole):
         """As `Role.start_from`."""
         if (changed := _bcast_changed(self.end.comm, x, self.c)) is not None:
             self.c[...] = bring(changed, self.c)
-
-    def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
-        self.end.begin_rounds(total, rounds(total, period, self.end.comm.rank, self.count, leases.next, leases.free))
 
 
 class LocalRole(HoldingRole):
