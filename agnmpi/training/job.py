@@ -34,7 +34,7 @@ from .exits import DEGRADED, UNWRITTEN, Degraded, Failed, Interrupted, Signals, 
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor, OnEvent
 from .outputs import finish_run, run_directory, save_center, write_result
-from .problem import Factory, evaluate, gradient_of, name_of, prepare
+from .problem import Batches, Factory, evaluate, gradient_of, name_of, prepare
 from .run_observer import RunObserver
 from .session import Session
 from .user_code import report_failure
@@ -144,6 +144,7 @@ class Job:
         while True:
             for workers in self.session.rounds():
                 for worker in workers:
+                    worker.ahead = self._ahead
                     worker.end = self.injection.wrap(worker.end)
                 self._set_up_worker_savers(workers)
                 drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
@@ -202,7 +203,8 @@ class Job:
 
     def _steps(self, worker: Worker, saver: WorkerSaver) -> Iterator[int]:
         """The loop of a worker: saves its state with the center, and stops on a signal where no center rank would."""
-        gradient = gradient_of(self.problem, self.layout, self.plan, worker.x)
+        batches = Batches(self.problem, self.plan, worker.x, lambda: worker.granted, self.config.period)
+        gradient = gradient_of(self.problem, self.layout, self.plan, worker.x, batches=batches)
 
         def compute(step: int) -> tuple[float, Array]:
             self.injection.step()
@@ -232,7 +234,17 @@ class Job:
         except Exception as error:
             if error is not self.failure:
                 raise
+        finally:
+            batches.close()
         worker.settle()
+
+    @property
+    def _ahead(self) -> int:
+        """Leases that a worker holds beyond the one that it computes, where their batches can be prepared.
+
+        Not in a round of all ranks, whose work is known when it begins; a record has the messages of workers without.
+        """
+        return int(hasattr(self.problem, "prepare") and not self.rule.allreduce and not self.config.record)
 
     @property
     def _stop_reason(self) -> str:
