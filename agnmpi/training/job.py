@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, current
-from ..cluster.placement import blas_threads, check_world, end_sibling, limit_blas, place, process, require_equal_model
+from ..cluster.machine import blas_threads, limit_blas
+from ..cluster.placement import check_world, end_sibling, place, process, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.roles import NodeRole
 from ..cluster.setup import Setup, check_setup
