@@ -90,7 +90,7 @@ class Role:
 
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         for end in self.ends():
-            end.begin(total, period, leases.next)
+            end.begin(total, period, leases)
 
     def ends(self) -> list[WorkerEnd | CenterEnd]:
         """All ends of this rank, in order of the centers."""

@@ -9,10 +9,10 @@ from ..arrays.backend import Array, bring, empty_like, host_copy, to_host
 from ..core.backoff import wait_until
 from ..core.center import Center, serve
 from ..core.ends import CenterEnd, Handle, WorkerEnd, all_done
-from ..core.leases import Leases, Shares, rounds
+from ..core.leases import Leases, Shares
 from ..core.worker import Worker
 from ..transport.allreduce import AllreduceEnd
-from ..transport.chunks import bcast_in_pieces
+from ..transport.chunks import bcast_in_pieces, share_blocks
 from ..transport.local import LocalCenter
 from .node import NodeEnd
 from .role import Arrays, Facts, Role
@@ -109,7 +109,7 @@ class NodeRole(CenterRole):
 
     def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
         self.center.leases = Shares(total, period)
-        self.end.begin(total, period, leases.next)
+        self.end.begin(total, period, leases)
 
 
 class ShardRole(CenterRole):
@@ -164,8 +164,8 @@ class ShardRole(CenterRole):
             handles = [end.leave(None, self._whole[span]) for end, span in zip(self._others, self._spans[1:])]
             for handle in handles:
                 handle.wait()
-            self._whole[self._spans[0]] = to_host(self.end.c)
-        bcast_in_pieces(self.centers, self._whole)
+        self._whole[self.span] = to_host(self.end.c)
+        share_blocks(self.centers, [self._whole[span] for span in self._spans])
 
     def copy_center(self) -> Callable[[], Array | None]:
         """As `Role.copy_center`: the blocks are pulled, each is whole."""
@@ -189,9 +189,6 @@ class PeerRole(HoldingRole):
         """As `Role.start_from`."""
         if (changed := _bcast_changed(self.end.comm, x, self.c)) is not None:
             self.c[...] = bring(changed, self.c)
-
-    def _prepare(self, total: int | None, period: int, leases: Leases) -> None:
-        self.end.begin_rounds(total, rounds(total, period, self.end.comm.rank, self.count, leases.next, leases.free))
 
 
 class LocalRole(HoldingRole):

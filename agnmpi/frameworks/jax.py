@@ -75,7 +75,7 @@ class Run(AnyRun):
             transport=transport, overlap=overlap, dylu=dylu, on_commit=self._pack, on_pull=self._unpack,
             on_refused=self._refused,
         )  # fmt: skip
-        super().__init__(opt, period)
+        super().__init__(opt, period, None)
 
     def update(self, params: Tree, opt_state: Tree = None) -> None:
         """Count the step that has led to `params` and `opt_state`, and exchange when λ are done."""
