@@ -15,6 +15,7 @@ import numpy as np
 from ..arrays.backend import Array, choose, current
 from ..core.batches import Plan
 from ..core.params import Layout
+from ..core.rules import Rule
 from .user_code import UserCodeError, blamed, metrics, pack_gradients, user_frames
 
 
@@ -282,6 +283,14 @@ class Batches:
         assert self._prepare is not None
         with current(self._x):
             return self._prepare(indices)
+
+
+def leases_ahead(problem: Problem, rule: Rule, record: bool) -> int:
+    """Leases that a worker holds beyond the one that it computes: one, where their batches can be prepared.
+
+    Not in a round of all ranks, whose work is known when it begins; a record has the messages of workers without.
+    """
+    return int(hasattr(problem, "prepare") and not rule.allreduce and not record)
 
 
 def gradient_of(
