@@ -11,7 +11,8 @@ import numpy as np
 
 from ..arrays.backend import Array, host_copy, synchronize
 from ..arrays.kernels import all_finite
-from ..cluster.roles import Role, ShardRole
+from ..cluster.role import Role
+from ..cluster.roles import ShardRole
 from ..core.backoff import wait_until
 from ..core.center import Center
 from ..core.optimizers import Optimizer
