@@ -32,11 +32,12 @@ class OwnCheckpoints:
         say: Callable[[str], None], when: str, every: float = 0.0, keep: int = 3,
     ) -> None:  # fmt: skip
         role, first, centers = session.role, session.comm.rank == 0, max(1, session.members.centers)
-        consistent = centers == 1 or session.single_commits
+        if centers > 1 and not session.single_commits:  # no consistent cut while the workers sum into all of them
+            every = 0.0
         ranks = session.members.workers() if session.failover else []
 
         def all_facts() -> dict[str, Any]:
-            return {**center_facts(role, layout, centers, consistent, ranks), **facts()}
+            return {**center_facts(role, layout, centers, ranks), **facts()}
 
         self._role, self._saver = role, None
         self._cut = None
@@ -45,9 +46,7 @@ class OwnCheckpoints:
             self._saver = CenterSaver(directory, role.center, all_facts, say, every if first else 0.0, 0, keep, index)
             if isinstance(role, ShardRole) and every:
                 name = "rank {}".format
-                self._cut = consistent_cut(
-                    role, self._saver, consistent, say, lambda k: name(session.members.serving[k])
-                )
+                self._cut = consistent_cut(role, self._saver, say, lambda k: name(session.members.serving[k]))
         self._first = first
         self._workers = [
             WorkerSaver(

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..arrays.backend import Array, host_copy, synchronize
 from ..arrays.kernels import all_finite
-from ..cluster.roles import Role, ShardRole
+from ..cluster.role import Role
+from ..cluster.roles import ShardRole
 from ..core.backoff import wait_until
 from ..core.center import Center
 from ..core.optimizers import Optimizer
@@ -155,7 +156,7 @@ class CenterSaver:
         start = time.perf_counter()
         try:
             arrays, facts = self._center.save(c)
-        except MemoryError as error:
+        except (MemoryError, OSError) as error:
             self._failed(error)
             return
         self.pause = max(self.pause, time.perf_counter() - start)
@@ -186,33 +187,29 @@ class CenterSaver:
         self._writer.close()
 
 
-def center_facts(role: Role, layout: Layout, centers: int, consistent: bool, ranks: Sequence[int]) -> dict[str, Any]:
+def center_facts(role: Role, layout: Layout, centers: int, ranks: Sequence[int]) -> dict[str, Any]:
     """A checkpoint's facts beside those of the center itself.
 
     Args:
         role: of this rank.
         layout: of the parameters.
         centers: how many hold a block each.
-        consistent: whether they can be saved as one cut.
         ranks: of the workers, where one may take over.
     """
     return {
         "agnmpi": __version__,
         "centers": centers,
         "workers": role.count,
-        "consistent": consistent,
         "layout": layout._asdict(),
         "ranks": list(ranks),
     }
 
 
-def consistent_cut(
-    role: ShardRole, saver: CenterSaver, consistent: bool, say: Say, name: Callable[[int], str]
-) -> ConsistentCut:
+def consistent_cut(role: ShardRole, saver: CenterSaver, say: Say, name: Callable[[int], str]) -> ConsistentCut:
     """Let `saver` save the block of `role` together with the other centers; `name`: describes a center."""
     cut = ConsistentCut(
         MPIMail(role.centers),
-        role.end if consistent else None,
+        role.end,
         role.center,
         lambda number: saver.save(role.end.c, number),
         saver.writing,

@@ -169,3 +169,42 @@ def test_what_cannot_be_is_refused(comm, directory):
             opt.minimize(lambda p: (0.0, p["0"] - 1))
     with pytest.raises(ValueError, match="another model"):
         AGNOptimizer(sgd(0.1), np.zeros(5), comm, checkpoint=directory, resume="auto")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("transport", [*TRANSPORTS, None], ids=name)
+def test_an_interruption_loses_and_repeats_no_step(comm, directory, transport, overlap):
+    """One rank is asked to stop within its period, while the others are anywhere in theirs."""
+    total, parts, stopper = 40 * comm.size, [], 1 if transport else 0  # whose lease is not the last of a round
+    rule = rules.downpour() if transport else rules.synchronous()
+
+    def one_hot(step):
+        return np.where(np.arange(total) == step, -1.0, 0.0)
+
+    for at in (7, 0):
+        interrupted, taken = False, []
+        opt = AGNOptimizer(
+            sgd(1.0), np.zeros(total), comm, 5, rule=rule, transport=transport or "auto", overlap=overlap,
+            checkpoint=directory, resume="auto",
+        )  # fmt: skip
+        try:
+            for step in opt.steps(total):
+                opt.minimize(lambda p: (0.0, one_hot(step)))  # noqa: B023
+                taken.append(step)
+                time.sleep(0.001)  # each gets its share
+                if at and comm.rank == stopper and len(taken) == at:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+        except Interrupted:
+            interrupted = True
+        assert interrupted is bool(at)
+        count = opt.center["0"]
+        opt.close()
+        parts.append(taken)
+    if transport:  # element i counts the commits of step i
+        np.testing.assert_array_equal(count, np.ones(total))
+        return
+    assert (count > 0).all()  # of a mean
+    everything = sorted(step for rank in comm.allgather(parts[0] + parts[1]) for step in rank)
+    assert sorted(set(everything)) == list(range(total))
+    if not overlap:  # there the interruption drops steps, which are taken again
+        assert everything == list(range(total))
