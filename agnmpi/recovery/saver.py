@@ -66,9 +66,12 @@ class _Writer:
         self._pending: Future[None] | None = None
 
     def begin(self, write: Callable[[], None]) -> None:
-        """Call `write` in the thread; waits for the last one."""
+        """Call `write` in the thread; waits for the last one. Here, where the interpreter is ending."""
         self.wait()
-        self._pending = self._pool.submit(write)
+        try:
+            self._pending = self._pool.submit(write)
+        except RuntimeError:  # no more threads
+            self._pending = _called(write)
 
     def busy(self) -> bool:
         """Collect a finished write, without waiting; whether one is still under way."""
@@ -92,6 +95,15 @@ class _Writer:
         """Wait, and end the thread."""
         self.wait()
         self._pool.shutdown()
+
+
+def _called(write: Callable[[], None]) -> Future[None]:
+    future = Future[None]()
+    try:
+        future.set_result(write())
+    except Exception as error:  # raised again where the result is collected
+        future.set_exception(error)
+    return future
 
 
 class CenterSaver:
