@@ -100,9 +100,11 @@ class _Writer:
 def _called(write: Callable[[], None]) -> Future[None]:
     future = Future[None]()
     try:
-        future.set_result(write())
+        write()
     except Exception as error:  # raised again where the result is collected
         future.set_exception(error)
+    else:
+        future.set_result(None)
     return future
 
 
