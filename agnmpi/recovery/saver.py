@@ -326,7 +326,7 @@ class WorkerSaver:
     def _begin(self, number: int) -> None:
         worker = self.worker
         try:
-            arrays, facts = save_worker(worker, copied=False)
+            arrays, facts = save_worker(worker)
             if sum(x.nbytes for x in arrays.values()) <= self._small:
                 arrays = {name: host_copy(x) for name, x in arrays.items()}
         except MemoryError as error:
@@ -347,7 +347,7 @@ class WorkerSaver:
         if steps is None or self._when == "none":
             return
         try:
-            write_worker(self._run, self.worker.index, steps, save_worker(self.worker, copied=False))
+            write_worker(self._run, self.worker.index, steps, save_worker(self.worker))
         except (OSError, MemoryError) as error:
             self._outage.begins(error)
         else:
