@@ -4,7 +4,7 @@ import argparse
 import faulthandler
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
     except (HelpAsked, ArgumentsRefused) as raised:
         refusal = raised
-    if args is not None and (args.command in OFFLINE or (args.command == "simulate" and not launched())):
+    if args is not None and (args.command in OFFLINE or (args.command == "simulate" and not _launched())):
         return _offline(args)
     signals = Signals(_abort, several=args is not None and args.command == "sweep")
     if args is not None and args.command in ("train", "sweep"):
@@ -241,11 +241,10 @@ def _sweep(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     from ..transport.agreement import raise_on_all
     from . import sweep
 
-    names = {f.name for f in fields(Config)} - {"run_dir"}
-    given = {key: value for key, value in vars(args).items() if key in names}
+    given = _options(args)
+    folder = given.pop("run_dir", None)
     points = raise_on_all(world, lambda: sweep.grid(args.config, given, args.sets, args.grid))
     raise_on_all(world, lambda: _named(points[0].config))
-    folder = getattr(args, "run_dir", None)
     return sweep.main(world, points, folder, args.ranks_per_run, signals, args.inject_faults)
 
 
@@ -264,10 +263,21 @@ def _bench(args: argparse.Namespace, world: Any) -> int:
     from ..bench import problem
     from ..transport.agreement import raise_on_all
 
-    names = {f.name for f in fields(Config)}
-    given = {key: value for key, value in vars(args).items() if key in names}
-    config = raise_on_all(world, lambda: _named(load(args.config, given | BENCHED, args.sets)))
+    config = raise_on_all(world, lambda: _named(load(args.config, _options(args) | BENCHED, args.sets)))
     return problem.main(world, config, chosen(problem.Options))
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the arguments those that are options of `Config`."""
+    names = {f.name for f in fields(Config)}
+    return {key: value for key, value in vars(args).items() if key in names}
+
+
+def _launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    from ..cluster.machine import started
+
+    return bool(started()) or os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "0", "1")
 
 
 def _named(config: Config, alternative: str = "") -> Config:
@@ -275,12 +285,6 @@ def _named(config: Config, alternative: str = "") -> Config:
     if not config.problem:
         raise ValueError(f"which problem? Give MODULE:PROBLEM, or a --config that names one{alternative}")
     return config
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher started this process as one of several."""
-    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
-    return any(environment.get(name, "1") not in ("", "0", "1") for name in names)
 
 
 def _prepare_simulation(args: argparse.Namespace) -> Callable[[], dict[str, Any]]:

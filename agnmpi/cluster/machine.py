@@ -1,4 +1,4 @@
-"""This machine, as a process sees it without MPI: the threads of BLAS, and the devices that SLURM gave."""
+"""What a process sees without MPI: the threads of BLAS, what a launcher has started, the devices that SLURM gave."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -19,6 +19,16 @@ def blas_threads() -> int:
     import threadpoolctl
 
     return max((int(pool["num_threads"]) for pool in threadpoolctl.threadpool_info()), default=1)
+
+
+def started(environment: Mapping[str, str] = os.environ) -> str:
+    """How many ranks an mpiexec says that it started, this one among them; "" if not several.
+
+    >>> started({"PMI_SIZE": "4"}), started({"PMI_SIZE": "1"}), started({})
+    ('4', '', '')
+    """
+    found = (environment.get(name, "") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"))
+    return next((ranks for ranks in found if ranks not in ("", "0", "1")), "")
 
 
 def unused_devices(devices: int, environment: Mapping[str, str] = os.environ) -> list[str]:

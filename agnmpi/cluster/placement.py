@@ -15,6 +15,7 @@ from mpi4py import MPI
 from ..core.params import Layout
 from ..transport.agreement import ConfigError, allgather, require_equal
 from ..version import __version__, mpi_library
+from .machine import started
 
 
 class Place(NamedTuple):
@@ -130,12 +131,11 @@ def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> 
             f"does not speak what srun offered; pass srun --mpi={pmi}, or use mpiexec of the same environment "
             "in the batch file"
         )
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"):
-        if environment.get(name, "1") not in ("", "0", "1"):
-            raise ConfigError(
-                f"the launcher started {environment[name]} ranks, but each is a world of its own: mpiexec is of "
-                f"another MPI than mpi4py's ({mpi_library()}); use the mpiexec of the same environment"
-            )
+    if ranks := started(environment):
+        raise ConfigError(
+            f"the launcher started {ranks} ranks, but each is a world of its own: mpiexec is of another MPI than "
+            f"mpi4py's ({mpi_library()}); use the mpiexec of the same environment"
+        )
 
 
 def fault_tolerant(environment: Mapping[str, str] = os.environ) -> bool:
