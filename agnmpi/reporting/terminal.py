@@ -1,10 +1,13 @@
 """The terminal of rank 0: its width, and the progress bar."""
 
+import io
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import Progress
@@ -58,6 +61,47 @@ def _launcher_output() -> str | None:
     return output
 
 
+ROWS = 2  # of a frame of the bar; the cursor stands below
+
+
+class AboveBar(io.TextIOBase):
+    """Writes whole lines above the bar that rank 0 shows on the same terminal.
+
+    What a line covers of the bar comes again with its next frame; the cursor stays where that expects it.
+
+    Args:
+        file: leads to the terminal.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._rest = file, ""
+
+    def write(self, text: str) -> int:
+        """Write the lines that are whole now, in one write."""
+        lines, newline, self._rest = (self._rest + text).rpartition("\n")
+        if newline:
+            self._file.write(f"\r\x1b[{ROWS}A\x1b[J{lines}\n" + "\n" * ROWS)
+            self._file.flush()
+        return len(text)
+
+    def close(self) -> None:
+        """Write the rest."""
+        if self._rest:
+            self.write("\n")
+
+
+@contextmanager
+def above_bar() -> Iterator[None]:
+    """While in it, what this rank prints goes above the bar of rank 0."""
+    with (
+        closing(AboveBar(sys.stdout)) as out,
+        closing(AboveBar(sys.stderr)) as err,
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        yield
+
+
 class Bar(Progress):
     """A progress bar with a status line under it.
 
@@ -65,7 +109,7 @@ class Bar(Progress):
     """
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar of each task, its status line, and an empty line."""
+        """The bar, its status line, and an empty line."""
         yield from super().get_renderables()
         for task in self.tasks:
             yield Text(task.fields["facts"], no_wrap=True, overflow="ellipsis")

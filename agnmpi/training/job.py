@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..recovery.checkpoint import newest
 from ..recovery.lock import unlock_all
 from ..recovery.restore import resume
 from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
+from ..reporting.terminal import above_bar
 from ..transport.agreement import ConfigError, allgather, format_ranks, raise_on_all
 from .abort import forked, say_and_abort
 from .config import Config, load
@@ -132,6 +133,7 @@ class Job:
         self._failed, self._announcements = list[int](), list[str]()
         self.result: Result | None = None
         self._worker_savers: list[WorkerSaver] = []
+        self._beside_bar = False  # whether rank 0 shows a bar on the terminal to which this rank prints
 
     def run(self) -> Result | None:
         """Connect, resume, train, and write the result."""
@@ -148,7 +150,8 @@ class Job:
                     worker.ahead = leases_ahead(self.problem, self.rule, self.config.record)
                     worker.end = self.injection.wrap(worker.end)
                 self._set_up_worker_savers(workers)
-                drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
+                with above_bar() if self._beside_bar else nullcontext():
+                    drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
             while not self._concluded():
                 if self.session.regroup():  # else no worker trains again: a rank has died after its work was done
                     break
@@ -173,6 +176,9 @@ class Job:
             raise
         threads = [int(text) for text in allgather(self.world, str(blas_threads()))] if config.record else []
         raise_on_all(self.world, lambda: self._begin(resumed, threads))
+        monitor = self.observer.monitor
+        live = json.loads(allgather(self.world, json.dumps(monitor is not None and monitor.live))[0])
+        self._beside_bar = live and self.rank > 0
 
     def _begin(self, resumed: Mapping[str, Any] | None, threads: Sequence[int]) -> None:
         """Take up the duties of this rank; raises OSError where the run's files cannot be opened."""
