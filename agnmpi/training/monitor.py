@@ -59,7 +59,7 @@ class Monitor:
         self.failure = ""  # of the first evaluation: the run is to end
         self._start = time.monotonic()
         self.console = console()
-        self.live = self.console.is_terminal
+        self._live = self.console.is_terminal
         self._writers = Writers(directory, config.writer_names, on_event, self.say)
         self._events = JsonLines(directory / "events.jsonl", self._writers.write, self.say)
         self._done = dict[int, list[int]]()  # steps and commits, by worker
@@ -76,7 +76,7 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """Print a line, with the date where the output is not a terminal."""
-        stamp = "" if self.live else time.strftime("%Y-%m-%d %H:%M:%S ")
+        stamp = "" if self._live else time.strftime("%Y-%m-%d %H:%M:%S ")
         style = "bold yellow" if line.startswith("WARNING") else None
         with suppress(OSError):  # the output, too, may go to a full disk
             self.console.print(stamp + line, style=style, markup=False, soft_wrap=True)
@@ -86,7 +86,7 @@ class Monitor:
         self._start = time.monotonic()
         self._rate()
         self._events.write("start", workers=self.evaluations.role.count, period=self._config.period)
-        if self.live:
+        if self._live:
             self._progress.start()
             self.console.show_cursor(True)  # a killed run must not leave the cursor hidden
         if initial is not None:
@@ -122,7 +122,7 @@ class Monitor:
 
     def stop(self, event: str, **facts: Any) -> None:
         """The run ends early: close the display and the files."""
-        if self.live:
+        if self._live:
             self._progress.stop()
         self.evaluations.close()
         self._write_workers(last=True)
@@ -149,7 +149,7 @@ class Monitor:
         if self._log():
             rates = self._write_progress()
             self._write_workers()
-            if not self.live and self._line():
+            if not self._live and self._line():
                 self.say(f"epoch {self._epochs()}  {self._status(rates)}  {self._time_left()}")
 
     def finish(self, c: Array) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Monitor:
         self._write_progress()
         self._write_workers(last=True)
         self.evaluations.finish(c, self._point())
-        if self.live:
+        if self._live:
             self._progress.stop()
         self.evaluations.close()
         result = {

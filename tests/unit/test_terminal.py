@@ -2,12 +2,13 @@
 
 import io
 import re
+import sys
 
 import pytest
 from rich.console import Console
 from rich.progress import BarColumn
 
-from agnmpi.reporting.terminal import AboveBar, Bar
+from agnmpi.reporting.terminal import AboveBar, Bar, above_bar
 
 
 class Screen(io.StringIO):
@@ -62,3 +63,16 @@ def test_what_a_worker_prints_does_not_tear_the_bar(width):
     assert shown[:-2] == [*said[:2], "evaluation at epoch 1", *said[2:]]
     assert shown[-1] == "loss 1.0"
     assert "━" in shown[-2]
+
+
+def test_only_streams_that_go_to_the_terminal_are_changed(monkeypatch):
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with above_bar("stdout"):
+        print("to the screen")
+        print("to a file", file=sys.stderr)
+    with above_bar():
+        print("no bar")
+    assert re.sub(r"\x1b\[\d*[AJ]", "", out.getvalue()) == "\rto the screen\n\n\nno bar\n"
+    assert err.getvalue() == "to a file\n"
