@@ -1,4 +1,4 @@
-"""The table of tests/README.md: MPI × what works, from pytest's reports of tests/system/test_everywhere.py.
+"""The table of tests/README.md: MPI × what works, from pytest's reports of what must work with any MPI.
 
 python tests/support/table_of_mpis.py tests/README.md MPI.xml…   (jobs/test.sh --long system does it)
 """
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+SOLVER = "test_a_solver_trains_a_surrogate_and_computes_the_same_bits"
 COLUMNS = {
     "test_train[p2p]": "p2p",
     "test_train[rma]": "rma",
@@ -18,6 +19,8 @@ COLUMNS = {
     "test_kill": "kill, resume",
     "test_usr1": "USR1",
     "test_drop_stalled": "`--drop-stalled`",
+    f"{SOLVER}[build_c]": "C",
+    f"{SOLVER}[build_fortran]": "Fortran",
     "test_under_mpiexec[2]": "2 ranks",
     "test_under_mpiexec[3]": "3 ranks",
 }

@@ -37,6 +37,6 @@ def test_rows(tmp_path):
 def test_the_table_of_the_readme_has_these_columns():
     table = TABLE.search((ROOT / "tests/README.md").read_text())[0]
     assert table.startswith("| " + " | ".join(HEAD) + " |\n")
-    tests = (ROOT / "tests/system/test_everywhere.py").read_text()
-    tests += (ROOT / "tests/system/test_under_mpiexec.py").read_text()
+    files = ("test_everywhere", "test_capi", "test_under_mpiexec")
+    tests = "".join((ROOT / f"tests/system/{name}.py").read_text() for name in files)
     assert all(f"def {name.partition('[')[0]}(" in tests for name in COLUMNS)
