@@ -57,9 +57,12 @@ def line(cells):
 
 
 def merged(text, rows):
-    """`text` with its table, in which `rows` replace those of the same MPI."""
+    """`text` with its table, in which the cells of `rows` replace those of the same MPI, but for empty ones."""
     old = [[cell.strip() for cell in row.split("|")[1:-1]] for row in TABLE.search(text)[0].splitlines()[2:]]
-    all_rows = {cells[0]: cells for cells in [*old, *rows]}
+    all_rows = {cells[0]: cells for cells in old}
+    for cells in rows:
+        before = all_rows.get(cells[0], cells)
+        all_rows[cells[0]] = [new or was for new, was in zip(cells, before)]
     table = line(HEAD) + "|" + "---|" * len(HEAD) + "\n" + "".join(line(all_rows[name]) for name in sorted(all_rows))
     return TABLE.sub(lambda _: table, text)
 
