@@ -291,7 +291,7 @@ class Job:
             duties.keep_config()
             try:
                 if self.interrupted:
-                    save_center(self.directory, self.config, self.layout, session.role)
+                    save_center(self.directory, self.config.rule, self.layout, session.role)
                 else:
                     self._write_result(duties.monitor)
             except OSError as error:
