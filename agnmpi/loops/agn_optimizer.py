@@ -122,7 +122,7 @@ class AGNOptimizer:
         checkpoint_workers: str = "auto",
         state: Callable[[], Mapping[str, Array]] = dict,
         load_state: Callable[[Mapping[str, Array]], object] = bool,
-        monitor: "Monitoring | str | Path | None" = None,
+        monitor: Monitoring | str | Path | None = None,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
@@ -138,17 +138,17 @@ class AGNOptimizer:
                 optimizer, center_optimizer, params, communication_period, rule, variant, transport, buffers,
                 outer_rate, copy,
             )  # fmt: skip
-            given = monitor if isinstance(monitor, Monitoring | None) else Monitoring(monitor)
-            self._loop = self._set_up(arguments, use_locking, overlap, dylu, given, resume is not None)
-            if resume is not None:
-                self._resume(resume)
+            self._loop = self._set_up(arguments, use_locking, overlap, dylu, monitor, resume is not None)
+            self._resume(resume)
         except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
             self._comm.Free()
             raise
         atexit.register(self._at_exit)  # before mpi4py finalizes MPI
 
-    def _resume(self, resume: str | Path) -> None:
+    def _resume(self, resume: str | Path | None) -> None:
+        if resume is None:
+            return
         if resume != "auto":
             self._loop.restore(Path(resume), required=True)
         elif self._kept is not None:
@@ -162,7 +162,7 @@ class AGNOptimizer:
         use_locking: bool,
         overlap: bool,
         dylu: bool,
-        given: Monitoring | None,
+        monitor: Monitoring | str | Path | None,
         resumes: bool,
     ) -> Loop:
         """Compare with the other ranks, create the flat vector, and connect; errors are raised on all ranks."""
@@ -189,6 +189,7 @@ class AGNOptimizer:
         caller = Caller(self._pack, self._pulled, self._refused, *self._caller_state)
         options = facts | {"rule": rule.name, "transport": transport.name, "period": period}
         where = self._kept and self._kept.directory
+        given = Monitoring(monitor) if isinstance(monitor, str | Path) else monitor
         self._monitor = LoopMonitor(given, comm, where, resumes, options, layout, self._x) if given else None
         loop = Loop(
             comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller, layout, self._kept,

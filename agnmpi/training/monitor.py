@@ -65,6 +65,10 @@ class Monitor:
         self._events = JsonLines(directory / "events.jsonl", self._writers.write, self.say)
         self._done = dict[int, list[int]]()  # steps and commits, by worker
         self._done_at = 0.0  # seconds at the last event with these
+        self._new_bar()
+
+    def _new_bar(self) -> None:
+        """A bar for what comes: one that was stopped would begin by erasing lines above it (rich 15)."""
         self._progress = Bar(
             TextColumn("[bold]epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
@@ -73,7 +77,11 @@ class Monitor:
             refresh_per_second=4,
             expand=True,
         )
-        self._task = self._progress.add_task("train", total=plan.steps, epoch="0", facts="", left="")
+        self._task = self._progress.add_task("train", total=self._bar_total, epoch=self._epochs(), facts="", left="")
+
+    @property
+    def _bar_total(self) -> float | None:
+        return self.total if self.total < inf else None
 
     def say(self, line: str) -> None:
         """Print a line, with the date where the output is not a terminal."""
@@ -94,12 +102,14 @@ class Monitor:
     def show(self) -> None:
         """Show the bar, where the output is a terminal."""
         if self._live:
+            self._new_bar()
             self._progress.start()
             self.console.show_cursor(True)  # a killed run must not leave the cursor hidden
 
     def hide(self) -> None:
-        """Leave the last of the bar where it is."""
+        """Leave the bar as it is now."""
         if self._live:
+            self._update_bar(self._rate())
             self._progress.stop()
 
     def resume(self, samples: int, seconds: float) -> None:
@@ -237,15 +247,18 @@ class Monitor:
             samples_per_second=round(rates[1], 3),
             **self._stamp(),
         )
+        self._update_bar(rates)
+        return rates
+
+    def _update_bar(self, rates: tuple[float, ...]) -> None:
         self._progress.update(
             self._task,
             completed=self._center.steps,
-            total=self.total if self.total < inf else None,
+            total=self._bar_total,
             epoch=self._epochs(),
             facts=self._status(rates),
             left=self._time_left(),
         )
-        return rates
 
     def _write_workers(self, last: bool = False) -> None:
         """Write what each worker, or node center, has done: each 5 s at first, then ever more rarely."""
