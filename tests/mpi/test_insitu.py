@@ -122,7 +122,7 @@ def test_a_thread_serves_while_rank_0_is_elsewhere(comm):
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("center", ["solver", "none"])
+@pytest.mark.parametrize("center", ["solver", pytest.param("none", marks=pytest.mark.long)])
 def test_a_fast_rank_does_not_bend_the_optimum(comm, center):
     """Rank 0 takes three times the steps: the center is at the mean over all samples, of which the last rank has half.
 
