@@ -19,7 +19,8 @@ from .flags import add_fields
 _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # Fixed values of options of `train`: in a simulation, and where a problem is measured, with each transport.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
-BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "overlap": False, "dylu": False, "record": False}
+BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "wait": True, "overlap": False, "dylu": False}
+BENCHED |= {"record": False}
 OFFLINE = ("export", "evaluate", "runs", "report")  # commands of one process, without MPI
 _UTILISATION = """\
 Measure how much of their time the workers compute, for each transport and

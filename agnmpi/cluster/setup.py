@@ -27,6 +27,7 @@ class Setup(NamedTuple):
     Args:
         transport: how commits travel.
         overlap: compute the next period while the exchange of the last is under way.
+        wait: False, with overlap: while that exchange is under way, go on after λ steps.
         dylu: λ_k in proportion to the workers' speeds, by this machine's clock.
         caller_uses_mpi: whether this program calls MPI by itself while it computes.
         placed: ranks of the centers, in order of their blocks, rank 0 first; empty: ranks 0 … k−1.
@@ -39,6 +40,7 @@ class Setup(NamedTuple):
     caller_uses_mpi: bool = True
     placed: tuple[int, ...] = ()
     nodes: tuple[tuple[int, ...], ...] = ()
+    wait: bool = True
 
     @property
     def center_ranks(self) -> Sequence[int]:
@@ -147,6 +149,7 @@ def _refusals(
             setup.dylu and (caps.together or not caps.single_commits),
             f"dylu needs a center that grants the work, which transport {name!r} has not",
         ),
+        *refusals_of_going_on(rule, setup),
         *_refusals_of_node_centers(rule, setup, center_optimizer),
         (
             (centers > 1 or transport.center_per_host) and not caps.shards,
@@ -184,6 +187,26 @@ def _refusals(
         (
             setup.overlap and not caps.overlap,
             f"overlap has no meaning on transport {name}: its exchanges take no time",
+        ),
+    ]
+
+
+def refusals_of_going_on(rule: Rule, setup: Setup) -> list[tuple[bool, str]]:
+    """What cannot be where workers do not wait: each with whether it is so here."""
+    if setup.wait:
+        return []
+    caps, remedy = setup.transport.capabilities, "leave wait on (no --no-wait)"
+    return [
+        (caps.together, f"wait = False, but rule {rule.name} exchanges on all ranks at once: {remedy}"),
+        (
+            rule.pulls == "before",
+            f"wait = False, but rule {rule.name} pulls, and then commits what follows from it, which takes two "
+            f"exchanges: {remedy}",
+        ),
+        (
+            setup.transport.node_centers,
+            "wait = False with node_centers: not the workers wait for the network, but the node centers, which go on "
+            f"meanwhile; {remedy}",
         ),
     ]
 

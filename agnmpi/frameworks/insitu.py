@@ -370,7 +370,7 @@ def _training(comm: MPI.Intracomm, x: Array, rule: Rule, optimizer: Optimizer, s
     """The worker of a rank that computes."""
     number = (comm.rank - 1) % comm.size  # rank 0's is the last
     end = P2PWorker(comm, number=number)
-    worker = Worker(x, rule, optimizer, end, number, overlap=True)
+    worker = Worker(x, rule, optimizer, end, number, overlap=True, wait=False)
     worker.total = steps
     return Unblocking(worker)
 

@@ -36,7 +36,7 @@ class Run(AnyRun):
         opt_state: a pytree, such as optax's state; it stays on its worker. Default: none.
         comm: any communicator; it is duplicated.
         period: λ, steps between exchanges; default 10.
-        rule, outer_rate, transport, overlap, dylu: as of `AGNOptimizer`.
+        rule, outer_rate, transport, overlap, wait, dylu: as of `AGNOptimizer`.
 
     Attributes:
         params: to take the next step from. A new tree after an exchange; its arrays may be donated to a jitted step.
@@ -57,6 +57,7 @@ class Run(AnyRun):
         outer_rate: float | None = None,
         transport: str | Transport = "auto",
         overlap: bool = False,
+        wait: bool = True,
         dylu: bool = False,
     ) -> None:
         self.params, self.opt_state = params, opt_state
@@ -72,7 +73,7 @@ class Run(AnyRun):
         self._error = np.zeros_like(self._x) if rounds else None
         opt = AGNOptimizer(
             None, self._x, comm, period, name="agnmpi.jax.Run", copy=False, rule=rule, outer_rate=outer_rate,
-            transport=transport, overlap=overlap, dylu=dylu, on_commit=self._pack, on_pull=self._unpack,
+            transport=transport, overlap=overlap, wait=wait, dylu=dylu, on_commit=self._pack, on_pull=self._unpack,
             on_refused=self._refused,
         )  # fmt: skip
         super().__init__(opt, period)

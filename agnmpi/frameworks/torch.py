@@ -34,7 +34,7 @@ class Run(AnyRun):
         comm: any communicator; it is duplicated. Rank 0's numbers are those that all begin with.
         period: λ, steps between exchanges; default 10.
         scheduler: of the rate by the step, moved by the steps of all workers; its own `step()` does nothing meanwhile.
-        rule, outer_rate, transport, overlap, dylu: as of `AGNOptimizer`.
+        rule, outer_rate, transport, overlap, wait, dylu: as of `AGNOptimizer`.
 
     Raises:
         TypeError: for what is not a model, an optimizer or a scheduler of this kind.
@@ -57,6 +57,7 @@ class Run(AnyRun):
         outer_rate: float | None = None,
         transport: str | Transport = "auto",
         overlap: bool = False,
+        wait: bool = True,
         dylu: bool = False,
     ) -> None:
         self.model, self.optimizer = model, unwrapped(optimizer, "optimizer")
@@ -71,7 +72,7 @@ class Run(AnyRun):
         opt = AGNOptimizer(
             None, parts, comm, period, name="agnmpi.torch.Run", copy=False, buffers=sorted(set(parts) - {"parameters"}),
             rule=rule, outer_rate=outer_rate, transport=transport,
-            overlap=overlap, dylu=dylu, on_commit=self._read, on_pull=self._pulled, on_refused=self._refused,
+            overlap=overlap, wait=wait, dylu=dylu, on_commit=self._read, on_pull=self._pulled, on_refused=self._refused,
         )  # fmt: skip
         super().__init__(opt, period)
         self._threads = torch.get_num_threads()

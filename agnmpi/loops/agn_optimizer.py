@@ -54,6 +54,8 @@ class AGNOptimizer:
         transport: made by `agnmpi.transports`, such as `transports.p2p(message_buffers=8)`, or its name; "auto"
             (default) depends on the rule.
         overlap: compute while an exchange is under way; default False.
+        wait: False: as overlap, but where an exchange takes longer than λ steps the worker takes more of them before
+            the next, up to 8 λ; steps count as they are, AGN divides by their number. Default True: exactly λ.
         dylu: λ is that of the fastest worker, the others' are proportional to their speeds; default False.
         buffers: names of those `params` that no gradient moves, but you: running means, as of batch normalization. The
             center takes their convex mean, c_b ← c_b + (b − c_b)/n; a pull brings them back. Default: none.
@@ -103,6 +105,7 @@ class AGNOptimizer:
         center_optimizer: Optimizer | None = None,
         transport: str | Transport = "auto",
         overlap: bool = False,
+        wait: bool = True,
         dylu: bool = False,
         buffers: Collection[str] = (),
         outer_rate: float | None = None,
@@ -131,7 +134,7 @@ class AGNOptimizer:
             )  # fmt: skip
             self._caller_state = state, load_state
             self._kept = None if checkpoint is None else Kept(Path(checkpoint), checkpoint_every)
-            self._loop = self._set_up(arguments, use_locking, overlap, dylu)
+            self._loop = self._set_up(arguments, use_locking, overlap, wait, dylu)
             if resume is not None:
                 self._resume(resume)
         except ValueError:  # a ConfigError among them: on all ranks
@@ -148,17 +151,18 @@ class AGNOptimizer:
         else:
             raise ConfigError('resume="auto" needs checkpoint, the directory')
 
-    def _set_up(self, arguments: Arguments, use_locking: bool, overlap: bool, dylu: bool) -> Loop:
+    def _set_up(self, arguments: Arguments, use_locking: bool, overlap: bool, wait: bool, dylu: bool) -> Loop:
         """Compare with the other ranks, create the flat vector, and connect; errors are raised on all ranks."""
         comm, optimizer = self._comm, arguments.optimizer
         rule, layout, period, transport = raise_on_all(comm, lambda: arguments.checked(use_locking))
         facts = arguments.facts(rule, period, transport) | {
             "overlap": str(overlap),
+            "wait": str(wait),
             "dylu": str(dylu),
             "checkpoint": "none" if self._kept is None else f"every {self._kept.every:g} s",
         }
         require_equal_model(comm, layout, facts)
-        setup = Setup(transport, overlap, dylu).on_hosts(comm)
+        setup = Setup(transport, overlap or not wait, dylu, wait=wait).on_hosts(comm)
         check_setup(rule, setup, comm.size, optimizer, arguments.center_optimizer)
         # Of variant "gradient": of the same kind, with its own slots.
         center_optimizer = arguments.center_optimizer or (optimizer if rule.accumulates else None)
@@ -280,7 +284,7 @@ class AGNOptimizer:
     def granted(self) -> list[int]:
         """The numbers of the steps that this worker is to take, the next first; their samples may be loaded already."""
         worker = self._loop.worker
-        return [] if worker is None else worker.granted
+        return [] if worker is None else worker.held.numbers
 
     @property
     def status(self) -> Status:

@@ -307,7 +307,7 @@ class WorkerSaver:
         if worker.checkpoint != self._seen:
             self._seen = self._wanted = worker.checkpoint
             self._due, self._announced = now + self._part * (now - self._announced), now
-        if self._wanted is None or worker.done or now < self._due or self._writer.busy():
+        if self._wanted is None or worker.held.done or now < self._due or self._writer.busy():
             return
         number, self._wanted = self._wanted, None
         self._begin(number)

@@ -10,6 +10,7 @@ import numpy as np
 from ..arrays.backend import Array, full_like
 from ..cluster.placement import blas_threads
 from ..cluster.roles import Role
+from ..cluster.setup import Setup, refusals_of_going_on
 from ..core.batches import Plan
 from ..core.center import Center
 from ..core.drive import session
@@ -58,6 +59,9 @@ class Stage:
         self.rule, n = config.make_rule(), config.workers
         if self.rule.allreduce:
             raise ValueError(f"rule {self.rule.name} has no center and no staleness: train it instead")
+        for refused, message in refusals_of_going_on(self.rule, Setup(wait=config.wait)):
+            if refused:
+                raise ValueError(message)
         self.problem, layout, self.x = prepare(config.problem, config.options, config.seed, config.device, 0)
         self.layout = layout
         self.plan = Plan(self.problem.samples, config.batch, config.epochs, config.steps, config.seed)
@@ -101,7 +105,8 @@ class Stage:
         sessions = list[Iterator[int | Handle]]()
         for i in range(self.config.workers):
             encoded = encode(end(i), self.x, self.config.encoding, self.config.pull_encoding)
-            worker = Worker(full_like(self.x, self.x), self.rule, optimizer, encoded, i, self.config.overlap)
+            overlap, wait = self.config.overlap, self.config.wait
+            worker = Worker(full_like(self.x, self.x), self.rule, optimizer, encoded, i, overlap, wait=wait)
             worker.total = self.plan.steps
             # One vector for all gradients: each is used before the next is computed.
             sessions.append(session(worker, gradient_of(self.problem, self.layout, self.plan, worker.x, g)))
@@ -260,6 +265,8 @@ def network(config: Config, timing: Timing) -> dict[str, Any]:
     rule = config.make_rule()
     if config.dylu:
         raise ValueError("--timing-only gives all workers the same λ: leave dylu")
+    if not config.wait:
+        raise ValueError("--timing-only takes λ steps for each exchange: leave --no-wait, or simulate a problem")
     if rule.allreduce:
         raise ValueError(f"rule {rule.name} has no center: --timing-only is of rules with one")
     if config.problem:

@@ -102,7 +102,8 @@ class Job:
         self.config = config = raise_on_all(self.world, config.complete)
         self.rule = config.make_rule()
         transport = raise_on_all(self.world, config.make_transport)
-        self.setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False).on_hosts(self.world)
+        setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False, wait=config.wait)
+        self.setup = setup.on_hosts(self.world)
         check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
         self.centers = self.setup.center_ranks
         self.trains = self.rank not in self.setup.serving_ranks

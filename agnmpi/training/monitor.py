@@ -177,6 +177,7 @@ class Monitor:
                 "mean": round(self._center.staleness_mean, 3),
                 "max": self._center.staleness_max,
             },
+            "steps_per_commit": round(self._steps_per_commit, 3),
             "dropped": self._center.dropped,  # commits of weight 0, such as too old
             "given_up": self._center.given_up,  # steps whose commits were refused repeatedly
         }
@@ -184,6 +185,11 @@ class Monitor:
         self._events.write("end", result=result, **self._stamp())
         self._close()
         return result
+
+    @property
+    def _steps_per_commit(self) -> float:
+        """The mean of all commits; λ, and more where workers do not wait."""
+        return self._center.steps / max(self._center.clock, 1)
 
     def _point(self) -> Point:
         return Point(self._center.steps, self._center.clock, self._loss.value)
@@ -221,6 +227,7 @@ class Monitor:
             commits=self._center.clock,
             staleness_mean=round(self._center.staleness_mean, 3),
             staleness_max=self._center.staleness_max,
+            steps_per_commit=round(self._steps_per_commit, 3),
             commits_per_second=round(rates[0], 4),
             samples_per_second=round(rates[1], 3),
             **self._stamp(),
@@ -257,6 +264,8 @@ class Monitor:
             f"{digits(rates[1])} samples/s",
             f"staleness {self._center.staleness_mean:.1f}",
         ]
+        if not self._config.wait:
+            facts.append(f"{self._steps_per_commit:.1f} steps/commit")
         return "  ".join(filter(None, facts))
 
 

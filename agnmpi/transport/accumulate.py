@@ -12,7 +12,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring
 from ..core.center import PATIENCE
 from ..core.ends import Apply, Done, Handle, Polled, Summed
-from ..core.leases import NONE, Lease
+from ..core.leases import NONE, Lease, fair
 from ..core.messages import CONTINUE, DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, STOP_ALL, WORK, Commit, Reply
 from .staging import MAX_CALL_BYTES, Wire
 from .windows import (
@@ -81,8 +81,12 @@ class AccumulateWorker(WindowsWorker):
         if not windows.shared:
             windows.add(READERS, -1)
         control = STOP if self._failed >= PATIENCE else int(head[CONTROL])  # it leaves alone: the others may be well
-        work = self._grant() if commit.requests & WORK and control != STOP else NONE
-        return Done(Reply(int(head[CLOCK]), status, control, work, int(head[STEPS]), int(head[CHECKPOINT])))
+        work = NONE
+        if commit.requests & WORK and control != STOP:
+            left = None if self._total is None else self._total - int(head[NEXT])
+            work = self._grant(self._period * fair(commit.wanted, left, self._period, windows.workers))
+        counts = int(head[STEPS]), int(head[CHECKPOINT])
+        return Done(Reply(int(head[CLOCK]), status, control, work, *counts, period=self._period))
 
     def _add(self, commit: Commit, payload: Array) -> None:
         windows, center = self.windows, self.windows.center
@@ -96,11 +100,11 @@ class AccumulateWorker(WindowsWorker):
         windows.add(STALENESS, staleness)
         windows.add(STALEST, staleness, MPI.MAX)
 
-    def _grant(self) -> Lease:
-        first = self.windows.add(NEXT, self._period)
+    def _grant(self, steps: int) -> Lease:
+        first = self.windows.add(NEXT, steps)
         if self._total is None:
-            return Lease(first, self._period)
-        return Lease(first, min(self._period, self._total - first)) if first < self._total else NONE
+            return Lease(first, steps)
+        return Lease(first, min(steps, self._total - first)) if first < self._total else NONE
 
     def pull(self, out: Array) -> Handle:
         """Get c, even while others add to it."""

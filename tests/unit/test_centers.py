@@ -55,7 +55,7 @@ def test_r_1_averages_whatever_lambda_is():
     """Three workers that pull together and move by 6, 3 and 0 in periods of their own length: c is their mean."""
     _, local, made = world(rules.weighted(rules.agn(), rules.outer_rate(1.0)), None, [0.0], 3, 2)
     for worker, steps, moved in zip(made, (2, 1, 2), (6, 3, 0)):
-        worker.leases[0] = worker.leases[0]._replace(steps=2)
+        worker.held.leases[0] = worker.held.leases[0]._replace(steps=2)
         worker.x += moved
         for _ in range(steps):
             worker.step(None)
@@ -104,7 +104,7 @@ def test_what_is_too_old_is_dropped_and_done_again():
     made[0].leave(), made[1].leave()
     numbers = []
     while made[2].leases:
-        numbers.append(made[2].step_number)
+        numbers.append(made[2].held.number)
         made[2].step(-np.ones(1))
     assert numbers == [4, 5, 6, 7]
     assert (held.steps, held.leases.committed) == (8, 8)

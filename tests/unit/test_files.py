@@ -156,10 +156,10 @@ def test_a_workers_state_is_written_when_the_checkpoint_is_announced(tmp_path, s
     saver = WorkerSaver(tmp_path, worker, 1, "all", pytest.fail, small=small)
     saver.tick()
     worker.checkpoint = 8
-    worker.done = 1
+    worker.held.done = 1
     saver.tick()
     assert not (tmp_path / "checkpoints").exists(), "amid a period"
-    worker.done = 0
+    worker.held.done = 0
     saver.tick()
     worker.x += 1
     saver.finish(None)
