@@ -39,7 +39,8 @@ with the center.
   hidden    with overlap, the share of the exchange that goes by while the next
             period is computed: 1 - exchange/(exchange without overlap); a dash
             where the exchange is too short beside this machine's noise
-  bytes     of the vectors that a worker sends and receives in one exchange
+  bytes     of the vectors that a worker sends and receives in one exchange;
+            with "no wait" there may be fewer exchanges: one in more than λ steps
 
 A number is the mean over the periods of a round, its first two left out; of the
 rounds the median, and of the workers the mean."""
@@ -138,6 +139,9 @@ def _add_bench_utilisation(commands: Any) -> None:
         "--periods", type=int, default=4, metavar="N", help="periods measured in each round [default: 4]"
     )
     bench.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of all rows [default: 3]")
+    bench.add_argument(
+        "--no-wait", action="store_true", help="rows, too, in which a worker takes further steps during an exchange"
+    )
     _add_device_and_json(bench)
 
 

@@ -17,7 +17,7 @@ class Lease(NamedTuple):
 NONE = Lease(-1, 0)  # no work is left
 MAX_PARTS = 8  # leases of which a worker's commit may have steps
 # Periods of λ steps that a worker which does not wait holds at most. While an exchange is under way it takes those that
-# it has not committed: so a commit has up to 8 λ steps, and 4 λ in the mean where every exchange takes longer.
+# it has not committed: so a commit has up to 7 λ steps, and 4 λ in the mean where every exchange takes longer.
 PERIODS = 8
 # λ_k of a worker, given its steps since the last call.
 Pace: TypeAlias = Callable[[int, int], int]

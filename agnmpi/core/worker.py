@@ -55,7 +55,7 @@ class Worker:
         index: 0 … n−1.
         overlap: compute the next period while the exchange of the last is under way.
         double_buffer: keep `o` intact during the next pull: if the center is lost, this rank may take over with it.
-        wait: False, with overlap: while an exchange is under way, go on after λ steps, as far as the leases reach.
+        wait: False: overlap, and while an exchange is under way go on after λ steps, as far as the leases reach.
 
     Raises:
         ValueError: the rule needs gradients, and there is no optimizer.
@@ -93,7 +93,8 @@ class Worker:
         if optimizer is None and rule.accumulates:
             raise ValueError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
         self.x, self.rule, self.optimizer, self.end, self.index = x, rule, optimizer, end, index
-        self.overlap, self.phase = overlap, Phase.NEW
+        self.overlap = overlap = overlap or not wait
+        self.phase = Phase.NEW
         # Leases to hold beyond the one being computed: their samples are loaded; with overlap at least 1.
         self.ahead = 0
         self.state: Any = optimizer.init(x) if optimizer else None

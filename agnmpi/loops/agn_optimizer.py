@@ -55,7 +55,7 @@ class AGNOptimizer:
             (default) depends on the rule.
         overlap: compute while an exchange is under way; default False.
         wait: False: as overlap, but where an exchange takes longer than λ steps the worker takes more of them before
-            the next, up to 8 λ; steps count as they are, AGN divides by their number. Default True: exactly λ.
+            the next, up to 7 λ; steps count as they are, AGN divides by their number. Default True: exactly λ.
         dylu: λ is that of the fastest worker, the others' are proportional to their speeds; default False.
         buffers: names of those `params` that no gradient moves, but you: running means, as of batch normalization. The
             center takes their convex mean, c_b ← c_b + (b − c_b)/n; a pull brings them back. Default: none.

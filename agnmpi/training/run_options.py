@@ -37,7 +37,7 @@ class RunOptions:
     wait: bool = option(
         True,
         "rule",
-        "after λ steps wait for an exchange under way; or (--no-wait) overlap, and take up to 8 λ steps meanwhile",
+        "after λ steps wait for an exchange under way; or (--no-wait) overlap, and take up to 7 λ steps meanwhile",
         bool,
     )
     dylu: bool = option(
