@@ -173,9 +173,9 @@ class Leases:
         return list(self._held.get(worker, []))
 
     def holds(self, worker: int, *parts: Lease) -> bool:
-        """Whether `worker` holds leases that begin with these steps."""
-        leases = [(self._held_from(worker, part.first), part.steps) for part in parts]
-        return all(lease is not None and lease.steps >= steps for lease, steps in leases)
+        """Whether `worker` holds leases that begin with these steps, each once: it may have got back what it lost."""
+        leases = {self._held_from(worker, part.first): part.steps for part in parts}
+        return len(leases) == len(parts) and all(lease and lease.steps >= steps for lease, steps in leases.items())
 
     def _held_from(self, worker: int, first: int) -> Lease | None:
         for lease in self._held.get(worker, ()):

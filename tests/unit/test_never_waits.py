@@ -220,7 +220,7 @@ def test_dylu_says_each_worker_its_own_period():
 
 @pytest.mark.parametrize("variant", ["displacement", "gradient"])
 def test_in_virtual_time_nobody_waits(tmp_path, variant):
-    """An exchange takes 5 steps' time, λ is 2: with overlap workers wait most of it, without waiting never."""
+    """An exchange takes 5 steps' time, λ is 2: with overlap workers wait for most of it, else at the end alone."""
     timing, busy, means = Timing(step_time=0.01, latency=0.025, bandwidth=0, service=0, service_bandwidth=0), [], []
     for i, options in enumerate([{"overlap": True}, {"wait": False}]):
         run = config(tmp_path / str(i), 3, period=2, epochs=20, rate=0.02, variant=variant, **options)
@@ -228,8 +228,7 @@ def test_in_virtual_time_nobody_waits(tmp_path, variant):
         assert (result["samples"], result["given_up"]) == (20 * Quadratic.samples, 0)
         busy.append(result["virtual"]["utilisation"]["workers"])
         means.append(result["steps_per_commit"])
-    assert busy[0] < 0.45
-    assert busy[1] > 0.9
+    assert busy[1] > 2 * busy[0]
     assert means[0] == pytest.approx(2, abs=0.05)
     assert means[1] == pytest.approx(5, abs=0.5)
 
