@@ -35,6 +35,7 @@ class Options(NamedTuple):
     """What to measure; see `agnmpi bench utilisation --help`."""
 
     step: float
+    slowest: float
     parameters: int
     period: int
     transports: Sequence[str]
@@ -125,9 +126,10 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
     x = zeros(options.parameters, xp)
     wire = choose_wire(comm, x, "auto")
     g = full_like(x, 1e-6)
+    seconds_of_step = options.step * (options.slowest if comm.rank == comm.size - 1 else 1)
 
     def gradient(_step: int) -> tuple[float, Array]:
-        time.sleep(options.step)
+        time.sleep(seconds_of_step)
         return 0.0, g
 
     chosen = cases(options.transports, options.encodings, options.no_wait)
@@ -162,8 +164,9 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
 def _check(comm: MPI.Comm, options: Options) -> None:
     if comm.size == 1:
         raise ConfigError("one rank has nobody to exchange with; type: mpiexec -n 3 python -m agnmpi bench utilisation")
-    if not (options.step >= 0 and np.isfinite(options.step)):
-        raise ConfigError(f"--step must be a number of seconds, 0 or more, not {options.step}")
+    for name, what in (("step", "of seconds"), ("slowest", "of times")):
+        if not (getattr(options, name) >= 0 and np.isfinite(getattr(options, name))):
+            raise ConfigError(f"--{name} must be a number {what}, 0 or more, not {getattr(options, name)}")
     for name in ("parameters", "period", "periods", "rounds"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, not {getattr(options, name)}")

@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"agnmpi {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_sweep(commands)
     _add_simulate(commands)
     _add_bench(commands)
     _add_bench_utilisation(commands)
@@ -125,6 +126,13 @@ def _add_bench_utilisation(commands: Any) -> None:
     )
     bench.add_argument(
         "--step", type=float, default=0.02, metavar="S", help="seconds a step sleeps, as for a GPU [default: 0.02]"
+    )
+    bench.add_argument(
+        "--slowest",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="the last rank's steps sleep X times as long [default: 1]",
     )
     bench.add_argument(
         "--parameters", type=int, default=1_000_000, metavar="N", help="float32 numbers [default: 1000000]"
@@ -243,6 +251,25 @@ def _add_train(commands: Any) -> None:
     train.add_argument(  # TensorFlow's option
         "--use-locking", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS
     )
+
+
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="train a problem for each point of a grid of options, in one world",
+        usage="mpiexec -n P python -m agnmpi sweep MODULE:PROBLEM\n"
+        "           --grid KEY=VALUE,VALUE… [--grid …] [options]",
+        description="Train a run for each combination of the values of --grid, each in a directory of its own. Started "
+        "again with the same --run-dir, it trains what has no result yet. All options of train hold here, too.",
+        argument_default=argparse.SUPPRESS,
+    )
+    sweep.add_argument("--inject-faults", action="store_true", default=False, help=argparse.SUPPRESS)  # for tests
+    _add_sources(sweep, "as in train")
+    text = "values of an option, with _ for -: --grid rate=1e-3,1e-2 --grid options.hidden=64,128"
+    sweep.add_argument("--grid", action="append", default=[], metavar="KEY=VALUE,VALUE…", help=text)
+    text = "the world is divided into groups of N ranks, which train at the same time [default: all]"
+    sweep.add_argument("--ranks-per-run", type=int, default=None, metavar="N", help=text)
+    add_fields(sweep, Config, ("resume",))
 
 
 def _add_simulate(commands: Any) -> None:

@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         refusal = raised
     if args is not None and args.command in OFFLINE:
         return _offline(args)
-    signals = Signals(_abort)
-    if args is not None and args.command == "train":
+    signals = Signals(_abort, several=args is not None and args.command == "sweep")
+    if args is not None and args.command in ("train", "sweep"):
         signals.install()  # before MPI starts: a signal is lost to no rank
     try:
         world = _world()
@@ -195,6 +195,8 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
         return _bench(args, world)
     if args.command == "simulate":
         return _simulate(args, world)
+    if args.command == "sweep":
+        return _sweep(args, world, signals)
     from mpi4py import MPI
 
     from ..cluster.placement import fault_tolerant
@@ -220,6 +222,18 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
         if not fault_tolerant():
             raise
     return UNEVALUATED if "True" in failed else 0
+
+
+def _sweep(args: argparse.Namespace, world: Any, signals: Signals) -> int:
+    from ..transport.agreement import raise_on_all
+    from . import sweep
+
+    names = {f.name for f in fields(Config)} - {"run_dir"}
+    given = {key: value for key, value in vars(args).items() if key in names}
+    points = raise_on_all(world, lambda: sweep.grid(args.config, given, args.sets, args.grid))
+    raise_on_all(world, lambda: _named(points[0].config))
+    folder = getattr(args, "run_dir", None)
+    return sweep.main(world, points, folder, args.ranks_per_run, signals, args.inject_faults)
 
 
 def _bench(args: argparse.Namespace, world: Any) -> int:

@@ -120,12 +120,14 @@ class Connector(NamedTuple):
     def _worker(self, comm: MPI.Comm, x: Array) -> WorkerRole:
         centers = self.setup.center_ranks
         spans, index = list(parts(x.size, len(centers))), comm.rank - sum(rank < comm.rank for rank in centers)
-        ends = []
+        ends, comms = [], []
         for i, span in enumerate(spans):
-            end = self.worker_end(_group(comm, i, centers), x[span])
-            ends.append(self.encoded(end, x[span]))
+            comms.append(_group(comm, i, centers))
+            ends.append(self.encoded(self.worker_end(comms[i], x[span]), x[span]))
         end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
-        return self._training(x, end, index, comm.size - len(centers))
+        role = self._training(x, end, index, comm.size - len(centers))
+        role.comms = comms if len(ends) > 1 else []
+        return role
 
     def _training(self, x: Array, end: WorkerEnd, index: int, count: int) -> WorkerRole:
         end, replicates_state = self.threaded(end, x), self.setup.transport.replicates_state
@@ -189,15 +191,19 @@ class Connector(NamedTuple):
         like = block if self.setup.transport.center_device != "gpu" else x[spans[index]]
         c = full_like(like, bring(block, like))
         connector = self._replace(rule=self.rule.of_block(spans[index], x.size))
-        center, end = connector._serving(_group(comm, index, centers), c, count)
+        comms = [_group(comm, index, centers)]
+        center, end = connector._serving(comms[0], c, count)
         others = []
         if comm.rank == 0:
             for i, span in list(enumerate(spans))[1:]:
-                others.append(self.worker_end(_group(comm, i, centers), whole[span]))
-        return ShardRole(
+                comms.append(_group(comm, i, centers))
+                others.append(self.worker_end(comms[i], whole[span]))
+        role = ShardRole(
             center, count, end, self._grants_work,
             centers=ranks, whole=whole, spans=spans, others=others,
         )  # fmt: skip
+        role.comms = [*comms, ranks]
+        return role
 
     def _peer(self, comm: MPI.Comm, x: Array) -> PeerRole:
         wire = make_wire(x, "staged")  # Open MPI's nonblocking collectives take no device pointers

@@ -270,11 +270,6 @@ class ShardRole(CenterRole):
         self._copied = handles = [end.pull(whole[span]) for end, span in zip(self._others, self._spans[1:])]
         return lambda: whole if all_done(handles) else None
 
-    def close(self) -> None:
-        """Free what the ends hold, and the communicator of the centers; collective."""
-        super().close()
-        self.centers.Free()
-
 
 class PeerRole(HoldingRole):
     """A rank that trains and exchanges with all others at the same time; it holds a replica of the center variable."""

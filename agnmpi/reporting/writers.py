@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from .events import json_safe
+
 Event = Mapping[str, Any]
 _PROGRESS = ("loss", "samples_per_second", "commits_per_second", "staleness_mean")
 
@@ -124,8 +126,8 @@ class _Called:
         self._function = function
 
     def write(self, event: Event) -> None:
-        """As `Writer`."""
-        self._function(event)
+        """As `Writer`; it may change what it is given."""
+        self._function(json_safe(event))
 
     def close(self) -> None:
         """As `Writer`."""

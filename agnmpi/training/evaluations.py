@@ -155,7 +155,7 @@ class Evaluations:
     def _measure(self, c: Array, point: Point) -> Evaluation:
         metrics: Mapping[str, float] = {}
         try:
-            metrics = self._evaluate(c)
+            metrics = self._evaluate(c.copy())  # the user's code may change it
             if self.best is not None:
                 why = self.best.seen(point, metrics, c)
                 self.stop = self.stop or why
@@ -176,7 +176,7 @@ class AtCenter(Evaluations):
 
     def _measure(self, c: Array, point: Point) -> Evaluation:
         try:
-            self._call(point, c)
+            self._call(point, c.copy())  # the user's code may change it
         except Exception as error:  # the user's: reported, and the training goes on
             return Evaluation(point, {}, user_frames(error))
         return Evaluation(point, {})

@@ -350,6 +350,8 @@ class Job:
             self.observer.say(f"all workers are lost, ranks {members.lost}; resume with --resume {self.directory}")
             raise Degraded(1, abort)
         session.close()
+        if not members.lost:
+            session.comm.Free()
         if self.interrupted:
             if duties is not None and duties.first:
                 duties.ended_early(self._failed, self.signals.received)
@@ -363,5 +365,4 @@ class Job:
             raise Unwritten(abort)
         if self.interrupted:
             raise Interrupted(abort)
-        session.comm.Free()
         return self.result

@@ -317,7 +317,7 @@ def test_bench_refuses_a_file_that_cannot_be_written_before_it_measures(tmp_path
 def test_bench_utilisation(tmp_path):
     code, output = agnmpi(
         3, "bench", "utilisation", "--step", "0.002", "--parameters", "20000", "--period", "3", "--periods", "2",
-        "--rounds", "2", "--no-wait", "--json", tmp_path / "utilisation.json", timeout=LIMIT,
+        "--rounds", "2", "--slowest", "4", "--no-wait", "--json", tmp_path / "utilisation.json", timeout=LIMIT,
     )  # fmt: skip
     assert code == 0, output
     report = json.loads((tmp_path / "utilisation.json").read_text())
@@ -333,7 +333,7 @@ def test_bench_utilisation(tmp_path):
     ]
     for row in report["rows"]:
         assert row["bytes"] == 2 * (79 * 260 if row["encoding"] == "int8" else 4 * 20000)
-        assert row["compute_seconds"] > 3 * 0.002, "the sleep is part of it"
+        assert row["compute_seconds"] > 2 * 3 * 0.002, "the sleep is part of it, the last rank's fourfold"
         assert row["exchange_seconds"] == row["period_seconds"] - row["compute_seconds"]
         assert 0 < row["lowest_utilisation"] <= row["utilisation"]
         assert row["overlap"] or row["hidden"] is None
@@ -370,6 +370,7 @@ def test_bench_of_a_problem(tmp_path, options, fit):
     [
         (1, ["utilisation"], "type: mpiexec -n 3"),
         (2, ["utilisation", "--step", "nan"], "--step must be a number of seconds, 0 or more, not nan"),
+        (2, ["utilisation", "--slowest", "-1"], "--slowest must be a number of times, 0 or more, not -1.0"),
         (2, ["utilisation", "--period", "0"], "--period must be at least 1, not 0"),
         (2, [QUADRATIC, "--seconds", "0"], "--seconds must be positive, not 0.0"),
         (2, [QUADRATIC, "--transports", "allreduce"], "rule agn cannot use transport 'allreduce'; use p2p"),

@@ -37,6 +37,7 @@ def options():
     found = options_in(" ".join(HIDDEN))
     for command in (
         "train",
+        "sweep",
         "simulate",
         "bench",
         "bench utilisation",
