@@ -147,9 +147,7 @@ def _add_bench_utilisation(commands: Any) -> None:
         "--periods", type=int, default=4, metavar="N", help="periods measured in each round [default: 4]"
     )
     bench.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of all rows [default: 3]")
-    bench.add_argument(
-        "--no-wait", action="store_true", help="rows, too, in which a worker takes further steps during an exchange"
-    )
+    bench.add_argument("--no-wait", action="store_true", help="rows, too, in which workers go on during an exchange")
     _add_device_and_json(bench)
 
 
