@@ -14,7 +14,8 @@ from ..core.backoff import limit
 from ..simulation.timing import Timing, load_timing
 from ..training.config import Config, load, newest_config
 from ..training.exits import Signals
-from .arguments import BENCHED, OFFLINE, SIMULATED, ArgumentsRefused, HelpAsked, parse
+from .arguments import BENCHED, SIMULATED, ArgumentsRefused, HelpAsked, parse
+from .offline import OFFLINE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +72,7 @@ def _abort(code: int) -> None:
 
 
 def _offline(args: argparse.Namespace) -> int:
-    """Run a command of one process, which needs no MPI."""
+    """Run a command of one process, which does not initialise MPI."""
     from . import models, reports
 
     try:
@@ -81,6 +82,11 @@ def _offline(args: argparse.Namespace) -> int:
             return reports.report(args.runs, args.output)
         if args.command == "export":
             return models.export(Path(args.run), Path(args.file))
+        if args.command == "capi":
+            from ..frameworks.capi_build import build
+
+            print(*build(Path(args.directory), args.mpicc))
+            return 0
         return models.evaluate(Path(args.run), args.device)
     except (ValueError, OSError) as error:
         print(f"agnmpi: error: {error}", file=sys.stderr)
