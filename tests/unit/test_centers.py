@@ -100,10 +100,10 @@ def test_what_is_too_old_is_dropped_and_done_again():
     close([local.c[0], made[2].x[0], made[2].o[0]], [2, 2, 2])
     assert (held.clock, held.steps, held.refused, made[2].clock) == (2, 4, 0, 2)
     assert held.applied == [1, 1, 0]
-    assert made[2].leases[0] == Lease(4, 2), "its steps, and nobody has done them"
+    assert made[2].held.leases[0] == Lease(4, 2), "its steps, and nobody has done them"
     made[0].leave(), made[1].leave()
     numbers = []
-    while made[2].leases:
+    while made[2].held.leases:
         numbers.append(made[2].held.number)
         made[2].step(-np.ones(1))
     assert numbers == [4, 5, 6, 7]
