@@ -21,7 +21,8 @@ from ..transport.composed import ShardedWorker, encode
 from ..transport.local import LocalCenter
 from ..transport.staging import make_wire
 from .node import NodeEnd
-from .roles import CenterRole, LocalRole, NodeRole, PeerRole, Role, ShardRole, WorkerRole
+from .role import Role
+from .roles import CenterRole, LocalRole, NodeRole, PeerRole, ShardRole, WorkerRole
 from .setup import Setup
 
 
@@ -101,7 +102,7 @@ class Connector(NamedTuple):
         assert transport.make_center is not None
         end = transport.make_center(comm, c, transport)
         if not self._grants_work:
-            return SummedCenter(self.rule, c, workers, lambda: end.summed, self.observer), end
+            return SummedCenter(self.rule, c, workers, end, self.observer), end
         center = self._state(c, workers)
         center.on_block = end.move_on
         center.idle_workers_wait = True
@@ -217,6 +218,7 @@ class Connector(NamedTuple):
         make_peer = self.setup.transport.make_peer
         assert make_peer is not None
         end = make_peer(comm, c, center.apply)
+        center.division = end.state
         worker = Worker(x, self.rule, self.optimizer, end, comm.rank, self.setup.overlap)
         return PeerRole(center, [worker], comm.size, end)
 

@@ -8,7 +8,7 @@ from math import ceil
 from ..arrays.backend import Array, empty_like, full_like
 from ..core.center import Center
 from ..core.ends import Apply, CenterEnd, Chained, Handle, WorkerEnd
-from ..core.leases import Shares, merged
+from ..core.leases import Leases, Shares, merged
 from ..core.messages import IDLE, LEAVE, NOT_FINITE, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
 from ..core.rules import downpour
 
@@ -81,10 +81,10 @@ class NodeEnd(CenterEnd):
         assert isinstance(shares, Shares)
         return shares
 
-    def begin(self, total: int | None, period: int, start: int) -> None:
+    def begin(self, total: int | None, period: int, work: Leases) -> None:
         """Begin a session on both sides."""
-        self.below.begin(total, period, start)
-        self.above.begin(total, period, start)
+        self.below.begin(total, period, work)
+        self.above.begin(total, period, work)
 
     def open(self) -> None:
         """Begin to serve; the workers are answered once c is here."""

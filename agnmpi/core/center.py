@@ -7,7 +7,7 @@ from typing import Any
 
 from ..arrays.backend import Array, bring, host_copy
 from .backoff import Backoff
-from .ends import Apply, CenterEnd, Summed
+from .ends import Apply, CenterEnd
 from .leases import NONE, Lease, Leases, fair
 from .messages import (
     CONTINUE,
@@ -71,6 +71,7 @@ class Center:
         self.processed = dict[int, int]()
         self.on_block: Callable[[int], None] | None = None  # called after each block of a step, with its end
         self.leases: Leases | None = None  # None: the work is divided elsewhere
+        self.division: Callable[[], Mapping[str, Any]] | None = None  # then: its state, where that is known
         self.now: Callable[[], float] | None = None  # clock for the workers' speeds, where λ_k depends on them
         self.idle_workers_wait = False  # a request that finds no work is answered later
         self.waiting = set[int]()  # workers whose request for work is not answered yet
@@ -297,7 +298,7 @@ class Center:
             "staleness": [self.staleness_sum, self.staleness_max],
             "center_optimizer": self.optimizer.name if self.optimizer else "add",
             "center_optimizer_step": self.state.step if self.optimizer else 0,
-            "leases": self.leases.state() if self.leases else None,
+            "leases": self.leases.state() if self.leases else self.division and self.division(),
         }
 
     def restore(self, arrays: Mapping[str, Array], facts: Mapping[str, Any], c: Array) -> None:
@@ -354,25 +355,29 @@ class SummedCenter(Center):
     """The center's state where the workers sum into the center variable themselves: it counts their commits.
 
     Args:
-        summed: returns the counters that the workers keep.
+        end: knows the counters that the workers keep.
     """
 
-    def __init__(self, rule: Rule, like: Array, workers: int, summed: Callable[[], Summed], observer: Observer) -> None:
+    def __init__(self, rule: Rule, like: Array, workers: int, end: CenterEnd, observer: Observer) -> None:
         super().__init__(rule, like, workers, observer=observer)
-        self._summed = summed
-        self._in_a_row = 0  # commits refused since the last good one
+        self._end, self._in_a_row = end, 0  # the second: commits refused since the last good one
 
     def apply(self, commit: Commit, c: Array) -> Reply:
         """Update the counts; raises RuntimeError where `patience` is exhausted."""
-        summed = self._summed()
+        summed = self._end.summed
         self._in_a_row = 0 if commit.commits else self._in_a_row + summed.refused - self.refused
         if self._in_a_row >= self.patience * self.workers:  # all fail: one that does leaves after `patience` of them
             raise RuntimeError(f"{self._in_a_row} commits in a row were refused: they hold NaN or infinity")
         self.refused, self.staleness_sum, self.staleness_max = summed
-        self.clock += commit.commits
-        self.steps += commit.steps
+        self.clock, self.steps = self.clock + commit.commits, self.steps + commit.steps
         self.observer.committed(commit, c)
         return Reply(self.clock)
+
+    def save(self, c: Array) -> tuple[dict[str, Array], dict[str, Any]]:
+        """As `Center.save`, of one moment, while no worker sums; raises OSError where that cannot be said."""
+        with self._end.still() as cut:
+            arrays, facts = super().save(c)
+        return arrays, facts | cut._asdict()
 
 
 def _describe_total(total: int) -> str:

@@ -1,13 +1,15 @@
 """The contract between a worker, a center and the transport of their messages."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from ..arrays.backend import Array, bring
 from .backoff import wait_until
+from .leases import Leases
 from .messages import Commit, Reply
 
 
@@ -58,8 +60,8 @@ Waits: TypeAlias = Generator[Handle, None, T]  # a coroutine: yields the handles
 class WorkerEnd(ABC):
     """A worker's side. One exchange at a time; the payload must not change before its handle is done."""
 
-    def begin(self, total: int | None, period: int, start: int) -> None:
-        """Begin a session of `total` steps (None: no end), the first `start` of them done; λ = `period`; collective."""
+    def begin(self, total: int | None, period: int, work: Leases) -> None:
+        """Begin a session of `total` steps (None: no end), λ = `period`; `work`: what is left of them; collective."""
 
     @abstractmethod
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
@@ -97,6 +99,14 @@ class Summed(NamedTuple):
     refused: int = 0  # commits that their workers did not sum, since they were not finite
     staleness_sum: int = 0
     staleness_max: int = 0
+
+
+class Cut(NamedTuple):
+    """What belongs to a center variable into which the workers sum their deltas themselves."""
+
+    clock: int
+    steps: int
+    leases: Mapping[str, Any] | None  # as of `Leases.state`
 
 
 class CenterEnd(ABC):
@@ -142,7 +152,7 @@ class CenterEnd(ABC):
         """Deltas whose receive has begun and that are not applied yet."""
         return 0
 
-    def begin(self, total: int | None, period: int, start: int) -> None:
+    def begin(self, total: int | None, period: int, work: Leases) -> None:
         """Begin a session, as `WorkerEnd.begin`; collective."""
 
     def resume(self, clock: int, steps: int, staleness: tuple[int, int], refused: int) -> None:
@@ -152,6 +162,10 @@ class CenterEnd(ABC):
     def summed(self) -> Summed:
         """Counters that the workers keep themselves."""
         return Summed()
+
+    def still(self) -> AbstractContextManager[Cut]:
+        """Where the workers sum themselves: none does so, or is granted work, while in it."""
+        raise NotImplementedError(f"{type(self).__name__} changes c itself")
 
     def start_from(self, c: Array) -> None:
         """Let the next session, which has not begun, start from `c` (n,)."""

@@ -1,7 +1,7 @@
 """Which steps a worker computes: leases, granted by the center, or in equal rounds where all exchange together."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import ceil
 from typing import Any, NamedTuple, TypeAlias
@@ -486,6 +486,77 @@ def merged(leases: Sequence[Lease]) -> list[Lease]:
         elif lease.steps:
             merged.append(lease)
     return merged
+
+
+class Division(NamedTuple):
+    """Work that is divided among all workers alike: first what is free, then what was never granted, λ at a time.
+
+    Args:
+        total: steps over all workers; None: no end.
+        period: λ.
+        start: steps that were granted before.
+        free: of these, what was not done.
+        given_up: of these, what is never granted again.
+
+    >>> work = Division(8, 3, 4, [Lease(0, 4)])
+    >>> [work.lease(k) for k in range(5)][1:]
+    [Lease(first=3, steps=1), Lease(first=4, steps=3), Lease(first=7, steps=1), Lease(first=-1, steps=0)]
+    >>> work.state(3, [Lease(5, 2)])
+    {'next': 7, 'free': [[5, 2]], 'committed': 5, 'given_up': 0}
+    """
+
+    total: int | None
+    period: int
+    start: int
+    free: Sequence[Lease]
+    given_up: int = 0
+
+    @classmethod
+    def of(cls, leases: Leases) -> "Division":
+        """What is left in `leases`, none of which is held."""
+        return cls(leases.total, leases.period, leases.next, leases.free, leases.given_up)
+
+    def _pieces(self, lease: Lease) -> int:
+        return -(-lease.steps // self.period)
+
+    def lease(self, k: int, periods: int = 1) -> Lease:
+        """The k-th lease, from 0, with those behind it if it is for several `periods`; `NONE` behind the last."""
+        for lease in self.free:
+            if k < self._pieces(lease):
+                at = lease.first + k * self.period
+                return Lease(at, min(self.period, _end(lease) - at))
+            k -= self._pieces(lease)
+        first, steps = self.start + k * self.period, periods * self.period
+        if self.total is None:
+            return Lease(first, steps)
+        return Lease(first, min(steps, self.total - first)) if first < self.total else NONE
+
+    def fair(self, wanted: int, granted: int, workers: int) -> int:
+        """As `fair`, after so many leases were granted: for how many periods the next is; 1 of what was free."""
+        k = granted - sum(map(self._pieces, self.free))
+        if k < 0:
+            return 1
+        left = None if self.total is None else self.total - self.start - k * self.period
+        return fair(wanted, left, self.period, workers)
+
+    def state(self, granted: int, undone: Iterable[Lease], workers: int = 1) -> dict[str, Any]:
+        """As `Leases.state`: after so many rounds of a lease for each of `workers`, of which `undone` is not done."""
+        rounds_of_free = -(-sum(map(self._pieces, self.free)) // workers)
+        next_step = self.start + max(0, granted - rounds_of_free) * workers * self.period
+        if self.total is not None:
+            next_step = max(self.start, min(next_step, self.total))
+        free, pieces = list(undone), granted * workers
+        for lease in self.free:
+            taken = min(pieces * self.period, lease.steps)
+            pieces = max(0, pieces - self._pieces(lease))
+            free += [Lease(lease.first + taken, lease.steps - taken)] if taken < lease.steps else []
+        committed = next_step - sum(lease.steps for lease in free) - self.given_up
+        return {
+            "next": next_step,
+            "free": [*map(list, sorted(free))],
+            "committed": committed,
+            "given_up": self.given_up,
+        }
 
 
 def rounds(

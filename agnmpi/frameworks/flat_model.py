@@ -1,5 +1,6 @@
 """A PyTorch model whose numbers lie in one flat vector: what is trained, then its buffers."""
 
+import hashlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +14,7 @@ from ..transport.agreement import raise_on_all, require_equal
 from ..transport.chunks import bcast_in_pieces
 
 Tensor: TypeAlias = Any  # torch's types are not known to the type checker: it is an extra
+_DIGEST = "frozen parameters"  # among the names of buffers, which have no blanks
 _ALIGNED = 16  # numbers: 64 bytes, a cache line; kernels read faster from there, and the copies of a GPU need 16 bytes
 
 
@@ -106,6 +108,9 @@ class FlatModel:
         for tensor in (*kinds.constant.values(), *kinds.averaged.values(), *kinds.counters.values()):
             _broadcast(comm, tensor)
         self.counters = list(kinds.counters.values())
+        parameters = {name for name, _ in model.named_parameters()}
+        self._frozen = {name: t for name, t in kinds.constant.items() if name in parameters}
+        self._local = {name: t for name, t in kinds.constant.items() if name not in parameters}
         self._optimizer, self._model = optimizer, model
         self._moved = sum(len(group["params"]) for group in optimizer.param_groups)
 
@@ -194,6 +199,24 @@ class FlatModel:
                 "the optimizer has other parameters than when agnmpi.torch.Run was made: close it, and make another"
             )
 
+    def local(self) -> dict[str, Tensor]:
+        """What this rank alone has: buffers that are not averaged, and which frozen parameters it has found."""
+        whole = hashlib.sha256()
+        for name, tensor in self._frozen.items():
+            whole.update(name.encode() + _bytes(tensor).data)
+        return self._local | {_DIGEST: torch.frombuffer(bytearray(whole.digest()), dtype=torch.uint8)}
+
+    def set_local(self, saved: dict[str, Tensor]) -> None:
+        """Put back what `local` returned. Raises ValueError where the frozen parameters are others."""
+        if not torch.equal(saved[_DIGEST], self.local()[_DIGEST]):
+            raise ValueError(
+                f"the frozen parameters ({', '.join(self._frozen)}) are not those that the checkpoint's run had: make "
+                "them by a seed, or load them (model.pt has them), before agnmpi.torch.Run"
+            )
+        with torch.no_grad():
+            for name, tensor in self._local.items():
+                tensor.copy_(saved[name])
+
     def count(self, steps: int) -> None:
         """Set num_batches_tracked."""
         for tensor in self.counters:
@@ -234,8 +257,13 @@ def _broadcast(comm: MPI.Comm, tensor: Tensor) -> None:
     """Copy rank 0's numbers into `tensor`, byte by byte."""
     if not tensor.numel():
         return
-    data = tensor.detach().cpu().contiguous()
-    flat = data.reshape(-1).view(torch.uint8).numpy().copy()
+    flat = _bytes(tensor).copy()
     bcast_in_pieces(comm, flat)
     with torch.no_grad():
-        tensor.copy_(torch.from_numpy(flat).view(data.dtype).reshape(data.shape))
+        tensor.copy_(torch.from_numpy(flat).view(tensor.dtype).reshape(tensor.shape))
+
+
+def _bytes(tensor: Tensor) -> Array:
+    """Those of its numbers, in order."""
+    found: Array = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return found

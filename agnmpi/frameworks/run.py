@@ -1,9 +1,10 @@
 """What a run is in every framework: batches on workers, service and evaluation at the center, the end."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, closing, contextmanager
-from typing import Any, Self, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -11,18 +12,40 @@ from ..arrays.backend import Array
 from ..core.batches import Plan
 from ..loops.agn_optimizer import AGNOptimizer
 from ..loops.terms import Status
+from ..training.exits import Interrupted
+from . import randomness
 from .sampler import Dealt, Sampler, ahead
 
 Batch = TypeVar("Batch")
 
 
-class Run(ABC):
-    """A run on one rank; the classes of the frameworks say what their `opt` moves."""
+class _Place(NamedTuple):
+    """Where in its script a run is."""
 
-    def __init__(self, opt: AGNOptimizer, period: int) -> None:
-        self._opt, self._period = opt, period
+    loops: int  # begun
+    ended: int  # 0 within the last of them, 1 after it
+    passes: int  # over loaders, begun
+    batches: int  # taken of the last of them
+
+
+class Run(ABC):
+    """A run on one rank; the classes of the frameworks say what their `opt` moves.
+
+    Args:
+        opt: made with this run's `_state` and `_resumed_with` as its `state` and `load_state`.
+        period: λ.
+        checkpoint: its directory for checkpoints, if it has one.
+    """
+
+    _saved: Mapping[str, Array] | None = None  # of this worker, until the script is where that was saved
+
+    def __init__(self, opt: AGNOptimizer, period: int, checkpoint: str | Path | None) -> None:
+        self._opt, self._period, self._checkpoint = opt, period, checkpoint
         self._taken = True  # the step of this turn
-        self._passes = 0  # over loaders
+        self._place = _Place(0, 1, 0, 0)
+        self._loader: Any = None  # of the last pass of this loop
+        self._pass_began: dict[str, Array] = {}  # the random generators at the beginning of that pass
+        self._pass_resumed: Mapping[str, Array] | None = None  # the saved state, until its pass goes on
         self._evaluation: tuple[Callable[[Status], object] | None, int] = None, 1
 
     def evaluate(self, function: Callable[[Status], object], every: int) -> None:
@@ -96,7 +119,7 @@ class Run(ABC):
     def _dealt(self, loader: Any, sampler: Sampler, steps: int | None) -> Generator[Any, None, None]:
         """The batches of a loader with a `sampler`."""
         self._opt.finish()
-        before, source = self._opt.taken, Dealt(loader, sampler)
+        before, source = self._opt.taken, Dealt(loader, sampler, self._pass)
         total = sampler.plan.steps - sampler.start if steps is None else steps
         try:
             with closing(self.turns(total, ahead(loader, self._period))) as turns:
@@ -112,14 +135,25 @@ class Run(ABC):
         """
         self._opt.finish()  # after a break
         before = self._opt.taken
-        with closing(self._opt.steps(steps, *self._evaluation, ahead)) as numbers:
-            for number in numbers:
-                self._turn(before + number)
-                self._taken = False
-                yield before + number
-                if not self._taken:
-                    self._opt.skip()
+        self._place = self._place._replace(loops=self._place.loops + 1, ended=0, batches=0)
+        self._loader, self._pass_began = None, {}
+        try:
+            with closing(self._opt.steps(steps, *self._evaluation, ahead)) as numbers:
+                for number in numbers:
+                    self._go_on()
+                    self._turn(before + number)
+                    self._taken = False
+                    yield before + number
+                    if not self._taken:
+                        self._opt.skip()
+        except Interrupted:
+            assert self._checkpoint is not None
+            self._write(self._checkpoint)
+            raise
+        finally:
+            self._place = self._place._replace(ended=1)
         self._finish()
+        self._go_on()
 
     def _finish(self) -> None:
         """Wait for the other workers, and take the final center."""
@@ -129,19 +163,75 @@ class Run(ABC):
     def _batches_of(self, loader: Iterable[Batch], endless: bool) -> Iterator[Batch]:
         """The batches of `loader`, once or again and again; its iterator begins with the first: never at a center."""
         while True:
-            set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
-            if set_epoch:
-                set_epoch(self._passes)
-            self._passes += 1
-            empty = True
-            for batch in loader:
+            batches = self._pass(loader)
+            empty = not self._place.batches
+            for batch in batches:
                 empty = False
+                self._place = self._place._replace(batches=self._place.batches + 1)
                 yield batch
             if not endless:
                 return
             if empty:
                 rank = self._opt.comm.rank
                 raise ValueError(f"rank {rank}: the loader has no batches, but there are steps to be taken")
+
+    def _pass(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Begin a pass over `loader`; the first of a resumed run goes on behind the batches that were taken."""
+        resumed, self._pass_resumed = self._pass_resumed, None
+        if resumed is None:
+            self._place = self._place._replace(passes=self._place.passes + 1, batches=0)
+        else:
+            self._set_randomness(_under("begin", resumed), loader)
+        if set_epoch := getattr(getattr(loader, "sampler", None), "set_epoch", None):
+            set_epoch(self._place.passes - 1)
+        self._loader, self._pass_began = loader, self._randomness(loader)
+        batches = iter(loader)
+        if resumed is not None:
+            for _ in range(self._place.batches):
+                next(batches, None)
+            self._set_randomness(_under("now", resumed), loader)
+        return batches
+
+    def _state(self) -> dict[str, Array]:
+        """This worker's, for a checkpoint."""
+        states = {"begin": self._pass_began, "now": self._randomness(self._loader), "own": self._own_state()}
+        named = {f"{what}/{name}": array for what, arrays in states.items() for name, array in arrays.items()}
+        return {"place": np.array(self._place), **named}
+
+    def _resumed_with(self, saved: Mapping[str, Array]) -> None:
+        """Keep what `_state` returned, until the script is where it was: what it does before would change it."""
+        self._saved = saved if "place" in saved else None
+
+    def _go_on(self) -> None:
+        """Put back what was saved here, if anything was."""
+        if (saved := self._saved) is None:
+            return
+        place = _Place(*map(int, saved["place"]))
+        loops, ended = self._place[:2]
+        if (loops, ended) >= place[:2]:
+            self._saved, self._place = None, place._replace(loops=loops, ended=ended)
+            self._pass_resumed = saved if not ended and _under("begin", saved) else None
+            self._set_own_state(_under("own", saved), within=not place.ended)
+            self._set_randomness(_under("now", saved))
+
+    def _randomness(self, loader: Any = None) -> dict[str, Array]:
+        """The states of random generators, also of those of `loader`."""
+        return randomness.state()
+
+    def _set_randomness(self, states: Mapping[str, Array], loader: Any = None) -> None:
+        """Put back what `_randomness` returned; of a loader only if it is given."""
+        randomness.restore(states)
+
+    @abstractmethod
+    def _own_state(self) -> dict[str, Array]:
+        """What else of this worker is saved."""
+
+    @abstractmethod
+    def _set_own_state(self, saved: Mapping[str, Array], within: bool) -> None:
+        """Put back what `_own_state` returned, `within` a loop or after it."""
+
+    def _write(self, directory: str | Path) -> None:
+        """Write to `directory` what is trained, and holds the center, as the framework itself would."""
 
     def _turn(self, step: int) -> None:
         """Step number `step` of all loops and workers is about to be taken, or would be next."""
@@ -160,6 +250,19 @@ class Run(ABC):
     @abstractmethod
     def _holding(self, x: Array) -> AbstractContextManager[Any]:
         """Within it what is trained holds `x` (n,)."""
+
+    def save(self, directory: str | Path) -> None:
+        """Write a checkpoint of everything, between two loops; collective. It lies in `directory`/checkpoints."""
+        self._opt.save(directory)
+        self._write(directory)
+
+    def restore(self, directory: str | Path) -> None:
+        """Continue from the newest checkpoint in `directory`; collective, before the first loop.
+
+        The loops that were complete then yield nothing, and the one that was not goes on where it was: a script is
+        started again as it is. Raises ValueError if there is no checkpoint, or one of another model.
+        """
+        self._opt.restore(directory)
 
     def stop(self) -> None:
         """End the loop for all, from any rank or evaluation; as `AGNOptimizer.stop`."""
@@ -182,6 +285,9 @@ class Run(ABC):
 
     def close(self) -> None:
         """End it; collective. What was trained is the center."""
+        if self._checkpoint is not None:
+            self._opt.finish()
+            self._write(self._checkpoint)
         self._opt.close()
 
     def __enter__(self) -> Self:
@@ -190,3 +296,8 @@ class Run(ABC):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:  # after an error the other ranks do not call the collective close
             self.close()
+
+
+def _under(what: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Those of `arrays` whose names begin with `what`/, without that."""
+    return {name.removeprefix(f"{what}/"): array for name, array in arrays.items() if name.startswith(f"{what}/")}

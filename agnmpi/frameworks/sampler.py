@@ -61,10 +61,11 @@ class Dealt:
     Args:
         loader: a DataLoader.
         sampler: its batch_sampler.
+        begin: makes its iterators.
     """
 
-    def __init__(self, loader: Any, sampler: Sampler) -> None:
-        self._loader, self._sampler = loader, sampler
+    def __init__(self, loader: Any, sampler: Sampler, begin: Callable[[Any], Iterator[Any]]) -> None:
+        self._loader, self._sampler, self._begin = loader, sampler, begin
         self._batches: Iterator[Any] | None = None
         self._last: tuple[int, Any] = -1, None
 
@@ -76,7 +77,7 @@ class Dealt:
         goes_on = self._batches is not None and (not drawn or drawn[0] == step)
         batch, found = self._next() if goes_on else (None, False)
         if not found:
-            self._batches = iter(self._loader)
+            self._batches = self._begin(self._loader)
             batch, found = self._next()
         if not found:
             raise RuntimeError(f"the loader has no batch for step {step}: does it use run.sampler as batch_sampler?")

@@ -1,11 +1,15 @@
 """A PyTorch optimizer and its schedule in a run: the state that a refused commit has spoilt, the position of η."""
 
 import copy
+import io
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+
+from ..arrays.backend import Array
 
 
 def unwrapped(wrapper: Any, inner: str) -> Any:
@@ -54,9 +58,30 @@ class Schedule:
                 self._step()
                 self.at += 1
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"at": self.at} | {name: x for name, x in self.scheduler.state_dict().items() if name != "step"}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `state` returned; the rates themselves are the optimizer's."""
+        self.at = state.pop("at")
+        self.scheduler.load_state_dict(state)
+
     def release(self) -> None:
         """Let the scheduler move by its own `step` again."""
         self.scheduler.step = self._step
+
+
+def packed(states: object) -> Array:
+    """Tensors and numbers in dictionaries and lists, in the format of `torch.save`."""
+    file = io.BytesIO()
+    torch.save(states, file)
+    return np.frombuffer(file.getbuffer(), np.uint8)
+
+
+def unpacked(array: Array) -> Any:
+    """What was `packed`; on the CPU. No code is run."""
+    return torch.load(io.BytesIO(array.tobytes()), map_location="cpu", weights_only=True)
 
 
 def _do_nothing(*_: object, **__: object) -> None:

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, namespace
-from ..cluster.placement import check_world, limit_blas, require_equal_model
+from ..cluster.machine import limit_blas
+from ..cluster.placement import check_world, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.setup import Setup, check_setup
 from ..core.optimizers import Optimizer
@@ -71,6 +72,9 @@ class AGNOptimizer:
         checkpoint: directory for checkpoints, written every `checkpoint_every` seconds (default 300), at `close`, and
             when a signal (USR1, USR2, TERM, INT) comes in a loop, which then raises `Interrupted` on all ranks.
             None (default): none, and signals are yours.
+        checkpoint_workers: which checkpoints hold, beside the center, what each worker has alone, such as moments:
+            "all"; "end", those at the end and after a signal; "none"; "auto" (default): "all" up to 256 MB of all
+            workers together, else "end".
         resume: "auto": from the newest checkpoint in `checkpoint`, if there is one; else a directory that has one.
         state, load_state: arrays of yours on this rank, such as moments, that checkpoints hold; called with them.
 
@@ -116,6 +120,7 @@ class AGNOptimizer:
         checkpoint: str | Path | None = None,
         resume: str | Path | None = None,
         checkpoint_every: float = 300.0,
+        checkpoint_workers: str = "auto",
         state: Callable[[], Mapping[str, Array]] = dict,
         load_state: Callable[[Mapping[str, Array]], object] = bool,
     ) -> None:
@@ -123,6 +128,7 @@ class AGNOptimizer:
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
         check_world(comm)
         warn_of_threads(name)
+        self._kept, self._caller_state = Kept.of(checkpoint, checkpoint_every, checkpoint_workers), (state, load_state)
         self._name, self._optimizer, self.loss = name, optimizer, nan
         self._comm = comm.Dup()
         self._hook = AbortOnException(self._comm)
@@ -132,8 +138,6 @@ class AGNOptimizer:
                 optimizer, center_optimizer, params, communication_period, rule, variant, transport, buffers,
                 outer_rate, copy,
             )  # fmt: skip
-            self._caller_state = state, load_state
-            self._kept = None if checkpoint is None else Kept(Path(checkpoint), checkpoint_every)
             self._loop = self._set_up(arguments, use_locking, overlap, wait, dylu)
             if resume is not None:
                 self._resume(resume)
@@ -159,7 +163,7 @@ class AGNOptimizer:
             "overlap": str(overlap),
             "wait": str(wait),
             "dylu": str(dylu),
-            "checkpoint": "none" if self._kept is None else f"every {self._kept.every:g} s",
+            "checkpoint": "none" if self._kept is None else "every {1:g} s, workers {2}".format(*self._kept),
         }
         require_equal_model(comm, layout, facts)
         setup = Setup(transport, overlap or not wait, dylu, wait=wait).on_hosts(comm)
@@ -217,10 +221,7 @@ class AGNOptimizer:
     @property
     def taken(self) -> int:
         """Steps in all commits so far, of all workers and loops, as this rank knows it."""
-        worker = self._loop.worker
-        if worker is None:
-            return self._loop.session.role.center.steps
-        return worker.last_reply.steps if worker.last_reply else 0
+        return self._loop.taken
 
     @property
     def comm(self) -> MPI.Intracomm:

@@ -14,6 +14,7 @@ from ..core.worker import Phase
 from ..recovery.center_state import Saved
 from ..recovery.checkpoint import newest, read_caller, read_span
 from ..recovery.restore import resume
+from ..recovery.saver import state_bytes, workers_saved
 from ..training.abort import abort
 from ..training.exits import Interrupted, Signals
 from ..training.session import Session
@@ -38,8 +39,17 @@ class Keeper:
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._session, self._layout, self._facts, self._say = session, layout, facts, say
-        self._kept, self._checkpoints = kept, None if kept is None else self._set_up(kept)
-        self.skip = 0  # loops that were complete when the run was resumed
+        self._kept, self._when = kept, "end"
+        for worker in session.role.workers[:1] if kept else []:
+            assert kept is not None
+            nbytes = state_bytes(worker.x.nbytes, worker.optimizer)
+            self._when, choice = workers_saved(kept.workers, nbytes, session.role.count)
+            if choice and worker.index == 0:
+                say(f"WARNING: {choice}")
+        self._checkpoints = None if kept is None else self._set_up(kept)
+        self.skip = 0  # loops that were complete when the run was resumed, and are still to come
+        self._before = [0]  # steps before each session, also the next one
+        self._resuming = False  # resumed, and none has begun since
         self.done_before = 0  # steps of the next session that were taken or given up before the run was resumed
         self._saved_at = -1  # steps at the last `save`
         self._signals = Signals(partial(abort, session.comm)) if kept else None
@@ -57,8 +67,9 @@ class Keeper:
         if facts is None:
             return
         checkpoint = Path(facts["checkpoint"])
-        self.skip = role.session = int(facts.get("completed", 0))
-        before = int(facts.get("before", 0))
+        self._before, self._resuming = [0, *map(int, facts.get("ends", []))], True
+        self.skip = role.session = len(self._before) - 1
+        before = self._before[-1]
         if not facts.get("between"):
             self.done_before = int(facts["steps"]) - before + int((facts["leases"] or {}).get("given_up", 0))
         for worker in role.workers:
@@ -69,20 +80,38 @@ class Keeper:
             x[...] = bring(read_span(checkpoint, facts, slice(None))["c"], x)
         caller.pulled()
 
+    @property
+    def replayed(self) -> int | None:
+        """Steps before the next loop of a resumed run, whose complete loops are gone through; None: one has begun."""
+        return self._before[-1 - self.skip] if self._resuming else None
+
+    def begins(self, steps: int) -> None:
+        """A session is about to begin, after `steps` steps."""
+        if len(self._before) == self._session.role.session:
+            self._before.append(steps)
+        self._resuming = False
+
+    def progress(self, between: bool) -> dict[str, Any]:
+        """Where the loop is, for a checkpoint."""
+        steps, sessions = self._session.role.center.steps, self._session.role.session
+        ends = [*self._before, steps][1 : sessions + between]
+        return {"ends": ends, "before": ends[-1] if ends else 0, "between": between}
+
     def save(self, directory: Path, between: bool) -> None:
         """Write a checkpoint, `between` two sessions or not; collective."""
         comm = self._session.comm
         if self._checkpoints is not None:
             self._checkpoints.finish()
         steps = int(allgather(comm, str(self._session.role.center.steps))[0])
-        OwnCheckpoints(directory, self._session, self._layout, partial(self._facts, between), self._say).save(steps)
+        facts = partial(self._facts, between)
+        OwnCheckpoints(directory, self._session, self._layout, facts, self._say, self._when).save(steps)
         wait_until(comm.Ibarrier().Test)
         self._saved_at = steps
         self._checkpoints = None if self._kept is None else self._set_up(self._kept)
 
     def _set_up(self, kept: Kept) -> OwnCheckpoints:
         facts = partial(self._facts, False)
-        return OwnCheckpoints(kept.directory, self._session, self._layout, facts, self._say, kept.every)
+        return OwnCheckpoints(kept.directory, self._session, self._layout, facts, self._say, self._when, kept.every)
 
     def end_if_signalled(self) -> None:
         """Raise Interrupted on all ranks, after a checkpoint, if any was asked to stop."""

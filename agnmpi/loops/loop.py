@@ -113,14 +113,20 @@ class Loop(Warner):
 
     def _facts(self, between: bool) -> dict[str, Any]:
         """Of this loop, for a checkpoint; `between`: two sessions."""
-        role, (began, before) = self.session.role, self._began
         return {
-            "samples": role.center.steps,
-            "seconds": time.monotonic() - began,
-            "completed": role.session - (not between),
-            "before": role.center.steps if between else before,
-            "between": between,
+            "samples": self.session.role.center.steps,
+            "seconds": time.monotonic() - self._began[0],
+            **self._keeper.progress(between),
         }
+
+    @property
+    def taken(self) -> int:
+        """Steps in all commits so far, as this rank knows it.
+
+        While a resumed run goes through the loops that were complete: so many as were taken up to there.
+        """
+        replayed = self._keeper.replayed
+        return self.point.steps if replayed is None else replayed
 
     @property
     def point(self) -> Point:
@@ -257,6 +263,7 @@ class Loop(Warner):
         role.start_from(self._x)
         for worker in role.workers:
             worker.ahead = asked.ahead
+        self._keeper.begins(self.point.steps)
         session.begin(asked.total, self._period)
         if role.serves and not session.single_commits:
             self._met.update(range(role.count))  # that was collective

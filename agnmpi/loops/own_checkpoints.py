@@ -9,7 +9,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array
 from ..cluster.roles import HoldingRole, ShardRole
 from ..core.params import Layout
-from ..recovery.saver import CenterSaver, WorkerSaver, center_facts, consistent_cut, state_bytes, workers_saved
+from ..recovery.saver import CenterSaver, WorkerSaver, center_facts, consistent_cut
 from ..training.session import Session
 
 
@@ -22,20 +22,22 @@ class OwnCheckpoints:
         layout: of the parameters.
         facts: further ones of the first center; called when a checkpoint is begun.
         say: called with each warning; training goes on.
+        when: "all", "end" or "none": checkpoints that hold the workers' states.
         every: seconds between two checkpoints; 0: by `save` alone.
         keep: number of checkpoints to keep.
     """
 
     def __init__(
         self, directory: Path, session: Session, layout: Layout, facts: Callable[[], Mapping[str, Any]],
-        say: Callable[[str], None], every: float = 0.0, keep: int = 3,
+        say: Callable[[str], None], when: str, every: float = 0.0, keep: int = 3,
     ) -> None:  # fmt: skip
         role, first, centers = session.role, session.comm.rank == 0, max(1, session.members.centers)
-        consistent = centers == 1 or session.single_commits
+        if centers > 1 and not session.single_commits:  # no consistent cut while the workers sum into all of them
+            every = 0.0
         ranks = session.members.workers() if session.failover else []
 
         def all_facts() -> dict[str, Any]:
-            return {**center_facts(role, layout, centers, consistent, ranks), **facts()}
+            return {**center_facts(role, layout, centers, ranks), **facts()}
 
         self._role, self._saver = role, None
         self._cut = None
@@ -44,14 +46,11 @@ class OwnCheckpoints:
             self._saver = CenterSaver(directory, role.center, all_facts, say, every if first else 0.0, 0, keep, index)
             if isinstance(role, ShardRole) and every:
                 name = "rank {}".format
-                self._cut = consistent_cut(
-                    role, self._saver, consistent, say, lambda k: name(session.members.serving[k])
-                )
+                self._cut = consistent_cut(role, self._saver, say, lambda k: name(session.members.serving[k]))
         self._first = first
         self._workers = [
             WorkerSaver(
-                directory, worker, role.count,
-                workers_saved("auto", state_bytes(worker.x.nbytes, worker.optimizer), role.count)[0], say,
+                directory, worker, role.count, when, say,
                 MPI.COMM_SELF.Iprobe,  # a probe moves all on; where ranks may die, one among them fails
             )
             for worker in role.workers

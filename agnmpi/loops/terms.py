@@ -43,6 +43,14 @@ class Kept(NamedTuple):
 
     directory: Path
     every: float  # seconds between two
+    workers: str  # which hold the workers' states: "all", "end", "none", or "auto"
+
+    @classmethod
+    def of(cls, directory: str | Path | None, every: float, workers: str) -> "Kept | None":
+        """None without a directory; raises ValueError for other `workers`."""
+        if workers not in ("all", "end", "none", "auto"):
+            raise ValueError(f"checkpoint_workers must be auto, all, end or none, not {workers!r}")
+        return None if directory is None else cls(Path(directory), every, workers)
 
 
 class Asked(NamedTuple):

@@ -88,8 +88,7 @@ class ConsistentCut:
 
     Args:
         mail: between the centers.
-        end: this center's; None where commits cannot be held (accumulate): each center then saves its current block,
-            and the checkpoint is not consistent.
+        end: this center's, which can hold commits.
         center: whose `processed` counts.
         save: copies this center's block for the checkpoint of that number, and starts to write it.
         writing: whether that is still under way.
@@ -103,7 +102,7 @@ class ConsistentCut:
     def __init__(
         self,
         mail: Mail,
-        end: CenterEnd | None,
+        end: CenterEnd,
         center: Center,
         save: Callable[[int], None],
         writing: Callable[[], bool],
@@ -163,16 +162,12 @@ class ConsistentCut:
     def _participate(self, kind: int, number: int, words: Sequence[int]) -> None:
         if kind == _HOLD:
             self._number = number
-            if self._end is None:
-                self._copy()
-                return
             self._end.hold = everything
             self._enter(self._drain)
         elif number != self._number:  # given up after this block was written
             self._answer(_GIVEN_UP, number)
         elif kind == _TARGET and self._phase is not None:
             self._target = dict(enumerate(words))
-            assert self._end is not None
             self._end.hold = self._beyond
             self._enter(self._reach)
         elif kind == _GIVE_UP:
@@ -190,7 +185,6 @@ class ConsistentCut:
         return sum(self._center.processed.values())
 
     def _drain(self) -> None:
-        assert self._end is not None
         if self._end.in_flight_deltas:
             self._check_patience()
             return
@@ -217,8 +211,7 @@ class ConsistentCut:
         self._phase = self._write
 
     def _release(self) -> None:
-        if self._end is not None:
-            self._end.hold = None
+        self._end.hold = None
 
     def _write(self) -> None:
         if not self._writing():

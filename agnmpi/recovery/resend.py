@@ -7,6 +7,7 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like
 from ..core.ends import Elected, Handle, WorkerEnd
+from ..core.leases import Leases
 from ..core.messages import Commit, Reply
 from ..core.worker import Worker
 from ..transport.communication_thread import ThreadedEnd
@@ -40,9 +41,9 @@ class ResendingEnd(WorkerEnd):
         """Keep the memory of an exchange with a dead center alive."""
         self._kept.append(handle)
 
-    def begin(self, total: int | None, period: int, start: int) -> None:
+    def begin(self, total: int | None, period: int, work: Leases) -> None:
         """As the wrapped end."""
-        self.end.begin(total, period, start)
+        self.end.begin(total, period, work)
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """As the wrapped end."""

@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..arrays.backend import Array, synchronize
+from ..arrays.backend import Array, host_copy, synchronize
 from ..arrays.kernels import all_finite
-from ..cluster.roles import Role, ShardRole
+from ..cluster.role import Role
+from ..cluster.roles import ShardRole
 from ..core.backoff import wait_until
 from ..core.center import Center
 from ..core.optimizers import Optimizer
@@ -65,9 +66,12 @@ class _Writer:
         self._pending: Future[None] | None = None
 
     def begin(self, write: Callable[[], None]) -> None:
-        """Call `write` in the thread; waits for the last one."""
+        """Call `write` in the thread; waits for the last one. Here, where the interpreter is ending."""
         self.wait()
-        self._pending = self._pool.submit(write)
+        try:
+            self._pending = self._pool.submit(write)
+        except RuntimeError:  # no more threads
+            self._pending = _called(write)
 
     def busy(self) -> bool:
         """Collect a finished write, without waiting; whether one is still under way."""
@@ -91,6 +95,17 @@ class _Writer:
         """Wait, and end the thread."""
         self.wait()
         self._pool.shutdown()
+
+
+def _called(write: Callable[[], None]) -> Future[None]:
+    future = Future[None]()
+    try:
+        write()
+    except Exception as error:  # raised again where the result is collected
+        future.set_exception(error)
+    else:
+        future.set_result(None)
+    return future
 
 
 class CenterSaver:
@@ -155,7 +170,7 @@ class CenterSaver:
         start = time.perf_counter()
         try:
             arrays, facts = self._center.save(c)
-        except MemoryError as error:
+        except (MemoryError, OSError) as error:
             self._failed(error)
             return
         self.pause = max(self.pause, time.perf_counter() - start)
@@ -186,33 +201,29 @@ class CenterSaver:
         self._writer.close()
 
 
-def center_facts(role: Role, layout: Layout, centers: int, consistent: bool, ranks: Sequence[int]) -> dict[str, Any]:
+def center_facts(role: Role, layout: Layout, centers: int, ranks: Sequence[int]) -> dict[str, Any]:
     """A checkpoint's facts beside those of the center itself.
 
     Args:
         role: of this rank.
         layout: of the parameters.
         centers: how many hold a block each.
-        consistent: whether they can be saved as one cut.
         ranks: of the workers, where one may take over.
     """
     return {
         "agnmpi": __version__,
         "centers": centers,
         "workers": role.count,
-        "consistent": consistent,
         "layout": layout._asdict(),
         "ranks": list(ranks),
     }
 
 
-def consistent_cut(
-    role: ShardRole, saver: CenterSaver, consistent: bool, say: Say, name: Callable[[int], str]
-) -> ConsistentCut:
+def consistent_cut(role: ShardRole, saver: CenterSaver, say: Say, name: Callable[[int], str]) -> ConsistentCut:
     """Let `saver` save the block of `role` together with the other centers; `name`: describes a center."""
     cut = ConsistentCut(
         MPIMail(role.centers),
-        role.end if consistent else None,
+        role.end,
         role.center,
         lambda number: saver.save(role.end.c, number),
         saver.writing,
@@ -315,14 +326,15 @@ class WorkerSaver:
     def _begin(self, number: int) -> None:
         worker = self.worker
         try:
-            size = sum(x.nbytes for x in save_worker(worker, copied=False)[0].values())
-            files = save_worker(worker, copied=size <= self._small)
+            arrays, facts = save_worker(worker)
+            if sum(x.nbytes for x in arrays.values()) <= self._small:
+                arrays = {name: host_copy(x) for name, x in arrays.items()}
         except MemoryError as error:
             self._outage.begins(error)
             return
         synchronize(worker.x)  # before another thread reads it
-        self._writer.begin(partial(write_worker, self._run, worker.index, number, files))
-        if files[0]["o"] is worker.o:
+        self._writer.begin(partial(write_worker, self._run, worker.index, number, (arrays, facts)))
+        if arrays["o"] is worker.o:
             wait_until(self._written)
 
     def _written(self) -> bool:
@@ -335,7 +347,7 @@ class WorkerSaver:
         if steps is None or self._when == "none":
             return
         try:
-            write_worker(self._run, self.worker.index, steps, save_worker(self.worker, copied=False))
+            write_worker(self._run, self.worker.index, steps, save_worker(self.worker))
         except (OSError, MemoryError) as error:
             self._outage.begins(error)
         else:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..arrays.backend import Array
-from ..cluster.roles import CenterRole, HoldingRole, NodeRole, Role, ShardRole
+from ..cluster.role import Role
+from ..cluster.roles import CenterRole, HoldingRole, NodeRole, ShardRole
 from ..core.batches import Plan
 from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout
@@ -36,7 +37,7 @@ class Run(NamedTuple):
         initial: (n,) the parameters of this rank before it trains.
         directory: of its files.
         session: of this rank.
-        consistent: whether a checkpoint can be one consistent cut over all centers.
+        consistent: whether a checkpoint can be one consistent cut over all centers while the workers train.
         evaluate: metrics of a center variable (n,).
         name: describes a rank.
         say: prints a line.
@@ -197,22 +198,26 @@ class Duties:
 
     def _set_up_checkpoints(self) -> None:
         """Prepare to write checkpoints."""
-        config, role = self._config, self._role
+        run, config, role = self._run, self._config, self._role
+        during = self.first and run.consistent
+        if self.first and not run.consistent and (config.checkpoint_seconds or config.checkpoint_commits):
+            run.say(
+                "the workers sum into several centers, which nothing holds at one and the same commit: the only "
+                "checkpoint is that of the end"
+            )
         self._saver = CenterSaver(
             self._run.directory,
             role.center,
             self._facts,
             self._run.say,
-            config.checkpoint_seconds if self.first else 0.0,
-            config.checkpoint_commits if self.first else 0,
+            config.checkpoint_seconds if during else 0.0,
+            config.checkpoint_commits if during else 0,
             config.keep_checkpoints,
             role.centers.rank if isinstance(role, ShardRole) else 0,
         )
-        if isinstance(role, ShardRole):
-            run, serving = self._run, self._run.session.members.serving
-            self._cut = consistent_cut(
-                role, self._saver, run.consistent, run.say, lambda center: run.name(serving[center])
-            )
+        if isinstance(role, ShardRole) and run.consistent:
+            serving = run.session.members.serving
+            self._cut = consistent_cut(role, self._saver, run.say, lambda center: run.name(serving[center]))
 
     def _own_center(self) -> Array:
         """This rank's block of the center variable, or all of it."""
@@ -225,7 +230,7 @@ class Duties:
         run, session = self._run, self._run.session
         centers, ranks = max(1, session.members.centers), session.members.workers() if session.failover else []
         return {
-            **center_facts(self._role, run.layout, centers, run.consistent, ranks),
+            **center_facts(self._role, run.layout, centers, ranks),
             "data": dict(run.data),
             "config": asdict(self._config),
             **(self.monitor.progress if self.first else {}),

@@ -3,17 +3,22 @@
 TensorFlow's `use_locking=False`, for rules whose commits are added unweighted. Leases are a counter, too.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from math import isfinite
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring
+from ..core.backoff import wait_until
 from ..core.center import PATIENCE
-from ..core.ends import Apply, Done, Handle, Polled, Summed
-from ..core.leases import NONE, Lease, fair
+from ..core.ends import Apply, Cut, Done, Handle, Polled, Summed
+from ..core.leases import NONE, Division, Lease, Leases
 from ..core.messages import CONTINUE, DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, STOP_ALL, WORK, Commit, Reply
+from .readers_lock import ReadersLock
 from .staging import MAX_CALL_BYTES, Wire
 from .windows import (
     CENTER,
@@ -30,10 +35,14 @@ from .windows import (
     STALENESS,
     STALEST,
     STEPS,
+    ControlWord,
     Windows,
     WindowsCenter,
     WindowsWorker,
 )
+
+_HELD = 32  # leases of a worker of which the center knows
+_INLINE = 8 * (1 + 2 * _HELD)  # bytes for them, behind the words of a header
 
 
 class AccumulateWorker(WindowsWorker):
@@ -46,16 +55,19 @@ class AccumulateWorker(WindowsWorker):
     """
 
     def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MAX_CALL_BYTES) -> None:
-        super().__init__(Windows(comm, like, 0, most), wire)
-        self._total: int | None = None
-        self._period = 1
+        super().__init__(Windows(comm, like, 0, most, _INLINE), wire)
+        self._lock = ReadersLock(ControlWord(self.windows, READERS))  # the center saves c while nobody has it
+        self._division = Division(None, 1, 0, [])
+        self._held: list[Lease] = []  # what this worker was granted and has not summed
         # Of a commit, their sum and number; kept until a flush: across hosts an Accumulate is sent after it returns.
         self._loss = np.empty(2)
         self._sequence = self.sessions = self._failed = 0  # failed: commits in a row
 
-    def begin(self, total: int | None, period: int, _start: int = 0) -> None:
-        """Begin a session of `total` steps (None: no end), leased λ = `period` at a time; collective."""
-        self._total, self._period = total, period
+    def begin(self, total: int | None, period: int, work: Leases) -> None:
+        """As `WorkerEnd.begin`."""
+        self._division = Division.of(work)
+        self._held.clear()
+        self._show_held()
         self.sessions += 1
         self._failed = 0
         self.windows.begin(total)
@@ -63,8 +75,7 @@ class AccumulateWorker(WindowsWorker):
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c, then pull."""
         windows, status = self.windows, OK
-        if not windows.shared:
-            windows.add(READERS, 1)  # the center stays awake during the transfer
+        wait_until(partial(self._lock.enter, True))
         if commit.payload is not None and commit.sequence <= self._sequence:
             status = DUPLICATE
         elif commit.payload is not None and not commit.flags & NOT_FINITE:
@@ -73,26 +84,26 @@ class AccumulateWorker(WindowsWorker):
             status, self._failed = REFUSED, self._failed + 1
             windows.add(REFUSALS, 1)
             windows.add(STEPS, commit.steps)
+            self._settle(commit)
         if commit.requests & STOP_ALL:
             windows.add(CONTROL, STOP, MPI.REPLACE)
         head = windows.get(0, COUNTS)
         if out is not None:
             windows.pull(self.wire, out)  # a race by design: others may be adding to c
-        if not windows.shared:
-            windows.add(READERS, -1)
         control = STOP if self._failed >= PATIENCE else int(head[CONTROL])  # it leaves alone: the others may be well
         work = NONE
         if commit.requests & WORK and control != STOP:
-            left = None if self._total is None else self._total - int(head[NEXT])
-            work = self._grant(self._period * fair(commit.wanted, left, self._period, windows.workers))
+            work = self._grant(commit.wanted, int(head[NEXT]))
+        self._lock.leave()
         counts = int(head[STEPS]), int(head[CHECKPOINT])
-        return Done(Reply(int(head[CLOCK]), status, control, work, *counts, period=self._period))
+        return Done(Reply(int(head[CLOCK]), status, control, work, *counts, period=self._division.period))
 
     def _add(self, commit: Commit, payload: Array) -> None:
         windows, center = self.windows, self.windows.center
         windows.push(self.wire, payload, lambda piece, at: center.Accumulate(piece, CENTER, at, MPI.SUM), center)
         self._sequence, self._failed = commit.sequence, 0
         windows.add(STEPS, commit.steps)
+        self._settle(commit)
         if commit.steps and isfinite(commit.loss):
             self._loss[:] = commit.loss * commit.steps, commit.steps
             windows.control.Accumulate(self._loss, CENTER, 8 * LOSS, MPI.SUM)
@@ -100,11 +111,28 @@ class AccumulateWorker(WindowsWorker):
         windows.add(STALENESS, staleness)
         windows.add(STALEST, staleness, MPI.MAX)
 
-    def _grant(self, steps: int) -> Lease:
-        first = self.windows.add(NEXT, steps)
-        if self._total is None:
-            return Lease(first, steps)
-        return Lease(first, min(steps, self._total - first)) if first < self._total else NONE
+    def _grant(self, wanted: int, granted: int) -> Lease:
+        pieces = self._division.fair(wanted, granted, self.windows.workers)
+        lease = self._division.lease(self.windows.add(NEXT, pieces), pieces)
+        if lease.steps:
+            self._held.append(lease)
+            self._show_held()
+        return lease
+
+    def _settle(self, commit: Commit) -> None:
+        """The steps of `commit` are done; the rest of their leases is this worker's."""
+        for done in commit.leases:
+            for i, lease in enumerate(self._held):
+                if lease.first == done.first:
+                    rest = Lease(done.first + done.steps, lease.steps - done.steps)
+                    self._held[i : i + 1] = [rest] if rest.steps else []
+                    break
+        self._show_held()
+
+    def _show_held(self) -> None:
+        """Tell the center what this worker holds, for checkpoints."""
+        words = [len(self._held), *(number for lease in self._held[:_HELD] for number in lease)]
+        self.windows.put(self.windows.header(self.worker), np.array(words, np.int64).tobytes())
 
     def pull(self, out: Array) -> Handle:
         """Get c, even while others add to it."""
@@ -129,7 +157,9 @@ class AccumulateCenter(WindowsCenter):
     """
 
     def __init__(self, comm: MPI.Comm, c: Array, most: int = MAX_CALL_BYTES) -> None:
-        super().__init__(Windows(comm, c, 0, most), c)
+        super().__init__(Windows(comm, c, 0, most, _INLINE), c)
+        self._lock = ReadersLock(ControlWord(self.windows, READERS))
+        self._division: Division | None = None  # of the last session
         self._left = self._sessions = 0
         self._seen = [0, 0]  # clock and steps already reported to `apply`
         self._start: Array | None = None  # what the next session starts from, if not from c as it is
@@ -146,12 +176,38 @@ class AccumulateCenter(WindowsCenter):
         """Refused commits, sum and maximum of the staleness of all."""
         return Summed(*(self.windows.read(word) for word in (REFUSALS, STALENESS, STALEST)))
 
-    def begin(self, total: int | None, _period: int, start: int = 0) -> None:
-        """Prepare the work of a session, of which `start` steps are done; collective."""
-        self.windows.words[[NEXT, CONTROL]] = start, CONTINUE
+    def begin(self, total: int | None, period: int, work: Leases) -> None:
+        """As `CenterEnd.begin`."""
+        self._division = Division.of(work)
+        self.windows.words[[NEXT, CONTROL]] = 0, CONTINUE  # NEXT counts leases
         self._announced = (CONTINUE, -1)
         self.windows.sync()
         self.windows.begin(total, self._set_start)
+
+    @contextmanager
+    def still(self) -> Iterator[Cut]:
+        """As `CenterEnd.still`; waits for the sums under way."""
+        wait_until(self._locked)
+        self.windows.sync()
+        try:
+            yield Cut(self.windows.read(CLOCK), self.windows.read(STEPS), self._leases())
+        finally:
+            self._lock.unlock()
+
+    def _locked(self) -> bool:
+        self.windows.comm.Iprobe()  # progress for sums from other hosts
+        return self._lock.lock()
+
+    def _leases(self) -> Mapping[str, Any] | None:
+        windows, held = self.windows, list[Lease]()
+        if self._division is None:
+            return None
+        for worker in range(windows.workers):
+            count, *numbers = windows.words[windows.header(worker) :][: 1 + 2 * _HELD].tolist()
+            if count > _HELD:
+                raise OSError(f"worker {worker} holds {count} leases, but the center can know of {_HELD}")
+            held += [Lease(*numbers[2 * i : 2 * i + 2]) for i in range(count)]
+        return self._division.state(windows.read(NEXT), held)
 
     def start_from(self, c: Array) -> None:
         """Let the next session start from `c`, once all have read the final center of the last."""

@@ -8,8 +8,11 @@ All ranks must use the same arithmetic: only CPUs or only GPUs. A GPU rounds onc
 twice (fused multiply-add), and the replicas would drift apart.
 """
 
+import json
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -17,7 +20,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array, empty_like, full_like, on_host, to_host
 from ..core.backoff import wait_until
 from ..core.ends import Apply, Done, Handle, WorkerEnd
-from ..core.leases import NONE, Lease
+from ..core.leases import NONE, Division, Lease, Leases, rounds
 from ..core.messages import CONTINUE, NOT_FINITE, OK, STOP, WORK, Commit, Reply
 from ..version import mpi_library
 from .agreement import ConfigError, allgather, format_ranks, require_equal_total
@@ -52,17 +55,37 @@ class AllreduceEnd(WorkerEnd):
         self.rounds: Iterator[Lease] = iter(())
         self.clock = self.steps = self.checkpoint = 0
         self.stopped = False  # a rank has left before the last round
-        self._due = 0  # rounds that this rank has a lease for and has not started
+        self._due = deque[Lease]()  # of the rounds that this rank has a lease for and has not started
+        self._division = Division(None, 1, 0, [])
+        self._finished = 0  # rounds
+        self._undone: list[Lease] = []  # what those who left in the last round had not done of their leases
 
-    def begin_rounds(self, total: int | None, rounds: Iterator[Lease]) -> None:
-        """Begin a session of `total` steps; raises ValueError, on all ranks, if they differ."""
+    def begin(self, total: int | None, period: int, work: Leases) -> None:
+        """As `WorkerEnd.begin`; raises ValueError, on all ranks, if they differ in `total`."""
         require_equal_total(self.comm, total)
-        self.rounds, self.stopped, self._due = rounds, False, 0
+        self.rounds = rounds(total, period, self.comm.rank, self.comm.size, work.next, work.free)
+        self.stopped, self._division, self._finished = False, Division.of(work), 0
+        self._due.clear()
+        self._undone.clear()
+
+    def state(self) -> dict[str, Any]:
+        """The work of this session after the rounds that are finished, as `Leases.state`."""
+        return self._division.state(self._finished, self._undone, self.comm.size)
+
+    def finished(self, undone: Lease | None, leaving: bool) -> None:
+        """A round is finished. If ranks have left in it all exchange what they have not done: `undone`, of this one."""
+        self._finished, self.stopped = self._finished + 1, leaving
+        if leaving:
+            everywhere = allgather(self.comm, json.dumps(undone))
+            self._undone = [Lease(*json.loads(text)) for text in everywhere if text != "null"]
+
+    def start(self) -> Lease:
+        """The lease of the round that this rank starts."""
+        return self._due.popleft()
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Take part in a round with `commit`; without a payload, only read the replica and ask for work."""
         if commit.payload is not None:
-            self._due -= 1
             return Round(self, commit, out)
         if out is not None:
             out[...] = self.c
@@ -81,7 +104,8 @@ class AllreduceEnd(WorkerEnd):
     def grant(self, requests: int) -> Lease:
         """The next lease of this rank, if asked for."""
         lease = next(self.rounds, NONE) if requests & WORK else NONE
-        self._due += lease.first >= 0
+        if lease.first >= 0:
+            self._due.append(lease)
         return lease
 
 
@@ -126,6 +150,7 @@ class Round:
 
     def __init__(self, end: AllreduceEnd, commit: Commit, out: Array | None, leaving: bool = False) -> None:
         self._end, self._commit, self._out = end, commit, out
+        self._lease = end.start()
         self._reply: Reply | None = None
         loss = commit.loss * commit.steps if commit.steps else 0.0
         # A rank without steps adds nothing to the sum and does not count in the mean.
@@ -168,7 +193,8 @@ class Round:
         end.wire.settle(end.sum)
         commits, steps, loss, leaving, checkpoint, bad = self._counts.tolist()
         status = OK
-        end.stopped = bool(leaving)
+        first, undone = self._lease.first + self._commit.steps, self._lease.steps - self._commit.steps
+        end.finished(Lease(first, undone) if undone else None, bool(leaving))
         if commits:
             summed = self._commit._replace(
                 requests=0,

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from mpi4py import MPI
@@ -26,6 +26,15 @@ def bcast_in_pieces(comm: MPI.Comm, x: Array, root: int = 0, most: int = MAX_CAL
     """
     for piece in cut(x, most):
         wait_until(comm.Ibcast(piece, root).Test)
+
+
+def share_blocks(comm: MPI.Comm, blocks: Sequence[Array], most: int = MAX_CALL_BYTES) -> None:
+    """Copy block i of rank i, in host memory, to all ranks of `comm`; collective.
+
+    All at the same time: each link carries a block once or twice, where a broadcast of the whole leaves by rank 0's.
+    """
+    requests = [comm.Ibcast(piece, root) for root, block in enumerate(blocks) for piece in cut(block, most)]
+    wait_until(lambda: MPI.Request.Testall(requests))
 
 
 def discarded(nbytes: int) -> Iterator[Array]:

@@ -11,6 +11,7 @@ from functools import partial
 from ..arrays.backend import Array, current, synchronize
 from ..core.backoff import set_pace
 from ..core.ends import Handle, WorkerEnd
+from ..core.leases import Leases
 from ..core.messages import Commit, Reply
 
 # Seconds. It does not spin, since the worker needs the GIL, and it sleeps longer than others the longer nothing moves:
@@ -65,9 +66,9 @@ class ThreadedEnd(WorkerEnd):
         self._queued = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
 
-    def begin(self, total: int | None, period: int, start: int) -> None:
+    def begin(self, total: int | None, period: int, work: Leases) -> None:
         """As the wrapped end."""
-        self.end.begin(total, period, start)
+        self.end.begin(total, period, work)
 
     def exchange(self, commit: Commit, out: Array | None) -> ThreadedHandle:
         """As the wrapped end, in the thread."""

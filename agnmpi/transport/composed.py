@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from ..arrays.backend import Array, empty, empty_like, full_like
 from ..arrays.encodings import Encoding, get
 from ..core.ends import Handle, WorkerEnd, all_done
+from ..core.leases import Leases
 from ..core.messages import DUPLICATE, ENCODED, NOT_FINITE, OK, WORK, Commit, Reply
 
 
@@ -44,10 +45,10 @@ class ShardedWorker(WorkerEnd):
         self.ends, self.spans = ends, spans
         self._clocks = [0] * len(ends)  # of each shard at the last pull
 
-    def begin(self, total: int | None, period: int, start: int) -> None:
+    def begin(self, total: int | None, period: int, work: Leases) -> None:
         """Begin at each."""
         for end in self.ends:
-            end.begin(total, period, start)
+            end.begin(total, period, work)
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Exchange with each center its block; a request for work alone goes to the first alone."""
@@ -128,9 +129,9 @@ class EncodedEnd(WorkerEnd):
         for encoding in (commits, pulls):
             encoding.prepare(like)
 
-    def begin(self, total: int | None, period: int, start: int) -> None:
+    def begin(self, total: int | None, period: int, work: Leases) -> None:
         """As the wrapped end."""
-        self.end.begin(total, period, start)
+        self.end.begin(total, period, work)
 
     def exchange(self, commit: Commit, out: Array | None) -> "EncodedHandle":
         """Encode the delta, and exchange."""

@@ -1,7 +1,9 @@
 """Loops of one's own that are interrupted, and go on where they were."""
 
+import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -73,25 +75,27 @@ def test_with_one_worker_the_numbers_are_those_of_an_undisturbed_run(comm, direc
 
 
 @pytest.mark.parametrize("transport", [*TRANSPORTS, None], ids=name)
-def test_each_step_is_taken_once_over_an_interruption(comm, directory, transport):
+def test_each_step_is_taken_once_over_two_interruptions(comm, directory, transport, recwarn):
     options = {"rule": rules.synchronous()} if transport is None else {"transport": transport}
     n = comm.size - (transport is not None)
-    first, taken, interrupted = epochs(comm, directory, 20, **options)
-    assert interrupted
-    clock = first.clock
-    first.close()
-    again, more, interrupted = epochs(comm, directory, **options)
-    assert not interrupted
-    assert again.clock > clock
-    everyone = sorted(step for steps in comm.allgather(taken + more) for step in steps)
+    taken, clock = [], 0
+    for at in (20, 40, None):
+        opt, more, interrupted = epochs(comm, directory, at, **options)
+        assert interrupted == (at is not None)
+        assert opt.clock > clock
+        taken, clock = taken + more, opt.clock
+        end = opt.center["0"]
+        opt.close()
+    everyone = sorted(step for steps in comm.allgather(taken) for step in steps)
     if transport is None:  # each rank has left its round where it was: their number is kept, not which
         assert len(everyone) == 180
     elif transport.capabilities.single_commits:
         assert everyone == [(epoch, step) for epoch in range(3) for step in range(60)]
     else:
-        assert len(everyone) == len(set(everyone)) >= 180 - 5 * n, "what a worker gave back goes to nobody"
-    assert np.abs(again.center["0"] - np.linspace(-1, 1, 8)).max() < 0.7
-    again.close()
+        assert len(everyone) == len(set(everyone)) >= 180 - 2 * 5 * n, "what a worker gave back goes to nobody"
+    assert np.abs(end - np.linspace(-1, 1, 8)).max() < 0.7
+    if transport is None or transport.capabilities.single_commits:
+        assert not [str(warning.message) for warning in recwarn if "steps were taken" in str(warning.message)]
 
 
 def test_a_checkpoint_between_two_loops_has_all(comm, directory):
@@ -138,9 +142,35 @@ def test_checkpoints_are_written_meanwhile(comm, directory):
     comm.Barrier()
 
 
+def workers_files(directory):
+    """The workers' files in all checkpoints, though the center may prune one while this looks."""
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError):
+            return list((directory / "checkpoints").glob("step-*/worker-*"))
+    raise AssertionError("checkpoints come and go without end")
+
+
+@pytest.mark.parametrize("workers", ["all", "end", "none"])
+def test_checkpoints_hold_the_workers_where_that_is_asked_for(comm, directory, workers):
+    options = {"checkpoint": directory, "checkpoint_every": 1e-3, "checkpoint_workers": workers}
+    with AGNOptimizer(adam(0.1), np.zeros(4), comm, 2, **options) as opt:
+        for _ in opt.steps(200 * opt.num_workers):
+            opt.minimize(lambda p: (0.0, p["0"] - 1))
+            time.sleep(1e-3)
+        comm.Barrier()
+        meanwhile = workers_files(directory)
+        comm.Barrier()
+    comm.Barrier()
+    last = max((directory / "checkpoints").glob("step-*"))
+    assert bool(meanwhile) == (workers == "all")
+    assert len(list(last.glob("worker-*"))) == (0 if workers == "none" else comm.size - 1)
+
+
 def test_what_cannot_be_is_refused(comm, directory):
     with pytest.raises(ValueError, match="needs checkpoint"):
         AGNOptimizer(sgd(0.1), np.zeros(4), comm, resume="auto")
+    with pytest.raises(ValueError, match="checkpoint_workers must be auto, all, end or none, not 'some'"):
+        AGNOptimizer(sgd(0.1), np.zeros(4), comm, checkpoint=directory, checkpoint_workers="some")
     with pytest.raises(ValueError, match="no whole checkpoint"):
         AGNOptimizer(sgd(0.1), np.zeros(4), comm, resume=directory / "none")
     with AGNOptimizer(sgd(0.1), np.zeros(4), comm, checkpoint=directory) as opt:
@@ -148,3 +178,42 @@ def test_what_cannot_be_is_refused(comm, directory):
             opt.minimize(lambda p: (0.0, p["0"] - 1))
     with pytest.raises(ValueError, match="another model"):
         AGNOptimizer(sgd(0.1), np.zeros(5), comm, checkpoint=directory, resume="auto")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("transport", [*TRANSPORTS, None], ids=name)
+def test_an_interruption_loses_and_repeats_no_step(comm, directory, transport, overlap):
+    """One rank is asked to stop within its period, while the others are anywhere in theirs."""
+    total, parts, stopper = 40 * comm.size, [], 1 if transport else 0  # whose lease is not the last of a round
+    rule = rules.downpour() if transport else rules.synchronous()
+
+    def one_hot(step):
+        return np.where(np.arange(total) == step, -1.0, 0.0)
+
+    for at in (7, 0):
+        interrupted, taken = False, []
+        opt = AGNOptimizer(
+            sgd(1.0), np.zeros(total), comm, 5, rule=rule, transport=transport or "auto", overlap=overlap,
+            checkpoint=directory, resume="auto",
+        )  # fmt: skip
+        try:
+            for step in opt.steps(total):
+                opt.minimize(lambda p: (0.0, one_hot(step)))  # noqa: B023
+                taken.append(step)
+                time.sleep(0.001)  # each gets its share
+                if at and comm.rank == stopper and len(taken) == at:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+        except Interrupted:
+            interrupted = True
+        assert interrupted is bool(at)
+        count = opt.center["0"]
+        opt.close()
+        parts.append(taken)
+    if transport:  # element i counts the commits of step i
+        np.testing.assert_array_equal(count, np.ones(total))
+        return
+    assert (count > 0).all()  # of a mean
+    everything = sorted(step for rank in comm.allgather(parts[0] + parts[1]) for step in rank)
+    assert sorted(set(everything)) == list(range(total))
+    if not overlap:  # there the interruption drops steps, which are taken again
+        assert everything == list(range(total))

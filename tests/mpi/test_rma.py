@@ -18,6 +18,7 @@ from agnmpi.cluster.connect import connect
 from agnmpi.cluster.setup import Setup
 from agnmpi.core import rules
 from agnmpi.core.center import serve
+from agnmpi.core.leases import Leases
 from agnmpi.core.messages import IDLE, WORK, Commit, Reply
 from agnmpi.transport.accumulate import AccumulateCenter, AccumulateWorker
 from agnmpi.transport.agreement import ConfigError
@@ -369,12 +370,12 @@ def test_no_call_moves_more_than_it_may(comm, center_end, worker_end):
 
     if comm.rank == 0:
         end = center_end(comm, np.zeros(n), most=most)
-        end.begin(None, 1, 0)
+        end.begin(None, 1, Leases(None, 1))
         serve(end, add)
         assert (end.c == np.arange(n) * (comm.size - 1)).all()
     else:
         end, out = worker_end(comm, np.zeros(n), most=most), np.empty(n)
-        end.begin(None, 1, 0)
+        end.begin(None, 1, Leases(None, 1))
         moved = recorded(end.windows)
         end.exchange(Commit(comm.rank - 1, 1, steps=1, payload=np.arange(n, dtype=float)), out).wait()
         end.leave(None, out).wait()

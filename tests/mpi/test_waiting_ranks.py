@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from agnmpi import AGNOptimizer, sgd
+from agnmpi import AGNOptimizer, adam, sgd
 from agnmpi.core import rules
 from agnmpi.loops import warner
 from agnmpi.transport import registry
@@ -116,15 +116,30 @@ def test_a_worker_that_always_fails_is_named_and_costs_the_others_nothing(comm, 
         assert named == []
 
 
-def test_a_nan_once_costs_its_worker_no_more_than_that(comm):
-    """As with moments that are NaN after one bad gradient, and are cleared in on_refused."""
-    m, x = np.zeros(2), np.zeros(2)
-    with AGNOptimizer(None, x, comm, 2, on_refused=lambda _: m.fill(0)) as opt:
-        for step in opt.steps(40 * opt.num_workers):
-            m[...] = 0.5 * m + (np.nan if step == 3 and not np.isnan(x).any() and opt.clock < 8 else 1.0)
-            x += m
-            opt.step()
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "adam"])
+def test_a_nan_once_costs_its_worker_at_most_two_periods(comm, own, overlap):
+    """With moments that it spoils: ours begin anew, the caller's are cleared in on_refused; and nobody else notices."""
+    m, x, period, turns, spoilt = np.zeros(2), np.zeros(2), 4, 0, 0
+    options = {"on_refused": lambda _: m.fill(0)} if own else {}
+    with AGNOptimizer(None if own else adam(0.1), x, comm, period, overlap=overlap, **options) as opt:
+        for _ in opt.steps():
+            g = np.nan if (comm.rank, turns) == (1, 9) else -1.0
+            if own:
+                m[...] = 0.5 * m - g
+                x += m
+                opt.step()
+            else:
+                opt.minimize(lambda p, g=g: (0.0, p["0"] * 0 + g))
+            turns += 1
+            spoilt += not np.isfinite(opt.params["0"]).all()
+            if turns == 60:
+                break
+        opt.finish()
+        assert opt.is_center or turns == 60, "it goes on"
+        assert (0 < spoilt <= 2 * period) if comm.rank == 1 else spoilt == 0
         assert np.isfinite(opt.center["0"]).all()
+        assert opt.taken >= 60 * opt.num_workers - 2 * period
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=name)

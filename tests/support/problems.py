@@ -252,3 +252,24 @@ class SlowLastEvaluation(Quadratic):
             time.sleep(5)
         self.first = False
         return super().evaluate(params)
+
+
+class Counts:
+    """Element i of the center counts how often sample i was committed: with rule downpour, and sgd of rate 1."""
+
+    samples = 240
+
+    def __init__(self, xp=np, slow=0.0):
+        self.xp, self.slow = xp, slow
+
+    def init(self, rng):
+        return {"count": self.xp.zeros(self.samples, "float64")}
+
+    def gradient(self, params, indices):
+        time.sleep(self.slow)
+        g = self.xp.zeros(self.samples, "float64")
+        g[indices] = -1
+        return 0.0, {"count": g}
+
+    def evaluate(self, params):
+        return {"least": float(params["count"].min()), "most": float(params["count"].max())}

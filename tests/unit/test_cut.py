@@ -176,25 +176,3 @@ def test_a_worker_that_stops_amid_its_messages_costs_a_checkpoint_and_not_the_ru
             break
         cluster.event(rng, begin=False)
     assert all(center.saved[2] == first.saved[2] for center in cluster.centers)
-
-
-def test_centers_that_cannot_hold_save_what_they_have():
-    """Without locking there is no cut, and nobody waits for one."""
-    post, saved = defaultdict(deque), []
-    mails = [FakeMail(post, rank, 2) for rank in range(2)]
-    center = FakeCenter(Cluster(1, 1, [0]), 0, 1)
-    cuts = [
-        ConsistentCut(mail, None, center, lambda number, i=i: saved.append((i, number)), lambda: False)
-        for i, mail in enumerate(mails)
-    ]
-    cuts[0].begin(7)
-    with pytest.raises(ValueError, match="still under way"):
-        cuts[0].begin(8)
-    for _ in range(4):
-        for (source, to), letters in post.items():
-            while letters:
-                mails[to].box.append((source, letters.popleft()))
-        for cut in cuts:
-            cut.tick()
-    assert sorted(saved) == [(0, 7), (1, 7)]
-    assert not cuts[0].busy
