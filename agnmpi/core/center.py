@@ -174,17 +174,9 @@ class Center:
         return WAIT if waits else self.control, work
 
     def _snapshot(self, leases: Leases) -> Snapshot:
-        return Snapshot(
-            self.served,
-            self.session,
-            leases.next,
-            self.staleness_sum,
-            self.staleness_max,
-            self.refused,
-            self.dropped,
-            leases.given_up,
-            tuple(leases.open()),
-        )
+        staleness = self.staleness_sum, self.staleness_max
+        failed = self.refused, self.dropped, leases.given_up
+        return Snapshot(self.served, self.session, leases.next, *staleness, *failed, tuple(leases.open()))
 
     def _receive(self, commit: Commit, c: Array) -> int:
         """Apply, refuse or drop a delta; returns the status of the reply."""

@@ -1,7 +1,7 @@
-"""Which steps a worker computes: leases, granted by the center, or in equal rounds where all exchange together."""
+"""Which steps a worker computes: leases, granted by the center."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from math import ceil
 from typing import Any, NamedTuple, TypeAlias
@@ -13,12 +13,18 @@ class Lease(NamedTuple):
     first: int
     steps: int
 
+    @property
+    def end(self) -> int:
+        """The step after the last."""
+        return self.first + self.steps
+
 
 NONE = Lease(-1, 0)  # no work is left
 MAX_PARTS = 8  # leases of which a worker's commit may have steps
-# Periods of λ steps that a worker which does not wait holds at most. While an exchange is under way it takes those that
-# it has not committed: so a commit has up to 7 λ steps, and 4 λ in the mean where every exchange takes longer.
-PERIODS = 8
+# Periods of λ steps that a worker which does not wait holds, at first and at most. While an exchange is under way it
+# takes those that it has not committed: so a commit has up to 7 λ steps, and 4 λ in the mean where every exchange takes
+# longer. One that is never short of steps holds few, so that it keeps none from the others at the end.
+FEWEST_PERIODS, PERIODS = 2, 8
 # λ_k of a worker, given its steps since the last call.
 Pace: TypeAlias = Callable[[int, int], int]
 
@@ -126,11 +132,11 @@ class Leases:
         >>> [leases.grant(0) for _ in range(3)]
         [Lease(first=0, steps=2), Lease(first=4, steps=2), Lease(first=8, steps=2)]
         """
-        end = max([next_step, *(_end(lease) for _, lease in claims)])
+        end = max([next_step, *(lease.end for _, lease in claims)])
         unclaimed = merged([*open_steps, Lease(next_step, end - next_step)])
         valid = []
         for worker, lease in claims:
-            around = next((i for i in unclaimed if i.first <= lease.first and _end(lease) <= _end(i)), None)
+            around = next((i for i in unclaimed if i.first <= lease.first and lease.end <= i.end), None)
             valid.append(around is not None)
             if around is not None:
                 unclaimed = [piece for i in unclaimed for piece in (_without(i, lease) if i == around else [i])]
@@ -230,7 +236,7 @@ class Leases:
         Raises ValueError if the worker holds no such lease.
         """
         held = merged(self._held.get(worker, ()))
-        around = next((lease for lease in held if lease.first <= part.first and _end(part) <= _end(lease)), None)
+        around = next((lease for lease in held if lease.first <= part.first and part.end <= lease.end), None)
         if around is None:
             raise ValueError(f"worker {worker} commits steps {part}, but holds {held}")
         held.remove(around)
@@ -308,7 +314,7 @@ class Leases:
         return [
             worker
             for refused, workers in self._refusals.items()
-            if refused.first < _end(steps) and steps.first < _end(refused)
+            if refused.first < steps.end and steps.first < refused.end
             for worker in workers
         ]
 
@@ -390,6 +396,7 @@ class Held:
     def __init__(self, wait: bool = True) -> None:
         self.wait = wait
         self.period = 1  # λ, as the center said last
+        self.periods = FEWEST_PERIODS  # that it holds, if it does not wait
         self.leases = deque[Lease]()
         self.done = 0  # the first steps of these, since the last exchange was started
 
@@ -427,10 +434,12 @@ class Held:
         """How many periods to ask for; `ahead`: to be held beyond the one that is computed."""
         if self.wait:
             return 1
-        return max(PERIODS, ahead + 1) - ceil(sum(lease.steps for lease in self.leases) / self.period)
+        return max(self.periods, ahead + 1) - ceil(sum(lease.steps for lease in self.leases) / self.period)
 
     def add(self, lease: Lease, period: int) -> None:
-        """Hold `lease`, too; λ = `period` from now on."""
+        """Hold `lease`, too; λ = `period` from now on. Where it comes too late, hold twice as many from now on."""
+        if self.leases and self.is_used_up:
+            self.periods = min(PERIODS, 2 * self.periods)
         self.leases.append(lease)
         self.period = period
 
@@ -465,15 +474,11 @@ def fair(wanted: int, left: int | None, period: int, workers: int) -> int:
     return max(1, min(wanted, share))
 
 
-def _end(lease: Lease) -> int:
-    return lease.first + lease.steps
-
-
 def _without(lease: Lease, steps: Lease) -> list[Lease]:
     """The rest of `lease` without `steps`, in order."""
-    before = Lease(lease.first, min(_end(lease), steps.first) - lease.first)
-    last = max(lease.first, _end(steps))
-    after = Lease(last, _end(lease) - last)
+    before = Lease(lease.first, min(lease.end, steps.first) - lease.first)
+    last = max(lease.first, steps.end)
+    after = Lease(last, lease.end - last)
     return [piece for piece in (before, after) if piece.steps > 0]
 
 
@@ -481,103 +486,8 @@ def merged(leases: Sequence[Lease]) -> list[Lease]:
     """The same steps in order, adjacent leases as one."""
     merged: list[Lease] = []
     for lease in sorted(leases):
-        if merged and _end(merged[-1]) == lease.first:
+        if merged and merged[-1].end == lease.first:
             merged[-1] = Lease(merged[-1].first, merged[-1].steps + lease.steps)
         elif lease.steps:
             merged.append(lease)
     return merged
-
-
-class Division(NamedTuple):
-    """Work that is divided among all workers alike: first what is free, then what was never granted, λ at a time.
-
-    Args:
-        total: steps over all workers; None: no end.
-        period: λ.
-        start: steps that were granted before.
-        free: of these, what was not done.
-        given_up: of these, what is never granted again.
-
-    >>> work = Division(8, 3, 4, [Lease(0, 4)])
-    >>> [work.lease(k) for k in range(5)][1:]
-    [Lease(first=3, steps=1), Lease(first=4, steps=3), Lease(first=7, steps=1), Lease(first=-1, steps=0)]
-    >>> work.state(3, [Lease(5, 2)])
-    {'next': 7, 'free': [[5, 2]], 'committed': 5, 'given_up': 0}
-    """
-
-    total: int | None
-    period: int
-    start: int
-    free: Sequence[Lease]
-    given_up: int = 0
-
-    @classmethod
-    def of(cls, leases: Leases) -> "Division":
-        """What is left in `leases`, none of which is held."""
-        return cls(leases.total, leases.period, leases.next, leases.free, leases.given_up)
-
-    def _pieces(self, lease: Lease) -> int:
-        return -(-lease.steps // self.period)
-
-    def lease(self, k: int, periods: int = 1) -> Lease:
-        """The k-th lease, from 0, with those behind it if it is for several `periods`; `NONE` behind the last."""
-        for lease in self.free:
-            if k < self._pieces(lease):
-                at = lease.first + k * self.period
-                return Lease(at, min(self.period, _end(lease) - at))
-            k -= self._pieces(lease)
-        first, steps = self.start + k * self.period, periods * self.period
-        if self.total is None:
-            return Lease(first, steps)
-        return Lease(first, min(steps, self.total - first)) if first < self.total else NONE
-
-    def fair(self, wanted: int, granted: int, workers: int) -> int:
-        """As `fair`, after so many leases were granted: for how many periods the next is; 1 of what was free."""
-        k = granted - sum(map(self._pieces, self.free))
-        if k < 0:
-            return 1
-        left = None if self.total is None else self.total - self.start - k * self.period
-        return fair(wanted, left, self.period, workers)
-
-    def state(self, granted: int, undone: Iterable[Lease], workers: int = 1) -> dict[str, Any]:
-        """As `Leases.state`: after so many rounds of a lease for each of `workers`, of which `undone` is not done."""
-        rounds_of_free = -(-sum(map(self._pieces, self.free)) // workers)
-        next_step = self.start + max(0, granted - rounds_of_free) * workers * self.period
-        if self.total is not None:
-            next_step = max(self.start, min(next_step, self.total))
-        free, pieces = list(undone), granted * workers
-        for lease in self.free:
-            taken = min(pieces * self.period, lease.steps)
-            pieces = max(0, pieces - self._pieces(lease))
-            free += [Lease(lease.first + taken, lease.steps - taken)] if taken < lease.steps else []
-        committed = next_step - sum(lease.steps for lease in free) - self.given_up
-        return {
-            "next": next_step,
-            "free": [*map(list, sorted(free))],
-            "committed": committed,
-            "given_up": self.given_up,
-        }
-
-
-def rounds(
-    total: int | None, period: int, worker: int, workers: int, start: int = 0, free: Sequence[Lease] = ()
-) -> Iterator[Lease]:
-    """The leases of `worker` where all workers exchange together: equal rounds, the last divided evenly.
-
-    A round takes λ consecutive steps for each worker. Every worker sees the same number of rounds; in the last
-    one its lease may be empty, and it takes part all the same. `start`: steps that were granted before, of which
-    those in `free` were not done: they come first, in pieces of at most λ.
-
-    >>> [list(rounds(8, 3, worker, 2)) for worker in (0, 1)]
-    [[Lease(first=0, steps=3), Lease(first=6, steps=1)], [Lease(first=3, steps=3), Lease(first=7, steps=1)]]
-    """
-    pieces = (
-        Lease(at, min(period, _end(lease) - at)) for lease in free for at in range(lease.first, _end(lease), period)
-    )
-    while first := list(islice(pieces, workers)):
-        yield first[worker] if worker < len(first) else Lease(start, 0)
-    while total is None or start < total:
-        share = period * workers if total is None else min(period * workers, total - start)
-        base, extra = divmod(share, workers)
-        yield Lease(start + worker * base + min(worker, extra), base + (worker < extra))
-        start += share

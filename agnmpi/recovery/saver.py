@@ -13,11 +13,10 @@ from ..arrays.backend import Array, host_copy, synchronize
 from ..arrays.kernels import all_finite
 from ..cluster.role import Role
 from ..cluster.roles import ShardRole
-from ..core.backoff import wait_until
+from ..core.backoff import Every, wait_until
 from ..core.center import Center
 from ..core.optimizers import Optimizer
 from ..core.params import Layout
-from ..core.timer import Every
 from ..core.worker import Worker
 from ..version import __version__
 from .checkpoint import caller_file, center_file, folder, folders, prune, seal, worker_file

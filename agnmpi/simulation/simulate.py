@@ -13,9 +13,10 @@ from ..cluster.role import Role
 from ..cluster.setup import Setup, refusals_of_going_on
 from ..core.batches import Plan
 from ..core.center import Center
+from ..core.division import rounds
 from ..core.drive import session
 from ..core.ends import Handle, WorkerEnd
-from ..core.leases import Leases, SpeedProportional, rounds
+from ..core.leases import Leases, SpeedProportional
 from ..core.messages import STOP, Commit, Reply
 from ..core.params import parts
 from ..core.worker import Worker

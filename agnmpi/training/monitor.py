@@ -11,10 +11,10 @@ from rich.progress import BarColumn, TextColumn
 
 from ..arrays.backend import Array
 from ..cluster.role import Role
+from ..core.backoff import Every
 from ..core.batches import Plan
 from ..core.messages import Commit
 from ..core.params import Layout
-from ..core.timer import Every
 from ..reporting.events import JsonLines, RecentMean, RecentRates, json_safe
 from ..reporting.runs import digits, duration
 from ..reporting.terminal import Bar, console

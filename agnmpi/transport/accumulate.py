@@ -15,8 +15,9 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring
 from ..core.backoff import wait_until
 from ..core.center import PATIENCE
+from ..core.division import Division
 from ..core.ends import Apply, Cut, Done, Handle, Polled, Summed
-from ..core.leases import NONE, Division, Lease, Leases
+from ..core.leases import NONE, Lease, Leases
 from ..core.messages import CONTINUE, DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, STOP_ALL, WORK, Commit, Reply
 from .readers_lock import ReadersLock
 from .staging import MAX_CALL_BYTES, Wire

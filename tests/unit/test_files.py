@@ -16,8 +16,8 @@ from mpi4py import MPI
 from agnmpi import adam, momentum
 from agnmpi.cluster.placement import check_world
 from agnmpi.core import rules
+from agnmpi.core.backoff import Every
 from agnmpi.core.center import Center
-from agnmpi.core.timer import Every
 from agnmpi.core.worker import Worker
 from agnmpi.recovery.checkpoint import folder, folders, seal, unseal, worker_file
 from agnmpi.recovery.files import load, load_facts, save, write_atomic

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agnmpi.core.batches import Permutation, Plan
-from agnmpi.core.leases import NONE, Lease, Leases, rounds
+from agnmpi.core.division import rounds
+from agnmpi.core.leases import NONE, Lease, Leases
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 3), st.integers(0, 5))

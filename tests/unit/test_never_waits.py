@@ -16,7 +16,7 @@ from agnmpi import AGNOptimizer, sgd
 from agnmpi.cluster.setup import Setup, check_setup
 from agnmpi.core import rules
 from agnmpi.core.center import Center
-from agnmpi.core.leases import MAX_PARTS, PERIODS, Lease, Leases
+from agnmpi.core.leases import FEWEST_PERIODS, MAX_PARTS, PERIODS, Lease, Leases
 from agnmpi.core.messages import NOT_FINITE, OK, PULL, REFUSED, WORK, Commit
 from agnmpi.core.observer import Observer
 from agnmpi.simulation import simulate
@@ -34,10 +34,18 @@ class Commits(Observer):
         self.all.append(commit._replace(payload=None))
 
 
+def alone(rule, period, periods=PERIODS):
+    """A center that logs its commits, and its only worker, which holds so many periods."""
+    center, local, (worker,) = world(rule, sgd(1.0), [0.0], 1, period, wait=False, begin=False)
+    center.observer = commits = Commits()
+    worker.held.periods = periods
+    worker.begin()
+    return center, local, worker, commits
+
+
 def test_exact_values():
     """One worker, SGD(1), gradient −t in step t = 1, 2, …, AGN, λ = 2: a commit is the mean of the steps since."""
-    center, local, (worker,) = world(rules.agn(), sgd(1.0), [0.0], 1, 2, wait=False)
-    center.observer = commits = Commits()
+    center, local, worker, commits = alone(rules.agn(), 2)
 
     def step(t):
         worker.step(np.array([-float(t)]))
@@ -61,10 +69,9 @@ def test_exact_values():
     assert made == [(0, 2, 0), (2, 4, 1), (6, 2, 2)]
 
 
-def periods_of(delays, period):
+def periods_of(delays, period, periods=PERIODS):
     """The steps in each commit of one worker, where the i-th is answered after delays[i] further steps."""
-    center, local, (worker,) = world(rules.downpour(), sgd(1.0), [0.0], 1, period, wait=False)
-    center.observer = commits = Commits()
+    center, local, worker, commits = alone(rules.downpour(), period, periods)
     taken, answered_at, delays = 0, -1, list(delays)
     while delays or worker.under_way:
         if taken == answered_at:
@@ -79,7 +86,7 @@ def periods_of(delays, period):
     assert [step for commit in commits.all for part in commit.leases for step in range(*_ends(part))] == list(
         range(center.steps)
     )
-    return [commit.steps for commit in commits.all]
+    return [commit.steps for commit in commits.all], worker.held.periods
 
 
 def _ends(lease):
@@ -99,7 +106,19 @@ def _ends(lease):
     ],
 )
 def test_a_period_is_as_long_as_its_exchange_but_at_least_the_period(period, delays, steps):
-    assert periods_of(delays, period) == steps
+    assert periods_of(delays, period) == (steps, PERIODS)
+
+
+@pytest.mark.parametrize(
+    ("delays", "steps", "held"),
+    [
+        ([1, 2, 1, 2, 1, 2], [3, 3, 3, 3, 3, 3], 2),  # never short of steps
+        ([99, 1, 99, 1, 1], [3, 3, 3, 9, 3], 8),
+        ([99] * 7, [3, 3, 3, 9, 15, 9, 15], 8),
+    ],
+)
+def test_a_worker_holds_twice_as_much_when_it_was_short_of_steps(delays, steps, held):
+    assert periods_of(delays, 3, FEWEST_PERIODS) == (steps, held)
 
 
 @given(
@@ -209,7 +228,7 @@ def test_dylu_says_each_worker_its_own_period():
     for worker in made:
         worker.begin()
     assert [worker.held.period for worker in made] == [2, 6]
-    assert [sum(lease.steps for lease in worker.held.leases) for worker in made] == [16, 48]
+    assert [sum(lease.steps for lease in worker.held.leases) for worker in made] == [4, 12]
     for _ in range(12):
         for worker in made:
             worker.step(-np.ones(1))
