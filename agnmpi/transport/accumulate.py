@@ -122,12 +122,12 @@ class AccumulateWorker(WindowsWorker):
 
     def _settle(self, commit: Commit) -> None:
         """The steps of `commit` are done; the rest of their leases is this worker's."""
+        if not self._held:
+            return
         for done in commit.leases:
-            for i, lease in enumerate(self._held):
-                if lease.first == done.first:
-                    rest = Lease(done.first + done.steps, lease.steps - done.steps)
-                    self._held[i : i + 1] = [rest] if rest.steps else []
-                    break
+            i = [lease.first for lease in self._held].index(done.first)
+            rest = Lease(done.end, self._held[i].end - done.end)
+            self._held[i : i + 1] = [rest] if rest.steps else []
         self._show_held()
 
     def _show_held(self) -> None:
