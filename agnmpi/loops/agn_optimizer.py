@@ -139,15 +139,16 @@ class AGNOptimizer:
                 outer_rate, copy,
             )  # fmt: skip
             self._loop = self._set_up(arguments, use_locking, overlap, wait, dylu)
-            if resume is not None:
-                self._resume(resume)
+            self._resume(resume)
         except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
             self._comm.Free()
             raise
         atexit.register(self._at_exit)  # before mpi4py finalizes MPI
 
-    def _resume(self, resume: str | Path) -> None:
+    def _resume(self, resume: str | Path | None) -> None:
+        if resume is None:
+            return
         if resume != "auto":
             self._loop.restore(Path(resume), required=True)
         elif self._kept is not None:

@@ -242,9 +242,9 @@ def test_in_virtual_time_nobody_waits(tmp_path, variant):
     """An exchange takes 5 steps' time, λ is 2: with overlap workers wait for most of it, else at the end alone."""
     timing, busy, means = Timing(step_time=0.01, latency=0.025, bandwidth=0, service=0, service_bandwidth=0), [], []
     for i, options in enumerate([{"overlap": True}, {"wait": False}]):
-        run = config(tmp_path / str(i), 3, period=2, epochs=20, rate=0.02, variant=variant, **options)
+        run = config(tmp_path / str(i), 3, period=2, epochs=60, rate=0.02, variant=variant, **options)
         result = simulate.run(run, timing)()
-        assert (result["samples"], result["given_up"]) == (20 * Quadratic.samples, 0)
+        assert (result["samples"], result["given_up"]) == (60 * Quadratic.samples, 0)
         busy.append(result["virtual"]["utilisation"]["workers"])
         means.append(result["steps_per_commit"])
     assert busy[1] > 2 * busy[0]
