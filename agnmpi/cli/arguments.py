@@ -40,7 +40,7 @@ with the center.
             period is computed: 1 - exchange/(exchange without overlap); a dash
             where the exchange is too short beside this machine's noise
   bytes     of the vectors that a worker sends and receives in one exchange;
-            with "no wait" there may be fewer exchanges: one in more than λ steps
+            with "no wait" there may be fewer exchanges: one in λ steps or more
 
 A number is the mean over the periods of a round, its first two left out; of the
 rounds the median, and of the workers the mean."""

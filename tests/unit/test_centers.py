@@ -153,7 +153,7 @@ def test_speed_proportional_periods():
     assert pace(1, 0) == 10
     book = Leases(total=20, period=10, pace=lambda worker, steps: 10 if worker == 0 else 4)
     assert [book.grant(0), book.grant(1)] == [Lease(0, 10), Lease(10, 4)]
-    book.commit(0, Lease(0, 3))
+    book.commit(0, Lease(0, 3)), book.release_all(0)
     assert [book.grant(1), book.grant(1), book.grant(0)] == [Lease(3, 4), Lease(7, 3), Lease(14, 6)]
 
 
