@@ -10,7 +10,7 @@ from ..arrays.encodings import get
 from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
-from ..transport.registry import Transport, names_with, p2p
+from ..transport.registry import Transport, names_with, p2p, refusals_of_going_on
 from .placement import fault_tolerant, hosts, node_centers, one_center_per_host
 
 LEVELS = {
@@ -149,7 +149,7 @@ def _refusals(
             setup.dylu and (caps.together or not caps.single_commits),
             f"dylu needs a center that grants the work, which transport {name!r} has not",
         ),
-        *refusals_of_going_on(rule, setup),
+        *([] if setup.wait else refusals_of_going_on(rule, transport)),
         *_refusals_of_node_centers(rule, setup, center_optimizer),
         (
             (centers > 1 or transport.center_per_host) and not caps.shards,
@@ -187,26 +187,6 @@ def _refusals(
         (
             setup.overlap and not caps.overlap,
             f"overlap has no meaning on transport {name}: its exchanges take no time",
-        ),
-    ]
-
-
-def refusals_of_going_on(rule: Rule, setup: Setup) -> list[tuple[bool, str]]:
-    """What cannot be where workers do not wait: each with whether it is so here."""
-    if setup.wait:
-        return []
-    caps, remedy = setup.transport.capabilities, "leave wait on (no --no-wait)"
-    return [
-        (caps.together, f"wait = False, but rule {rule.name} exchanges on all ranks at once: {remedy}"),
-        (
-            rule.pulls == "before",
-            f"wait = False, but rule {rule.name} pulls, and then commits what follows from it, which takes two "
-            f"exchanges: {remedy}",
-        ),
-        (
-            setup.transport.node_centers,
-            "wait = False with node_centers: not the workers wait for the network, but the node centers, which go on "
-            f"meanwhile; {remedy}",
         ),
     ]
 

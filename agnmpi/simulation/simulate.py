@@ -10,7 +10,6 @@ import numpy as np
 from ..arrays.backend import Array, full_like
 from ..cluster.machine import blas_threads
 from ..cluster.role import Role
-from ..cluster.setup import Setup, refusals_of_going_on
 from ..core.batches import Plan
 from ..core.center import Center
 from ..core.division import rounds
@@ -30,6 +29,7 @@ from ..training.outputs import conclude, dropped_lines, headline, repeatable, ru
 from ..training.problem import evaluate, gradient_of, prepare
 from ..transport.composed import EncodedHandle, encode
 from ..transport.local import LocalCenter
+from ..transport.registry import refusals_of_going_on
 from ..version import __version__
 from .network import Agenda, Meeting, MeetingWorker, Station, VirtualHandle, VirtualWorker
 from .timing import Timing, results, timing_only
@@ -58,8 +58,8 @@ class Stage:
         self.config = config = config.complete()
         centers = _number_of_centers(config)
         self.rule, n = config.make_rule(), config.workers
-        for refused, message in refusals_of_going_on(self.rule, Setup(wait=config.wait)):
-            if refused:
+        for refused, message in refusals_of_going_on(self.rule, config.make_transport()):
+            if refused and not config.wait:
                 raise ValueError(message)
         if self.rule.allreduce and (config.dylu or config.record or centers > 1):
             raise ValueError(f"rule {self.rule.name} has no center: leave out dylu, record and centers")
