@@ -25,6 +25,7 @@ from .arguments import Arguments
 from .gradients import Gradients, by_name, fill
 from .hook import Hook
 from .loop import Loop
+from .monitoring import LoopMonitor, Monitoring
 from .own_arrays import OwnArrays, one_vector
 from .terms import Asked, Caller, Kept, Status
 from .warner import advise, warn_of_threads
@@ -77,6 +78,7 @@ class AGNOptimizer:
             workers together, else "end".
         resume: "auto": from the newest checkpoint in `checkpoint`, if there is one; else a directory that has one.
         state, load_state: arrays of yours on this rank, such as moments, that checkpoints hold; called with them.
+        monitor: `agnmpi.Monitoring(…)`, or its directory alone: what `agnmpi train` shows and writes, of your loop.
 
     Raises:
         TypeError: for what is not an array or optimizer.
@@ -123,14 +125,14 @@ class AGNOptimizer:
         checkpoint_workers: str = "auto",
         state: Callable[[], Mapping[str, Array]] = dict,
         load_state: Callable[[Mapping[str, Array]], object] = bool,
+        monitor: Monitoring | str | Path | None = None,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
         check_world(comm)
         warn_of_threads(name)
         self._kept, self._caller_state = Kept.of(checkpoint, checkpoint_every, checkpoint_workers), (state, load_state)
-        self._name, self._optimizer, self.loss = name, optimizer, nan
-        self._comm = comm.Dup()
+        self._comm, self._name, self._optimizer, self.loss = comm.Dup(), name, optimizer, nan
         self._hook = AbortOnException(self._comm)
         self._on_commit, self._on_pull, self._on_refused = on_commit, on_pull, on_refused
         try:
@@ -138,7 +140,7 @@ class AGNOptimizer:
                 optimizer, center_optimizer, params, communication_period, rule, variant, transport, buffers,
                 outer_rate, copy,
             )  # fmt: skip
-            self._loop = self._set_up(arguments, use_locking, overlap, wait, dylu)
+            self._loop = self._set_up(arguments, use_locking, overlap, wait, dylu, monitor, resume is not None)
             self._resume(resume)
         except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
@@ -156,7 +158,16 @@ class AGNOptimizer:
         else:
             raise ConfigError('resume="auto" needs checkpoint, the directory')
 
-    def _set_up(self, arguments: Arguments, use_locking: bool, overlap: bool, wait: bool, dylu: bool) -> Loop:
+    def _set_up(
+        self,
+        arguments: Arguments,
+        use_locking: bool,
+        overlap: bool,
+        wait: bool,
+        dylu: bool,
+        monitor: Monitoring | str | Path | None,
+        resumes: bool,
+    ) -> Loop:
         """Compare with the other ranks, create the flat vector, and connect; errors are raised on all ranks."""
         comm, optimizer = self._comm, arguments.optimizer
         rule, layout, period, transport = raise_on_all(comm, lambda: arguments.checked(use_locking))
@@ -180,9 +191,14 @@ class AGNOptimizer:
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
         self._sharded = len(setup.center_ranks) > 1
         caller = Caller(self._pack, self._pulled, self._refused, *self._caller_state)
+        options = facts | {"rule": rule.name, "transport": transport.name, "period": period}
+        where = self._kept and self._kept.directory
+        given = Monitoring(monitor) if isinstance(monitor, str | Path) else monitor
+        self._monitor = LoopMonitor(given, comm, where, resumes, options, layout, self._x) if given else None
         loop = Loop(
-            comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller, layout, self._kept
-        )
+            comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller, layout, self._kept,
+            self._monitor,
+        )  # fmt: skip
         self._restore_blas = limit_blas(loop.session.threads)
         if comm.rank == 0 and not (arguments.rule and arguments.rule.weighs):  # a weight of the caller's is not called
             advise(self._name, rule, loop.session.role.count, period)
@@ -281,6 +297,11 @@ class AGNOptimizer:
         Raises RuntimeError for one with a number.
         """
         self._loop.stop()
+
+    @property
+    def stopped(self) -> str:
+        """Why `monitor` has ended this loop, and those to come; "" if it has not."""
+        return self._monitor.stopped if self._monitor is not None else ""
 
     @property
     def granted(self) -> list[int]:
