@@ -139,16 +139,16 @@ class AccumulateWorker(WindowsWorker):
         """Get c, even while others add to it."""
         return self.exchange(Commit(self.worker), out)
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """Sum the last commit, and wait for the others."""
         if commit is not None:
             self.exchange(commit, None)
         self.windows.add(LEFT, 1)
         return Polled(partial(self._last_pull, self.sessions * self.windows.workers, out))
 
-    def _last_pull(self, until: int, out: Array, _blocking: bool) -> Reply | None:
+    def _last_pull(self, until: int, out: Array | None, _blocking: bool) -> Reply | None:
         """The final center, as soon as `until` workers have left."""
-        return self.pull(out).wait() if self.windows.read(LEFT) >= until else None
+        return self.exchange(Commit(self.worker), out).wait() if self.windows.read(LEFT) >= until else None
 
 
 class AccumulateCenter(WindowsCenter):
