@@ -332,12 +332,15 @@ def test_bench_refuses_a_file_that_cannot_be_written_before_it_measures(tmp_path
 def test_bench_utilisation(tmp_path):
     code, output = agnmpi(
         3, "bench", "utilisation", "--step", "0.002", "--parameters", "20000", "--period", "3", "--periods", "2",
-        "--rounds", "2", "--slowest", "4", "--json", tmp_path / "utilisation.json", timeout=LIMIT,
+        "--rounds", "2", "--slowest", "4", "--no-wait", "--json", tmp_path / "utilisation.json", timeout=LIMIT,
     )  # fmt: skip
     assert code == 0, output
     report = json.loads((tmp_path / "utilisation.json").read_text())
     names = ["p2p", "p2p int8", "rma", "rma int8", "accumulate", "allreduce"]
-    found = [(row["transport"], row["encoding"], row["overlap"], row["workers"]) for row in report["rows"]]
+    found = [
+        (row["transport"], row["encoding"], row["overlap"], row["workers"]) for row in report["rows"] if row["wait"]
+    ]
+    assert [row["transport"] for row in report["rows"] if not row["wait"]] == ["p2p", "p2p", "rma", "rma", "accumulate"]
     assert found == [
         (name.split()[0], "int8" if "int8" in name else "float32", overlap, 3 if name == "allreduce" else 2)
         for name in names
@@ -349,7 +352,8 @@ def test_bench_utilisation(tmp_path):
         assert row["exchange_seconds"] == row["period_seconds"] - row["compute_seconds"]
         assert 0 < row["lowest_utilisation"] <= row["utilisation"]
         assert row["overlap"] or row["hidden"] is None
-    assert output.count("accumulate") == 2
+    assert output.count("accumulate") == 3
+    assert output.count("no wait") >= 5
 
 
 @pytest.mark.parametrize(
