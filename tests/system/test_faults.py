@@ -11,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from launcher import QUADRATIC, ROOT, ULFM, Job, agnmpi, events_of, has_ulfm, mpiexec, result_of
+from launcher import QUADRATIC, ROOT, ULFM, agnmpi, events_of, has_ulfm, mpiexec, printed, result_of
 from mpi4py import MPI
 
 from agnmpi.recovery.checkpoint import newest
@@ -221,19 +221,14 @@ def test_a_worker_that_hangs_is_dropped_if_asked(tmp_path, faults, launcher):
 @pytest.mark.parametrize("launcher", [(), pytest.param(ULFM, marks=ulfm)], ids=["plain", "ulfm"])
 def test_an_interrupted_run_ends_the_ranks_that_hang(tmp_path, launcher):
     run = tmp_path / "run"
-    job = Job(
-        4, sys.executable, "-m", "agnmpi", "train", DIGITS, "--period", "3", "--epochs", EPOCHS, "--run", run,
-        "--inject-faults", "--stall-limit", "2", "--drop-stalled", launcher=launcher,
+    job, said = printed(
+        "is dropped", 4, sys.executable, "-m", "agnmpi", "train", DIGITS, "--period", "3", "--epochs", EPOCHS,
+        "--run", run, "--inject-faults", "--stall-limit", "2", "--drop-stalled", launcher=launcher,
         env={"AGNMPI_FAULTS": "stall:2@20:1000,slow:1@0:0.02,slow:3@0:0.02"},
     )  # fmt: skip
-    said = []
-    for line in job.process.stdout:
-        said.append(line)
-        if "is dropped" in line:
-            job.process.send_signal(signal.SIGUSR1)
-            break
+    job.process.send_signal(signal.SIGUSR1)
     code, output = job.finish(LIMIT)
-    assert code == 75, "".join(said) + output
+    assert code == 75, said + output
     gone(run, job)
 
 
