@@ -60,9 +60,11 @@ class AccumulateWorker(WindowsWorker):
         self._lock = ReadersLock(ControlWord(self.windows, READERS))  # the center saves c while nobody has it
         self._division = Division(None, 1, 0, [])
         self._held: list[Lease] = []  # what this worker was granted and has not summed
-        # Of a commit, their sum and number; kept until a flush: across hosts an Accumulate is sent after it returns.
-        self._loss = np.empty(2)
+        # Of a commit, kept until a flush: across hosts an Accumulate is sent after it returns.
+        self._loss = np.empty(2)  # their sum and number
+        self._counts = np.empty(2, np.int64)  # for STEPS and STALENESS, which are adjacent
         self._sequence = self.sessions = self._failed = 0  # failed: commits in a row
+        self._stalest = 0  # the largest staleness of all, at the last exchange
 
     def begin(self, total: int | None, period: int, work: Leases) -> None:
         """As `WorkerEnd.begin`."""
@@ -76,7 +78,8 @@ class AccumulateWorker(WindowsWorker):
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c, then pull."""
         windows, status = self.windows, OK
-        wait_until(partial(self._lock.enter, True))
+        if not self._lock.enter(True):
+            wait_until(partial(self._lock.enter, True))
         if commit.payload is not None and commit.sequence <= self._sequence:
             status = DUPLICATE
         elif commit.payload is not None and not commit.flags & NOT_FINITE:
@@ -89,6 +92,7 @@ class AccumulateWorker(WindowsWorker):
         if commit.requests & STOP_ALL:
             windows.add(CONTROL, STOP, MPI.REPLACE)
         head = windows.get(0, COUNTS)
+        self._stalest = int(head[STALEST])
         if out is not None:
             windows.pull(self.wire, out)  # a race by design: others may be adding to c
         control = STOP if self._failed >= PATIENCE else int(head[CONTROL])  # it leaves alone: the others may be well
@@ -103,14 +107,16 @@ class AccumulateWorker(WindowsWorker):
         windows, center = self.windows, self.windows.center
         windows.push(self.wire, payload, lambda piece, at: center.Accumulate(piece, CENTER, at, MPI.SUM), center)
         self._sequence, self._failed = commit.sequence, 0
-        windows.add(STEPS, commit.steps)
         self._settle(commit)
         if commit.steps and isfinite(commit.loss):
             self._loss[:] = commit.loss * commit.steps, commit.steps
             windows.control.Accumulate(self._loss, CENTER, 8 * LOSS, MPI.SUM)
         staleness = windows.add(CLOCK, 1) - commit.clock
-        windows.add(STALENESS, staleness)
-        windows.add(STALEST, staleness, MPI.MAX)
+        self._counts[:] = commit.steps, staleness
+        windows.control.Accumulate(self._counts, CENTER, 8 * STEPS, MPI.SUM)
+        windows.control.Flush(CENTER)
+        if staleness > self._stalest:
+            windows.add(STALEST, staleness, MPI.MAX)
 
     def _grant(self, wanted: int, granted: int) -> Lease:
         pieces = self._division.fair(wanted, granted, self.windows.workers)
