@@ -188,7 +188,7 @@ class Summing(AccumulateWorker):
             warnings.warn(_says_it_fails(self._rank), RuntimeWarning, stacklevel=2)
         return handle
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """As `AccumulateWorker.leave`; tells those that read when nobody trains."""
         handle = super().leave(commit, out)
         if self.worker < self._trainers and self._add_to(self._LEFT, 1) + 1 == self._trainers:
@@ -289,6 +289,6 @@ def parts(
         end = P2PWorker(comm, number=members.number(comm.rank))
     if comm.rank in members.read:
         return served, end, None, Reader(end, x, members.number(comm.rank))
-    worker = Worker(x, rule, optimizer, end, members.number(comm.rank), overlap=center != "none")
+    worker = Worker(x, rule, optimizer, end, members.number(comm.rank), overlap=center != "none", wait=center == "none")
     worker.total = steps
     return served, end, Unblocking(worker), None
