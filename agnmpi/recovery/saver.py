@@ -191,7 +191,9 @@ class CenterSaver:
             prune(self._run, self._keep, int(facts["centers"]))
 
     def _last_good(self) -> str:
-        return f"the last good checkpoint is {self.last.name}" if self.last else "there is no checkpoint so far"
+        there = (path for path in folders(self._run) if center_file(path, self._index).is_file())  # of earlier savers
+        last = self.last or next(there, None)
+        return f"the last good checkpoint is {last.name}" if last else "there is no checkpoint so far"
 
     def _failed(self, error: Exception) -> None:
         self._outage.begins(error, f"; {self._last_good()}")
