@@ -101,6 +101,7 @@ def test_a_part_of_a_period_that_an_exception_leaves_is_in_no_checkpoint(comm, d
             opt.minimize(lambda p: (0.0, {"0": p["0"] - 1}))
             if count == 17:
                 raise ZeroDivisionError
+    opt.finish()
     comm.Barrier()
     saved = {int(path.name.removeprefix("step-")) % 5 for path in (directory / "checkpoints").glob("step-*")}
     comm.Barrier()
