@@ -15,8 +15,9 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring
 from ..core.backoff import wait_until
 from ..core.center import PATIENCE
+from ..core.division import Division
 from ..core.ends import Apply, Cut, Done, Handle, Polled, Summed
-from ..core.leases import NONE, Division, Lease, Leases
+from ..core.leases import NONE, Lease, Leases
 from ..core.messages import CONTINUE, DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, STOP_ALL, WORK, Commit, Reply
 from .readers_lock import ReadersLock
 from .staging import MAX_CALL_BYTES, Wire
@@ -91,9 +92,12 @@ class AccumulateWorker(WindowsWorker):
         if out is not None:
             windows.pull(self.wire, out)  # a race by design: others may be adding to c
         control = STOP if self._failed >= PATIENCE else int(head[CONTROL])  # it leaves alone: the others may be well
-        work = self._grant() if commit.requests & WORK and control != STOP else NONE
+        work = NONE
+        if commit.requests & WORK and control != STOP:
+            work = self._grant(commit.wanted, int(head[NEXT]))
         self._lock.leave()
-        return Done(Reply(int(head[CLOCK]), status, control, work, int(head[STEPS]), int(head[CHECKPOINT])))
+        counts = int(head[STEPS]), int(head[CHECKPOINT])
+        return Done(Reply(int(head[CLOCK]), status, control, work, *counts, period=self._division.period))
 
     def _add(self, commit: Commit, payload: Array) -> None:
         windows, center = self.windows, self.windows.center
@@ -108,20 +112,23 @@ class AccumulateWorker(WindowsWorker):
         windows.add(STALENESS, staleness)
         windows.add(STALEST, staleness, MPI.MAX)
 
-    def _grant(self) -> Lease:
-        lease = self._division.lease(self.windows.add(NEXT, 1))
+    def _grant(self, wanted: int, granted: int) -> Lease:
+        pieces = self._division.fair(wanted, granted, self.windows.workers)
+        lease = self._division.lease(self.windows.add(NEXT, pieces), pieces)
         if lease.steps:
             self._held.append(lease)
             self._show_held()
         return lease
 
     def _settle(self, commit: Commit) -> None:
-        """The steps of `commit` are done; the rest of their lease, if any, nobody takes in this session."""
-        for i, lease in enumerate(self._held):
-            if lease.first == commit.first_step:
-                rest = Lease(lease.first + commit.steps, lease.steps - commit.steps)
-                self._held[i : i + 1] = [rest] if rest.steps else []
-                self._show_held()
+        """The steps of `commit` are done; the rest of their leases is this worker's."""
+        if not self._held:
+            return
+        for done in commit.leases:
+            i = [lease.first for lease in self._held].index(done.first)
+            rest = Lease(done.end, self._held[i].end - done.end)
+            self._held[i : i + 1] = [rest] if rest.steps else []
+        self._show_held()
 
     def _show_held(self) -> None:
         """Tell the center what this worker holds, for checkpoints."""

@@ -19,8 +19,9 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, empty_like, full_like, on_host, to_host
 from ..core.backoff import wait_until
+from ..core.division import Division, rounds
 from ..core.ends import Apply, Done, Handle, WorkerEnd
-from ..core.leases import NONE, Division, Lease, Leases, rounds
+from ..core.leases import NONE, Lease, Leases
 from ..core.messages import CONTINUE, NOT_FINITE, OK, STOP, WORK, Commit, Reply
 from ..version import mpi_library
 from .agreement import ConfigError, allgather, format_ranks, require_equal_total
