@@ -15,7 +15,7 @@ from ..arrays.backend import Array, Range, bring
 from ..cluster.roles import CenterRole, HoldingRole
 from ..cluster.setup import Setup
 from ..core.center import PATIENCE
-from ..core.messages import CONTINUE, LEAVE, STOP, Commit, Reply
+from ..core.messages import CONTINUE, STOP, WORK, Commit, Reply
 from ..core.optimizers import Optimizer
 from ..core.params import Layout
 from ..core.rules import Rule
@@ -334,8 +334,10 @@ class Loop(Warner):
     def committed(self, commit: Commit, c: Array) -> None:
         """Count, and call the caller's `at_center`."""
         self._loss.add(commit.loss, commit.steps)
-        if not (commit.requests & LEAVE and commit.steps < self._period):
-            self._keeper.committed(c)  # else by an exception, perhaps: the part of a period is in no checkpoint
+        if commit.requests & WORK or commit.steps >= self._period:
+            self._keeper.committed(
+                c
+            )  # else it has left, by an exception perhaps: no checkpoint has the part of a period
         if self._monitor is not None:
             self._monitor.committed(commit, c)
         if self._at_center is not None:
