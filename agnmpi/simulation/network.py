@@ -1,15 +1,16 @@
 """Ends in virtual time: messages travel, queue at the center and are served by the clock of an event queue."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from math import inf, nextafter
 
-from ..arrays.backend import Array
-from ..core.ends import WorkerEnd
-from ..core.messages import LEAVE, PULL, Commit, Reply
+from ..arrays.backend import Array, full_like
+from ..core.ends import Apply, WorkerEnd
+from ..core.leases import NONE, Lease
+from ..core.messages import LEAVE, NOT_FINITE, PULL, STOP, WORK, Commit, Reply
 from ..transport.local import LocalCenter, LocalHandle
 from .timing import Timing
 
@@ -159,3 +160,102 @@ class VirtualWorker(WorkerEnd):
         if commit is not None:
             self.exchange(commit, None)
         return self.exchange(Commit(self._worker, requests=PULL | LEAVE), out)
+
+
+class RoundHandle(VirtualHandle):
+    """A worker's part of a round; done at once where it only asks for work or reads the center."""
+
+    def __init__(self, reply: Reply | None = None) -> None:
+        super().__init__()
+        self.reply, self.missing = reply, int(reply is None)
+
+    def wait(self) -> Reply:
+        """Return the reply; raises RuntimeError before the round is over."""
+        if self.reply is None:
+            raise RuntimeError("in virtual time nothing can block: resume when the handle is done")
+        return self.reply
+
+
+class Meeting:
+    """Rounds of all workers, as with Allreduce: each begins when the last has come, and takes twice a transfer.
+
+    That is a ring's reduce-scatter and allgather of all bytes. Nobody serves: `c` stands for the replicas of all.
+
+    Args:
+        agenda: the clock.
+        c: (n,) the center variable, moved in place.
+        apply: the center step.
+        rounds: the leases of each worker.
+        timing: of transfers.
+    """
+
+    def __init__(self, agenda: Agenda, c: Array, apply: Apply, rounds: list[Iterator[Lease]], timing: Timing) -> None:
+        self._agenda, self._c, self._apply, self._rounds, self._timing = agenda, c, apply, rounds, timing
+        self._here: list[tuple[Commit, Array | None, RoundHandle]] = []
+        self._last = Reply(0)  # of the last round
+
+    def read(self, commit: Commit, out: Array | None) -> RoundHandle:
+        """Read the replica, and grant work if `commit` asks for it: neither needs the others."""
+        if out is not None:
+            out[...] = self._c
+        return RoundHandle(self._reply(commit))
+
+    def join(self, commit: Commit, out: Array | None) -> RoundHandle:
+        """Take part in the round with `commit`."""
+        handle = RoundHandle()
+        self._here.append((commit, out, handle))
+        if len(self._here) == len(self._rounds):
+            time = self._agenda.now + 2 * self._timing.transfer(self._c.nbytes)
+            self._agenda.at(time, commit.worker, self._end)
+        return handle
+
+    def _end(self) -> None:
+        here, self._here = sorted(self._here, key=lambda part: part[0].worker), []
+        commits = [commit for commit, _, _ in here if commit.steps]  # in the last round some may have had no step
+        total, steps = full_like(self._c, 0), sum(commit.steps for commit in commits)
+        for commit in commits:
+            total += 0 if commit.payload is None else commit.payload
+        last = self._apply(
+            commits[0]._replace(
+                requests=0,
+                flags=NOT_FINITE if any(commit.flags & NOT_FINITE for commit in commits) else 0,
+                clock=self._last.clock,
+                steps=steps,
+                commits=len(commits),
+                loss=sum(commit.loss * commit.steps for commit in commits) / steps,
+                payload=total,
+            ),
+            self._c,
+        )
+        assert last is not None  # a round is never postponed
+        self._last = last
+        for commit, out, handle in here:
+            if out is not None:
+                out[...] = self._c
+            handle.reply = self._reply(commit)
+        for _, _, handle in here:  # all read the same center before the first goes on
+            handle.answered()
+
+    def _reply(self, commit: Commit) -> Reply:
+        granted = commit.requests & WORK and self._last.control != STOP
+        return self._last._replace(work=next(self._rounds[commit.worker], NONE) if granted else NONE)
+
+
+class MeetingWorker(WorkerEnd):
+    """A worker's end at a `Meeting`."""
+
+    def __init__(self, worker: int, meeting: Meeting) -> None:
+        self._worker, self._meeting = worker, meeting
+
+    def exchange(self, commit: Commit, out: Array | None) -> RoundHandle:
+        """Take part in a round with `commit`; without a payload, only read the replica and ask for work."""
+        return (self._meeting.read if commit.payload is None else self._meeting.join)(commit, out)
+
+    def pull(self, out: Array) -> RoundHandle:
+        """Read the replica."""
+        return self._meeting.read(Commit(self._worker), out)
+
+    def leave(self, commit: Commit | None, out: Array) -> RoundHandle:
+        """Read the last center; all have the same number of rounds, so that nothing is left to commit."""
+        assert commit is None
+        return self.pull(out)

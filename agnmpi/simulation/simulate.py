@@ -14,7 +14,7 @@ from ..core.batches import Plan
 from ..core.center import Center
 from ..core.drive import session
 from ..core.ends import Handle, WorkerEnd
-from ..core.leases import Leases, SpeedProportional
+from ..core.leases import Leases, SpeedProportional, rounds
 from ..core.messages import STOP, Commit, Reply
 from ..core.params import parts
 from ..core.worker import Worker
@@ -29,7 +29,7 @@ from ..training.problem import evaluate, gradient_of, prepare
 from ..transport.composed import EncodedHandle, encode
 from ..transport.local import LocalCenter
 from ..version import __version__
-from .network import Agenda, Station, VirtualHandle, VirtualWorker
+from .network import Agenda, Meeting, MeetingWorker, Station, VirtualHandle, VirtualWorker
 from .timing import Timing, results, timing_only
 
 
@@ -56,37 +56,43 @@ class Stage:
         self.config = config = config.complete()
         centers = _number_of_centers(config)
         self.rule, n = config.make_rule(), config.workers
-        if self.rule.allreduce:
-            raise ValueError(f"rule {self.rule.name} has no center and no staleness: train it instead")
+        if self.rule.allreduce and (config.dylu or config.record or centers > 1):
+            raise ValueError(f"rule {self.rule.name} has no center: leave out dylu, record and centers")
         self.problem, layout, self.x = prepare(config.problem, config.options, config.seed, config.device, 0)
         self.layout = layout
         self.plan = Plan(self.problem.samples, config.batch, config.epochs, config.steps, config.seed)
         encodings = config.encoding, config.pull_encoding
-        if centers > 1 and encodings != ("float32", "float32"):
-            raise ValueError(f"encodings {encodings} with {centers} centers are not simulated: take one center")
+        if (centers > 1 or self.rule.allreduce) and encodings != ("float32", "float32"):
+            raise ValueError(
+                f"encodings {encodings} with rule {self.rule.name} and {centers} centers are not simulated: take one "
+                "center, and a rule that has one"
+            )
         if centers > layout.size:
             raise ValueError(f"{centers} centers for a model of {layout.size} numbers: each needs at least one")
         self.c = full_like(self.x, self.x)
         self.parts = list(parts(layout.size, centers))
         optimizer = config.make_center_optimizer(self.plan.steps)
         self.centers = [Center(self.rule, self.c[part], n, optimizer) for part in self.parts]
-        self.leases = self.centers[0].leases = Leases(self.plan.steps, config.period)
+        self.leases = Leases(self.plan.steps, config.period)
+        if not self.rule.allreduce:
+            self.centers[0].leases = self.leases
         self.locals = [
-            LocalCenter(self.c[p], n, partial(self._apply, i), config.pull_encoding) for i, p in enumerate(self.parts)
+            LocalCenter(self.c[p], n, partial(self.apply, i), config.pull_encoding) for i, p in enumerate(self.parts)
         ]
         self.staleness: list[int] = []
         self._monitor: Monitor | None = None
         self._recorder: record.Recorder | None = None
         self.directory = run_directory(config)
 
-    def _apply(self, i: int, commit: Commit, c: Array) -> Reply | None:
+    def apply(self, i: int, commit: Commit, c: Array) -> Reply | None:
+        """Apply `commit` at center `i`, whose block of the center variable is `c`, and note it."""
         center = self.centers[i]
         before = center.clock
         reply = center.apply(commit, c)
         if reply is None:
             return None
         if i == 0 and center.clock > before:
-            self.staleness.append(before - commit.clock)
+            self.staleness += [before - commit.clock] * commit.commits
             if self._monitor is not None:
                 self._monitor.commit(commit, self.c)
                 if self._monitor.stop_reason:
@@ -198,8 +204,8 @@ def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
     """Prepare n = `config.workers` workers and their center in virtual time; call the result to run them.
 
     A worker's local step takes the time that `timing` draws; a message the latency, its transfer, its wait in the
-    center's queue (first come, first served) and its service. Bitwise reproducible. Raises ValueError, before anything
-    is written, for an invalid configuration.
+    center's queue (first come, first served) and its service. With an Allreduce rule all meet in rounds instead.
+    Bitwise reproducible. Raises ValueError, before anything is written, for an invalid configuration.
     """
     stage, n = Stage(config), config.workers
     agenda = Agenda(timing.tie())
@@ -207,7 +213,12 @@ def run(config: Config, timing: Timing) -> Callable[[], dict[str, Any]]:
     if config.dylu:
         stage.leases.pace = SpeedProportional(config.period, lambda: agenda.now)
     stations = [Station(agenda, local, timing) for local in stage.locals]
-    sessions = stage.sessions(lambda i: VirtualWorker(i, stations, stage.parts))
+    if stage.rule.allreduce:
+        leases = [rounds(stage.plan.steps, config.period, worker, n) for worker in range(n)]
+        meeting = Meeting(agenda, stage.c, partial(stage.apply, 0), leases, timing)
+        sessions = stage.sessions(lambda i: MeetingWorker(i, meeting))
+    else:
+        sessions = stage.sessions(lambda i: VirtualWorker(i, stations, stage.parts))
     seconds, noise = (timing.step_time * timing.factors(n)).tolist(), timing.noise()
     computed = 0.0
 

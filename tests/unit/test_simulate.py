@@ -268,7 +268,8 @@ def test_bad_times_are_refused(options, text):
 
 def test_what_cannot_be_simulated_is_refused(tmp_path):
     for options, timing, text in (
-        ({"rule": "diloco"}, {}, "rule diloco has no center"),
+        ({"rule": "diloco", "dylu": True}, {}, "rule diloco has no center: leave out dylu"),
+        ({"rule": "synchronous", "encoding": "int8"}, {}, "rule synchronous and 1 centers are not simulated"),
         ({"centers": 7}, {}, "7 centers for a model of 6 numbers"),
     ):
         with pytest.raises(ValueError, match=text):
