@@ -31,6 +31,9 @@ QUORUMS = {
     for apart in (False, True)
     if k > 1 or not apart  # one vector is its own direction and length
 }
+QUORUMS |= {  # with the center of DiLoCo, as in Decoupled DiLoCo
+    f"K = {k}, Nesterov, apart": {"commits": k, "quorum_rate": 0.7, "beta": 0.9, "apart": True} for k in (8, 16)
+}
 METHODS = SPEEDS | QUORUMS
 SCENES = {
     # Three or four workers at each of these factors on the step time.

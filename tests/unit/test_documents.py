@@ -13,7 +13,7 @@ FOLDERS = sorted(p.parent for p in ROOT.glob("agnmpi/*/__init__.py"))
 # Of mpiexec, srun, sbatch, scancel, pip, pytest, Docker, and of scripts here.
 FOREIGN = {
     "--with-ft", "--mca", "--mpi", "--nodes", "--time", "--signal", "--gpus-per-task", "--gpu-bind", "--no-binary",
-    "--force-reinstall",     "--with-mpi", "--shm-size", "--long", "--quick", "--full", "--data", "--picture",
+    "--force-reinstall", "--with-mpi", "--shm-size", "--long", "--quick", "--full", "--data", "--picture", "--check",
 }  # fmt: skip
 HIDDEN = ["--inject-faults", "--no-use-locking", "--slots=4"]  # of train; not in its help
 

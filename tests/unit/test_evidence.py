@@ -9,7 +9,7 @@ from launcher import ROOT
 from made_up_mnist import made_up_mnist
 
 from agnmpi.core import rules
-from agnmpi.core.optimizers import sgd
+from agnmpi.core.optimizers import nesterov, sgd
 
 sys.path.extend([str(ROOT / "examples/evidence"), str(ROOT / "examples"), str(ROOT / "examples/paper")])
 import compare
@@ -27,7 +27,7 @@ def steps(optimizer, gradients, weights):
         state = optimizer.update(g, state, x, scale=w)
         seen.append(x.copy())
     assert state.step == len(gradients)
-    assert set(optimizer.slots(state)) == {"total", "sums"}
+    assert set(optimizer.slots(state)) == {"momentum", "total", "sums"}
     return seen
 
 
@@ -44,6 +44,16 @@ def test_one_step_for_k_commits():
     np.testing.assert_allclose(steps(quorum(1, apart=True), g, weights)[-1], -np.sum(np.negative(g), axis=0))
 
 
+def test_its_momentum_is_nesterovs():
+    g, weights = [np.array([1.0, -2.0]), np.array([3.0, 0.0])] * 2, [1.0] * 4
+    mean, other = np.array([2.0, -1.0]), nesterov(0.7, 0.9)
+    expected = np.zeros(2)
+    state = other.init(expected)
+    for x in steps(quorum(2, rate=0.7, beta=0.9), g, weights)[1::2]:
+        state = other.update(mean, state, expected)
+        np.testing.assert_allclose(x, expected)
+
+
 def test_zeros_have_no_direction():
     g, weights = [np.zeros(2), np.array([0.0, 2.0])], [1.0, 1.0]
     np.testing.assert_allclose(steps(quorum(2, apart=True), g, weights)[-1], [0, -1])
@@ -51,7 +61,7 @@ def test_zeros_have_no_direction():
 
 
 def test_bad_numbers_are_refused():
-    for numbers in ({"commits": 0}, {"rate": 0.0}):
+    for numbers in ({"commits": 0}, {"rate": 0.0}, {"beta": 1.0}):
         with pytest.raises(ValueError, match="are needed"):
             quorum(**numbers)
 
