@@ -119,7 +119,7 @@ def test_what_is_compared():
     for cell in cells:
         scenarios.config(cell, scenarios.SIZE, "mnist").complete()
         assert scenarios.timing(cell).factors(16).size == 16
-    equal = 16 * 64 / 0.01
+    equal = 16 * scenarios.SIZE.batch / 0.01
     assert scenarios.fastest(scenarios.Cell("AGN", "1 to 16 times"), scenarios.SIZE) == pytest.approx(
         equal * (4 + 3 * (1 / 2 + 1 / 4 + 1 / 8 + 1 / 16)) / 16
     )
