@@ -63,7 +63,7 @@ class Cell(NamedTuple):
     seed: int = 0
 
 
-SIZE = Size([64], 32, 2.0, 5, 0.2)
+SIZE = Size([64], 16, 2.0, 5, 0.2)
 
 
 def cells() -> list[Cell]:
