@@ -148,7 +148,7 @@ def speed(plt, groups: Groups):
         axis.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].invert_yaxis()
-    _title(figure, "Waiting for the slowest costs most of the speed")
+    _title(figure, "Samples per second: who waits")
     return figure
 
 
@@ -174,7 +174,7 @@ def over_time(plt, groups: Groups):
         axis.set_xlabel("virtual time, s")
     axes[0].set_ylabel("validation accuracy of the center")
     figure.legend(handles.values(), handles.keys(), ncol=len(handles), loc="upper left", bbox_to_anchor=(0.01, 0.02))
-    _title(figure, "The same accuracy in a fraction of the time")
+    _title(figure, "Validation accuracy of the center over virtual time")
     return figure
 
 
@@ -199,7 +199,7 @@ def cap(plt, groups: Groups):
         axis.grid(axis="x", visible=False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, ncol=2, loc="upper left", bbox_to_anchor=(0.01, 0.02))
-    _title(figure, "A cap on staleness throws work away")
+    _title(figure, "What a cap R on staleness does")
     return figure
 
 
