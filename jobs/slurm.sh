@@ -1,4 +1,5 @@
-# Sourced by the batch files: sets $agnmpi, the command that runs agnmpi on the ranks of this job, and shows `doctor`.
+# Sourced by the batch files: sets $agnmpi, the command that runs agnmpi on the ranks of this job, defines `train`, and
+# shows `doctor`.
 #   AGNMPI_VENV    the environment     [the active one; else .venv/mpich or .venv/openmpi beside jobs/; else PATH]
 #   AGNMPI_LAUNCH  how to start ranks  [mpiexec of the environment; else srun with the --mpi that this MPI speaks]
 #   ranks          how many            [the tasks of the job]
@@ -35,4 +36,14 @@ echo "$(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: ${agnmpi[*]}"
     echo "agnmpi doctor failed under: ${launch[*]}. Unset AGNMPI_LAUNCH to use mpiexec; MPICH speaks srun --mpi=pmi2," \
         "Open MPI srun --mpi=pmix (srun --mpi=list shows what there is)" >&2
     exit 1
+}
+
+# train RUN [options of agnmpi train]: as `agnmpi train --run-dir RUN`. If a rank leaves by exit(0), mpiexec may say 0
+# without a result (MPICH 5.0 now and then; Open MPI 5.0 where all are killed at once): that is a failure, too.
+train() {
+    local run=$1
+    shift
+    "${agnmpi[@]}" train --run-dir "$run" "$@"
+    [ -e "$run/result.json" ] || [ ! -d "$run" ] || # a --run-dir of your own: only the exit code counts
+        { echo "mpiexec says 0, but there is no $run/result.json: the run broke off; --resume $run" >&2; exit 1; }
 }

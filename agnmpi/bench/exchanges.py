@@ -145,7 +145,8 @@ def _compare(comm: MPI.Intracomm, case: Case, repeats: int, xp: ModuleType) -> l
     by_rank = [json.loads(text) for text in allgather(comm, json.dumps(times))]
     merged = {side: [t for other in by_rank for t in other[side]] for side in times}
     floor_median = statistics.median(merged["floor"])
-    return [_row(case, side, seconds, floor_median) for side, seconds in merged.items()]
+    rows = [_row(case, side, seconds, floor_median) for side, seconds in merged.items()]
+    return [row | {"caveat": ours.role.caveat if row["side"] == "agnmpi" else ""} for row in rows]
 
 
 def _row(case: Case, side: str, seconds: list[float], floor: float) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def _show(report: dict[str, Any]) -> None:
             ])  # fmt: skip
         columns = ("transport", "wire", "n", "workers", "side", "median", "25-75 %", "per second", "GB/s", "x floor")
         table("exchanges (floor: the same bytes by bare mpi4py calls)", columns, lines)
+        for caveat in sorted({row["caveat"] for row in report["exchanges"]} - {""}):
+            console.print(f"WARNING: {caveat}")
     elif report["world"] == 1:
         console.print("one rank: no exchanges; type: mpiexec -n 2 python -m agnmpi bench")
     if report["quiet"]:

@@ -15,12 +15,12 @@ from ..training.config import Config
 from ..transport.registry import entries
 from ..version import __version__
 from .flags import add_fields
+from .offline import add_capi, add_models, add_reports
 
 _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # Fixed values of options of `train`: in a simulation, and where a problem is measured, with each transport.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
 BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "overlap": False, "dylu": False, "record": False}
-OFFLINE = ("export", "evaluate", "runs", "report")  # commands of one process, without MPI
 _UTILISATION = """\
 Measure how much of their time the workers compute, for each transport and
 encoding, without and with overlap. A step sleeps, as a host does while its GPU
@@ -72,13 +72,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"agnmpi {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_sweep(commands)
     _add_simulate(commands)
     _add_bench(commands)
     _add_bench_utilisation(commands)
     _add_bench_problem(commands)
     _add_doctor(commands)
-    _add_models(commands)
-    _add_reports(commands)
+    add_models(commands)
+    add_reports(commands)
+    add_capi(commands)
     return top
 
 
@@ -193,42 +195,6 @@ def _add_doctor(commands: Any) -> None:
     doctor.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_models(commands: Any) -> None:
-    source = "a run; or RUN/checkpoints/step-N, RUN/best.safetensors"
-    export = commands.add_parser(
-        "export",
-        help="write the model of a run, or of a checkpoint, to a file",
-        description="Write the parameters by name: of a run's end, or of its newest checkpoint. Needs no MPI.",
-    )
-    export.add_argument("run", metavar="RUN", help=source)
-    export.add_argument("file", metavar="FILE", help="a new file that ends in .safetensors or .npz")
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="evaluate the model of a run, or of a checkpoint",
-        description="Create the run's problem, and print as JSON what its `evaluate` says of the model. Needs no MPI.",
-    )
-    evaluate.add_argument("run", metavar="RUN", help=source)
-    evaluate.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute")
-
-
-def _add_reports(commands: Any) -> None:
-    runs = commands.add_parser(
-        "runs",
-        help="list runs: how they ended, their metrics, what differs",
-        description="A line for each run: state, workers, time, metrics, and the options in which the runs differ. "
-        "Needs no MPI.",
-    )
-    runs.add_argument("directories", nargs="*", default=["runs"], metavar="DIR", help="runs, or what holds them")
-    report = commands.add_parser(
-        "report",
-        help="write a page with figures about a run, or several side by side",
-        description="Write one HTML page: learning curves, throughput, staleness, workers, what happened, options. "
-        "It needs no other file and no network. Needs no MPI.",
-    )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="runs, or directories that hold them")
-    report.add_argument("-o", "--output", metavar="FILE", help="the page [default: report.html in, or beside, the run]")
-
-
 def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
@@ -245,6 +211,25 @@ def _add_train(commands: Any) -> None:
     train.add_argument(  # TensorFlow's option
         "--use-locking", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS
     )
+
+
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="train a problem for each point of a grid of options, in one world",
+        usage="mpiexec -n P python -m agnmpi sweep MODULE:PROBLEM\n"
+        "           --grid KEY=VALUE,VALUE… [--grid …] [options]",
+        description="Train a run for each combination of the values of --grid, each in a directory of its own. Started "
+        "again with the same --run-dir, it trains what has no result yet. All options of train hold here, too.",
+        argument_default=argparse.SUPPRESS,
+    )
+    sweep.add_argument("--inject-faults", action="store_true", default=False, help=argparse.SUPPRESS)  # for tests
+    _add_sources(sweep, "as in train")
+    text = "values of an option, with _ for -: --grid rate=1e-3,1e-2 --grid options.hidden=64,128"
+    sweep.add_argument("--grid", action="append", default=[], metavar="KEY=VALUE,VALUE…", help=text)
+    text = "the world is divided into groups of N ranks, which train at the same time [default: all]"
+    sweep.add_argument("--ranks-per-run", type=int, default=None, metavar="N", help=text)
+    add_fields(sweep, Config, ("resume",))
 
 
 def _add_simulate(commands: Any) -> None:

@@ -14,7 +14,8 @@ from ..core.backoff import limit
 from ..simulation.timing import Timing, load_timing
 from ..training.config import Config, load, newest_config
 from ..training.exits import Signals
-from .arguments import BENCHED, OFFLINE, SIMULATED, ArgumentsRefused, HelpAsked, parse
+from .arguments import BENCHED, SIMULATED, ArgumentsRefused, HelpAsked, parse
+from .offline import OFFLINE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         refusal = raised
     if args is not None and args.command in OFFLINE:
         return _offline(args)
-    signals = Signals(_abort)
-    if args is not None and args.command == "train":
+    signals = Signals(_abort, several=args is not None and args.command == "sweep")
+    if args is not None and args.command in ("train", "sweep"):
         signals.install()  # before MPI starts: a signal is lost to no rank
     try:
         world = _world()
@@ -71,7 +72,7 @@ def _abort(code: int) -> None:
 
 
 def _offline(args: argparse.Namespace) -> int:
-    """Run a command of one process, which needs no MPI."""
+    """Run a command of one process, which does not initialise MPI."""
     from . import models, reports
 
     try:
@@ -81,6 +82,11 @@ def _offline(args: argparse.Namespace) -> int:
             return reports.report(args.runs, args.output)
         if args.command == "export":
             return models.export(Path(args.run), Path(args.file))
+        if args.command == "capi":
+            from ..frameworks.capi_build import build
+
+            print(*build(Path(args.directory), args.mpicc))
+            return 0
         return models.evaluate(Path(args.run), args.device)
     except (ValueError, OSError) as error:
         print(f"agnmpi: error: {error}", file=sys.stderr)
@@ -195,6 +201,8 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
         return _bench(args, world)
     if args.command == "simulate":
         return _simulate(args, world)
+    if args.command == "sweep":
+        return _sweep(args, world, signals)
     from mpi4py import MPI
 
     from ..cluster.placement import fault_tolerant
@@ -220,6 +228,18 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
         if not fault_tolerant():
             raise
     return UNEVALUATED if "True" in failed else 0
+
+
+def _sweep(args: argparse.Namespace, world: Any, signals: Signals) -> int:
+    from ..transport.agreement import raise_on_all
+    from . import sweep
+
+    names = {f.name for f in fields(Config)} - {"run_dir"}
+    given = {key: value for key, value in vars(args).items() if key in names}
+    points = raise_on_all(world, lambda: sweep.grid(args.config, given, args.sets, args.grid))
+    raise_on_all(world, lambda: _named(points[0].config))
+    folder = getattr(args, "run_dir", None)
+    return sweep.main(world, points, folder, args.ranks_per_run, signals, args.inject_faults)
 
 
 def _bench(args: argparse.Namespace, world: Any) -> int:

@@ -6,8 +6,9 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from mpi4py import MPI
 
@@ -37,12 +38,33 @@ def place(comm: MPI.Comm, trains: bool) -> Place:
         ranks = [json.loads(text) for text in allgather(node, json.dumps([trains, cores]))]
         index = sum(busy for busy, _ in ranks[: node.rank])
         training = [other_cores for busy, other_cores in ranks if busy]
+        groups, group = cast(tuple[int, int], comm.Get_attr(_division()) or (1, 0))
         threads = len(cores) // max(training.count(cores), 1) if trains else len(set(cores).difference(*training))
+        threads //= groups
         if (wanted := os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]).isdigit():
             threads = int(wanted)
-        return Place(MPI.Get_processor_name(), node.size, index, max(1, threads))
+        return Place(MPI.Get_processor_name(), node.size, group * len(training) + index, max(1, threads))
     finally:
         node.Free()
+
+
+@cache
+def _division() -> int:
+    """The attribute of a communicator that trains beside others: the groups on its cores, and its number on its host.
+
+    Its duplicates have it, too.
+    """
+    return MPI.Comm.Create_keyval(copy_fn=lambda _comm, _keyval, value: value)
+
+
+def divide_hosts(comm: MPI.Comm, group: MPI.Comm, number: int) -> None:
+    """Let `group`, which is number `number` of `comm`, share hosts with the other groups; collective over `comm`."""
+    cores = os.sched_getaffinity(0)
+    mine = MPI.Get_processor_name(), number, sorted(cores)
+    ranks = [json.loads(text) for text in allgather(comm, json.dumps(mine))]
+    here = [(other, theirs) for host, other, theirs in ranks if host == mine[0]]
+    sharing = {other for other, theirs in here if cores.intersection(theirs)}
+    group.Set_attr(_division(), (len(sharing), sorted({other for other, _ in here}).index(number)))
 
 
 def hosts(comm: MPI.Comm) -> list[str]:

@@ -6,6 +6,7 @@ permutation is computed element by element: its memory does not grow with the nu
 is kept, since one call costs 0.1 ms however few elements it gives).
 """
 
+import operator
 from math import isqrt
 from typing import TypeAlias
 
@@ -20,6 +21,7 @@ _ROUNDS = 8  # even, so that the two digits end in their places
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _HALF = np.uint64(32)
 _KEPT = 1 << 18  # elements of a permutation that is kept
+_MOST = 1 << 62  # steps of a run: what a message can hold
 
 
 class Permutation:
@@ -80,7 +82,7 @@ class Plan:
         seed: orders the samples.
 
     Raises:
-        ValueError: no samples, an empty batch, or no steps.
+        ValueError: no samples, or a number of them that is no integer, an empty batch, no steps, or too many.
 
     >>> plan = Plan(samples=5, batch=2, epochs=1, seed=0)
     >>> plan.steps, sorted(i for t in range(3) for i in plan.indices(t).tolist())
@@ -88,13 +90,24 @@ class Plan:
     """
 
     def __init__(self, samples: int, batch: int, epochs: float = 1, steps: int | None = None, seed: int = 0) -> None:
+        try:
+            samples = operator.index(samples)
+        except TypeError:
+            raise ValueError(
+                f"the number of training samples must be an integer, not {samples!r} ({type(samples).__name__})"
+            ) from None
         if samples < 1:
             raise ValueError(f"the problem has {samples} training samples")
         if batch < 1:
             raise ValueError(f"batch must be at least 1, not {batch}")
         self.samples, self.batch, self.seed = samples, min(batch, samples), seed
         self.steps_per_epoch = -(-samples // self.batch)
-        self.steps = round(epochs * self.steps_per_epoch) if steps is None else steps
+        wanted = epochs * self.steps_per_epoch if steps is None else steps
+        if not wanted <= _MOST:
+            raise ValueError(
+                f"the run has too many steps, {wanted:g}: epochs {epochs:g} of {self.steps_per_epoch} steps"
+            )
+        self.steps = round(wanted)
         if self.steps < 1:
             raise ValueError(f"the run has no steps: epochs {epochs}, steps {steps}")
         self._epoch, self._order = 0, Permutation(samples, (seed, 0))

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable
 
+_SHORTEST = 1e-9  # of a step, or a second: below it a count of intervals may not be finite
+
 
 class Every:
     """True once in each interval of steps or seconds, counted from the start.
@@ -24,6 +26,7 @@ class Every:
         self._interval: float = steps if steps is not None else seconds or 0.0
         if self._interval <= 0:
             raise ValueError(f"an interval must be positive, not {self._interval}")
+        self._interval = max(self._interval, _SHORTEST)
         self._now = None if steps is not None else now
         self._start = now() if steps is None else 0.0
         self._seen = 0

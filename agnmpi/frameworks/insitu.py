@@ -28,11 +28,12 @@ from ..recovery.files import save
 from ..training.abort import AbortOnException
 from ..training.problem import load
 from ..training.user_code import pack_gradients
-from ..transport.agreement import raise_on_all, require_equal
+from ..transport.agreement import allgather, raise_on_all, require_equal
 from ..transport.p2p import CENTER, P2PWorker
 from ..version import __version__
 from .budget import Budget
-from .insitu_center import Place, Served
+from .insitu_center import Members, Place, Served
+from .insitu_reader import Reader
 from .reservoir import Reservoir, Samples
 
 _SAID_AFTER = 30.0  # seconds
@@ -97,6 +98,8 @@ class Run:
         capacity: samples in each rank's reservoir; default 10,000.
         steps: over all ranks, after which `done` is true; default: no end.
         outer_rate: r, the displacement of the center in a round of n commits; default 1.
+        reads: whether this rank reads alone: it takes the center by `pull`, and neither trains nor is part of the
+            solver.
         solver: the ranks of `comm` that this rank calls `done` together with; default: all that compute. Where several
             simulations feed one network, each gives its own.
         seed: of the initial parameters, the reservoirs and the batches; default 0.
@@ -137,6 +140,7 @@ class Run:
         capacity: int = 10_000,
         steps: int | None = None,
         outer_rate: float = 1.0,
+        reads: bool = False,
         solver: MPI.Intracomm | None = None,
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
@@ -144,7 +148,7 @@ class Run:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
         check_world(comm)
-        self._comm = comm.Dup()
+        self._comm, self._rank = comm.Dup(), comm.rank
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)  # of ours alone: an error is an exception, whatever the solver has
         try:
             self._reservoir = raise_on_all(
@@ -153,20 +157,19 @@ class Run:
             self._surrogate, self._layout, x, rule, optimizer = raise_on_all(self._comm, lambda: _checked(
                 surrogate, self._comm, period, center, optimizer, batch, steps, outer_rate, seed, options or {}
             ))  # fmt: skip
-            facts: dict[str, object] = {"period": period, "center": center, "optimizer": optimizer.numbers}
-            facts |= {"steps": steps, "outer_rate": outer_rate, "seed": seed}
-            require_equal_model(self._comm, self._layout, {name: str(value) for name, value in facts.items()})
+            facts = {"period": period, "center": center, "optimizer": optimizer.numbers, "steps": steps}
+            members = _agreed(self._comm, self._layout, facts | {"outer_rate": outer_rate, "seed": seed}, reads, center)
         except ValueError:  # on all ranks
             self._comm.Free()
             raise
         self.is_center = center == "rank" and comm.rank == CENTER
-        group = solver or self._comm
-        self._solver = group.Dup() if solver else group.Split(0 if self.is_center else 1, comm.rank)
-        self._batch, self._closed = batch, False
-        set_threads(place(self._comm, not self.is_center).threads)
+        trains = comm.rank in members.train
+        self._solver = _solver(self._comm, 0 if self.is_center else 1 if trains else 2, solver)
+        self._batch, self.closed = batch, False  # closed: `close` has come to its end
+        set_threads(place(self._comm, trains).threads)
         self._hook = AbortOnException(self._comm)
-        self._served = Served(self._comm, rule, x, period, center, steps) if comm.rank == CENTER else None
-        self._training = None if self.is_center else _training(self._comm, x, rule, optimizer, steps)
+        parts = _parts(self._comm, members, x, rule, optimizer, period, center, steps)
+        self._served, self._training, self._reader = parts
         self._views, self._g = self._layout.views(x), np.empty_like(x)
         self._taken, self._loss, self._budget = 0, nan, Budget()
         self._done, self._stop, self._asked = False, False, 0
@@ -197,7 +200,7 @@ class Run:
             most: steps; default: as many as fit.
         """
         if not (budget >= 0 and isfinite(budget)):
-            raise ValueError(f"rank {self._comm.rank}: the budget is a share of the time, at least 0, not {budget!r}")
+            raise ValueError(f"rank {self._rank}: the budget is a share of the time, at least 0, not {budget!r}")
         training, taken = self._trainer("learn"), 0
         self._budget.grant(budget)
         with self._budget.using():
@@ -214,8 +217,10 @@ class Run:
         """Whether all steps are taken, or any rank has called `stop`: the same on all ranks of the solver.
 
         Read it once in each time step, on every rank of the solver. The answer is that of the last time step: a sum
-        over the ranks that was under way meanwhile.
+        over the ranks that was under way meanwhile. On a rank that reads: whether nobody trained at its last `pull`.
         """
+        if self._reader is not None:
+            return self._reader.done or self.closed
         if self._done:
             return True
         with self._budget.using():
@@ -231,6 +236,15 @@ class Run:
                 self._flags[:] = not training.finished, self._stop
                 self._agreed = self._solver.Iallreduce(self._flags, self._sums, MPI.SUM)
             return self._done
+
+    def pull(self) -> bool:
+        """On a rank that reads: ask for the newest center; whether one has come since the last call. Never waits."""
+        if self._reader is None:
+            raise RuntimeError(f"rank {self._rank} does not read: it pulls when it has trained")
+        with self._budget.using():
+            arrived = self._reader.poll()
+            self._reader.pull()
+        return arrived
 
     def stop(self) -> None:
         """Let `done` become true on all ranks of the solver."""
@@ -248,11 +262,10 @@ class Run:
     @property
     def status(self) -> Status:
         """What this rank knows of the run."""
-        if self._training is None:
-            assert self._served is not None
+        if self._served is not None and self._training is None:
             center = self._served.center
             return Status(0, center.steps, center.clock, 0, nan, 1.0)
-        reply = self._training.worker.last_reply
+        reply = (self._reader or self._worker).last_reply
         known = (reply.steps, reply.clock) if reply else (0, 0)
         return Status(self._taken, *known, self._reservoir.seen, self._loss, self._budget.used)
 
@@ -261,7 +274,7 @@ class Run:
     def serve(self, every: float = 1.0) -> Generator[Status, None, None]:
         """On rank 0 with center="rank": serve until all others have called `close`; yields each `every` seconds."""
         if not self.is_center or self._served is None:
-            raise RuntimeError(f'rank {self._comm.rank} has nothing to serve: only rank 0, with center="rank"')
+            raise RuntimeError(f'rank {self._rank} has nothing to serve: only rank 0, with center="rank"')
         end, at = self._served.end, 0.0
 
         def interrupted() -> bool:
@@ -283,20 +296,20 @@ class Run:
         Args:
             save: rank 0 writes the final center there, as safetensors.
         """
-        if self._closed:
+        if self.closed:
             return
         if self._training is not None:
             self._training.leave()
         self._wait(self._has_left)
         if self._served is not None:
             self._served.join()
-        if save is not None and self._comm.rank == CENTER:
+        if save is not None and self._rank == CENTER:
             self.save(save)
-        self._closed = True
+        self.closed = True
         self._hook.remove()
         if self._served is not None and self._served.end.lost:
             return  # with dead ranks MPI's collectives would not return
-        if self._training is not None and not fault_tolerant():
+        if not self.is_center and not fault_tolerant():
             require_equal(self._solver, {"the number of times that `done` was read": str(self._asked)})
             if self._agreed is not None:
                 wait_until(self._agreed.Test)
@@ -313,10 +326,11 @@ class Run:
     # --- how ---
 
     def _trainer(self, what: str) -> Unblocking:
-        if self._closed:
-            raise RuntimeError(f"rank {self._comm.rank}: {what} after close")
+        if self.closed:
+            raise RuntimeError(f"rank {self._rank}: {what} after close")
         if self._training is None:
-            raise RuntimeError(f"rank {self._comm.rank} is the center, and no part of the solver: call serve, or close")
+            does, calls = ("reads", "pull") if self._reader else ("is the center", "serve")
+            raise RuntimeError(f"rank {self._rank} {does}, and is no part of the solver: call {calls}, or close")
         return self._training
 
     def _is_due(self, training: Unblocking) -> bool:
@@ -329,10 +343,14 @@ class Run:
         self._taken += 1
 
     def _center(self) -> Array:
-        if self._training is not None:
-            return self._training.worker.o
-        assert self._served is not None
-        return self._served.end.c
+        if self._served is not None and self._training is None:
+            return self._served.end.c
+        return (self._reader or self._worker).o
+
+    @property
+    def _worker(self) -> Worker:
+        assert self._training is not None
+        return self._training.worker
 
     def _poll(self) -> None:
         """At a rank that serves: serve what has arrived."""
@@ -341,12 +359,16 @@ class Run:
 
     def _has_begun(self) -> bool:
         """Whether this rank has the center; it may have no work, if the others hold it all."""
+        if self._reader is not None:
+            return self._reader.poll()
         return self._training is None or self._training.is_due() or self._training.worker.pulls > 0
 
     def _has_left(self) -> bool:
         if self._training is not None:
             self._training.is_due()
-        own = self._training is None or self._training.left
+        if self._reader is not None:
+            self._reader.leave()
+        own = all(each.left for each in (self._training, self._reader) if each is not None)
         return own and (self._served is None or not self._served.end.live)
 
     def _wait(self, test: Callable[[], bool], what: str = "") -> None:
@@ -358,7 +380,7 @@ class Run:
             self._poll()
             if not said and time.monotonic() - begin > _SAID_AFTER:
                 said = True
-                text = f"rank {self._comm.rank} has waited for {_SAID_AFTER:.0f} s in {what}"
+                text = f"rank {self._rank} has waited for {_SAID_AFTER:.0f} s in {what}"
                 warnings.warn(text, RuntimeWarning, stacklevel=4)
             return test()
 
@@ -366,13 +388,38 @@ class Run:
         wait_until(polled, (lambda: served.end.progress) if served else int)
 
 
-def _training(comm: MPI.Intracomm, x: Array, rule: Rule, optimizer: Optimizer, steps: int | None) -> Unblocking:
-    """The worker of a rank that computes."""
-    number = (comm.rank - 1) % comm.size  # rank 0's is the last
+def _agreed(comm: MPI.Intracomm, layout: Layout, facts: Mapping[str, object], reads: bool, center: Place) -> Members:
+    """Who takes part; raises ValueError, on all ranks, where they differ in what they train, or none does."""
+    require_equal_model(comm, layout, {name: str(value) for name, value in facts.items()})
+    who = [text == "True" for text in allgather(comm, str(bool(reads)))]
+    return raise_on_all(comm, lambda: Members.of(who, center))
+
+
+def _solver(comm: MPI.Intracomm, role: int, given: MPI.Intracomm | None) -> MPI.Intracomm:
+    """The ranks that `done` is asked with: those of the same role, or a solver's own where it trains; collective."""
+    same = comm.Split(role, comm.rank)
+    if given is not None and role == 1:
+        same.Free()
+        same = given.Dup()
+    assert isinstance(same, MPI.Intracomm)
+    return same
+
+
+def _parts(
+    comm: MPI.Intracomm, members: Members, x: Array, rule: Rule, optimizer: Optimizer, period: int, center: Place,
+    steps: int | None,
+) -> tuple[Served | None, Unblocking | None, Reader | None]:  # fmt: skip
+    """What this rank has: the center, a worker, or what reads; rank 0 may have the first two."""
+    served = Served(comm, rule, x, period, center, steps, members) if comm.rank == CENTER else None
+    if comm.rank not in members.ranks:
+        return served, None, None
+    number = members.number(comm.rank)
     end = P2PWorker(comm, number=number)
+    if comm.rank in members.read:
+        return served, None, Reader(end, x)
     worker = Worker(x, rule, optimizer, end, number, overlap=True)
     worker.total = steps
-    return Unblocking(worker)
+    return served, Unblocking(worker), None
 
 
 def _checked(

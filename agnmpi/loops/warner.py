@@ -44,9 +44,8 @@ class Warner(Observer):
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
-        """While in it: say once if others, after `WAIT` seconds, have not begun."""
-        role = self.session.role
-        timer = threading.Timer(WAIT, self._say_who_is_missing, [0 if role.serves else role.workers[0].pulls])
+        """While in it: say once if others, after `WAIT` seconds, have not begun, or have committed nothing."""
+        timer = threading.Timer(WAIT, self._say_who_is_missing, [self._heard])
         timer.daemon = True
         timer.start()
         try:
@@ -54,18 +53,30 @@ class Warner(Observer):
         finally:
             timer.cancel()
 
-    def _say_who_is_missing(self, pulls: int) -> None:
+    @property
+    def _heard(self) -> int:
+        """Of the others: commits, or the pulls of a worker."""
+        role = self.session.role
+        return role.center.clock if role.serves else role.workers[0].pulls
+
+    def _say_who_is_missing(self, heard: int) -> None:
         session, role = self.session, self.session.role
         if role.serves:
             says = not session.rank or isinstance(role, NodeRole)
             late = [session.members.rank_of(worker) for worker in role.numbers if worker not in self._met]
             who = f"{format_ranks(late)} {'are' if len(late) > 1 else 'is'} not" if late and says else ""
-        elif role.workers[0].pulls > pulls:
+        elif self._heard > heard:
             who = ""
         else:
             who = "not every rank is" if session.rule.allreduce else f"rank {session.members.serving[0]} is not"
         if who:
             text = f"rank {session.rank} has waited for {WAIT:g} s: {who} in steps(): every rank must run the loop"
+            warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=2)
+        elif role.serves and session.rank == 0 and self._heard == heard and session.single_commits:
+            text = (
+                f"no worker has committed anything in the first {WAIT:g} s. Rank 0 serves: should they wait for it, in "
+                "a collective call of a solver, give a communicator without it, or use agnmpi.insitu"
+            )
             warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=2)
 
     def _failed_at_center(self, error: str) -> None:

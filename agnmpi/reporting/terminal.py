@@ -17,6 +17,9 @@ def terminal() -> tuple[bool, int]:
     mpiexec gives its ranks pipes (MPICH) or a pseudo-terminal (Open MPI) whatever its own output is, so the
     output of the nearest launcher above this process counts.
     """
+    redirected = sys.stdout is not sys.__stdout__  # to a file, or a notebook
+    if redirected:
+        return False, 100
     path = _launcher_output()
     if path is None:
         # Under Open MPI's daemon on another node the pseudo-terminal does not show where the output goes.

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 from mpi4py import MPI
@@ -32,8 +33,8 @@ def say(comm: MPI.Comm, error: BaseException) -> None:
     sys.stderr.flush()
 
 
-def say_and_abort(comm: MPI.Comm, error: BaseException) -> None:
-    """Print the error, and end the whole job; code 1, or that of a sys.exit.
+def say_and_abort(comm: MPI.Comm, error: BaseException, then: Callable[[], object] = bool) -> None:
+    """Print the error, call `then()`, and end the whole job; code 1, or that of a sys.exit.
 
     A forked process ends alone.
     """
@@ -44,6 +45,10 @@ def say_and_abort(comm: MPI.Comm, error: BaseException) -> None:
         sys.stderr.flush()
         os._exit(code)
     say(comm, error)
+    try:
+        then()
+    except Exception:  # a hook of the caller's: the job ends all the same
+        traceback.print_exc()
     if isinstance(error, Orphaned):
         os._exit(STRANDED)  # no launcher is left to end the others; each notices
     abort(comm, code)
@@ -54,6 +59,8 @@ def abort(comm: MPI.Comm, code: int) -> None:
     time.sleep(0.5)  # MPICH 5.0.2's hydra may drop what a rank wrote just before MPI_Abort
     if fault_tolerant():
         _end_launcher_later()
+    elif comm.size == MPI.COMM_WORLD.size:
+        comm = MPI.COMM_WORLD  # of a duplicate MPICH 4.0 makes 9 of code 1 now and then, and Intel MPI 2021.18 255
     comm.Abort(code)
 
 
@@ -90,9 +97,17 @@ class AbortOnException:
         if self._installed and isinstance(error, Interrupted) and not forked():
             _end_interrupted(self._comm, error)
         elif self._installed and self._comm.size > 1:
-            say_and_abort(self._comm, error)
+            foreign = self._foreign()
+            say_and_abort(self._comm, error, lambda: foreign and foreign(kind, error, tb))
         else:  # of one rank; or removed, but still called by a hook installed later
             self._previous(kind, error, tb)
+
+    def _foreign(self) -> "Callable[[type[BaseException], BaseException, TracebackType | None], object] | None":
+        """The hook that a solver had installed before, if it is not Python's: it may keep what there is, or log it."""
+        hook = self._previous
+        while isinstance(owner := getattr(hook, "__self__", None), AbortOnException):
+            hook = owner._previous
+        return None if hook is sys.__excepthook__ else hook
 
     def remove(self) -> None:
         """Restore the previous hook."""

@@ -70,18 +70,22 @@ _STOP_SIGNALS = (*_USER_SIGNALS, signal.SIGTERM, signal.SIGINT)
 class Signals:
     """While installed, USR1, USR2, TERM and INT ask the run to stop; a second one, a second later, aborts at once.
 
-    Within a second it is the same: a launcher passes on what its ranks may have got as well. `abort` is called with
-    the exit code. Python calls handlers between two bytecodes of the main thread; except
-    while survivors regroup nothing of ours blocks in MPI, so a handler runs at once.
+    Within a second it is the same: a launcher passes on what its ranks may have got as well. Python calls handlers
+    between two bytecodes of the main thread; except while survivors regroup nothing of ours blocks in MPI, so a handler
+    runs at once.
 
     A forked child does not inherit the handlers: it would not end at TERM, and `multiprocessing.Pool` would wait for
     it for ever.
+
+    Args:
+        abort: called with the exit code.
+        several: the process makes several runs: no signal is ignored when the work of one is done.
     """
 
-    def __init__(self, abort: Callable[[int], None]) -> None:
+    def __init__(self, abort: Callable[[int], None], several: bool = False) -> None:
         self.received: str | None = None  # name of the first signal
         self._since = 0.0  # when it came
-        self._abort = abort
+        self._abort, self._several = abort, several
         self._over = False
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -101,7 +105,7 @@ class Signals:
 
     def over(self) -> None:
         """All work is done: USR1 and USR2 change nothing any more."""
-        self._over = True
+        self._over = not self._several
 
     def release(self) -> None:
         """At the end of the process, and in a forked child: as `remove`, but USR1 and USR2 are ignored.

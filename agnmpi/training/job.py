@@ -114,11 +114,11 @@ class Job:
         numbers = self.problem.samples, config.batch, config.epochs, config.steps, config.seed
         self.plan = raise_on_all(self.world, lambda: Plan(*numbers))
         # Determines the samples of each step.
-        self.data = {"samples": self.problem.samples, "batch": config.batch, "seed": config.seed}
+        self.data = {"samples": self.plan.samples, "batch": config.batch, "seed": config.seed}
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
         # Only rank 0 uses the run's directory here.
         options = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run_dir", "resume")}
-        require_equal_model(self.world, self.layout, {"samples": str(self.problem.samples), **options})
+        require_equal_model(self.world, self.layout, {"samples": str(self.plan.samples), **options})
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
         self.injection = Injection(raise_on_all(self.world, lambda: read_faults(faults)), self.rank)
         self._ranks = [json.loads(text) for text in allgather(self.world, json.dumps([here.host, process()]))]
@@ -349,6 +349,8 @@ class Job:
             self.observer.say(f"all workers are lost, ranks {members.lost}; resume with --resume {self.directory}")
             raise Degraded(1, abort)
         session.close()
+        if not members.lost:
+            session.comm.Free()
         if self.interrupted:
             if duties is not None and duties.first:
                 duties.ended_early(self._failed, self.signals.received)
@@ -362,5 +364,4 @@ class Job:
             raise Unwritten(abort)
         if self.interrupted:
             raise Interrupted(abort)
-        session.comm.Free()
         return self.result

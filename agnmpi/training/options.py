@@ -4,13 +4,18 @@ import difflib
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
-from math import isfinite
+from datetime import date, time
+from math import log10
 from pathlib import Path
+from sys import float_info
 from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 # An invalid combination: its predicate, and a message, in which {name} is the value of an option.
 Refusal: TypeAlias = tuple[Callable[[T], bool], str]
+
+
+_MOST = 2**62  # of an integer; of another number, what is finite
 
 
 def option(
@@ -21,6 +26,7 @@ def option(
     choices: Sequence[str] = (),
     *,
     least: float | None = None,
+    most: float | None = None,
     positive: bool = False,
     also: Sequence[str] = (),
     aliases: Mapping[str, str] | None = None,
@@ -35,6 +41,7 @@ def option(
         kind: type of its values.
         choices: the only values, if any.
         least: smallest value.
+        most: largest value; by default what a message can hold.
         positive: whether values must be above 0.
         also: hidden aliases of its name.
         aliases: hidden aliases of values, and what they stand for.
@@ -49,6 +56,7 @@ def option(
         "kind": kind,
         "choices": tuple(choices),
         "least": least,
+        "most": _MOST if most is None else most,
         "positive": positive,
         "also": tuple(also),
         "aliases": dict(aliases or {}),
@@ -78,6 +86,13 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if name.endswith("options"):
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be a table, not {value!r}")
+        try:
+            kept = _kept(value)
+        except RecursionError as error:
+            raise ValueError(f"{name} is nested too deeply") from error
+        if not kept:
+            what = "numbers, lists, tables and text in UTF-8 (a date in quotes)"
+            raise ValueError(f"{name} must be {what}, not {value!a}")
         return
     if value is None or value in metadata["words"]:
         return
@@ -85,14 +100,41 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if not valid:
         words = "".join(f", or {word!r}" for word in metadata["words"])
         raise ValueError(f"{name} must be of type {kind.__name__}{words}, not {value!r}")
-    if kind is float and not isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    if kind is str and not _is_utf8(value):
+        raise ValueError(f"{name} must be UTF-8, not {value!a}")
+    if kind is float and not abs(value) <= float_info.max:  # an integer of 400 digits is no float
+        raise ValueError(f"{name} must be a finite number, not {_short(value)}")
+    if kind is int and not abs(value) <= metadata["most"]:
+        raise ValueError(f"{name} must be at most {metadata['most']}, not {_short(value)}")
     if metadata["choices"] and value not in metadata["choices"]:
         raise ValueError(f"{name} must be one of {', '.join(metadata['choices'])}, not {value!r}")
     if metadata["least"] is not None and value < metadata["least"]:
         raise ValueError(f"{name} must be at least {metadata['least']}, not {value!r}")
     if metadata["positive"] and not value > 0:
         raise ValueError(f"{name} must be positive, not {value!r}")
+
+
+def _kept(value: object) -> bool:
+    """Whether files can hold `value`: not a date, nor text of bytes on the command line that are no UTF-8."""
+    if isinstance(value, dict):
+        return all(map(_kept, (*value, *value.values())))
+    if isinstance(value, list | tuple):
+        return all(map(_kept, value))
+    return _is_utf8(value) if isinstance(value, str) else not isinstance(value, date | time)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(value: float) -> str:
+    if isinstance(value, float) or abs(value) <= float_info.max:
+        return repr(value)
+    return f"{'-' * (value < 0)}10^{int(log10(abs(value)))} or so"  # Python refuses to print thousands of digits
 
 
 def canonical(options: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,8 +160,10 @@ def read_toml(path: str) -> dict[str, Any]:
     """Read a file of options; raises ValueError if it is not TOML, OSError if there is none."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also of no UTF-8, and of a number with thousands of digits
         raise ValueError(f"{path} is no TOML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
 
 
 def overlay(options: type, values: dict[str, Any], sets: Sequence[str]) -> list[str]:
@@ -133,6 +177,8 @@ def overlay(options: type, values: dict[str, Any], sets: Sequence[str]) -> list[
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
+        except RecursionError as error:
+            raise ValueError(f"--set {key}=…: the value is nested too deeply") from error
         table, dot, inner = key.partition(".")
         if not dot:
             values |= (changed := canonical(options, {key: value}))

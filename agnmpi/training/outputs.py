@@ -41,7 +41,7 @@ def run_directory(config: Config) -> Path:
         lock(path)
         return path
     if not config.run_dir:
-        path = _new_directory(f"{config.problem.rpartition(':')[2].lower()}-{time.strftime('%Y%m%d-%H%M%S')}")
+        path = new_directory(f"{config.problem.rpartition(':')[2].lower()}-{time.strftime('%Y%m%d-%H%M%S')}")
         lock(path)
         return path
     path = Path(config.run_dir)
@@ -52,8 +52,8 @@ def run_directory(config: Config) -> Path:
     return path
 
 
-def _new_directory(name: str) -> Path:
-    """Create a new directory, even beside runs that began in the same second."""
+def new_directory(name: str) -> Path:
+    """Create a new directory in runs/, even beside runs that began in the same second."""
     path, number = Path("runs") / name, 1
     path.parent.mkdir(exist_ok=True)
     while True:
@@ -74,16 +74,21 @@ def write_config(directory: Path, config: Config) -> dict[str, list[Any]]:
 
     Returns the options that differ from the last time, before and now.
     """
-    values, path = asdict(repeatable(config)), newest_config(directory)
+    path = newest_config(directory)
     if not path.is_file():
         write_atomic(path, repeatable(config).to_toml().encode())
         return {}
-    before = asdict(repeatable(load(str(path))))
-    changed = {name: [before[name], value] for name, value in values.items() if before[name] != value}
+    changed = changed_options(directory, config)
     if changed:
         number = int(path.stem[7:] or 1) + 1
         write_atomic(directory / f"config-{number}.toml", repeatable(config).to_toml().encode())
     return changed
+
+
+def changed_options(directory: Path, config: Config) -> dict[str, list[Any]]:
+    """The options in which a configuration differs from what the run in `directory` had last, before and now."""
+    before, now = (asdict(repeatable(c)) for c in (load(str(newest_config(directory))), config))
+    return {name: [before[name], value] for name, value in now.items() if before[name] != value}
 
 
 def save_center(directory: Path, config: Config, layout: Layout, role: Role) -> None:

@@ -72,7 +72,12 @@ class RunOptions:
         bool,
     )
     workers: int = option(
-        1, "transport", "number of workers in one process (of train: with --transport local)", int, least=1
+        1,
+        "transport",
+        "number of workers in one process (of train: with --transport local)",
+        int,
+        least=1,
+        most=100_000,
     )
     message_buffers: int = option(
         4, "transport", "vectors at a p2p center for messages on their way", int, least=1, also=("slots",)

@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+from draw import draw
 from mpi4py import MPI
 
 from agnmpi import adam, insitu
@@ -92,8 +93,9 @@ def main():
             run.learn(1.0)
         run.close(given.save)
         report(run, comm, in_time, seen)
-        if given.picture:
-            draw(given.picture, run, plate, truth, end)
+        places = comm.gather(plate.samples(end)[0])
+        if given.picture and places:
+            draw(given.picture, truth, run.predict(np.concatenate(places)).reshape(truth.shape))
 
 
 def report(run, comm, in_time, seen):
@@ -106,24 +108,6 @@ def report(run, comm, in_time, seen):
         error = (total[3] / total[0] / variance) ** 0.5
         print(f"while the plate was computed: steps of each rank and share of its time {taken}")
         print(f"error of the surrogate: {error:.3f} of the mean's, after {run.status.all_steps} steps")
-
-
-def draw(path, run, plate, truth, end):
-    """Truth, prediction and their difference on the whole plate at the end."""
-    places = plate.comm.gather(plate.samples(end)[0])
-    if places is None:
-        return
-    import matplotlib  # pip install ".[paper]"
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    predicted = run.predict(np.concatenate(places)).reshape(truth.shape)
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
-    for axis, title, values in zip(axes, ("solver", "surrogate", "difference"), (truth, predicted, predicted - truth)):
-        figure.colorbar(axis.imshow(values, origin="lower", extent=(0, 1, 0, 1)), ax=axis)
-        axis.set_title(title)
-    figure.savefig(path)
 
 
 if __name__ == "__main__":

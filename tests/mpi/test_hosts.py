@@ -171,3 +171,19 @@ def test_ranks_that_differ_are_refused_on_all(comm, tmp_path):
         agnmpi.train(quadratic(comm, str(tmp_path / "run"), centers=centers), comm)
     with pytest.raises(ConfigError, match="transport differs between ranks: p2p, centers hosts"):
         AGNOptimizer(sgd(0.1), np.zeros(3), comm, transport=registry.p2p(centers=centers))
+
+
+def test_groups_share_their_host(comm, monkeypatch):
+    """Two groups that train at the same time: their workers have devices of their own, and share the cores."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(4 * comm.size)))
+    number = comm.rank % 2
+    group = comm.Split(number, comm.rank)
+    placement.divide_hosts(comm, group, number)
+    copy = group.Dup()
+    place = placement.place(copy, trains=True)
+    assert place.worker_index == number * group.size + group.rank
+    assert place.threads == 4 * comm.size // group.size // 2
+    assert placement.place(comm, trains=True).threads == 4
+    copy.Free()
+    group.Free()

@@ -141,6 +141,50 @@ def test_a_network_that_fails_does_not_end_the_solver(comm):
     assert sum("has sent NaN or infinity" in str(w.message) for w in said) == (comm.rank == 0)
 
 
+@pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize("center", ["solver", "rank", "thread"])
+def test_a_rank_reads_what_the_others_train(comm, center):
+    """It sees the center move, commits nothing, and is done when the others are; a solver goes on without it."""
+    reader = comm.size // 2  # in between, so that numbers are not ranks
+    solver = comm.Split(int(computes(comm, center) and comm.rank != reader), comm.rank)
+    run = insitu.Run(
+        Mean(), comm, 2, center, optimizer=sgd(0.1), batch=1, steps=40 * comm.size, reads=comm.rank == reader
+    )
+    clocks = [0]
+    if comm.rank == reader:
+        while not run.done:
+            if run.pull():
+                clocks.append(run.status.clock)
+            time.sleep(1e-3)
+    elif not run.is_center:
+        ring = Ring(solver)
+        while not run.done:
+            ring.step()
+            run.put(np.zeros(1), np.ones(1))
+            run.learn(ALWAYS, most=3)
+    run.close()
+    ends = comm.allgather((run.status.steps * (not run.is_center), run.status.all_steps, run.params["w"].tobytes()))
+    assert ends[reader][0] == 0
+    assert sum(steps for steps, _, _ in ends) == 40 * comm.size
+    assert len({(all_steps, w) for _, all_steps, w in ends}) == 1
+    assert clocks == sorted(clocks)
+    assert comm.rank != reader or clocks[-1] > 0
+    solver.Free()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_who_reads_does_not_train_and_who_trains_does_not_read(comm):
+    last = comm.size - 1
+    run = insitu.Run(Mean(), comm, 5, reads=comm.rank == last)
+    with pytest.raises(RuntimeError, match=f"rank {last} reads" if comm.rank == last else "does not read"):
+        run.learn() if comm.rank == last else run.pull()
+    run.close()
+    with pytest.raises(ConfigError, match="rank 0 has the center: let another rank read"):
+        insitu.Run(Mean(), comm, 5, reads=comm.rank == 0)
+    with pytest.raises(ConfigError, match="one must train"):
+        insitu.Run(Mean(), comm, 5, "rank", reads=comm.rank > 0)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -183,13 +183,20 @@ def test_a_refused_commit_is_told(comm):
         events.append("refused")
         m[...] = 0
 
-    x, first = np.zeros(2), comm.rank == 1
+    x, first, waits = np.zeros(2), comm.rank == 1, comm.rank > 1
     with AGNOptimizer(None, x, comm, 3, on_pull=lambda _: events.append("pull"), on_refused=refused) as opt:
         for _ in opt.steps(9 * opt.num_workers):
+            if first:
+                for rank in range(2, comm.size):
+                    comm.send(None, rank)
+            if waits:  # else rank 1 might get no core before all steps are taken
+                waits = comm.recv(source=1)
             m += np.nan if first else 1
             first = False
             x += m
             opt.step()
+        if waits:  # it was given no step
+            comm.recv(source=1)
         assert np.isfinite(opt.center["0"]).all()
         assert comm.allgather(events.count("refused")) == [int(rank == 1) for rank in range(comm.size)]
         if comm.rank == 1:

@@ -95,7 +95,12 @@ def test_messages_move_on_while_a_commit_is_applied(comm, optimizer):
     def watch(end, center):
         if optimizer:
             center.optimizer, center.state = optimizer, optimizer.init(end.c)
-        center.on_block = end.move_on
+
+        def on_block(stop):
+            time.sleep(2e-4)  # the workers, which share its core, send meanwhile
+            end.move_on(stop)
+
+        center.on_block = on_block
         apply = center.apply
 
         def count(commit, c):

@@ -179,6 +179,19 @@ class OneBadSample(Spoilt):
         return 40 in indices
 
 
+class Bad(Quadratic):
+    """Its first gradient fails, if the option `bad` says so."""
+
+    def __init__(self, xp=np, bad=False, **options):
+        super().__init__(xp, **options)
+        self.bad = bad
+
+    def gradient(self, params, indices):
+        if self.bad:
+            raise ArithmeticError("this point went wrong")
+        return super().gradient(params, indices)
+
+
 class FailsLater(Quadratic):
     """On one rank a gradient fails, after some; the option `fails` says at which."""
 

@@ -27,6 +27,25 @@ class Fails(Mean):
         return 0.0, {"w": np.full(self.size, np.nan)}
 
 
+class Places(Mean):
+    """Predicts from x (m, 2) a number that says which of both is which."""
+
+    def predict(self, params, x):
+        return x[:, 0] + 10 * x[:, 1]
+
+
+class Pairs(Mean):
+    """Predicts y (m, 2) from x (m, 2)."""
+
+    def predict(self, params, x):
+        return x * [1, 10]
+
+
+class Raises(Mean):
+    def gradient(self, params, x, y):
+        raise KeyError("a mistake of the user's")
+
+
 class Ring:
     """A solver whose ranks need each other in each time step, by blocking calls: a mean with both neighbours."""
 

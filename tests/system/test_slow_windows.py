@@ -28,3 +28,12 @@ def test_a_run_says_so(tmp_path, transport):
     assert code == 0, output
     assert output.count("are no shared memory on this host") == (transport != "p2p")
     assert result_of(run)["samples"] == 48 * 16
+
+
+def test_bench_says_so():
+    """Beside the times of the transports that use them."""
+    small = ["--sizes", 1000, "--rounds", 20, "--quiet", 0]
+    code, output = agnmpi(2, "bench", "--transports", "rma", "accumulate", *small, env=TCP)
+    assert code == 0, output
+    assert output.count("WARNING: windows of") == 1
+    assert "transport p2p is faster here" in " ".join(output.split())

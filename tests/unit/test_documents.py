@@ -13,7 +13,8 @@ FOLDERS = sorted(p.parent for p in ROOT.glob("agnmpi/*/__init__.py"))
 # Of mpiexec, srun, sbatch, scancel, pip, pytest, Docker, and of scripts here.
 FOREIGN = {
     "--with-ft", "--mca", "--mpi", "--nodes", "--time", "--signal", "--gpus-per-task", "--gpu-bind", "--no-binary",
-    "--force-reinstall", "--with-mpi", "--shm-size", "--long", "--quick", "--full", "--data", "--picture", "--check",
+    "--force-reinstall", "--with-mpi", "--shm-size", "--long", "--quick", "--full", "--data", "--picture", "--ranks",
+    "--check",
 }  # fmt: skip
 HIDDEN = ["--inject-faults", "--no-use-locking", "--slots=4"]  # of train; not in its help
 
@@ -37,6 +38,7 @@ def options():
     found = options_in(" ".join(HIDDEN))
     for command in (
         "train",
+        "sweep",
         "simulate",
         "bench",
         "bench utilisation",
@@ -46,6 +48,7 @@ def options():
         "evaluate",
         "runs",
         "report",
+        "capi",
     ):
         with pytest.raises(HelpAsked) as asked:
             parse([*command.split(), "--help"])

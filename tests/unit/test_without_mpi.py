@@ -13,6 +13,7 @@ from launcher import ROOT
     [
         [],
         ["train"],
+        ["sweep"],
         ["simulate"],
         ["bench"],
         ["bench", "utilisation"],

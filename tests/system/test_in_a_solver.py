@@ -1,0 +1,64 @@
+"""In a program that starts MPI itself, after agnmpi was imported, and has a hook for its exceptions."""
+
+import sys
+
+from launcher import mpiexec
+
+SOLVER = """
+import sys
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+from agnmpi import AGNOptimizer, insitu, sgd, train
+
+def hook(kind, error, tb):
+    sys.stderr.write(f"the solver keeps what rank {MPI.COMM_WORLD.rank} has: {error}\\n")
+    raise OSError("and fails")
+
+assert not MPI.Is_initialized()
+MPI.Init_thread(MPI.THREAD_FUNNELED)
+sys.excepthook = hook
+import numpy as np
+first = AGNOptimizer(sgd(0.1), np.zeros(3), MPI.COMM_WORLD)
+second = AGNOptimizer(sgd(0.1), np.zeros(3), MPI.COMM_WORLD)
+for step in second.steps(10**9):
+    second.minimize(lambda p: (0.0, p["0"] - 1))
+    if MPI.COMM_WORLD.rank == 1 and step > 50:
+        raise KeyError("lost")
+"""
+
+
+def test_it_starts_mpi_and_its_hook_is_called(tmp_path):
+    """Before the job is ended for all, whatever the hook does."""
+    script = tmp_path / "solver.py"
+    script.write_text(SOLVER)
+    code, output = mpiexec(3, sys.executable, script)
+    assert code == 1, output
+    assert "rank 1 on" in output
+    assert output.count("the solver keeps what rank 1 has: 'lost'") == 1, output
+    assert "OSError: and fails" in output
+
+
+WAITING = """
+import os, threading
+import numpy as np
+from mpi4py import MPI
+import agnmpi.loops.warner
+from agnmpi import AGNOptimizer, sgd
+
+agnmpi.loops.warner.WAIT = 1.0  # seconds
+threading.Timer(4, os._exit, [3]).start()
+comm = MPI.COMM_WORLD
+opt = AGNOptimizer(sgd(0.1), np.zeros(3), comm)
+for step in opt.steps(60):
+    comm.allreduce(1)  # the solver's: rank 0 serves, and never comes
+"""
+
+
+def test_workers_that_wait_for_rank_0_are_no_silent_deadlock(tmp_path):
+    script = tmp_path / "solver.py"
+    script.write_text(WAITING)
+    code, output = mpiexec(3, sys.executable, script)
+    assert code != 0, output
+    assert output.count("no worker has committed anything in the first 1 s") == 1, output
+    assert "agnmpi.insitu" in output
