@@ -116,7 +116,7 @@ def test_the_driver(tmp_path, monkeypatch, capsys):
 def test_what_is_compared():
     cells = scenarios.cells()
     assert len(set(cells)) == len(cells) == len(scenarios.METHODS) * len(scenarios.SCENES) * scenarios.SIZE.seeds
-    for cell in cells:
+    for cell in cells[: len(cells) // scenarios.SIZE.seeds]:
         scenarios.config(cell, scenarios.SIZE, "mnist").complete()
         assert scenarios.timing(cell).factors(16).size == 16
     equal = 16 * scenarios.SIZE.batch / 0.01
