@@ -6,6 +6,7 @@ mpiexec -n 5 python -m agnmpi train examples/mnist_mlp.py:Mnist --set options.pa
 
 import gzip
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,16 @@ def read_idx(directory, name):
     return data.reshape(shape)
 
 
+@cache
+def read_set(directory, part):
+    """Read the images (n, 784), in [0, 1], and the labels (n,) of a part: "train" or "t10k"."""
+    images = read_idx(directory, f"{part}-images-idx3-ubyte")
+    labels = read_idx(directory, f"{part}-labels-idx1-ubyte")
+    return images.reshape(len(images), -1).astype(np.float32) / 255, labels.astype(np.int64)
+
+
 class Mnist(MLP):
     """`path`: directory of the IDX files; `widths`: of the hidden layers."""
 
     def __init__(self, xp=np, path="mnist", widths=(1000, 2000, 1000)):
-        sets = []
-        for part in ("train", "t10k"):
-            images = read_idx(path, f"{part}-images-idx3-ubyte")
-            labels = read_idx(path, f"{part}-labels-idx1-ubyte")
-            sets.append((images.reshape(len(images), -1).astype(np.float32) / 255, labels.astype(np.int64)))
-        super().__init__(xp, *sets, list(widths))
+        super().__init__(xp, read_set(path, "train"), read_set(path, "t10k"), list(widths))
