@@ -1,7 +1,7 @@
 """MNIST and the paper's MLP 784-1000-2000-1000-10 (arXiv:1710.02368), from the four IDX files, gzipped or not.
 
-mpiexec -n 5 python -m agnmpi train examples/mnist_mlp.py:Mnist --set options.path=DIRECTORY \
-    --batch 128 --epochs 2 --period 10
+mpiexec -n 5 python -m agnmpi train examples/mnist_mlp.py:Mnist --set options.path=DIRECTORY --batch 128 --epochs 2
+mpiexec -n 4 python -m agnmpi train examples/mnist_mlp.py:FashionMnist --set options.widths=[64]
 """
 
 import gzip
@@ -40,7 +40,17 @@ def read_set(directory, part):
 
 
 class Mnist(MLP):
-    """`path`: directory of the IDX files; `widths`: of the hidden layers."""
+    """`path`: directory of the IDX files; `widths`: of the hidden layers; `samples`: of the training images, 0: all."""
 
-    def __init__(self, xp=np, path="mnist", widths=(1000, 2000, 1000)):
-        super().__init__(xp, read_set(path, "train"), read_set(path, "t10k"), list(widths))
+    epochs = 10  # where the command line does not say
+
+    def __init__(self, xp=np, path="mnist", widths=(1000, 2000, 1000), samples=0):
+        x, y = read_set(path, "train")
+        super().__init__(xp, (x[: samples or None], y[: samples or None]), read_set(path, "t10k"), list(widths))
+
+
+class FashionMnist(Mnist):
+    """The same of clothes; `path`: where Debian's package dataset-fashion-mnist has it."""
+
+    def __init__(self, xp=np, path="/usr/share/datasets/fashion-mnist", widths=(1000, 2000, 1000), samples=0):
+        super().__init__(xp, path, widths, samples)

@@ -16,7 +16,7 @@ SPEEDS = {
     "synchronous, λ = 1": {"rule": "synchronous", "period": 1},
     "synchronous, λ = 10": {"rule": "synchronous"},
     "DiLoCo": {"rule": "diloco", "optimizer": "adamw"},
-    "AGN": {},
+    "AGN": {"outer_rate": "published"},
     "r = 1": _R1,
     "r = 1, R = n": _R1 | {"staleness_cap": _N},
     "r = 1, R = 2n": _R1 | {"staleness_cap": 2 * _N},
