@@ -88,7 +88,8 @@ def table(rows: list[dict]) -> str:
         one = {seed: found.get((problem, "r = 1, λ = 10", 1, seed)) for seed in range(SEEDS)}
         if not (alone := [value for value in one.values() if value is not None]):
             continue
-        text += f"\n**{problem}**, {epochs:g} epochs; one process: {mean(alone):.1f} % ({len(alone)} seeds)\n\n"
+        seeds = f"{len(alone)} seed" + "s" * (len(alone) > 1)
+        text += f"\n**{problem}**, {epochs:g} epochs; one process: {mean(alone):.1f} % ({seeds})\n\n"
         text += f"| n | {' | '.join(METHODS)} |\n|{'---|' * (1 + len(METHODS))}\n"
         for n in sorted(WORKERS):
             line = []

@@ -13,6 +13,7 @@ from agnmpi.core.optimizers import nesterov, sgd
 
 sys.path.extend([str(ROOT / "examples/evidence"), str(ROOT / "examples"), str(ROOT / "examples/paper")])
 import compare
+import defaults
 import mnist_mlp
 import resumable
 import scenarios
@@ -111,6 +112,31 @@ def test_the_driver(tmp_path, monkeypatch, capsys):
         compare.main()
     assert ended.value.code == 0
     mnist_mlp.read_set.cache_clear()
+
+
+def test_the_driver_of_the_defaults(tmp_path, monkeypatch, capsys):
+    """It resumes after a cell, and compares with one process of the same seed."""
+    images = made_up_mnist(tmp_path / "mnist", 64, 40)
+    mine = [defaults.Cell("MNIST", "r = 1, λ = 10", 1, 0), defaults.Cell("MNIST", "AGN, λ = 10", 8, 0)]
+    given = ["--mnist", str(images), "--fashion", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "argv", ["defaults.py", *given])
+    for done in (1, 2):
+        monkeypatch.setattr(defaults, "cells", lambda problems, done=done: mine[:done] if len(problems) == 2 else [])
+        defaults.main()
+    assert "2 cells, 1 to do" in capsys.readouterr().out
+    one, several = resumable.load(tmp_path / "out/defaults.jsonl")
+    assert one["curve"][-1] == [15.0, one["accuracy"] / 100]
+    lines = (tmp_path / "out/defaults.md").read_text().splitlines()
+    assert lines[0] == f"**MNIST**, 15 epochs; one process: {one['accuracy']:.1f} % (1 seed)"
+    assert "| 1 |  |  | +0.0 |  |" in lines
+    assert f"| 8 | {several['accuracy'] - one['accuracy']:+.1f} |  |  |  |" in lines
+
+
+def test_the_cells_of_the_defaults():
+    cells = defaults.cells(["digits", "MNIST"])
+    assert len(set(cells)) == len(cells) == 2 * defaults.SEEDS * (2 + 4 * (len(defaults.WORKERS) - 1))
+    assert cells[:2] == [defaults.Cell(problem, "AGN, λ = 10", 1, 0) for problem in ("digits", "MNIST")]
 
 
 def test_what_is_compared():
