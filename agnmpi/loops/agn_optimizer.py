@@ -25,6 +25,7 @@ from .arguments import Arguments
 from .gradients import Gradients, by_name, fill
 from .hook import Hook
 from .loop import Loop
+from .monitoring import LoopMonitor, Monitoring
 from .own_arrays import OwnArrays, one_vector
 from .terms import Asked, Caller, Kept, Status
 from .warner import advise, warn_of_threads
@@ -55,6 +56,8 @@ class AGNOptimizer:
         transport: made by `agnmpi.transports`, such as `transports.p2p(message_buffers=8)`, or its name; "auto"
             (default) depends on the rule.
         overlap: compute while an exchange is under way; default False.
+        wait: False: as overlap, but where an exchange takes longer than λ steps the worker takes more of them before
+            the next, up to 7 λ; steps count as they are, AGN divides by their number. Default True: exactly λ.
         dylu: λ is that of the fastest worker, the others' are proportional to their speeds; default False.
         buffers: names of those `params` that no gradient moves, but you: running means, as of batch normalization. The
             center takes their convex mean, c_b ← c_b + (b − c_b)/n; a pull brings them back. Default: none.
@@ -75,6 +78,7 @@ class AGNOptimizer:
             workers together, else "end".
         resume: "auto": from the newest checkpoint in `checkpoint`, if there is one; else a directory that has one.
         state, load_state: arrays of yours on this rank, such as moments, that checkpoints hold; called with them.
+        monitor: `agnmpi.Monitoring(…)`, or its directory alone: what `agnmpi train` shows and writes, of your loop.
 
     Raises:
         TypeError: for what is not an array or optimizer.
@@ -107,6 +111,7 @@ class AGNOptimizer:
         center_optimizer: Optimizer | None = None,
         transport: str | Transport = "auto",
         overlap: bool = False,
+        wait: bool = True,
         dylu: bool = False,
         buffers: Collection[str] = (),
         outer_rate: float | None = None,
@@ -120,14 +125,14 @@ class AGNOptimizer:
         checkpoint_workers: str = "auto",
         state: Callable[[], Mapping[str, Array]] = dict,
         load_state: Callable[[Mapping[str, Array]], object] = bool,
+        monitor: Monitoring | str | Path | None = None,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
         check_world(comm)
         warn_of_threads(name)
         self._kept, self._caller_state = Kept.of(checkpoint, checkpoint_every, checkpoint_workers), (state, load_state)
-        self._name, self._optimizer, self.loss = name, optimizer, nan
-        self._comm = comm.Dup()
+        self._comm, self._name, self._optimizer, self.loss = comm.Dup(), name, optimizer, nan
         self._hook = AbortOnException(self._comm)
         self._on_commit, self._on_pull, self._on_refused = on_commit, on_pull, on_refused
         try:
@@ -135,16 +140,17 @@ class AGNOptimizer:
                 optimizer, center_optimizer, params, communication_period, rule, variant, transport, buffers,
                 outer_rate, copy,
             )  # fmt: skip
-            self._loop = self._set_up(arguments, use_locking, overlap, dylu)
-            if resume is not None:
-                self._resume(resume)
+            self._loop = self._set_up(arguments, use_locking, overlap, wait, dylu, monitor, resume is not None)
+            self._resume(resume)
         except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
             self._comm.Free()
             raise
         atexit.register(self._at_exit)  # before mpi4py finalizes MPI
 
-    def _resume(self, resume: str | Path) -> None:
+    def _resume(self, resume: str | Path | None) -> None:
+        if resume is None:
+            return
         if resume != "auto":
             self._loop.restore(Path(resume), required=True)
         elif self._kept is not None:
@@ -152,17 +158,27 @@ class AGNOptimizer:
         else:
             raise ConfigError('resume="auto" needs checkpoint, the directory')
 
-    def _set_up(self, arguments: Arguments, use_locking: bool, overlap: bool, dylu: bool) -> Loop:
+    def _set_up(
+        self,
+        arguments: Arguments,
+        use_locking: bool,
+        overlap: bool,
+        wait: bool,
+        dylu: bool,
+        monitor: Monitoring | str | Path | None,
+        resumes: bool,
+    ) -> Loop:
         """Compare with the other ranks, create the flat vector, and connect; errors are raised on all ranks."""
         comm, optimizer = self._comm, arguments.optimizer
         rule, layout, period, transport = raise_on_all(comm, lambda: arguments.checked(use_locking))
         facts = arguments.facts(rule, period, transport) | {
             "overlap": str(overlap),
+            "wait": str(wait),
             "dylu": str(dylu),
             "checkpoint": "none" if self._kept is None else "every {1:g} s, workers {2}".format(*self._kept),
         }
         require_equal_model(comm, layout, facts)
-        setup = Setup(transport, overlap, dylu).on_hosts(comm)
+        setup = Setup(transport, overlap or not wait, dylu, wait=wait).on_hosts(comm)
         check_setup(rule, setup, comm.size, optimizer, arguments.center_optimizer)
         # Of variant "gradient": of the same kind, with its own slots.
         center_optimizer = arguments.center_optimizer or (optimizer if rule.accumulates else None)
@@ -175,9 +191,14 @@ class AGNOptimizer:
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
         self._sharded = len(setup.center_ranks) > 1
         caller = Caller(self._pack, self._pulled, self._refused, *self._caller_state)
+        options = facts | {"rule": rule.name, "transport": transport.name, "period": period}
+        where = self._kept and self._kept.directory
+        given = Monitoring(monitor) if isinstance(monitor, str | Path) else monitor
+        self._monitor = LoopMonitor(given, comm, where, resumes, options, layout, self._x) if given else None
         loop = Loop(
-            comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller, layout, self._kept
-        )
+            comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller, layout, self._kept,
+            self._monitor,
+        )  # fmt: skip
         self._restore_blas = limit_blas(loop.session.threads)
         if comm.rank == 0 and not (arguments.rule and arguments.rule.weighs):  # a weight of the caller's is not called
             advise(self._name, rule, loop.session.role.count, period)
@@ -278,10 +299,15 @@ class AGNOptimizer:
         self._loop.stop()
 
     @property
+    def stopped(self) -> str:
+        """Why `monitor` has ended this loop, and those to come; "" if it has not."""
+        return self._monitor.stopped if self._monitor is not None else ""
+
+    @property
     def granted(self) -> list[int]:
         """The numbers of the steps that this worker is to take, the next first; their samples may be loaded already."""
         worker = self._loop.worker
-        return [] if worker is None else worker.granted
+        return [] if worker is None else worker.held.numbers
 
     @property
     def status(self) -> Status:

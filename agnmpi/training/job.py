@@ -38,7 +38,7 @@ from .outputs import finish_run, run_directory, save_center, write_result
 from .problem import Batches, Factory, evaluate, gradient_of, leases_ahead, name_of, plan_of, prepare
 from .run_observer import RunObserver
 from .session import Session
-from .user_code import report_failure
+from .user_code import remarks, report_failure
 
 Result: TypeAlias = dict[str, Any]  # as in result.json
 
@@ -102,8 +102,8 @@ class Job:
         self.world, self.signals, self.rank = world.Dup(), signals, world.rank
         self.config = config = raise_on_all(self.world, config.complete)
         self.rule = config.make_rule()
-        transport = raise_on_all(self.world, config.make_transport)
-        self.setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False).on_hosts(self.world)
+        exchange = raise_on_all(self.world, config.make_transport), config.overlap, config.dylu
+        self.setup = Setup(*exchange, caller_uses_mpi=False, wait=config.wait).on_hosts(self.world)
         check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
         self.centers = self.setup.center_ranks
         trains = self.rank not in self.setup.serving_ranks
@@ -128,7 +128,7 @@ class Job:
         self.complete = self.interrupted = self.unwritten = False  # complete: before it was resumed
         self.failure: Exception | None = None  # of the user's code, on this rank
         # Ranks on which the user's code has failed; for the display, once it exists.
-        self._failed, self._announcements = list[int](), list[str]()
+        self._failed, self._announcements = list[int](), remarks(self.problem.gradient)
         self.result: Result | None = None
         self._worker_savers: list[WorkerSaver] = []
 
@@ -203,7 +203,7 @@ class Job:
 
     def _steps(self, worker: Worker, saver: WorkerSaver) -> Iterator[int]:
         """The loop of a worker: saves its state with the center, and stops on a signal where no center rank would."""
-        batches = Batches(self.problem, self.plan, worker.x, lambda: worker.granted, self.config.period)
+        batches = Batches(self.problem, self.plan, worker.x, lambda: worker.held.numbers, self.config.period)
         gradient = gradient_of(self.problem, self.layout, self.plan, worker.x, batches=batches)
 
         def compute(step: int) -> tuple[float, Array]:
@@ -289,7 +289,7 @@ class Job:
             duties.keep_config()
             try:
                 if self.interrupted:
-                    save_center(self.directory, self.config, self.layout, session.role)
+                    save_center(self.directory, self.config.rule, self.layout, session.role)
                 else:
                     self._write_result(duties.monitor)
             except OSError as error:
