@@ -10,7 +10,7 @@ from ..arrays.encodings import get
 from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
-from ..transport.registry import Transport, names_with, p2p
+from ..transport.registry import Transport, names_with, p2p, refusals_of_going_on
 from .placement import fault_tolerant, hosts, node_centers, one_center_per_host
 
 LEVELS = {
@@ -27,6 +27,7 @@ class Setup(NamedTuple):
     Args:
         transport: how commits travel.
         overlap: compute the next period while the exchange of the last is under way.
+        wait: False, with overlap: while that exchange is under way, go on after λ steps.
         dylu: λ_k in proportion to the workers' speeds, by this machine's clock.
         caller_uses_mpi: whether this program calls MPI by itself while it computes.
         placed: ranks of the centers, in order of their blocks, rank 0 first; empty: ranks 0 … k−1.
@@ -39,6 +40,7 @@ class Setup(NamedTuple):
     caller_uses_mpi: bool = True
     placed: tuple[int, ...] = ()
     nodes: tuple[tuple[int, ...], ...] = ()
+    wait: bool = True
 
     @property
     def center_ranks(self) -> Sequence[int]:
@@ -128,7 +130,11 @@ def _refusals(
     adds_only = f"transport {name!r} adds commits as they are"
     return [
         (rule.allreduce != caps.together, f"rule {rule.name} cannot use transport {name!r}; use {suitable}, or 'auto'"),
-        (rule.weighs and not caps.single_commits, f"rule {rule.name} weighs commits, but {adds_only}"),
+        (
+            rule.weighs and not caps.single_commits,
+            f"rule {rule.name} weighs commits, but {adds_only}: use transport {names_with('single_commits')}"
+            + (", or outer_rate 'published'" if rule.name == "agn" else ""),
+        ),
         (
             (center_optimizer is not None or rule.accumulates) and not caps.single_commits,
             f"{adds_only}: no center optimizer; leave use_locking on",
@@ -147,6 +153,7 @@ def _refusals(
             setup.dylu and (caps.together or not caps.single_commits),
             f"dylu needs a center that grants the work, which transport {name!r} has not",
         ),
+        *([] if setup.wait else refusals_of_going_on(rule, transport)),
         *_refusals_of_node_centers(rule, setup, center_optimizer),
         (
             (centers > 1 or transport.center_per_host) and not caps.shards,

@@ -18,7 +18,6 @@ from ..cluster.probe import choose_wire
 from ..cluster.roles import NodeRole
 from ..cluster.setup import Setup, check_setup
 from ..core.backoff import wait_until
-from ..core.batches import Plan
 from ..core.drive import drive
 from ..core.drive import train as train_worker
 from ..core.worker import Worker
@@ -36,7 +35,7 @@ from .exits import DEGRADED, UNWRITTEN, Degraded, Failed, Interrupted, Signals, 
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor, OnEvent
 from .outputs import finish_run, run_directory, save_center, write_result
-from .problem import Batches, Factory, evaluate, gradient_of, leases_ahead, name_of, prepare
+from .problem import Batches, Factory, evaluate, gradient_of, leases_ahead, name_of, plan_of, prepare
 from .run_observer import RunObserver
 from .session import Session
 from .user_code import remarks, report_failure
@@ -103,8 +102,8 @@ class Job:
         self.world, self.signals, self.rank = world.Dup(), signals, world.rank
         self.config = config = raise_on_all(self.world, config.complete)
         self.rule = config.make_rule()
-        transport = raise_on_all(self.world, config.make_transport)
-        self.setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False).on_hosts(self.world)
+        exchange = raise_on_all(self.world, config.make_transport), config.overlap, config.dylu
+        self.setup = Setup(*exchange, caller_uses_mpi=False, wait=config.wait).on_hosts(self.world)
         check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
         self.centers = self.setup.center_ranks
         trains = self.rank not in self.setup.serving_ranks
@@ -113,8 +112,7 @@ class Job:
         device = config.device if trains else config.center_device
         load = partial(prepare, config.problem, config.options, config.seed, device, here.worker_index, factory)
         self.problem, self.layout, self.x = raise_on_all(self.world, load)
-        numbers = self.problem.samples, config.batch, config.epochs, config.steps, config.seed
-        self.plan = raise_on_all(self.world, lambda: Plan(*numbers))
+        self.plan = raise_on_all(self.world, lambda: plan_of(self.problem, config))
         # Determines the samples of each step.
         self.data = {"samples": self.plan.samples, "batch": config.batch, "seed": config.seed}
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
@@ -205,7 +203,7 @@ class Job:
 
     def _steps(self, worker: Worker, saver: WorkerSaver) -> Iterator[int]:
         """The loop of a worker: saves its state with the center, and stops on a signal where no center rank would."""
-        batches = Batches(self.problem, self.plan, worker.x, lambda: worker.granted, self.config.period)
+        batches = Batches(self.problem, self.plan, worker.x, lambda: worker.held.numbers, self.config.period)
         gradient = gradient_of(self.problem, self.layout, self.plan, worker.x, batches=batches)
 
         def compute(step: int) -> tuple[float, Array]:

@@ -55,7 +55,7 @@ def test_r_1_averages_whatever_lambda_is():
     """Three workers that pull together and move by 6, 3 and 0 in periods of their own length: c is their mean."""
     _, local, made = world(rules.weighted(rules.agn(), rules.outer_rate(1.0)), None, [0.0], 3, 2)
     for worker, steps, moved in zip(made, (2, 1, 2), (6, 3, 0)):
-        worker.leases[0] = worker.leases[0]._replace(steps=2)
+        worker.held.leases[0] = worker.held.leases[0]._replace(steps=2)
         worker.x += moved
         for _ in range(steps):
             worker.step(None)
@@ -100,11 +100,11 @@ def test_what_is_too_old_is_dropped_and_done_again():
     close([local.c[0], made[2].x[0], made[2].o[0]], [2, 2, 2])
     assert (held.clock, held.steps, held.refused, made[2].clock) == (2, 4, 0, 2)
     assert held.applied == [1, 1, 0]
-    assert made[2].leases[0] == Lease(4, 2), "its steps, and nobody has done them"
+    assert made[2].held.leases[0] == Lease(4, 2), "its steps, and nobody has done them"
     made[0].leave(), made[1].leave()
     numbers = []
-    while made[2].leases:
-        numbers.append(made[2].step_number)
+    while made[2].held.leases:
+        numbers.append(made[2].held.number)
         made[2].step(-np.ones(1))
     assert numbers == [4, 5, 6, 7]
     assert (held.steps, held.leases.committed) == (8, 8)
@@ -153,8 +153,18 @@ def test_speed_proportional_periods():
     assert pace(1, 0) == 10
     book = Leases(total=20, period=10, pace=lambda worker, steps: 10 if worker == 0 else 4)
     assert [book.grant(0), book.grant(1)] == [Lease(0, 10), Lease(10, 4)]
-    book.commit(0, Lease(0, 3))
+    book.commit(0, Lease(0, 3)), book.release_all(0)
     assert [book.grant(1), book.grant(1), book.grant(0)] == [Lease(3, 4), Lease(7, 3), Lease(14, 6)]
+
+
+def test_by_default_one_worker_trains_as_one_process_does(tmp_path):
+    """Whatever λ is; as published it moves the center by a λth of what it has done."""
+    ends = [
+        simulate.run(config(tmp_path / name, 1, period=period, outer_rate=r), Timing())()["metrics"]["distance"]
+        for name, period, r in (("one", 1, "published"), ("default", 10, None), ("published", 10, "published"))
+    ]
+    assert ends[1] == pytest.approx(ends[0], rel=1e-4)
+    assert ends[2] > 2 * ends[0]
 
 
 def test_equal_speeds_are_agn_with_one_lambda(tmp_path):
@@ -200,7 +210,7 @@ def test_a_simulation_repeats_and_replays_bit_for_bit(tmp_path, name):
         assert result["metrics"]["distance"] < 0.5, "0.765 before the first step"
         assert (result["dropped"] > 0) == ("staleness_cap" in options)
     assert bits[0] == bits[1]
-    simulate.run(config(tmp_path / "plain", 5), Timing(**UNEVEN))()
+    simulate.run(config(tmp_path / "plain", 5, outer_rate="published"), Timing(**UNEVEN))()
     assert center(tmp_path / "plain") != bits[0]
     if "centers" not in options:
         again = replay(tmp_path / "a", config(tmp_path / "again", 5, **options))()
