@@ -133,9 +133,8 @@ class Run:
         self._comm, self._rank = comm.Dup(), comm.rank
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)  # of ours alone: an error is an exception, whatever the solver has
         try:
-            self._reservoir = raise_on_all(
-                self._comm, lambda: Reservoir(capacity, np.random.default_rng([seed, comm.rank]))
-            )
+            rng = raise_on_all(self._comm, lambda: np.random.default_rng([seed, comm.rank]))
+            self._reservoir = raise_on_all(self._comm, lambda: Reservoir(capacity, rng))
             self._surrogate, self._layout, x, weight, optimizer = raise_on_all(self._comm, lambda: checked(
                 surrogate, self._comm, period, center, optimizer, batch, steps, outer_rate, seed, options or {}
             ))  # fmt: skip
@@ -146,16 +145,14 @@ class Run:
             self._comm.Free()
             raise
         self.is_center = center == "rank" and comm.rank == CENTER
-        trains = comm.rank in members.train
         self._solver = _solver(self._comm, "serves" if self.is_center else does, solver)
         self._batch, self.closed = batch, False  # closed: `close` has come to its end
-        set_threads(place(self._comm, trains).threads)
+        set_threads(place(self._comm, comm.rank in members.train).threads)
         self._hook = AbortOnException(self._comm)
         found = parts(self._comm, members, x, weight, optimizer, period, center, steps, self._reservoir)
         self._served, self._end, self._training, self._reader = found
         self._samples, self._sender, self._receiver = _samples(self._comm, members, self._reservoir, seed)
-        self._views, self._g = self._layout.views(x), np.empty_like(x)
-        self._taken, self._loss, self._budget = 0, nan, Budget()
+        self._views, self._g, self._taken, self._loss = self._layout.views(x), np.empty_like(x), 0, nan
         self._done, self._stop, self._asked, self._has_put, self._seen = False, False, 0, False, 1  # seen: pulls
         self._flags, self._sums = np.zeros(2, np.int64), np.zeros(2, np.int64)
         self._agreed: MPI.Request | None = None
