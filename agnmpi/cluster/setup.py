@@ -66,9 +66,14 @@ class Setup(NamedTuple):
             return self
         return self._replace(transport=replace(self.transport, centers=len(ranks)), placed=tuple(ranks))
 
-    def with_replication(self) -> "Setup":
-        """The same, with the center's state replicated if workers and the center survive each other's loss."""
-        return self._replace(transport=replace(self.transport, replicates_state=outlives_loss(self.transport)))
+    def beginning(self, size: int) -> "Setup":
+        """The same, for `size` ranks: the center's state is replicated if workers and center survive each other's loss.
+
+        And the number of workers that spares are to keep up is known.
+        """
+        transport = replace(self.transport, replicates_state=outlives_loss(self.transport))
+        kept = size - 1 - transport.spares if transport.spares else 0
+        return self._replace(transport=replace(transport, kept=kept))
 
     @property
     def threaded(self) -> bool:
@@ -175,6 +180,19 @@ def _refusals(
             outlives_loss(transport) and transport.pull_encoding in ("int8", "int4"),
             f"pull_encoding {transport.pull_encoding} with ULFM: a worker that takes over would begin from rounded "
             "numbers; use float32 or bf16",
+        ),
+        (
+            transport.spares > 0 and not outlives_loss(transport),
+            f"spares = {transport.spares} take the places of lost ranks: start it with mpiexec --with-ft ulfm "
+            "(Open MPI), transport p2p and one center",
+        ),
+        (
+            transport.spares > 0 and transport.pull_encoding != "float32",
+            "spares end with the center as they pull it: leave pull_encoding",
+        ),
+        (
+            0 < transport.spares > size - 2,
+            f"spares = {transport.spares} of {ranks} leave no worker beside the center: start more, or give fewer",
         ),
         (
             caps.windows and fault_tolerant(),

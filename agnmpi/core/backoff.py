@@ -3,7 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class Orphaned(Exception):
@@ -58,6 +59,17 @@ _pace = _Pace()
 def set_pace(cap: float, spin: float) -> None:
     """From now on these are the defaults of `Backoff` in this thread."""
     _pace.cap, _pace.spin = cap, spin
+
+
+@contextmanager
+def pace(cap: float, spin: float) -> Iterator[None]:
+    """While in it, these are the defaults of `Backoff` in this thread."""
+    before = _pace.cap, _pace.spin
+    set_pace(cap, spin)
+    try:
+        yield
+    finally:
+        set_pace(*before)
 
 
 class Backoff:

@@ -115,6 +115,8 @@ class CenterEnd(ABC):
     hold: Callable[[Commit], bool] | None = None  # commits for which it is true are not processed now
     on_loss: Callable[[int], None] | None = None  # called with each worker that has died; None: the error is raised
 
+    on_join: Callable[[int], None] | None = None  # called with each spare that takes the place of a lost worker
+
     lost: AbstractSet[int] = frozenset()  # workers that have died
     silent: AbstractSet[int] = frozenset()  # workers that nobody waits for, until they send something
 

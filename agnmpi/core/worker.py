@@ -13,12 +13,14 @@ from typing import Any
 
 from ..arrays.backend import Array, Range, empty_like, namespace
 from ..arrays.kernels import all_finite
-from .backoff import check_launcher
+from .backoff import check_launcher, pace
 from .ends import Elected, Handle, Waits, WorkerEnd, awaited, run_waits
 from .leases import Lease
-from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
+from .messages import IDLE, JOIN, LEAVE, NOT_FINITE, PULL, REFUSED, SPARE, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
 from .optimizers import Optimizer
 from .rules import Rule
+
+_ASLEEP = 0.02  # seconds between two looks of a spare
 
 
 class Phase(Enum):
@@ -104,6 +106,7 @@ class Worker:
         self.pulls = self.refusals = 0  # numbers of pulls, and of commits of this worker that were refused
         self.more: Callable[[], Mapping[str, Array]] = dict  # arrays of the caller's, saved with this worker's
         self.form_x: Callable[[], object] = bool  # called before x is read, where the caller moves arrays of its own
+        self.spare = False  # waits until it is called in the place of a lost worker
         self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
         self.before = 0  # steps of all workers in earlier sessions: schedules continue
@@ -306,6 +309,8 @@ class Worker:
         """As `begin`."""
         yield from self.waits_to_settle()
         self.x_at_leave = self.x
+        if self.spare and not (yield from self._called()):
+            return
         reply = yield from awaited(self.end.exchange(self._request(), self._buffers.pulled))
         self._swap_in_pull(reply)
         if not (self.phase is Phase.RESUMED and self.rule.pulls == "before"):
@@ -317,6 +322,21 @@ class Worker:
                 return
             reply = yield from awaited(self.end.exchange(self._request(), None))
             self._obey(reply)
+
+    def _called(self) -> Waits[bool]:
+        """As a spare: wait, asleep, until the center calls, or all have left; whether it has called.
+
+        To the center it is a worker that has left: it is answered when all have, or when one is lost.
+        """
+        with pace(cap=_ASLEEP, spin=0.0):
+            out = self._buffers.pulled
+            reply = yield from awaited(self.end.exchange(Commit(self.index, requests=LEAVE | SPARE), out))
+        self.spare = reply.control != JOIN
+        if self.spare:  # else the pull may be of another moment than the reply
+            self._swap_in_pull(reply)
+            self.before, self.phase = reply.steps, Phase.LEFT
+            self.x[...] = self.o
+        return not self.spare
 
     def _request(self, requests: int = 0) -> Commit:
         """A message that requests work, without a delta."""
@@ -352,6 +372,8 @@ class Worker:
         """
         try:
             self.begin()
+            if self.spare:
+                return
             try:
                 while run_waits(self.waits_for_work()):
                     yield self.step_number

@@ -138,8 +138,10 @@ class Failover:
             if self._end.residual is not None:
                 end.restore(self._end.residual)
             self._end.replace(self._connector.threaded(end, self._x))
-            self._role.count = self._role.center.workers = self.comm.size - 1
+            count = self._connector.setup.transport.workers_among(self.comm.size)
+            self._role.count = self._role.center.workers = count
         else:
+            worker.spare = False
             self._role, source = self._restore(worker, reports, workers_before)
         self._on_role(self._role)
         return source

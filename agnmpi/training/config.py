@@ -86,7 +86,16 @@ class Config(RunOptions):
 
     def make_transport(self) -> registry.Transport:
         """The transport, with its options."""
-        names = ("centers", "node_centers", "message_buffers", "wire", "center_device", "encoding", "pull_encoding")
+        names = (
+            "centers",
+            "node_centers",
+            "message_buffers",
+            "wire",
+            "center_device",
+            "encoding",
+            "pull_encoding",
+            "spares",
+        )
         options = {name: getattr(self, name) for name in names}
         return registry.resolve(self.transport, self.make_rule().allreduce, workers=self.workers, **options)
 

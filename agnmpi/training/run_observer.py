@@ -105,6 +105,11 @@ class RunObserver(Observer):
         )
         self.note("lost", rank=rank, host=self._hosts[rank], uncommitted=held)
 
+    def joined(self, rank: int) -> None:
+        """Report a spare that takes a lost rank's place."""
+        self.say(f"{self.name(rank)}, a spare, takes a lost rank's place")
+        self.note("joined", rank=rank, host=self._hosts[rank])
+
     def given_up(self, lease: Lease) -> None:
         """Report steps that are given up."""
         last = lease.first + lease.steps - 1

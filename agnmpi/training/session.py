@@ -52,7 +52,7 @@ class Session:
         saved: Callable[[], Saved | None] = lambda: None,
         drop_silent: bool = False,
     ) -> None:
-        setup = setup.with_replication()
+        setup = setup.beginning(comm.size)
         # With node centers: workers, then node centers, by their numbers.
         others = [*setup.workers(comm.size), *(node for node, *_ in setup.nodes)] if setup.nodes else []
         self.rule, self.members = rule, Membership(comm.size, setup.center_ranks, others)
@@ -157,9 +157,10 @@ class Session:
         self._watch_workers()
 
     def _watch_workers(self) -> None:
-        """At the center: receive notice of workers that die."""
+        """At the center: receive notice of workers that die, and of spares that take their places."""
         if isinstance(self.role, CenterRole):
             self.role.end.on_loss = self._worker_lost
+            self.role.end.on_join = lambda worker: self._observer.joined(self.members.rank_of(worker))
 
     def _worker_lost(self, worker: int) -> None:
         center = self.role.center

@@ -11,7 +11,7 @@ from ..arrays.backend import Array, to_host
 from ..arrays.encodings import get
 from ..core.backoff import wait_until
 from ..core.ends import Apply, CenterEnd
-from ..core.messages import ENCODED, LEAVE, MISFIT, PULL, Commit, Reply
+from ..core.messages import ENCODED, JOIN, LEAVE, MISFIT, PULL, SPARE, Commit, Reply
 from .chunks import ALL, INLINE, PIECE, Stream, Ticks, discarded
 from .peers import CENTER_VARIABLE, DELTA, REPLY, Answer, Buffer, Listener, Peer, Peers, State, Vectors, peer_failed
 from .staging import cut
@@ -34,12 +34,14 @@ class P2PCenter(CenterEnd):
         wire: "staged" or "direct", where c lies on a device.
         pull_encoding: Of c in the replies to those who ask for it.
         numbers: Of the workers, where they are not 0, 1, …
+        kept: Workers that spares keep up, as long as there are any.
         trains: Whether rank 0 is a worker, too, the last: by messages to itself, so neither may wait for the other.
 
     Attributes:
         lost: Workers that have died, with `on_loss` alone; else the error is raised.
         silent: Workers that nobody waits for, until they send something.
         on_loss: Called with each worker that has died, between two messages.
+        on_join: Called with each spare that takes its place.
         on_whole: Called with each message when it is complete, possibly during an apply.
         hold: While this is true of a commit with payload, the receive of its delta does not begin.
         in_flight_deltas: Deltas whose receive has begun and that are not applied yet.
@@ -49,7 +51,7 @@ class P2PCenter(CenterEnd):
 
     def __init__(
         self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged", pull_encoding: str = "float32",
-        numbers: Sequence[int] = (), trains: bool = False,
+        numbers: Sequence[int] = (), trains: bool = False, kept: int = 0,
     ) -> None:  # fmt: skip
         if message_buffers < 1:
             raise ValueError(f"the center needs at least one message buffer, not {message_buffers}")
@@ -61,6 +63,7 @@ class P2PCenter(CenterEnd):
         self._expected = set[int]()  # workers that have not left, and are neither lost nor silent
         self._leave_reply: Reply | None = None  # the reply to workers that have left
         self._left = 0  # workers that have left this session
+        self._kept, self._spares = kept, dict[int, Peer]()  # those that wait, by worker
         self._dying: deque[Peer] = deque()  # lost, but not reported yet
         self._serving: Peer | None = None  # whose message is being applied
         self._ticks = Ticks()
@@ -84,7 +87,7 @@ class P2PCenter(CenterEnd):
     @property
     def deserted(self) -> bool:
         """Whether all workers were lost, and none has left."""
-        return not self.live and not self._left
+        return not self.live and not self._left and not self._spares
 
     @property
     def progress(self) -> int:
@@ -99,6 +102,7 @@ class P2PCenter(CenterEnd):
     def open(self) -> None:
         """Begin a session of all workers."""
         self._left = 0
+        self._spares.clear()
         self._vectors.pulls.forget()
         self._expected = {peer.index for peer in self._peers.all if peer.state is not State.LOST} - self.silent
         for peer in self._peers.at(State.LEFT):
@@ -151,7 +155,11 @@ class P2PCenter(CenterEnd):
         if peer.commit.requests & LEAVE:
             self._peers.move(peer, State.LEFT)
             self._expected.discard(peer.index)
-            self._left, self._leave_reply = self._left + 1, reply
+            if peer.commit.requests & SPARE:
+                self._spares[peer.index] = peer
+            else:
+                self._left += 1
+            self._leave_reply = reply
             self._answer_left()
         else:
             self._answer(peer, reply)
@@ -349,13 +357,28 @@ class P2PCenter(CenterEnd):
 
     def _answer_left(self) -> None:
         """Answer the workers that have left, once all have."""
+        self._call_spares()
         if self.live or self._leave_reply is None:
             return
+        self._spares.clear()
         leave_reply, self._leave_reply = self._leave_reply, None
         for peer in self._peers.at(State.LEFT):
             self._peers.move(peer, State.ANSWERING)
             self._answer(peer, leave_reply)
         wait_until(self._flush)
+
+    def _call_spares(self) -> None:
+        """Let spares that wait take the places of lost workers."""
+        while self._spares and len(self._peers.all) - len(self.lost) - len(self._spares) < self._kept:
+            worker = min(self._spares)
+            peer = self._spares.pop(worker)
+            self._expected.add(worker)
+            peer.commit = peer.commit._replace(requests=PULL)
+            self._peers.move(peer, State.ANSWERING)
+            assert self._leave_reply is not None
+            self._answer(peer, self._leave_reply._replace(control=JOIN))
+            if self.on_join is not None:
+                self.on_join(worker)
 
     def _not_silent(self, peer: Peer) -> None:
         if peer.index in self.silent:
@@ -403,6 +426,7 @@ class P2PCenter(CenterEnd):
             self.lost.add(worker)
             self._expected.discard(worker)
             self.silent.discard(worker)
+            self._spares.pop(worker, None)
             self._retry_at = 0.0  # its leases are free
             if self.on_loss is not None:
                 self.on_loss(worker)
