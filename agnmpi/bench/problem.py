@@ -14,7 +14,8 @@ from mpi4py import MPI
 from ..arrays.backend import Array, full_like, synchronize
 from ..arrays.encodings import NAMES
 from ..arrays.kernels import set_threads
-from ..cluster.placement import check_world, limit_blas, place, require_equal_model
+from ..cluster.machine import limit_blas
+from ..cluster.placement import check_world, place, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.setup import Setup, check_setup
 from ..core.batches import Plan

@@ -19,6 +19,7 @@ from ..arrays.backend import device_count
 from ..arrays.kernels import set_threads
 from ..bench import encodings
 from ..cluster import probe
+from ..cluster.machine import unused_devices
 from ..cluster.placement import (
     check_world,
     fault_tolerant,
@@ -26,7 +27,6 @@ from ..cluster.placement import (
     one_center_per_host,
     place,
     same_host,
-    unused_devices,
 )
 from ..cluster.setup import LEVELS
 from ..core.backoff import wait_until

@@ -4,7 +4,7 @@ import argparse
 import faulthandler
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
     except (HelpAsked, ArgumentsRefused) as raised:
         refusal = raised
-    if args is not None and args.command in OFFLINE:
+    if args is not None and (args.command in OFFLINE or (args.command == "simulate" and not _launched())):
         return _offline(args)
     signals = Signals(_abort, several=args is not None and args.command == "sweep")
     if args is not None and args.command in ("train", "sweep"):
@@ -87,10 +87,14 @@ def _offline(args: argparse.Namespace) -> int:
 
             print(*build(Path(args.directory), args.mpicc))
             return 0
-        return models.evaluate(Path(args.run), args.device)
-    except (ValueError, OSError) as error:
+        if args.command == "simulate":
+            run = _prepare_simulation(args)
+        else:
+            return models.evaluate(Path(args.run), args.device)
+    except (ValueError, OSError, TypeError, ImportError) as error:
         print(f"agnmpi: error: {error}", file=sys.stderr)
         return 2
+    return _simulate(args, run)
 
 
 def _world() -> Any:
@@ -199,8 +203,12 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
         return doctor.main(world, args.period, args.probe, args.json, args.encodings)
     if args.command.startswith("bench"):
         return _bench(args, world)
+    from ..transport.agreement import ConfigError, allgather, raise_on_all
+
     if args.command == "simulate":
-        return _simulate(args, world)
+        if world.size > 1:
+            raise ConfigError(f"simulate is one process, but mpiexec started {world.size} ranks; start it without")
+        return _simulate(args, raise_on_all(world, lambda: _prepare_simulation(args)))
     if args.command == "sweep":
         return _sweep(args, world, signals)
     from mpi4py import MPI
@@ -208,7 +216,6 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     from ..cluster.placement import fault_tolerant
     from ..training.exits import UNEVALUATED
     from ..training.job import train
-    from ..transport.agreement import allgather, raise_on_all
 
     not_config = {"command", "config", "sets", "inject_faults"}
     given = {key: value for key, value in vars(args).items() if key not in not_config}
@@ -234,11 +241,10 @@ def _sweep(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     from ..transport.agreement import raise_on_all
     from . import sweep
 
-    names = {f.name for f in fields(Config)} - {"run_dir"}
-    given = {key: value for key, value in vars(args).items() if key in names}
+    given = _options(args)
+    folder = given.pop("run_dir", None)
     points = raise_on_all(world, lambda: sweep.grid(args.config, given, args.sets, args.grid))
     raise_on_all(world, lambda: _named(points[0].config))
-    folder = getattr(args, "run_dir", None)
     return sweep.main(world, points, folder, args.ranks_per_run, signals, args.inject_faults)
 
 
@@ -257,10 +263,21 @@ def _bench(args: argparse.Namespace, world: Any) -> int:
     from ..bench import problem
     from ..transport.agreement import raise_on_all
 
-    names = {f.name for f in fields(Config)}
-    given = {key: value for key, value in vars(args).items() if key in names}
-    config = raise_on_all(world, lambda: _named(load(args.config, given | BENCHED, args.sets)))
+    config = raise_on_all(world, lambda: _named(load(args.config, _options(args) | BENCHED, args.sets)))
     return problem.main(world, config, chosen(problem.Options))
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the arguments those that are options of `Config`."""
+    names = {f.name for f in fields(Config)}
+    return {key: value for key, value in vars(args).items() if key in names}
+
+
+def _launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    from ..cluster.machine import started
+
+    return bool(started()) or os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "0", "1")
 
 
 def _named(config: Config, alternative: str = "") -> Config:
@@ -270,38 +287,40 @@ def _named(config: Config, alternative: str = "") -> Config:
     return config
 
 
-def _simulate(args: argparse.Namespace, world: Any) -> int:
+def _prepare_simulation(args: argparse.Namespace) -> Callable[[], dict[str, Any]]:
+    """What runs the simulation, or the replay; raises ValueError where it is refused."""
     from ..simulation import simulate
     from ..simulation.replay import replay
-    from ..training.outputs import write_result
-    from ..transport.agreement import ConfigError, raise_on_all
 
-    if world.size > 1:
-        raise ConfigError(f"simulate is one process, but mpiexec started {world.size} ranks; start it without mpiexec")
     not_config = {"command", "config", "sets", "timing_only", "replay"}
     timings = {f.name for f in fields(Timing)} & set(vars(args))
     given = {key: value for key, value in vars(args).items() if key not in not_config | timings}
     given |= SIMULATED
-
-    def prepare_run() -> Any:
-        if args.replay is not None:
-            run = Path(args.replay)
-            no_more = {"run_dir": None, "record": False, "monitor": None, "patience": None, "stop_at": None}
-            recorded = load(str(run / "config.toml"), no_more | given, args.sets)
-            return replay(run, recorded)
-        config = load(args.config, given, args.sets)
-        timing = load_timing(args.config, {key: getattr(args, key) for key in timings})
-        if args.timing_only:
-            result = simulate.network(config, timing)
-            return lambda: result
-        return simulate.run(_named(config, ", or --timing-only"), timing)
-
-    result = raise_on_all(world, prepare_run)()
+    if args.replay is not None:
+        run = Path(args.replay)
+        no_more = {"run_dir": None, "record": False, "monitor": None, "patience": None, "stop_at": None}
+        return replay(run, load(str(run / "config.toml"), no_more | given, args.sets))
+    config = load(args.config, given, args.sets)
+    timing = load_timing(args.config, {key: getattr(args, key) for key in timings})
     if args.timing_only:
-        for line in simulate.summary_lines(result):
+        result = simulate.network(config, timing)
+        return lambda: result
+    return simulate.run(_named(config, ", or --timing-only"), timing)
+
+
+def _simulate(args: argparse.Namespace, run: Callable[[], dict[str, Any]]) -> int:
+    from ..simulation.simulate import summary_lines
+    from ..training.outputs import write_result
+
+    try:
+        result = run()
+    except KeyboardInterrupt:
+        print("\nagnmpi: interrupted", file=sys.stderr)
+        return 130
+    if args.timing_only:
+        for line in summary_lines(result):
             print(line)
-        if "run_dir" in given:
-            directory = Path(given["run_dir"])
-            directory.mkdir(parents=True, exist_ok=True)
-            write_result(directory, result)
+        if directory := getattr(args, "run_dir", None):
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            write_result(Path(directory), result)
     return 1 if result.get("same_bits") is False else 0

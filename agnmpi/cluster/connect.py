@@ -21,7 +21,8 @@ from ..transport.composed import ShardedWorker, encode
 from ..transport.local import LocalCenter
 from ..transport.staging import make_wire
 from .node import NodeEnd
-from .roles import CenterRole, LocalRole, NodeRole, PeerRole, Role, ShardRole, WorkerRole
+from .role import Role
+from .roles import CenterRole, LocalRole, NodeRole, PeerRole, ShardRole, WorkerRole
 from .setup import Setup
 
 

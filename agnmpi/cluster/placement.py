@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from mpi4py import MPI
 from ..core.params import Layout
 from ..transport.agreement import ConfigError, allgather, require_equal
 from ..version import __version__, mpi_library
+from .machine import started
 
 
 class Place(NamedTuple):
@@ -116,23 +117,6 @@ def node_centers(hosts: Sequence[object]) -> list[tuple[int, ...]]:
     return [tuple(group) for host, group in ranks.items() if host != hosts[0] and len(group) > 2]
 
 
-def limit_blas(threads: int) -> Callable[[], None]:
-    """Let BLAS use `threads` threads, unless the environment sets a number; returns what restores its own number."""
-    if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")):
-        return lambda: None
-    import threadpoolctl
-
-    restore: Callable[[], None] = threadpoolctl.threadpool_limits(threads).restore_original_limits
-    return restore
-
-
-def blas_threads() -> int:
-    """Count the threads that BLAS uses here."""
-    import threadpoolctl
-
-    return max((int(pool["num_threads"]) for pool in threadpoolctl.threadpool_info()), default=1)
-
-
 def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse a world of one rank where the launcher started several."""
     if MPI.COMM_WORLD.size > 1 or comm.size > 1:
@@ -147,27 +131,11 @@ def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> 
             f"does not speak what srun offered; pass srun --mpi={pmi}, or use mpiexec of the same environment "
             "in the batch file"
         )
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"):
-        if environment.get(name, "1") not in ("", "0", "1"):
-            raise ConfigError(
-                f"the launcher started {environment[name]} ranks, but each is a world of its own: mpiexec is of "
-                f"another MPI than mpi4py's ({mpi_library()}); use the mpiexec of the same environment"
-            )
-
-
-def unused_devices(devices: int, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Warn if SLURM allocated GPUs on this node but none can be used; `devices`: how many can.
-
-    >>> unused_devices(4, {"SLURM_GPUS_ON_NODE": "4"}), unused_devices(0, {})
-    ([], [])
-    """
-    allocated = environment.get("SLURM_GPUS_ON_NODE", "")
-    if devices or allocated in ("", "0"):
-        return []
-    return [
-        f"WARNING: SLURM gave this job {allocated} GPU(s) on this node, but CuPy finds none: the workers compute on "
-        "the CPU; agnmpi doctor says what is missing"
-    ]
+    if ranks := started(environment):
+        raise ConfigError(
+            f"the launcher started {ranks} ranks, but each is a world of its own: mpiexec is of another MPI than "
+            f"mpi4py's ({mpi_library()}); use the mpiexec of the same environment"
+        )
 
 
 def fault_tolerant(environment: Mapping[str, str] = os.environ) -> bool:

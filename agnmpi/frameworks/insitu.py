@@ -196,7 +196,7 @@ class Run:
         samples for a batch, it may take no step. On rank 0 it serves, too, beside the budget.
 
         Args:
-            budget: at least 0; default 0.02.
+            budget: at least 0; default 0.02; from 1 on time is no limit, only `most` and the samples.
             most: steps; default: as many as fit.
         """
         if not (budget >= 0 and isfinite(budget)):

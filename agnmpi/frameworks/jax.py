@@ -1,7 +1,8 @@
 """JAX: a pytree of parameters, trained over MPI in the loop that is there already."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -36,11 +37,14 @@ class Run(AnyRun):
         opt_state: a pytree, such as optax's state; it stays on its worker. Default: none.
         comm: any communicator; it is duplicated.
         period: λ, steps between exchanges; default 10.
-        rule, outer_rate, transport, overlap, dylu: as of `AGNOptimizer`.
+        key: of `jax.random`, of which each worker gets one of its own. Default: none.
+        rule, outer_rate, transport, overlap, dylu, checkpoint, resume, checkpoint_every, checkpoint_workers: as of
+            `AGNOptimizer`. Checkpoints hold, of each worker, opt_state, key, and the place in the data.
 
     Attributes:
         params: to take the next step from. A new tree after an exchange; its arrays may be donated to a jitted step.
         opt_state: likewise; after a commit that was refused (NaN) it is what it was at the beginning.
+        key: take yours from it: `run.key, key = jax.random.split(run.key)`.
 
     Raises:
         ValueError: for trees that differ between ranks, or hold no floating numbers.
@@ -58,8 +62,13 @@ class Run(AnyRun):
         transport: str | Transport = "auto",
         overlap: bool = False,
         dylu: bool = False,
+        key: Any = None,
+        checkpoint: str | Path | None = None,
+        resume: str | Path | None = None,
+        checkpoint_every: float = 300.0,
+        checkpoint_workers: str = "auto",
     ) -> None:
-        self.params, self.opt_state = params, opt_state
+        self.params, self.opt_state, self.key = params, opt_state, key
         self._first_state = _copied(opt_state)
         ours = comm.Dup()
         try:
@@ -73,14 +82,28 @@ class Run(AnyRun):
         opt = AGNOptimizer(
             None, self._x, comm, period, name="agnmpi.jax.Run", copy=False, rule=rule, outer_rate=outer_rate,
             transport=transport, overlap=overlap, dylu=dylu, on_commit=self._pack, on_pull=self._unpack,
-            on_refused=self._refused,
+            on_refused=self._refused, checkpoint=checkpoint, resume=resume, checkpoint_every=checkpoint_every,
+            checkpoint_workers=checkpoint_workers, state=self._state, load_state=self._resumed_with,
         )  # fmt: skip
-        super().__init__(opt, period, None)
+        super().__init__(opt, period, checkpoint)
+        index = comm.rank - (comm.size - opt.num_workers)
+        if key is not None and index > 0:
+            self.key = jax.random.fold_in(key, index)
 
     def update(self, params: Tree, opt_state: Tree = None) -> None:
         """Count the step that has led to `params` and `opt_state`, and exchange when λ are done."""
         self.params, self.opt_state = params, opt_state
         self._step()
+
+    def _own_state(self) -> dict[str, Array]:
+        return {name: _bytes(leaf) for name, leaf in _leaves((self.opt_state, self.key))}
+
+    def _set_own_state(self, saved: Mapping[str, Array], within: bool) -> None:
+        own = self.opt_state, self.key
+        if differ := saved.keys() ^ {name for name, _ in _leaves(own)}:
+            raise ValueError(f"the checkpoint is of another opt_state or key: {', '.join(sorted(differ))}")
+        leaves = [_from_bytes(saved[name], name, leaf) for name, leaf in _leaves(own)]
+        self.opt_state, self.key = jax.tree.unflatten(jax.tree.structure(own), leaves)
 
     def _pack(self, _opt: AGNOptimizer) -> None:
         self._x[...] = self._ravel(self.params)
@@ -138,3 +161,25 @@ def _vector(tree: Tree) -> tuple[Array, Callable[[Tree], Array], Callable[[Array
     rounds = any(jnp.finfo(leaf.dtype).eps > np.finfo(dtype).eps for _, leaf in leaves)
     ravel = jax.jit(lambda tree: ravel_pytree(tree)[0].astype(dtype))
     return x, ravel, jax.jit(lambda vector: unravel(vector.astype(flat.dtype))), rounds
+
+
+def _bytes(leaf: Any) -> Array:
+    """A copy of those of an array, or of a key."""
+    return _numbers(leaf).reshape(-1).view(np.uint8).copy()
+
+
+def _from_bytes(saved: Array, name: str, like: Any) -> Any:
+    """The array, or the key, whose bytes were `saved`; raises ValueError where `like` is of another size."""
+    numbers = _numbers(like)
+    if saved.size != numbers.nbytes:
+        raise ValueError(f"{name} of the checkpoint has {saved.size} bytes, not {numbers.nbytes}")
+    found = jnp.array(saved.view(numbers.dtype).reshape(numbers.shape))
+    return jax.random.wrap_key_data(found, impl=jax.random.key_impl(like)) if _is_key(like) else found
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _numbers(leaf: Any) -> Array:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)

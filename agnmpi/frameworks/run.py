@@ -222,10 +222,11 @@ class Run(ABC):
         """Put back what `_randomness` returned; of a loader only if it is given."""
         randomness.restore(states)
 
+    @abstractmethod
     def _own_state(self) -> dict[str, Array]:
         """What else of this worker is saved."""
-        return {}
 
+    @abstractmethod
     def _set_own_state(self, saved: Mapping[str, Array], within: bool) -> None:
         """Put back what `_own_state` returned, `within` a loop or after it."""
 
@@ -249,6 +250,19 @@ class Run(ABC):
     @abstractmethod
     def _holding(self, x: Array) -> AbstractContextManager[Any]:
         """Within it what is trained holds `x` (n,)."""
+
+    def save(self, directory: str | Path) -> None:
+        """Write a checkpoint of everything, between two loops; collective. It lies in `directory`/checkpoints."""
+        self._opt.save(directory)
+        self._write(directory)
+
+    def restore(self, directory: str | Path) -> None:
+        """Continue from the newest checkpoint in `directory`; collective, before the first loop.
+
+        The loops that were complete then yield nothing, and the one that was not goes on where it was: a script is
+        started again as it is. Raises ValueError if there is no checkpoint, or one of another model.
+        """
+        self._opt.restore(directory)
 
     def stop(self) -> None:
         """End the loop for all, from any rank or evaluation; as `AGNOptimizer.stop`."""

@@ -110,19 +110,6 @@ class Run(AnyRun):
         torch.set_num_threads(self._threads)
         super().close()
 
-    def save(self, directory: str | Path) -> None:
-        """Write a checkpoint of everything, between two loops; collective. It lies in `directory`/checkpoints."""
-        self._opt.save(directory)
-        self._write(directory)
-
-    def restore(self, directory: str | Path) -> None:
-        """Continue from the newest checkpoint in `directory`; collective, before the first loop.
-
-        The loops that were complete then yield nothing, and the one that was not goes on where it was: a script is
-        started again as it is. Raises ValueError if there is no checkpoint, or one of another model.
-        """
-        self._opt.restore(directory)
-
     def _finish(self) -> None:
         super()._finish()
         self._flat.count(self._opt.taken)

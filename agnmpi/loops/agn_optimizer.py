@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, namespace
-from ..cluster.placement import check_world, limit_blas, require_equal_model
+from ..cluster.machine import limit_blas
+from ..cluster.placement import check_world, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.setup import Setup, check_setup
 from ..core.optimizers import Optimizer

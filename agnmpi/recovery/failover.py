@@ -14,7 +14,8 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, full_like
 from ..cluster.connect import Connector
-from ..cluster.roles import CenterRole, LocalRole, Role
+from ..cluster.role import Role
+from ..cluster.roles import CenterRole, LocalRole
 from ..core.leases import Leases
 from ..core.membership import Membership
 from ..core.worker import Phase, Worker

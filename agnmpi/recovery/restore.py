@@ -9,7 +9,7 @@ from typing import Any
 from mpi4py import MPI
 
 from ..arrays.backend import Array
-from ..cluster.roles import Role
+from ..cluster.role import Role
 from ..core.params import Layout
 from ..transport.agreement import allgather, raise_on_all
 from .checkpoint import folders, left_out, read_facts, read_span, read_worker, set_aside

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..arrays.backend import Array, host_copy, synchronize
 from ..arrays.kernels import all_finite
-from ..cluster.roles import Role, ShardRole
+from ..cluster.role import Role
+from ..cluster.roles import ShardRole
 from ..core.backoff import wait_until
 from ..core.center import Center
 from ..core.optimizers import Optimizer
@@ -65,9 +66,12 @@ class _Writer:
         self._pending: Future[None] | None = None
 
     def begin(self, write: Callable[[], None]) -> None:
-        """Call `write` in the thread; waits for the last one."""
+        """Call `write` in the thread; waits for the last one. Here, where the interpreter is ending."""
         self.wait()
-        self._pending = self._pool.submit(write)
+        try:
+            self._pending = self._pool.submit(write)
+        except RuntimeError:  # no more threads
+            self._pending = _called(write)
 
     def busy(self) -> bool:
         """Collect a finished write, without waiting; whether one is still under way."""
@@ -91,6 +95,17 @@ class _Writer:
         """Wait, and end the thread."""
         self.wait()
         self._pool.shutdown()
+
+
+def _called(write: Callable[[], None]) -> Future[None]:
+    future = Future[None]()
+    try:
+        write()
+    except Exception as error:  # raised again where the result is collected
+        future.set_exception(error)
+    else:
+        future.set_result(None)
+    return future
 
 
 class CenterSaver:
@@ -311,7 +326,7 @@ class WorkerSaver:
     def _begin(self, number: int) -> None:
         worker = self.worker
         try:
-            arrays, facts = save_worker(worker, copied=False)
+            arrays, facts = save_worker(worker)
             if sum(x.nbytes for x in arrays.values()) <= self._small:
                 arrays = {name: host_copy(x) for name, x in arrays.items()}
         except MemoryError as error:
@@ -332,7 +347,7 @@ class WorkerSaver:
         if steps is None or self._when == "none" or self.worker.spare:
             return
         try:
-            write_worker(self._run, self.worker.index, steps, save_worker(self.worker, copied=False))
+            write_worker(self._run, self.worker.index, steps, save_worker(self.worker))
         except (OSError, MemoryError) as error:
             self._outage.begins(error)
         else:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-from ..cluster.roles import CenterRole, Role
+from ..cluster.role import Role
+from ..cluster.roles import CenterRole
 from ..core.backoff import wait_until
 from ..core.membership import Membership
 from ..core.timer import Every

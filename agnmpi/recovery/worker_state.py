@@ -3,25 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..arrays.backend import Array, bring, host_copy
+from ..arrays.backend import Array, bring
 from ..core.worker import Phase, Worker
 
 CALLER = "caller/"  # begins the names of the caller's arrays in what is saved
 
 
-def save_worker(worker: Worker, copied: bool = True) -> tuple[dict[str, Array], dict[str, Any]]:
-    """What a checkpoint stores of `worker`, between two periods: x, o, the slots, and metadata.
-
-    `copied`: to the host, for a thread that writes while training continues; else the vectors themselves.
-    """
+def save_worker(worker: Worker) -> tuple[dict[str, Array], dict[str, Any]]:
+    """What a checkpoint stores of `worker`, between two periods: x, o, the slots, all themselves, and metadata."""
     optimizer = worker.optimizer
     slots = optimizer.slots(worker.state) if optimizer else {}
     arrays = {"x": worker.x_at_leave, "o": worker.o} | {f"slot/{name}": slot for name, slot in slots.items()}
     arrays |= {CALLER + name: x for name, x in worker.more().items()}
     residual = worker.end.residual  # with overlap the exchange under way may replace it, but not change this one
     arrays |= {} if residual is None else {"residual": residual}
-    if copied:
-        arrays = {name: host_copy(x) for name, x in arrays.items()}
     return arrays, {
         "worker": worker.index,
         "clock": worker.clock,

@@ -96,11 +96,16 @@ class Station:
 
 
 class VirtualHandle:
-    """An exchange under way, a piece with each center; `then` is called when all have replied."""
+    """An exchange under way; `then` is called when all replies have arrived.
 
-    def __init__(self) -> None:
-        self.pieces: list[LocalHandle] = []
-        self.missing = 0
+    Args:
+        missing: number of replies to come.
+        reply: that grants the work: the first center's, once it is there.
+    """
+
+    def __init__(self, missing: int, reply: Reply | None = None) -> None:
+        self.pieces: list[LocalHandle] = []  # with each center
+        self.missing, self.reply = missing, reply
         self.then: Callable[[], None] | None = None
 
     def test(self) -> bool:
@@ -108,11 +113,10 @@ class VirtualHandle:
         return not self.missing
 
     def wait(self) -> Reply:
-        """Return the reply of the first center, which grants the work; raises RuntimeError before it has arrived."""
-        reply = self.pieces[0].reply
-        if self.missing or reply is None:
+        """Return the reply that grants the work; raises RuntimeError before all have arrived."""
+        if self.missing or self.reply is None:
             raise RuntimeError("in virtual time nothing can block: resume when the handle is done")
-        return reply
+        return self.reply
 
     def answered(self) -> None:
         """The reply to a piece has arrived."""
@@ -134,8 +138,7 @@ class VirtualWorker(WorkerEnd):
 
     def exchange(self, commit: Commit, out: Array | None) -> VirtualHandle:
         """Send each center its slice of the commit."""
-        exchange = VirtualHandle()
-        exchange.missing = len(self._parts)
+        exchange = VirtualHandle(len(self._parts))
         for i, (station, part) in enumerate(zip(self._stations, self._parts)):
             piece = commit._replace(
                 payload=None if commit.payload is None else commit.payload[part],
@@ -149,6 +152,8 @@ class VirtualWorker(WorkerEnd):
         piece = exchange.pieces[i]
         if piece.out is not None and piece.reply is not None:
             self._clocks[i] = piece.reply.clock
+        if i == 0:
+            exchange.reply = piece.reply
         exchange.answered()
 
     def pull(self, out: Array) -> VirtualHandle:
@@ -160,20 +165,6 @@ class VirtualWorker(WorkerEnd):
         if commit is not None:
             self.exchange(commit, None)
         return self.exchange(Commit(self._worker, requests=PULL | LEAVE), out)
-
-
-class RoundHandle(VirtualHandle):
-    """A worker's part of a round; done at once where it only asks for work or reads the center."""
-
-    def __init__(self, reply: Reply | None = None) -> None:
-        super().__init__()
-        self.reply, self.missing = reply, int(reply is None)
-
-    def wait(self) -> Reply:
-        """Return the reply; raises RuntimeError before the round is over."""
-        if self.reply is None:
-            raise RuntimeError("in virtual time nothing can block: resume when the handle is done")
-        return self.reply
 
 
 class Meeting:
@@ -191,18 +182,18 @@ class Meeting:
 
     def __init__(self, agenda: Agenda, c: Array, apply: Apply, rounds: list[Iterator[Lease]], timing: Timing) -> None:
         self._agenda, self._c, self._apply, self._rounds, self._timing = agenda, c, apply, rounds, timing
-        self._here: list[tuple[Commit, Array | None, RoundHandle]] = []
+        self._here: list[tuple[Commit, Array | None, VirtualHandle]] = []
         self._last = Reply(0)  # of the last round
 
-    def read(self, commit: Commit, out: Array | None) -> RoundHandle:
+    def read(self, commit: Commit, out: Array | None) -> VirtualHandle:
         """Read the replica, and grant work if `commit` asks for it: neither needs the others."""
         if out is not None:
             out[...] = self._c
-        return RoundHandle(self._reply(commit))
+        return VirtualHandle(0, self._reply(commit))
 
-    def join(self, commit: Commit, out: Array | None) -> RoundHandle:
+    def join(self, commit: Commit, out: Array | None) -> VirtualHandle:
         """Take part in the round with `commit`."""
-        handle = RoundHandle()
+        handle = VirtualHandle(1)
         self._here.append((commit, out, handle))
         if len(self._here) == len(self._rounds):
             time = self._agenda.now + 2 * self._timing.transfer(self._c.nbytes)
@@ -247,15 +238,15 @@ class MeetingWorker(WorkerEnd):
     def __init__(self, worker: int, meeting: Meeting) -> None:
         self._worker, self._meeting = worker, meeting
 
-    def exchange(self, commit: Commit, out: Array | None) -> RoundHandle:
+    def exchange(self, commit: Commit, out: Array | None) -> VirtualHandle:
         """Take part in a round with `commit`; without a payload, only read the replica and ask for work."""
         return (self._meeting.read if commit.payload is None else self._meeting.join)(commit, out)
 
-    def pull(self, out: Array) -> RoundHandle:
+    def pull(self, out: Array) -> VirtualHandle:
         """Read the replica."""
         return self._meeting.read(Commit(self._worker), out)
 
-    def leave(self, commit: Commit | None, out: Array) -> RoundHandle:
+    def leave(self, commit: Commit | None, out: Array) -> VirtualHandle:
         """Read the last center; all have the same number of rounds, so that nothing is left to commit."""
         assert commit is None
         return self.pull(out)

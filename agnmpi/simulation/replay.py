@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.backend import Array, to_host
-from ..cluster.placement import blas_threads, limit_blas
+from ..cluster.machine import blas_threads, limit_blas
 from ..core.messages import STOP, Commit
 from ..recovery.files import load
 from ..reporting import record

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..arrays.backend import Array, full_like
-from ..cluster.placement import blas_threads
-from ..cluster.roles import Role
+from ..cluster.machine import blas_threads
+from ..cluster.role import Role
 from ..core.batches import Plan
 from ..core.center import Center
 from ..core.drive import session

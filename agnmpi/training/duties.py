@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..arrays.backend import Array
-from ..cluster.roles import CenterRole, HoldingRole, NodeRole, Role, ShardRole
+from ..cluster.role import Role
+from ..cluster.roles import CenterRole, HoldingRole, NodeRole, ShardRole
 from ..core.batches import Plan
 from ..core.messages import LEAVE, STOP, Commit, Reply
 from ..core.params import Layout

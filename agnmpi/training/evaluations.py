@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..arrays.backend import Array, to_host
-from ..cluster.roles import Role
+from ..cluster.role import Role
 from ..core.params import Layout
 from ..core.timer import Every
 from ..recovery.files import load_facts, save

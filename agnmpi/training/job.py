@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, current
-from ..cluster.placement import blas_threads, check_world, end_sibling, limit_blas, place, process, require_equal_model
+from ..cluster.machine import blas_threads, limit_blas
+from ..cluster.placement import check_world, end_sibling, place, process, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.roles import NodeRole
 from ..cluster.setup import Setup, check_setup
@@ -34,7 +35,7 @@ from .exits import DEGRADED, UNWRITTEN, Degraded, Failed, Interrupted, Signals, 
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor, OnEvent
 from .outputs import finish_run, run_directory, save_center, write_result
-from .problem import Factory, evaluate, gradient_of, name_of, prepare
+from .problem import Batches, Factory, evaluate, gradient_of, leases_ahead, name_of, prepare
 from .run_observer import RunObserver
 from .session import Session
 from .user_code import report_failure
@@ -127,10 +128,10 @@ class Job:
         self.directory = Path()
         self.complete = self.interrupted = self.unwritten = False  # complete: before it was resumed
         self.failure: Exception | None = None  # of the user's code, on this rank
-        self._failed = list[int]()  # ranks on which the user's code has failed
+        # Ranks on which the user's code has failed; for the display, once it exists.
+        self._failed, self._announcements = list[int](), list[str]()
         self.result: Result | None = None
         self._worker_savers: list[WorkerSaver] = []
-        self._announcements = list[str]()  # for the display, once it exists
 
     def run(self) -> Result | None:
         """Connect, resume, train, and write the result."""
@@ -144,6 +145,7 @@ class Job:
         while True:
             for workers in self.session.rounds():
                 for worker in workers:
+                    worker.ahead = leases_ahead(self.problem, self.rule, self.config.record)
                     worker.end = self.injection.wrap(worker.end)
                 self._set_up_worker_savers(workers)
                 drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
@@ -185,9 +187,8 @@ class Job:
         config, role, resumed = self.config, self.session.role, None
         if config.resume is not None:
             directory = partial(run_directory, config) if self.rank == 0 else None
-            required = config.resume != "auto"
             resumed = resume(
-                self.world, role, self.layout, self.plan.steps, self.data, directory, required,
+                self.world, role, self.layout, self.plan.steps, self.data, directory, config.resume != "auto",
                 self._announcements.append,
             )  # fmt: skip
             self.complete = resumed is not None and role.center.settled >= self.plan.steps
@@ -202,7 +203,8 @@ class Job:
 
     def _steps(self, worker: Worker, saver: WorkerSaver) -> Iterator[int]:
         """The loop of a worker: saves its state with the center, and stops on a signal where no center rank would."""
-        gradient = gradient_of(self.problem, self.layout, self.plan, worker.x)
+        batches = Batches(self.problem, self.plan, worker.x, lambda: worker.granted, self.config.period)
+        gradient = gradient_of(self.problem, self.layout, self.plan, worker.x, batches=batches)
 
         def compute(step: int) -> tuple[float, Array]:
             self.injection.step()
@@ -232,6 +234,7 @@ class Job:
         except Exception as error:
             if error is not self.failure:
                 raise
+        batches.close()
         worker.settle()
 
     @property

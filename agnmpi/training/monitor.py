@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from rich.progress import BarColumn, TextColumn
 
 from ..arrays.backend import Array
-from ..cluster.roles import Role
+from ..cluster.role import Role
 from ..core.batches import Plan
 from ..core.messages import Commit
 from ..core.params import Layout

@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arrays.backend import device_count
-from ..cluster.placement import unused_devices
-from ..cluster.roles import Role
-from ..cluster.setup import Setup
+from ..cluster.machine import unused_devices
+from ..cluster.role import Role
 from ..core.batches import Plan
 from ..core.params import Layout
 from ..recovery.files import save, write_atomic
@@ -28,6 +27,9 @@ from .config import Config, load, newest_config
 from .exits import DEGRADED, UNEVALUATED
 from .monitor import Monitor, format_metrics
 from .problem import absolute
+
+if TYPE_CHECKING:  # it needs MPI, which a simulation does without
+    from ..cluster.setup import Setup
 
 
 def run_directory(config: Config) -> Path:
@@ -221,7 +223,7 @@ def node_centers_lines(config: Config, nodes: Sequence[tuple[str, int]], most: i
 
 
 def introduction(
-    config: Config, layout: Layout, plan: Plan, role: Role, size: int, setup: Setup, name: Callable[[int], str]
+    config: Config, layout: Layout, plan: Plan, role: Role, size: int, setup: "Setup", name: Callable[[int], str]
 ) -> list[str]:
     """Messages about a run of `size` ranks before it begins; `name` describes a rank."""
     workers, centers = role.count, list(map(name, setup.center_ranks))

@@ -5,15 +5,17 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from ..arrays.backend import Array, choose
+from ..arrays.backend import Array, choose, current
 from ..core.batches import Plan
 from ..core.params import Layout
+from ..core.rules import Rule
 from .user_code import UserCodeError, blamed, metrics, pack_gradients, user_frames
 
 
@@ -26,6 +28,15 @@ class Problem(Protocol):
     Args:
         xp: numpy, or cupy where this rank computes on a GPU: the module for creating arrays.
         **options: from `--set options.KEY=VALUE`, or the table [options] of a file.
+
+    It may also have:
+        prepare(indices): loads or transforms a batch; `gradient` is given what it returns in place of the indices. It
+            runs in a thread, up to a period of λ steps ahead (with rules `synchronous` and `diloco` within a period),
+            on ranks that train alone. It must not use the parameters, nor MPI.
+        sort_indices: True for the indices of a batch in ascending order, as h5py wants them.
+
+    What only training needs is best read at first use, in a `functools.cached_property`: a center rank never calls
+    `gradient` or `prepare`, and needs but the number `samples`, which a file's header may tell.
 
     A complete example, the line y = 3x through noisy samples:
 
@@ -73,7 +84,7 @@ class Problem(Protocol):
         Args:
             params: the parameters now, by name, shaped as `init` made them: views, not to be changed or kept.
             indices: (batch,) numbers of training samples, int64 on the host, from 0 to samples − 1; the last step
-                of an epoch may have fewer.
+                of an epoch may have fewer. Or what `prepare` has returned.
 
         Returns:
             The mean loss over these samples, and its gradient: arrays by name, shaped as the parameters.
@@ -223,13 +234,76 @@ def _module(name: str) -> ModuleType:
         raise UserCodeError(f"module {name!r} cannot be imported:\n{user_frames(error)}") from error
 
 
+class Batches:
+    """What `gradient` is given in each step: the indices of its samples, or what `prepare` makes of them.
+
+    Args:
+        problem: whose `prepare` it is, if it has one.
+        plan: which samples belong to a step.
+        x: (n,) parameters, on the device of which `prepare` is to allocate.
+        granted: the numbers of the steps to come, that being taken first: their batches are prepared in a thread. None:
+            each is prepared when it is due.
+        most: how many batches are prepared and not used yet.
+    """
+
+    def __init__(
+        self, problem: Problem, plan: Plan, x: Array, granted: Callable[[], Sequence[int]] | None = None, most: int = 0
+    ) -> None:
+        self._prepare: Callable[[Any], Any] | None = getattr(problem, "prepare", None)
+        self._sorted = bool(getattr(problem, "sort_indices", False))
+        self._plan, self._x, self._granted, self._most = plan, x, granted, most
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prepare") if granted and self._prepare else None
+        self._prepared = dict[int, Future[Any]]()
+
+    def __call__(self, step: int) -> Any:
+        """The batch of `step`; raises what `prepare` has raised."""
+        if self._prepare is None:
+            return self._indices(step)
+        if self._pool is None:
+            return self._prepare(self._indices(step))
+        assert self._granted is not None
+        steps = dict.fromkeys([step, *self._granted()[: self._most + 1]])
+        for other in self._prepared.keys() - steps.keys():  # granted to another worker meanwhile
+            self._prepared.pop(other).cancel()
+        for other in steps:
+            if other not in self._prepared:
+                self._prepared[other] = self._pool.submit(self._load, self._indices(other))
+        return self._prepared.pop(step).result()
+
+    def close(self) -> None:
+        """Nothing more is prepared."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _indices(self, step: int) -> Any:
+        indices = self._plan.indices(step)
+        return np.sort(indices) if self._sorted else indices
+
+    def _load(self, indices: Any) -> Any:
+        assert self._prepare is not None
+        with current(self._x):
+            return self._prepare(indices)
+
+
+def leases_ahead(problem: Problem, rule: Rule, record: bool) -> int:
+    """Leases that a worker holds beyond the one that it computes: one, where their batches can be prepared.
+
+    Not in a round of all ranks, whose work is known when it begins; a record has the messages of workers without.
+    """
+    return int(hasattr(problem, "prepare") and not rule.allreduce and not record)
+
+
 def gradient_of(
-    problem: Problem, layout: Layout, plan: Plan, x: Array, g: Array | None = None
+    problem: Problem, layout: Layout, plan: Plan, x: Array, g: Array | None = None, batches: Batches | None = None
 ) -> Callable[[int], tuple[float, Array]]:
-    """Return a function of a step: loss and gradient at the current `x` (n,); the gradient is written to `g` (n,)."""
+    """Return a function of a step: loss and gradient at the current `x` (n,); the gradient is written to `g` (n,).
+
+    `batches`: what the problem is given; by default its indices, or what it prepares when that is due.
+    """
     views, g = layout.views(x), x.copy() if g is None else g
+    batch = batches or Batches(problem, plan, x)
 
     def gradient(step: int) -> tuple[float, Array]:
-        return pack_gradients(problem.gradient(views, plan.indices(step)), layout, problem.gradient, g), g
+        return pack_gradients(problem.gradient(views, batch(step)), layout, problem.gradient, g), g
 
     return gradient

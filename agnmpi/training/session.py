@@ -12,7 +12,8 @@ from ..arrays.backend import Array
 from ..arrays.kernels import set_threads
 from ..cluster.connect import Connector
 from ..cluster.placement import place
-from ..cluster.roles import CenterRole, Role
+from ..cluster.role import Role
+from ..cluster.roles import CenterRole
 from ..cluster.setup import Setup, outlives_loss
 from ..core.membership import Membership
 from ..core.observer import Observer

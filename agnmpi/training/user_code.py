@@ -1,5 +1,6 @@
 """The user's code: errors in it are shown by its own frames, and what it returns wrongly says what to return."""
 
+import concurrent.futures
 import inspect
 import sys
 import traceback
@@ -11,7 +12,8 @@ from typing import Any
 from ..arrays.backend import Array
 from ..core.params import Layout
 
-_PACKAGE = str(Path(__file__).parent.parent)
+# Of ours, of the import, and of the threads in which we call the user's code.
+_NOT_THE_USERS = str(Path(__file__).parent.parent), "<frozen importlib", str(Path(concurrent.futures.__file__).parent)
 
 
 class UserCodeError(ValueError):
@@ -21,7 +23,7 @@ class UserCodeError(ValueError):
 def user_frames(error: BaseException) -> str:
     """The traceback of `error` from the user's first frame on, and what it says; without frames of ours before it."""
     tb = error.__traceback__
-    while tb is not None and tb.tb_frame.f_code.co_filename.startswith((_PACKAGE, "<frozen importlib")):
+    while tb is not None and tb.tb_frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         tb = tb.tb_next
     lines = [*traceback.format_tb(tb), *traceback.format_exception_only(error)]
     if isinstance(error, ImportError) and "relative import" in str(error):

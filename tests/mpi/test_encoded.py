@@ -120,7 +120,7 @@ def test_a_loop_learns_and_ends_with_the_center_itself(comm, overlap, pull_encod
     transport, target = transport(encoding="int8", pull_encoding=pull_encoding), np.linspace(-1, 1, n, dtype="f4")
     options = {"transport": transport, "overlap": overlap, "outer_rate": 0.5}  # well damped, however stale commits are
     with AGNOptimizer(sgd(0.2), {"w": np.zeros(n, "f4")}, comm, 4, **options) as opt:
-        for _ in opt.steps(160 * (comm.size - 1)):
+        for _ in opt.steps(400 * (comm.size - 1)):
             opt.minimize(lambda p: (0.0, {"w": p["w"] - target}))
         center = opt.center["w"]
     np.testing.assert_allclose(center, target, atol=0.03)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from agnmpi import AGNOptimizer, sgd
-from agnmpi.cluster.placement import blas_threads
+from agnmpi.cluster.machine import blas_threads
 from agnmpi.core import rules
 from agnmpi.transport import registry
 

@@ -79,23 +79,25 @@ class Training:
 
 
 def whole_checkpoint(directory):
-    """Whether the newest checkpoint has the states of all workers."""
-    newest = max((directory / "checkpoints").glob("step-*"), default=None)
+    """Whether the newest checkpoint has the states of all workers; of several, one of those that are kept."""
+    folders = sorted((directory / "checkpoints").glob("step-*"))
     names = ["center-0", *(f"{kind}-{i}" for i in range(COMM.size - 1) for kind in ("worker", "caller"))]
-    return newest is not None and all((newest / f"{name}.safetensors").exists() for name in names)
+    if COMM.size == 2:
+        folders = folders[-1:]
+    return any(all((folder / f"{name}.safetensors").exists() for name in names) for folder in folders)
 
 
 def main():
     directory, how = Path(sys.argv[1]), sys.argv[2]
     compiled = "compile" in sys.argv[3:]
-    first = not (directory / "whole").exists()
+    first, at = not (directory / "whole").exists(), 80 // (COMM.size - 1)
     COMM.Barrier()
 
     def disturb(turn):
-        if not first or COMM.rank != 1 or turn < 80:
+        if not first or COMM.rank != 1 or turn < at:
             return
         if how in ("INT", "USR1"):
-            if turn == 80:
+            if turn == at:
                 os.kill(os.getpid(), getattr(signal, f"SIG{how}"))
         elif whole_checkpoint(directory):
             if how == "kill":
@@ -110,7 +112,8 @@ def main():
         found = undisturbed.found()
         if COMM.rank == 0:
             (directory / "whole").write_text("\n".join(map(str, found)))
-    training = Training(compiled, checkpoint=directory, resume="auto", checkpoint_every=1e-3)
+    every = 1e-3 if COMM.size == 2 else 0.1  # several workers take longer to write one than it would be kept
+    training = Training(compiled, checkpoint=directory, resume="auto", checkpoint_every=every)
     resumed_at = COMM.bcast(training.run.status.step)
     assert first == (resumed_at == 0)
     training.train(disturb)

