@@ -128,8 +128,8 @@ class Connector(NamedTuple):
             comms.append(_group(comm, i, centers))
             ends.append(self.encoded(self.worker_end(comms[i], x[span]), x[span]))
         end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
-        role = self._training(x, end, index, count := self.setup.transport.workers_among(comm.size))
-        role.workers[0].spare = index >= count
+        role = self._training(x, end, index, self.setup.transport.workers_among(comm.size))
+        role.workers[0].spare = self.setup.is_spare(comm.rank, comm.size)
         role.comms = comms if len(ends) > 1 else []
         return role
 

@@ -11,7 +11,7 @@ from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
 from ..transport.registry import Transport, names_with, p2p
-from .placement import fault_tolerant, hosts, node_centers, one_center_per_host
+from .placement import Place, fault_tolerant, hosts, node_centers, one_center_per_host, place
 
 LEVELS = {
     MPI.THREAD_SINGLE: "single",
@@ -55,6 +55,14 @@ class Setup(NamedTuple):
         of_nodes = [rank for _, *workers in self.nodes for rank in workers]
         others = set(self.serving_ranks).union(of_nodes)
         return [*(rank for rank in range(size) if rank not in others), *of_nodes]
+
+    def is_spare(self, rank: int, size: int) -> bool:
+        """Whether this rank of `size` trains only when another is lost."""
+        return rank >= size - self.transport.spares
+
+    def place(self, comm: MPI.Comm) -> Place:
+        """This rank's place among the ranks of its node, by what it does; collective."""
+        return place(comm, comm.rank not in self.serving_ranks, self.is_spare(comm.rank, comm.size))
 
     def on_hosts(self, comm: MPI.Comm) -> "Setup":
         """The same, with a center, or a node center, on each host if the transport wants that; always collective."""

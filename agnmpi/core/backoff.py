@@ -3,8 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 
 class Orphaned(Exception):
@@ -61,17 +60,6 @@ def set_pace(cap: float, spin: float) -> None:
     _pace.cap, _pace.spin = cap, spin
 
 
-@contextmanager
-def pace(cap: float, spin: float) -> Iterator[None]:
-    """While in it, these are the defaults of `Backoff` in this thread."""
-    before = _pace.cap, _pace.spin
-    set_pace(cap, spin)
-    try:
-        yield
-    finally:
-        set_pace(*before)
-
-
 class Backoff:
     """Waiting that yields the core: first `sched_yield`, then sleeps that grow with the idle time, up to a cap.
 
@@ -105,12 +93,17 @@ class Backoff:
         time.sleep(min(self.cap, idle / 8))
 
 
-def wait_until(test: Callable[[], bool], progress: Callable[[], int] = int, spin: float | None = None) -> None:
+def wait_until(
+    test: Callable[[], bool],
+    progress: Callable[[], int] = int,
+    spin: float | None = None,
+    cap: float | None = None,
+) -> None:
     """Call `test` until it is true, yielding the core in between; a change of `progress()` resets the backoff.
 
-    `spin`: as of `Backoff`.
+    `spin`, `cap`: as of `Backoff`.
     """
-    backoff, seen = Backoff(spin=spin), progress()
+    backoff, seen = Backoff(cap, spin), progress()
     while not test():
         if (now := progress()) != seen:
             seen = now

@@ -11,16 +11,14 @@ from enum import Enum, auto
 from math import nan
 from typing import Any
 
-from ..arrays.backend import Array, Range, empty_like, namespace
+from ..arrays.backend import Array, Range, empty_like, zeros_like
 from ..arrays.kernels import all_finite
-from .backoff import check_launcher, pace
+from .backoff import check_launcher
 from .ends import Elected, Handle, Waits, WorkerEnd, awaited, run_waits
 from .leases import Lease
-from .messages import IDLE, JOIN, LEAVE, NOT_FINITE, PULL, REFUSED, SPARE, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
+from .messages import IDLE, NOT_FINITE, PULL, REFUSED, SPARE, STOP, STOP_ALL, UNCALLED, WAIT, WORK, Commit, Reply
 from .optimizers import Optimizer
 from .rules import Rule
-
-_ASLEEP = 0.02  # seconds between two looks of a spare
 
 
 class Phase(Enum):
@@ -100,13 +98,13 @@ class Worker:
         self.state: Any = optimizer.init(x) if optimizer else None
         self.x_at_leave = x  # x when this worker left, before the final center replaced it
         self.o = empty_like(x)  # the center as last pulled
-        self.a = namespace(x).zeros_like(x) if rule.accumulates else x
+        self.a = zeros_like(x) if rule.accumulates else x
         self._buffers = _Buffers(x, self.o, overlap, overlap or double_buffer)
         self.last_reply: Reply | None = None  # to the last pull
         self.pulls = self.refusals = 0  # numbers of pulls, and of commits of this worker that were refused
         self.more: Callable[[], Mapping[str, Array]] = dict  # arrays of the caller's, saved with this worker's
         self.form_x: Callable[[], object] = bool  # called before x is read, where the caller moves arrays of its own
-        self.spare = False  # waits until it is called in the place of a lost worker
+        self.spare = False  # has not begun, and does only when the center calls it in the place of a lost worker
         self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
         self.before = 0  # steps of all workers in earlier sessions: schedules continue
@@ -271,8 +269,7 @@ class Worker:
     def _refused(self) -> None:
         self.refusals += 1
         if self.optimizer is not None:
-            count = self.state.step
-            self.state = self.optimizer.init(self.x)._replace(step=count)
+            self.state = self.optimizer.init(self.x)._replace(step=self.state.step)
 
     def _exchange(self) -> Waits[None]:
         if self._handle is not None:
@@ -309,34 +306,20 @@ class Worker:
         """As `begin`."""
         yield from self.waits_to_settle()
         self.x_at_leave = self.x
-        if self.spare and not (yield from self._called()):
-            return
-        reply = yield from awaited(self.end.exchange(self._request(), self._buffers.pulled))
+        request = self._request(SPARE if self.spare else 0)  # answered when it is called, or when all have left
+        reply = yield from awaited(self.end.exchange(request, self._buffers.pulled))
         self._swap_in_pull(reply)
+        self.spare = reply.control == UNCALLED
         if not (self.phase is Phase.RESUMED and self.rule.pulls == "before"):
             self.x[...] = self.o
-        self.phase = Phase.TRAINING
+        self.phase = Phase.LEFT if self.spare else Phase.TRAINING
+        self.before = reply.steps if self.spare else self.before
         self._obey(reply)
         for _ in range(max(self.ahead, self.overlap)):
             if not self.leases:
                 return
             reply = yield from awaited(self.end.exchange(self._request(), None))
             self._obey(reply)
-
-    def _called(self) -> Waits[bool]:
-        """As a spare: wait, asleep, until the center calls, or all have left; whether it has called.
-
-        To the center it is a worker that has left: it is answered when all have, or when one is lost.
-        """
-        with pace(cap=_ASLEEP, spin=0.0):
-            out = self._buffers.pulled
-            reply = yield from awaited(self.end.exchange(Commit(self.index, requests=LEAVE | SPARE), out))
-        self.spare = reply.control != JOIN
-        if self.spare:  # else the pull may be of another moment than the reply
-            self._swap_in_pull(reply)
-            self.before, self.phase = reply.steps, Phase.LEFT
-            self.x[...] = self.o
-        return not self.spare
 
     def _request(self, requests: int = 0) -> Commit:
         """A message that requests work, without a delta."""
@@ -372,8 +355,6 @@ class Worker:
         """
         try:
             self.begin()
-            if self.spare:
-                return
             try:
                 while run_waits(self.waits_for_work()):
                     yield self.step_number
@@ -423,7 +404,7 @@ class Worker:
 
     def waits_to_leave(self) -> Waits[None]:
         """As `leave`."""
-        if self.elected or self.leaving:
+        if self.elected or self.leaving or self.spare:
             return
         if self._commit is not None and self._handle is None:
             return  # an exchange has failed: its exception is propagating, and must not be delayed

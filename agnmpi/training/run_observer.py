@@ -101,7 +101,7 @@ class RunObserver(Observer):
         others = sum(worker not in lost for worker in self.session.members.workers())
         self.say(
             f"WARNING: {self.name(rank)} is lost, at step {role.center.steps}; what it had not committed goes to the "
-            f"{others} others"
+            f"{min(others, role.count - 1)} others"
         )
         self.note("lost", rank=rank, host=self._hosts[rank], uncommitted=held)
 

@@ -11,7 +11,6 @@ from mpi4py import MPI
 from ..arrays.backend import Array
 from ..arrays.kernels import set_threads
 from ..cluster.connect import Connector
-from ..cluster.placement import place
 from ..cluster.role import Role
 from ..cluster.roles import CenterRole
 from ..cluster.setup import Setup, outlives_loss
@@ -59,7 +58,7 @@ class Session:
         self.rule, self.members = rule, Membership(comm.size, setup.center_ranks, others)
         self.single_commits = setup.transport.capabilities.single_commits
         self.rank = comm.rank  # at the beginning
-        self.threads = place(comm, comm.rank not in setup.serving_ranks).threads  # this rank's share of the cores
+        self.threads = setup.place(comm).threads  # this rank's share of the cores
         set_threads(self.threads)
         self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
         connector = Connector(rule, optimizer, center_optimizer, setup, observer)

@@ -291,7 +291,7 @@ def p2p(
         pull_encoding: of pulls, likewise, without.
         node_centers: whether, on each host of three ranks or more beside the center's, the lowest rank adds up the
             commits of the others and exchanges their sums with the center; encodings are of these sums. Default False.
-        spares: k, the last ranks wait, asleep, and each takes the place of a lost rank at once (ULFM). Default 0.
+        spares: k, the last ranks wait, without work, and each takes the place of a lost one at once (ULFM). Default 0.
 
     Raises:
         ValueError: for a number below 1, or an unknown encoding.
