@@ -27,6 +27,7 @@ from ..recovery.checkpoint import newest
 from ..recovery.lock import unlock_all
 from ..recovery.restore import resume
 from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
+from ..reporting.terminal import above_bar, terminals
 from ..transport.agreement import ConfigError, allgather, format_ranks, raise_on_all
 from .abort import forked, say_and_abort
 from .config import Config, load
@@ -122,9 +123,9 @@ class Job:
         require_equal_model(self.world, self.layout, {"samples": str(self.plan.samples), **options})
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
         self.injection = Injection(raise_on_all(self.world, lambda: read_faults(faults)), self.rank)
-        self._ranks = [json.loads(text) for text in allgather(self.world, json.dumps([here.host, process()]))]
-        self.session: Session
-        self.observer = RunObserver(self.rank, [host for host, _ in self._ranks], signals, self.injection)
+        about = json.dumps([here.host, process(), terminals()])
+        hosts, self._processes, self._terminals = zip(*map(json.loads, allgather(self.world, about)))
+        self.observer = RunObserver(self.rank, hosts, signals, self.injection)
         self.directory = Path()
         self.complete = self.interrupted = self.unwritten = False  # complete: before it was resumed
         self.failure: Exception | None = None  # of the user's code, on this rank
@@ -148,7 +149,8 @@ class Job:
                     worker.ahead = leases_ahead(self.problem, self.rule, self.config.record)
                     worker.end = self.injection.wrap(worker.end)
                 self._set_up_worker_savers(workers)
-                drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
+                with above_bar(*self._terminals[0] if self.rank else ()):
+                    drive([self._steps(saver.worker, saver) for saver in self._worker_savers])
             while not self._concluded():
                 if self.session.regroup():  # else no worker trains again: a rank has died after its work was done
                     break
@@ -330,9 +332,7 @@ class Job:
         lost = sorted(self.session.members.lost)
         if self.result is None:
             run = self.directory, self.config, self.layout, self.session.role
-            hosts = [host for host, _ in self._ranks]
-            ranks = {"hosts": {host: hosts.count(host) for host in hosts}}
-            self.result = finish_run(*run, monitor, lost, ranks, self.complete)
+            self.result = finish_run(*run, monitor, lost, self.observer.hosts, self.complete)
             return
         self.result["lost"] = lost  # a rank has died since
         write_result(self.directory, self.result)
@@ -346,7 +346,7 @@ class Job:
         session, members, duties = self.session, self.session.members, self.observer.duties
         if session.failover is not None:  # else MPI_Abort does it, with our exit code
             for rank in members.hung:
-                end_sibling(*self._ranks[rank][1])
+                end_sibling(*self._processes[rank])
         abort = bool(members.hung) and session.failover is None
         if self._all_lost():
             self.observer.say(f"all workers are lost, ranks {members.lost}; resume with --resume {self.directory}")

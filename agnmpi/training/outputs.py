@@ -146,12 +146,12 @@ def finish_run(
     role: Role,
     monitor: Monitor,
     lost: list[int],
-    ranks: Mapping[str, Any],
+    hosts: Sequence[str],
     complete: bool,
 ) -> dict[str, Any]:
     """Evaluate the final center at rank 0, write and print it and the result. Returns the result.
 
-    `lost`: ranks that died; `ranks`: facts about all; `complete`: the run had all its steps before it was resumed, and
+    `lost`: ranks that died; `hosts`: of all; `complete`: the run had all its steps before it was resumed, and
     keeps its result.
     """
     path = directory / "result.json"
@@ -160,7 +160,12 @@ def finish_run(
         monitor.stop("complete")
         monitor.say(f"the run was complete, at step {role.center.steps}; its result stays, in {directory}/")
         return dict(earlier)
-    extra = {"refused": role.center.refused, "lost": lost, "mpi": mpi_library(), **ranks}
+    extra = {
+        "refused": role.center.refused,
+        "lost": lost,
+        "mpi": mpi_library(),
+        "hosts": {h: hosts.count(h) for h in hosts},
+    }
     result = conclude(directory, config, layout, role, monitor, extra)
     if (result["loss"] is None and monitor.trained) or None in result["metrics"].values():
         monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")

@@ -32,7 +32,7 @@ class RunObserver(Observer):
 
     def __init__(self, rank: int, hosts: Sequence[str], signals: Signals, injection: Injection) -> None:
         self.duties: Duties | None = None  # at a rank that serves, or rank 0
-        self._rank, self._hosts, self._signals, self._injection = rank, hosts, signals, injection
+        self._rank, self.hosts, self._signals, self._injection = rank, hosts, signals, injection
         self._run: Run
         self._began = 0.0  # start time, less the duration before a resume
 
@@ -59,7 +59,7 @@ class RunObserver(Observer):
         role, seconds = self.session.role, float(resumed["seconds"]) if resumed else 0.0
         self._run, self._began = run, time.monotonic() - seconds
         if self._rank == 0:
-            size = len(self._hosts)
+            size = len(self.hosts)
             lines = introduction(run.config, run.layout, run.plan, role, size, setup, self.name)
             self.duties = Duties(run, begins=([*lines, *announcements], threads[-role.count :]))
             if resumed is not None:
@@ -103,7 +103,7 @@ class RunObserver(Observer):
             f"WARNING: {self.name(rank)} is lost, at step {role.center.steps}; what it had not committed goes to the "
             f"{min(others, role.count - 1)} others"
         )
-        self.note("lost", rank=rank, host=self._hosts[rank], uncommitted=held)
+        self.note("lost", rank=rank, host=self.hosts[rank], uncommitted=held)
 
     def joined(self, rank: int) -> None:
         """Report a spare that takes a lost rank's place."""
@@ -159,7 +159,7 @@ class RunObserver(Observer):
 
     def name(self, rank: int) -> str:
         """The rank and its host, as text."""
-        return f"rank {rank} on {self._hosts[rank]}"
+        return f"rank {rank} on {self.hosts[rank]}"
 
     def say(self, line: str) -> None:
         """Print a line: on the display where this rank has one."""

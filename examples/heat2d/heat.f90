@@ -17,7 +17,8 @@ program heat
     real(real64), allocatable :: field(:, :)     ! (0:n+1, 0:rows+1): this rank's rows, with a halo at each side
     real(real64), allocatable :: x(:, :), y(:), predicted(:), truth(:), surrogate(:)
     real(real64), allocatable :: seen_x(:, :), seen_y(:), seen(:)  ! for the error: at five times
-    character(80) :: options, file
+    character(80) :: options
+    character(4096) :: file                      ! the longest path
 
     n = argument(1, 48)
     time_steps = argument(2, 600)

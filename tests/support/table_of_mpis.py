@@ -1,4 +1,4 @@
-"""The table of tests/README.md: MPI × what works, from pytest's reports of tests/system/test_everywhere.py.
+"""The table of tests/README.md: MPI × what works, from pytest's reports of what must work with any MPI.
 
 python tests/support/table_of_mpis.py tests/README.md MPI.xml…   (jobs/test.sh --long system does it)
 """
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+SOLVER = "test_a_solver_trains_a_surrogate_and_computes_the_same_bits"
 COLUMNS = {
     "test_train[p2p]": "p2p",
     "test_train[rma]": "rma",
@@ -18,6 +19,8 @@ COLUMNS = {
     "test_kill": "kill, resume",
     "test_usr1": "USR1",
     "test_drop_stalled": "`--drop-stalled`",
+    f"{SOLVER}[build_c]": "C",
+    f"{SOLVER}[build_fortran]": "Fortran",
     "test_under_mpiexec[2]": "2 ranks",
     "test_under_mpiexec[3]": "3 ranks",
 }
@@ -54,9 +57,12 @@ def line(cells):
 
 
 def merged(text, rows):
-    """`text` with its table, in which `rows` replace those of the same MPI."""
+    """`text` with its table, in which the cells of `rows` replace those of the same MPI, but for empty ones."""
     old = [[cell.strip() for cell in row.split("|")[1:-1]] for row in TABLE.search(text)[0].splitlines()[2:]]
-    all_rows = {cells[0]: cells for cells in [*old, *rows]}
+    all_rows = {cells[0]: cells for cells in old}
+    for cells in rows:
+        before = all_rows.get(cells[0], cells)
+        all_rows[cells[0]] = [new or was for new, was in zip(cells, before)]
     table = line(HEAD) + "|" + "---|" * len(HEAD) + "\n" + "".join(line(all_rows[name]) for name in sorted(all_rows))
     return TABLE.sub(lambda _: table, text)
 

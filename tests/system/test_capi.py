@@ -76,11 +76,11 @@ def build_fortran(library):
 
 @pytest.mark.parametrize("build", [build_c, build_fortran])
 def test_a_solver_trains_a_surrogate_and_computes_the_same_bits(library, tmp_path, build):
-    program, raw = build(library), tmp_path / "heat.raw"
+    program, raw = build(library), tmp_path / ("heat" * 20)  # a long path
     shutil.copy(HEAT / "surrogate.py", tmp_path)
     code, output = mpiexec(3, program, 24, 150, 5000, raw, cwd=tmp_path, timeout=120)
     assert code == 0, output
-    assert float(re.search(r"error of the surrogate: +([\d.]+)", output)[1]) < 0.7
+    assert float(re.search(r"error of the surrogate: +([\d.]+)", output)[1]) < 0.9  # 1: no better than the mean
     assert "after 5000 steps" in output
     arrays, _ = load(next(tmp_path.glob("*.safetensors")))
     assert arrays["w1"].shape == (32, 32)

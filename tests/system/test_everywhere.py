@@ -82,7 +82,7 @@ def test_usr1(tmp_path):
 
 def test_drop_stalled(tmp_path):
     run = tmp_path / "run"
-    faults = {"AGNMPI_FAULTS": "stall:2@9:1000"}
+    faults = {"AGNMPI_FAULTS": "stall:2@3:1000,slow:1@0:0.05,slow:3@0:0.05"}  # the slow leave it steps to take
     output = train(run, "--stall-limit", "2", "--drop-stalled", "--inject-faults", code=76, ranks=4, **faults)
     assert "and is dropped" in output
     check(run)
