@@ -355,7 +355,7 @@ class P2PCenter(CenterEnd):
 
     def _call_spares(self) -> None:
         """Let spares that wait take the places of workers that are lost, or that nobody waits for."""
-        spares = self._peers.at(State.SPARE)
+        spares = sorted(self._peers.at(State.SPARE), key=lambda peer: peer.index)
         workers = len(self._peers.all) - len(self.lost | self.silent) - len(spares)
         for peer in spares[: max(0, self._kept - workers)]:
             self._expected.add(peer.index)
