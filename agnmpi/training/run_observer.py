@@ -108,7 +108,7 @@ class RunObserver(Observer):
     def joined(self, rank: int) -> None:
         """Report a spare that takes a lost rank's place."""
         self.say(f"{self.name(rank)}, a spare, takes a lost rank's place")
-        self.note("joined", rank=rank, host=self._hosts[rank])
+        self.note("joined", rank=rank, host=self.hosts[rank])
 
     def given_up(self, lease: Lease) -> None:
         """Report steps that are given up."""
