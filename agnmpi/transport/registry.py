@@ -76,6 +76,8 @@ class Transport:
         for name in ("centers", "message_buffers", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}")
+        if self.spares < 0:
+            raise ValueError(f"spares must not be negative, but is {self.spares!r}")
         if self.center_device == "gpu" and not self.capabilities.device_center:
             raise ValueError(f"a center on a GPU needs transport {names_with('device_center')}, not {self.name}")
         for name in ("encoding", "pull_encoding"):
@@ -294,7 +296,7 @@ def p2p(
         spares: k, the last ranks wait, without work, and each takes the place of a lost one at once (ULFM). Default 0.
 
     Raises:
-        ValueError: for a number below 1, or an unknown encoding.
+        ValueError: for a number below 1 (spares: 0), or an unknown encoding.
     """
     return resolve(
         "p2p", centers=centers, message_buffers=message_buffers, wire=wire, center_device=center_device,

@@ -53,7 +53,7 @@ def test_a_spare_takes_the_place_of_a_lost_rank(tmp_path, faults, ranks, spares)
 @ulfm
 def test_a_spare_takes_the_place_of_a_worker_that_hangs(tmp_path):
     run = tmp_path / "run"
-    code, output = train(run, 4, 1, "stall:1@20:1000", "--stall-limit", "2", "--drop-stalled", slow=0.02)
+    code, output = train(run, 4, 1, "stall:1@20:1000", "--stall-limit", "3", "--drop-stalled", slow=0.03)
     assert code == 76, output
     assert output.count("is silent for") == 1, "a spare is expected to be silent"
     check(run, 1)
