@@ -99,11 +99,11 @@ class AccumulateWorker(WindowsWorker):
         windows, center = self.windows, self.windows.center
         windows.push(self.wire, payload, lambda piece, at: center.Accumulate(piece, CENTER, at, MPI.SUM), center)
         self._sequence, self._failed = commit.sequence, 0
-        windows.add(STEPS, commit.steps)
-        self._settle(commit)
-        if commit.steps and isfinite(commit.loss):
+        if commit.steps and isfinite(commit.loss):  # before its steps: MPICH 4.0's center looks between any two calls
             self._loss[:] = commit.loss * commit.steps, commit.steps
             windows.control.Accumulate(self._loss, CENTER, 8 * LOSS, MPI.SUM)
+        windows.add(STEPS, commit.steps)
+        self._settle(commit)
         staleness = windows.add(CLOCK, 1) - commit.clock
         windows.add(STALENESS, staleness)
         windows.add(STALEST, staleness, MPI.MAX)

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from conditions import until_near
 from mpi4py import MPI
 from worlds import MPIWorld
 
@@ -48,12 +49,12 @@ def test_an_exchange_ends_while_its_worker_computes(comm, transport, n):
 @pytest.mark.parametrize("transport", ["p2p", "rma"])
 def test_a_loop_with_overlap_has_a_thread_and_ends_it(comm, transport):
     with AGNOptimizer(sgd(0.1), {"w": np.zeros(1000)}, comm, 3, transport=transport, overlap=True) as opt:
-        for step in opt.steps(200 * (comm.size - 1)):
-            opt.minimize(lambda p: (0.0, {"w": p["w"] - 1.0}))
-            if step > 40:
-                comm.Iprobe()  # the caller may use MPI meanwhile
-                assert communication_threads() == 1
-        np.testing.assert_allclose(opt.center["w"], 1, atol=0.2)
+        for _ in until_near(opt, 1, 0.2):
+            for step in opt.steps(200 * (comm.size - 1)):
+                opt.minimize(lambda p: (0.0, {"w": p["w"] - 1.0}))
+                if step > 40:
+                    comm.Iprobe()  # the caller may use MPI meanwhile
+                    assert communication_threads() == 1
     assert communication_threads() == 0
 
 

@@ -32,7 +32,7 @@ for entry in transports.entries():
 def test_conformance(comm, check, world, n):
     transport, options = WORLDS[world]
     if n != SIZES[1] and comm.size > 3:
-        pytest.skip("one number, and 24 MB: covered with fewer ranks")
+        pytest.skip("one number, and 18 MB: covered with fewer ranks")
     if transport.centers > 1 and (n < transport.centers or comm.size <= transport.centers):
         pytest.skip("needs a parameter for each center, and a worker")
     if options.get("threaded") and MPI.Query_thread() < MPI.THREAD_MULTIPLE:
@@ -40,7 +40,7 @@ def test_conformance(comm, check, world, n):
     if options.get("threaded") and n == SIZES[0]:
         pytest.skip("one number: as a thousand")
     if not get(transport.encoding).exact and (check is nothing_lost_nothing_twice or n != SIZES[1]):
-        pytest.skip("numbers that bf16 would round, or more than a bf16 of one number; 24 MB: as a thousand")
+        pytest.skip("numbers that bf16 would round, or more than a bf16 of one number; 18 MB: as a thousand")
     made = MPIWorld(comm, transport, **options)
     if not declared(made, check):
         pytest.skip(f"{world} does not declare what this needs")

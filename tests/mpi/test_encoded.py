@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conditions import until_near
 from mpi4py import MPI
 from worlds import MPIWorld
 
@@ -16,7 +17,6 @@ pytestmark = pytest.mark.mpi(min_size=2)
 
 # A vector of this number is written exactly, and so are its small multiples, as which c is pulled.
 EXACT = {"bf16": 1.0, "int8": 127.0, "int4": 7.0}
-COMMITS = 12
 both = pytest.mark.parametrize("transport", [transports.p2p, transports.rma])
 
 
@@ -36,14 +36,15 @@ def test_sums_are_whole_and_pulls_follow_the_clock(comm, n, options, threaded, e
     if threaded and MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         pytest.skip("MPI was initialized without MPI_THREAD_MULTIPLE")
     one = EXACT[encoding] * (EXACT[pull_encoding] if pull_encoding != "float32" else 1.0)
+    commits = 12 if n <= 1000 else 4  # of many pieces, fewer
 
     def work(end, index):
         out, before = np.full(n, np.nan), 0.0
-        for k in range(1, COMMITS + 1):
+        for k in range(1, commits + 1):
             reply = end.exchange(Commit(index, k, steps=1, payload=np.full(n, one)), out).wait()
             assert reply.status == OK
             first = out[0]
-            assert before + one <= first <= one * COMMITS * (comm.size - 1)
+            assert before + one <= first <= one * commits * (comm.size - 1)
             if options.get("centers", 1) == 1:
                 assert (out == one * reply.clock).all(), "all of c, at the clock of the reply"
             before = first
@@ -53,7 +54,7 @@ def test_sums_are_whole_and_pulls_follow_the_clock(comm, n, options, threaded, e
 
     transport = transports.resolve(**{"transport": "p2p", **options}, encoding=encoding, pull_encoding=pull_encoding)
     outcome = MPIWorld(comm, transport, threaded=threaded).play(n, work)
-    total = one * COMMITS * (comm.size - options.get("centers", 1))
+    total = one * commits * (comm.size - options.get("centers", 1))
     for final in outcome.results:
         assert (final == total).all()
     if comm.rank == 0:
@@ -120,10 +121,10 @@ def test_a_loop_learns_and_ends_with_the_center_itself(comm, overlap, pull_encod
     transport, target = transport(encoding="int8", pull_encoding=pull_encoding), np.linspace(-1, 1, n, dtype="f4")
     options = {"transport": transport, "overlap": overlap, "outer_rate": 0.5}  # well damped, however stale commits are
     with AGNOptimizer(sgd(0.2), {"w": np.zeros(n, "f4")}, comm, 4, **options) as opt:
-        for _ in opt.steps(400 * (comm.size - 1)):
-            opt.minimize(lambda p: (0.0, {"w": p["w"] - target}))
+        for _ in until_near(opt, target, 0.03):
+            for _ in opt.steps(160 * (comm.size - 1)):
+                opt.minimize(lambda p: (0.0, {"w": p["w"] - target}))
         center = opt.center["w"]
-    np.testing.assert_allclose(center, target, atol=0.03)
     for other in comm.allgather(center):
         assert (other == center).all()
 

@@ -127,8 +127,9 @@ def test_resume_with_another_placement(comm, placed, tmp_path, capfd, before, af
 def test_a_silent_worker_is_named_by_its_rank_in_the_world(comm, placed, tmp_path, capfd, monkeypatch):
     """The first worker: in worlds of 4 and more rank 1, before the second center."""
     centers = placed("block")
-    monkeypatch.setenv("AGNMPI_FAULTS", "stall:1@2:2.5")  # by its rank in the world, too
-    options = {"centers": "hosts", "stall_limit": 0.5, "keep_checkpoints": 0}
+    monkeypatch.setenv("AGNMPI_FAULTS", "stall:1@2:3")  # by its rank in the world, too
+    slow = {"slow": 0.02}  # rank 1 comes to its third step, whoever gets the cores
+    options = {"centers": "hosts", "stall_limit": 1.0, "keep_checkpoints": 0, "options": slow}
     train(quadratic(comm, comm.bcast(str(tmp_path / "run")), **options), comm, inject=True)
     if comm.rank == 0:
         assert centers == [0, (comm.size + 1) // 2][: 1 + (comm.size > 3)]

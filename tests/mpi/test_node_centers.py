@@ -1,10 +1,11 @@
 """Node centers, with the ranks of this machine placed on hosts that are told."""
 
-import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conditions import touch_when_said, until
 from launcher import ROOT
 from mpi4py import MPI
 
@@ -126,7 +127,7 @@ def said(capfd):
     ("before", "after", "options"),
     [
         ("two hosts", "rank 0 alone", {"overlap": True}),
-        ("a lone worker", "two hosts", {"outer_rate": 1.0, "staleness_cap": 0}),
+        ("a lone worker", "two hosts", {"outer_rate": 1.0, "staleness_cap": 0, "options": {"slow": 0.005}}),
         ("cyclic", "one host", {"encoding": "int8", "pull_encoding": "bf16", "options": {"unused": 600}}),
     ],
 )
@@ -178,17 +179,21 @@ def test_ranks_that_differ_are_refused_on_all(comm):
         AGNOptimizer(sgd(0.1), np.zeros(3), comm, transport=transport)
 
 
-def test_a_worker_that_is_late_is_named_by_its_node_center(comm, placed, monkeypatch):
+def test_a_worker_that_is_late_is_named_by_its_node_center(comm, placed, tmp_path, monkeypatch):
+    """It is late until then."""
     ((node, *_),) = placed("two hosts")
-    late, x = comm.size - 1, np.zeros(4)
-    monkeypatch.setattr("agnmpi.loops.warner.WAIT", 0.5)
+    late, x, said = comm.size - 1, np.zeros(4), Path(comm.bcast(str(tmp_path / "said")))
+    monkeypatch.setattr("agnmpi.loops.warner.WAIT", 1.0)
+    if comm.rank == node:
+        touch_when_said(monkeypatch, said, "in steps()")
     with optimizer(x, comm, 1) as opt, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        time.sleep(1.5 if comm.rank == late else 0)
+        if comm.rank == late:
+            until(said.exists, "nobody says anything")
         for _ in opt.steps(None):
             x += 1
             opt.step()
             break
         opt.finish()
-    said = [str(warning.message) for warning in told]
-    assert comm.rank != node or any(f"rank {late} is not in steps()" in text for text in said)
+    texts = [str(warning.message) for warning in told]
+    assert comm.rank != node or any(f"rank {late} is not in steps()" in text for text in texts)

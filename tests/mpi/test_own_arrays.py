@@ -236,19 +236,26 @@ def test_arrays_that_were_replaced_are_named(comm):
         (lambda p: p.pop("w"), "'w' is gone"),
         (lambda p: setattr(p["t"], "data", np.zeros(3)), "'t' is not the array that it was: float64, not float32"),
     ]:
-        params = {"w": np.zeros(3, "f4"), "t": Tensor()}
+        params, last = {"w": np.zeros(3, "f4"), "t": Tensor()}, comm.size - 1
         with AGNOptimizer(None, params, comm, 2) as opt:
             opt.initialize()
-            if comm.rank == comm.size - 1:
+            if comm.rank == last:
                 change(params)
                 with pytest.raises(ValueError, match=text):  # noqa: PT012
                     for _ in opt.steps(100):
                         opt.step()
+                for rank in range(1, last):
+                    comm.send(None, rank)
                 params.update(w=opt.params["w"])
                 params["t"].data = opt.params["t"]
             else:
+                waits = comm.rank > 0
                 for _ in opt.steps(100):
+                    if waits:  # else all steps might be taken before the last rank begins
+                        waits = comm.recv(source=last)
                     opt.step()
+                if waits:  # it was given no step
+                    comm.recv(source=last)
 
 
 def test_the_outer_rate_is_an_argument(comm):

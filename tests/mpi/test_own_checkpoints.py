@@ -11,6 +11,7 @@ import pytest
 
 from agnmpi import AGNOptimizer, Interrupted, adam, schedules, sgd
 from agnmpi.core import rules
+from agnmpi.recovery.checkpoint import folder, folders
 from agnmpi.transport import registry
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -133,37 +134,40 @@ def test_a_checkpoint_between_two_loops_has_all(comm, directory):
 
 
 def test_checkpoints_are_written_meanwhile(comm, directory):
+    """The loop goes on until there is one."""
     with AGNOptimizer(sgd(0.1), np.zeros(4), comm, 2, checkpoint=directory, checkpoint_every=1e-3) as opt:
-        for _ in opt.steps(200 * opt.num_workers):
+        for _ in opt.steps(10**6, at_center=lambda _: folders(directory) and opt.stop(), every=20):
             opt.minimize(lambda p: (0.0, p["0"] - 1))
-        seen = len(list((directory / "checkpoints").glob("step-*")))
-    assert seen > 0
-    assert (directory / "checkpoints" / f"step-{200 * (comm.size - 1):012d}" / "center-0.safetensors").exists()
+        taken = opt.taken
+    assert taken < 10**6
+    assert (folder(directory, taken) / "center-0.safetensors").exists()
     comm.Barrier()
-
-
-def workers_files(directory):
-    """The workers' files in all checkpoints, though the center may prune one while this looks."""
-    for _ in range(100):
-        with contextlib.suppress(FileNotFoundError):
-            return list((directory / "checkpoints").glob("step-*/worker-*"))
-    raise AssertionError("checkpoints come and go without end")
 
 
 @pytest.mark.parametrize("workers", ["all", "end", "none"])
 def test_checkpoints_hold_the_workers_where_that_is_asked_for(comm, directory, workers):
-    options = {"checkpoint": directory, "checkpoint_every": 1e-3, "checkpoint_workers": workers}
+    """The loop goes on until some were written, and, if they are asked for, one with a worker's file."""
+    options = {"checkpoint": directory, "checkpoint_every": 0.02, "checkpoint_workers": workers}
+    written, held = set(), set()
+
+    def look(_):
+        for path in folders(directory):
+            written.add(path)
+            with contextlib.suppress(FileNotFoundError):  # it was pruned for newer ones
+                held.update(path.glob("worker-*"))
+        if len(written) > 3 and (held or workers != "all"):
+            opt.stop()
+
     with AGNOptimizer(adam(0.1), np.zeros(4), comm, 2, **options) as opt:
-        for _ in opt.steps(200 * opt.num_workers):
+        for _ in opt.steps(10**5, at_center=look, every=20):
             opt.minimize(lambda p: (0.0, p["0"] - 1))
             time.sleep(1e-3)
-        comm.Barrier()
-        meanwhile = workers_files(directory)
-        comm.Barrier()
+        taken = opt.taken
     comm.Barrier()
-    last = max((directory / "checkpoints").glob("step-*"))
-    assert bool(meanwhile) == (workers == "all")
-    assert len(list(last.glob("worker-*"))) == (0 if workers == "none" else comm.size - 1)
+    assert taken < 10**5
+    assert bool(held) == (workers == "all" and comm.rank == 0)
+    assert folders(directory)[0] == folder(directory, taken)
+    assert len(list(folder(directory, taken).glob("worker-*"))) == (0 if workers == "none" else comm.size - 1)
 
 
 def test_what_cannot_be_is_refused(comm, directory):
@@ -183,7 +187,10 @@ def test_what_cannot_be_is_refused(comm, directory):
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("transport", [*TRANSPORTS, None], ids=name)
 def test_an_interruption_loses_and_repeats_no_step(comm, directory, transport, overlap):
-    """One rank is asked to stop within its period, while the others are anywhere in theirs."""
+    """One rank is asked to stop within its period, while the others are anywhere in theirs.
+
+    With a center they wait there: else all steps might be taken before that rank has come so far.
+    """
     total, parts, stopper = 40 * comm.size, [], 1 if transport else 0  # whose lease is not the last of a round
     rule = rules.downpour() if transport else rules.synchronous()
 
@@ -192,6 +199,8 @@ def test_an_interruption_loses_and_repeats_no_step(comm, directory, transport, o
 
     for at in (7, 0):
         interrupted, taken = False, []
+        others = [rank for rank in range(1, comm.size) if rank != stopper] if at and transport else []
+        waits = comm.rank in others
         opt = AGNOptimizer(
             sgd(1.0), np.zeros(total), comm, 5, rule=rule, transport=transport or "auto", overlap=overlap,
             checkpoint=directory, resume="auto",
@@ -200,11 +209,17 @@ def test_an_interruption_loses_and_repeats_no_step(comm, directory, transport, o
             for step in opt.steps(total):
                 opt.minimize(lambda p: (0.0, one_hot(step)))  # noqa: B023
                 taken.append(step)
-                time.sleep(0.001)  # each gets its share
+                time.sleep(0.001)
                 if at and comm.rank == stopper and len(taken) == at:
                     os.kill(os.getpid(), signal.SIGUSR1)
+                    for rank in others:
+                        comm.send(None, rank)
+                if waits and len(taken) == 1 + comm.rank % 4:
+                    waits = comm.recv(source=stopper)
         except Interrupted:
             interrupted = True
+        if waits:  # it was not granted so many
+            comm.recv(source=stopper)
         assert interrupted is bool(at)
         count = opt.center["0"]
         opt.close()

@@ -38,7 +38,7 @@ def test_no_worker_starves(comm, n):
 
         center.apply = late
         comm.Barrier()
-        time.sleep(0.05)
+        time.sleep(0.2)  # until the last bytes of large ones have come, too
 
     def work(end, index):
         out, one = np.empty(n), np.ones(n)
@@ -113,7 +113,7 @@ def test_messages_move_on_while_a_commit_is_applied(comm, optimizer):
 
     def work(end, index):
         out, one = np.empty(n), np.ones(n)
-        for k in range(1, 11):
+        for k in range(1, 6):
             end.exchange(Commit(index, k, payload=one), out).wait()
             assert optimizer or out.min() == out.max()
         end.leave(None, out).wait()
@@ -121,8 +121,8 @@ def test_messages_move_on_while_a_commit_is_applied(comm, optimizer):
     outcome = MPIWorld(comm, message_buffers(4)).play(n, work, on_end=watch)
     if comm.rank == 0:
         assert sum(moved) > 0
-        assert optimizer or (outcome.c == 10 * (comm.size - 1)).all()
-        assert outcome.center.clock == 10 * (comm.size - 1)
+        assert optimizer or (outcome.c == 5 * (comm.size - 1)).all()
+        assert outcome.center.clock == 5 * (comm.size - 1)
 
 
 def test_memory_at_the_center_is_bounded(comm):

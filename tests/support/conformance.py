@@ -14,9 +14,13 @@ from agnmpi.core.messages import DUPLICATE, OK, Commit
 from agnmpi.transport.local import LocalCenter
 from agnmpi.transport.registry import local
 
-COMMITS = 12
-# One element, fewer than a piece, and more than all pieces in flight (3 M float64 are 24 MB).
-SIZES = [1, 1000, 3_000_000]
+# One element, fewer than a piece, and more than all pieces in flight (16 MiB of p2p's; 2.2 M float64 are 17.6 MB).
+SIZES = [1, 1000, 2_200_000]
+
+
+def commits_of(n):
+    """How many each worker makes of vectors (n,): of many pieces, fewer."""
+    return 12 if n <= 1000 else 4
 
 
 class Outcome(NamedTuple):
@@ -70,28 +74,28 @@ def nothing_lost_nothing_twice(world, n):
 
     def work(end, index):
         out = np.empty(n)
-        for k in range(1, COMMITS + 1):
+        for k in range(1, commits_of(n) + 1):
             payload = np.full(n, float((index + 1) * 1000 + k))
             reply = end.exchange(Commit(index, k, steps=1, payload=payload), out).wait()
             assert reply.status == OK
         return leave(end, n)
 
     outcome = world.play(n, work)
-    total = sum((w + 1) * 1000 + k for w in range(world.workers) for k in range(1, COMMITS + 1))
+    total = sum((w + 1) * 1000 + k for w in range(world.workers) for k in range(1, commits_of(n) + 1))
     finals = [] if isinstance(world, LocalWorld) else outcome.results
     for final in finals:  # every worker holds the same final center
         np.testing.assert_array_equal(final, total)
     if outcome.c is None:
         return
     np.testing.assert_array_equal(outcome.c, total)
-    assert outcome.center.clock == world.workers * COMMITS
-    assert outcome.center.steps == world.workers * COMMITS
+    assert outcome.center.clock == world.workers * commits_of(n)
+    assert outcome.center.steps == world.workers * commits_of(n)
     if not world.capabilities.exact_clock:
         return
-    assert len(outcome.log) == world.workers * COMMITS
-    assert outcome.center.applied == [COMMITS] * world.workers
+    assert len(outcome.log) == world.workers * commits_of(n)
+    assert outcome.center.applied == [commits_of(n)] * world.workers
     for w in range(world.workers):
-        assert [c.sequence for c in outcome.log if c.worker == w] == list(range(1, COMMITS + 1))
+        assert [c.sequence for c in outcome.log if c.worker == w] == list(range(1, commits_of(n) + 1))
 
 
 def no_torn_read_and_an_exact_clock(world, n):
@@ -107,7 +111,7 @@ def no_torn_read_and_an_exact_clock(world, n):
 
     def work(end, index):
         out, one, clock = np.empty(n), np.ones(n), 0
-        for k in range(1, COMMITS + 1):
+        for k in range(1, commits_of(n) + 1):
             reply = end.exchange(Commit(index, k, clock=clock, payload=one), out).wait()
             assert whole(out) == reply.clock
             assert reply.clock > clock, "a commit moves the clock"
@@ -127,10 +131,10 @@ def own_commits_are_seen(world, n):
         out, payload, mine = np.empty(n), np.zeros(n), index % n
         payload[mine] = 1
         sharing = len([w for w in range(world.workers) if w % n == mine])
-        for k in range(1, COMMITS + 1):
+        for k in range(1, commits_of(n) + 1):
             end.exchange(Commit(index, k, payload=payload), None).wait()
             end.pull(out).wait()
-            assert k <= out[mine] <= sharing * COMMITS
+            assert k <= out[mine] <= sharing * commits_of(n)
             if sharing == 1:
                 assert out[mine] == k
         leave(end, n)

@@ -51,14 +51,22 @@ def has_ulfm() -> bool:
     return mpi_kind() == "openmpi" and not mpi_library().startswith("Open MPI v4")
 
 
+@cache
+def compiled_once():
+    """A directory for what numba compiles: a rank needs seconds for the encodings, and not each has to compile them."""
+    return tempfile.TemporaryDirectory(prefix="agnmpi-numba-")  # removed when this process ends
+
+
 class Job:
     """A running mpiexec in a process group of its own. `start`: a command to start it instead."""
 
     def __init__(self, n, *args, cwd=None, env=None, launcher=(), start=None):
-        self.directory = tempfile.TemporaryDirectory(prefix="agnmpi-")  # Open MPI leaves session directories
+        # Open MPI leaves session directories, and may be removing them.
+        self.directory = tempfile.TemporaryDirectory(prefix="agnmpi-", ignore_cleanup_errors=True)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(INHERITED)}
         # Open MPI 5.0's btl/ofi (the PyPI wheel has it) looks for a fabric for one second in each MPI_Init.
-        clean |= {"TMPDIR": self.directory.name, "OMPI_MCA_btl": "^ofi"} | (env or {})
+        clean |= {"TMPDIR": self.directory.name, "OMPI_MCA_btl": "^ofi", "NUMBA_CACHE_DIR": compiled_once().name}
+        clean |= env or {}
         # Unbuffered, print(a, b) is four writes, and another rank's line may come between them.
         clean.pop("PYTHONUNBUFFERED", None)
         command = shlex.join([*(start or [mpiexec_path(), *launcher, "-n", str(n)]), *map(str, args)])

@@ -31,7 +31,8 @@ def transport_of(options):
         (4, ["--period", "3"]),
         (4, ["--variant", "gradient", "--optimizer", "momentum"]),
         (3, ["--overlap", "--optimizer", "sgd"]),
-        (3, ["--rule", "downpour", "--rate", "0.05", "--period", "3"]),
+        # A whole displacement of a worker that got no core until the end would be out of bounds.
+        (3, ["--rule", "downpour", "--rate", "0.05", "--period", "3", "--set", "options.slow=0.001"]),
         (3, ["--rule", "dynsgd", "--set", "options.dtype=float64"]),
         (3, ["--rule", "aeasgd", "--rate", "0.1", "--rho", "3"]),
         (3, ["--rule", "eamsgd", "--rate", "0.02"]),

@@ -33,24 +33,36 @@ def small_disk(tmp_path):
 
 
 def fill(disk):
-    with (disk / "filler").open("wb", buffering=0) as file:
+    with (disk / "filler").open("ab", buffering=0) as file:
         while file.write(bytes(4096)) == 4096:
             pass
+
+
+def keep_full(disk, until):
+    """Until `until()`: also with what a write frees that fails."""
+    while not until():
+        with pytest.raises(OSError, match="No space"):
+            fill(disk)
+        time.sleep(0.02)
+    (disk / "filler").unlink()
+
+
+def outages(output, begins, ends):
+    """How often something is said to begin, and as often to end."""
+    assert output.count(begins) == output.count(ends), output
+    return output.count(begins)
 
 
 def test_a_disk_that_is_full_for_a_while(small_disk):
     run = small_disk / "run"
     job = running(run, "--steps", "2000")
-    with pytest.raises(OSError, match="No space"):
-        fill(small_disk)
-    time.sleep(1.5)
-    (small_disk / "filler").unlink()
+    end = time.monotonic() + 1.5
+    keep_full(small_disk, lambda: time.monotonic() > end)
     code, output = job.finish(LIMIT)
     assert code == 0, output
-    assert output.count("events.jsonl cannot be written") == 1, output
-    assert output.count("events.jsonl can be written again") == 1
-    assert output.count("the checkpoint could not be written") == 1
-    assert output.count("the checkpoint is written again") == 1
+    # Of 15 events and 7 checkpoints; more than once where a write that had begun fits into what another has freed.
+    assert 1 <= outages(output, "events.jsonl cannot be written", "events.jsonl can be written again") < 4
+    assert 1 <= outages(output, "the checkpoint could not be written", "the checkpoint is written again") < 4
     assert [event for event in events_of(run) if event["event"] == "unwritten"]
     assert result_of(run)["steps"] == 2000
     assert newest(run, pytest.fail)[2]["steps"] == 2000
@@ -62,14 +74,12 @@ def test_a_disk_that_is_full_to_the_end(small_disk):
     until = time.monotonic() + 30
     while newest(run, lambda _: None) is None:
         assert time.monotonic() < until
-    with pytest.raises(OSError, match="No space"):
-        fill(small_disk)
+    keep_full(small_disk, lambda: job.process.poll() is not None)
     code, output = job.finish(LIMIT)
     assert code == 74, output
     assert "the result could not be written" in output
     assert "exit code 74" in output
     assert not (run / "result.json").exists()
-    (small_disk / "filler").unlink()
     assert newest(run, lambda _: None) is not None, "the last good one stays"
     code, output = agnmpi(3, "train", "--resume", run, timeout=LIMIT)
     assert code == 0, output
@@ -79,7 +89,8 @@ def test_a_disk_that_is_full_to_the_end(small_disk):
 def test_a_directory_that_is_removed_is_made_again(tmp_path):
     run = tmp_path / "run"
     job = running(run, "--steps", "1200")
-    shutil.rmtree(run)
+    run.rename(tmp_path / "removed")  # at once, whatever is being written there
+    shutil.rmtree(tmp_path / "removed", ignore_errors=True)
     code, output = job.finish(LIMIT)
     assert code == 0, output
     assert "events.jsonl was removed; it is made again" in output

@@ -1,5 +1,6 @@
 """What must work with any MPI, in a few runs: `jobs/test.sh --long system` makes a row of a table from these."""
 
+import re
 import signal
 import sys
 
@@ -63,7 +64,7 @@ def test_kill(tmp_path):
     run = tmp_path / "run"
     faults = {"AGNMPI_FAULTS": "kill:2@9,slow:1@0:0.02,slow:2@0:0.02"}
     train(run, "--checkpoint-commits", "1", "--inject-faults", code=None, **faults)
-    assert newest(run, pytest.fail) is not None
+    assert newest(run, print) is not None  # one may be incomplete
     train(run, "--resume", "auto")
     check(run)
 
@@ -75,7 +76,10 @@ def test_usr1(tmp_path):
     job = started(lambda: progresses(run), 3, *AGNMPI, "train", QUADRATIC, *options, "--inject-faults", env=slow)
     job.process.send_signal(signal.SIGUSR1)
     code, output = job.finish(60)
-    assert code == 75, output
+    # MPICH 4.0's mpiexec says 0 now and then, as support/code_after_usr1.py shows: what counts is result.json.
+    assert code == 75 or (code == 0 and re.match(r"MPICH Version:\s+4[.]0", mpi_library())), output
+    assert "interrupted at step" in output
+    assert not (run / "result.json").exists()
     train(run, "--resume", "auto", steps=4000)
     check(run, 4000)
 

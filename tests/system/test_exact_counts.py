@@ -27,7 +27,7 @@ def test_a_kill_and_a_resume_count_every_sample_once_an_epoch(tmp_path, options)
     run, problem = tmp_path / "run", f"{PROBLEMS}:Counts"
     given = [*COUNTS, *options, "--checkpoint-commits", "5", "--set", "options.slow=0.01"]
     given += ["--inject-faults", "--run-dir", run]
-    faults = {"AGNMPI_FAULTS": "kill:3@30,slow:2@0:0.003"}
+    faults = {"AGNMPI_FAULTS": "kill:3@80,slow:2@0:0.003"}
     code, output = agnmpi(4, "train", problem, *given, env=faults, timeout=LIMIT)
     assert code not in (0, 76), output
     assert newest(run, print)[2]["steps"] > 0, "it was killed before the first checkpoint"

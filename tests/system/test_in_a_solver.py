@@ -40,14 +40,21 @@ def test_it_starts_mpi_and_its_hook_is_called(tmp_path):
 
 
 WAITING = """
-import os, threading
+import os, threading, warnings
 import numpy as np
 from mpi4py import MPI
 import agnmpi.loops.warner
 from agnmpi import AGNOptimizer, sgd
 
 agnmpi.loops.warner.WAIT = 1.0  # seconds
-threading.Timer(4, os._exit, [3]).start()
+warn = warnings.warn
+
+def told(message, *given, **options):  # it ends when it has said so
+    warn(message, *given, **options)
+    if "no worker has committed" in str(message):
+        threading.Timer(0.5, os._exit, [3]).start()
+
+warnings.warn = told
 comm = MPI.COMM_WORLD
 opt = AGNOptimizer(sgd(0.1), np.zeros(3), comm)
 for step in opt.steps(60):

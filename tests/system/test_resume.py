@@ -153,7 +153,7 @@ def test_a_second_signal_aborts_at_once(tmp_path):
     time.sleep(2)
     assert job.process.poll() is None, "the period is not finished: the run goes on"
     job.process.send_signal(signal.SIGUSR1)
-    code, _ = job.finish(30)
+    code, _ = job.finish(60)
     assert code != 0
 
 
@@ -187,12 +187,16 @@ def test_checkpoints_while_it_runs_and_a_broken_newest_one(tmp_path):
     ids=str,
 )
 def test_after_a_crash_it_is_the_whole_bit_for_bit(tmp_path, ranks, options):
-    """One worker: its local state is that of the checkpoint, and no gradient enters its moments twice."""
+    """One worker: its local state is that of the checkpoint, and no gradient enters its moments twice.
+
+    It is slow before it dies: checkpoints have time to be written.
+    """
     whole, crashed = tmp_path / "whole", tmp_path / "crashed"
     options = [*SHORT, "--optimizer", "adam", "--checkpoint-commits", "5", *options]
     train(ranks, *options, "--epochs", "10", "--run", whole)
     code, output = agnmpi(
         ranks, "train", QUADRATIC, *options, "--epochs", "10", "--run", crashed, "--inject-faults",
+        "--set", "options.slow=0.005",
         env={"AGNMPI_FAULTS": f"kill:{ranks - 1}@103"}, timeout=LIMIT,
     )  # fmt: skip
     assert code != 0
@@ -219,6 +223,7 @@ def test_all_blocks_of_a_checkpoint_hold_the_same_commits(tmp_path, ranks, optio
     run = tmp_path / "run"
     output = train(
         ranks, *SHORT, *options, "--centers", "2", "--epochs", "40", "--set", "options.unused=100000",
+        "--set", "options.slow=0.002",
         "--checkpoint-commits", "7", "--keep", "100", "--run", run,
     )  # fmt: skip
     assert "WARNING" not in output
@@ -339,7 +344,8 @@ def test_blocks_of_different_commits_are_left_out(tmp_path):
 def test_a_refused_commit_leaves_no_trace(tmp_path, ranks, options):
     run = tmp_path / "run"
     problem = f"{PROBLEMS}:SometimesNaN"
-    train(ranks, *SHORT, *options, "--epochs", "20", "--run", run, problem=problem)
+    shared = ["--set", "options.slow=0.001"]  # else the others might take all steps before the last rank's sixth
+    train(ranks, *SHORT, *options, *shared, "--epochs", "20", "--run", run, problem=problem)
     assert result_of(run)["refused"] > 0
     assert result_of(run)["steps"] == 300
     assert result_of(run)["metrics"]["distance"] < 0.5, "0.765 before the first step"
@@ -348,7 +354,8 @@ def test_a_refused_commit_leaves_no_trace(tmp_path, ranks, options):
 def test_commits_that_are_not_finite_are_refused(tmp_path):
     """A few are refused and their steps taken again; many in a row end the run with the reason."""
     run = tmp_path / "run"
-    output = train(3, *SHORT, "--epochs", "10", "--run", run, problem=f"{PROBLEMS}:SometimesNaN")
+    given = ["--epochs", "10", "--set", "options.slow=0.002", "--run", run]  # each gets its share
+    output = train(3, *SHORT, *given, problem=f"{PROBLEMS}:SometimesNaN")
     assert result_of(run)["refused"] > 0
     assert "commits were refused" in output
     assert result_of(run)["samples"] == 2400

@@ -10,7 +10,7 @@ from launcher import QUADRATIC, events_of, mpiexec, result_of
 from agnmpi.cli.main import main
 
 SCRIPT = """
-import json, sys
+import json, sys, time
 import numpy as np
 import agnmpi
 
@@ -22,6 +22,7 @@ class Line:
     def init(self, rng):
         return {"w": np.zeros(1)}
     def gradient(self, params, indices):
+        time.sleep(5e-4)  # each rank gets its share: none commits at the end what it computed from the beginning
         error = self.x[indices] * params["w"] - self.y[indices]
         return (error**2).mean() / 2, [(error * self.x[indices]).mean(keepdims=True)]
     def evaluate(self, params):
@@ -29,7 +30,7 @@ class Line:
 
 seen = []
 result = agnmpi.train(
-    Line, epochs=20, optimizer="sgd", rate=0.1, period=2, options={"slope": 2.0}, run_dir=sys.argv[1],
+    Line, epochs=100, optimizer="sgd", rate=0.1, period=2, options={"slope": 2.0}, run_dir=sys.argv[1],
     on_event=seen.append,
 )
 if result is not None:
@@ -40,7 +41,7 @@ if result is not None:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_class_of_a_script(tmp_path, ranks):
     (tmp_path / "mine.py").write_text(
-        SCRIPT if ranks > 1 else SCRIPT.replace("epochs=20", 'transport="local", epochs=20')
+        SCRIPT if ranks > 1 else SCRIPT.replace("epochs=100", 'transport="local", epochs=100')
     )
     run = tmp_path / "run"
     code, output = mpiexec(ranks, sys.executable, tmp_path / "mine.py", run)
