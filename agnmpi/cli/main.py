@@ -79,7 +79,7 @@ def _offline(args: argparse.Namespace) -> int:
         if args.command == "runs":
             return reports.runs(args.directories)
         if args.command == "report":
-            return reports.report(args.runs, args.output)
+            return reports.report(args.runs, args.output, args.png)
         if args.command == "export":
             return models.export(Path(args.run), Path(args.file))
         if args.command == "capi":

@@ -41,6 +41,7 @@ def add_reports(commands: Any) -> None:
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="runs, or directories that hold them")
     report.add_argument("-o", "--output", metavar="FILE", help="the page [default: report.html in, or beside, the run]")
+    report.add_argument("--png", action="store_true", help="a picture of it, too, beside it; needs Chromium or Chrome")
 
 
 def add_capi(commands: Any) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..recovery.files import write_atomic
 from ..reporting.page import page
+from ..reporting.picture import picture
 from ..reporting.runs import find, read, table
 
 
@@ -18,10 +19,17 @@ def runs(paths: Sequence[str]) -> int:
     return 0
 
 
-def report(paths: Sequence[str], target: str | None) -> int:
-    """Write a page about runs; returns the exit code. Raises ValueError for what is no run."""
+def report(paths: Sequence[str], target: str | None, png: bool = False) -> int:
+    """Write a page about runs, and its picture if `png`; returns the exit code.
+
+    Raises ValueError for what is no run, and where nothing can draw the picture.
+    """
     found = [read(path) for given in paths for path in (list(find([Path(given)])) or [Path(given)])]
     file = Path(target) if target else (found[0].path if len(found) == 1 else found[0].path.parent) / "report.html"
-    write_atomic(file, page(found).encode())
+    html = page(found)
+    write_atomic(file, html.encode())
     print(f"{file}: {len(found)} run{'s' if len(found) > 1 else ''}")
+    if png:
+        write_atomic(drawn := file.with_suffix(".png"), picture(html, file.parent))
+        print(drawn)
     return 0

@@ -25,6 +25,7 @@ from .arguments import Arguments
 from .gradients import Gradients, by_name, fill
 from .hook import Hook
 from .loop import Loop
+from .monitoring import LoopMonitor, Monitoring
 from .own_arrays import OwnArrays, one_vector
 from .terms import Asked, Caller, Kept, Status
 from .warner import advise, warn_of_threads
@@ -75,6 +76,7 @@ class AGNOptimizer:
             workers together, else "end".
         resume: "auto": from the newest checkpoint in `checkpoint`, if there is one; else a directory that has one.
         state, load_state: arrays of yours on this rank, such as moments, that checkpoints hold; called with them.
+        monitor: `agnmpi.Monitoring(…)`, or its directory alone: what `agnmpi train` shows and writes, of your loop.
 
     Raises:
         TypeError: for what is not an array or optimizer.
@@ -120,6 +122,7 @@ class AGNOptimizer:
         checkpoint_workers: str = "auto",
         state: Callable[[], Mapping[str, Array]] = dict,
         load_state: Callable[[Mapping[str, Array]], object] = bool,
+        monitor: Monitoring | str | Path | None = None,
     ) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
@@ -135,16 +138,17 @@ class AGNOptimizer:
                 optimizer, center_optimizer, params, communication_period, rule, variant, transport, buffers,
                 outer_rate, copy,
             )  # fmt: skip
-            self._loop = self._set_up(arguments, use_locking, overlap, dylu)
-            if resume is not None:
-                self._resume(resume)
+            self._loop = self._set_up(arguments, use_locking, overlap, dylu, monitor, resume is not None)
+            self._resume(resume)
         except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
             self._comm.Free()
             raise
         atexit.register(self._at_exit)  # before mpi4py finalizes MPI
 
-    def _resume(self, resume: str | Path) -> None:
+    def _resume(self, resume: str | Path | None) -> None:
+        if resume is None:
+            return
         if resume != "auto":
             self._loop.restore(Path(resume), required=True)
         elif self._kept is not None:
@@ -152,7 +156,15 @@ class AGNOptimizer:
         else:
             raise ConfigError('resume="auto" needs checkpoint, the directory')
 
-    def _set_up(self, arguments: Arguments, use_locking: bool, overlap: bool, dylu: bool) -> Loop:
+    def _set_up(
+        self,
+        arguments: Arguments,
+        use_locking: bool,
+        overlap: bool,
+        dylu: bool,
+        monitor: Monitoring | str | Path | None,
+        resumes: bool,
+    ) -> Loop:
         """Compare with the other ranks, create the flat vector, and connect; errors are raised on all ranks."""
         comm, optimizer = self._comm, arguments.optimizer
         rule, layout, period, transport = raise_on_all(comm, lambda: arguments.checked(use_locking))
@@ -175,9 +187,14 @@ class AGNOptimizer:
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
         self._sharded = len(setup.center_ranks) > 1
         caller = Caller(self._pack, self._pulled, self._refused, *self._caller_state)
+        options = facts | {"rule": rule.name, "transport": transport.name, "period": period}
+        where = self._kept and self._kept.directory
+        given = Monitoring(monitor) if isinstance(monitor, str | Path) else monitor
+        self._monitor = LoopMonitor(given, comm, where, resumes, options, layout, self._x) if given else None
         loop = Loop(
-            comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller, layout, self._kept
-        )
+            comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller, layout, self._kept,
+            self._monitor,
+        )  # fmt: skip
         self._restore_blas = limit_blas(loop.session.threads)
         if comm.rank == 0 and not (arguments.rule and arguments.rule.weighs):  # a weight of the caller's is not called
             advise(self._name, rule, loop.session.role.count, period)
@@ -281,6 +298,11 @@ class AGNOptimizer:
         Raises RuntimeError for one with a number.
         """
         self._loop.stop()
+
+    @property
+    def stopped(self) -> str:
+        """Why `monitor` has ended this loop, and those to come; "" if it has not."""
+        return self._monitor.stopped if self._monitor is not None else ""
 
     @property
     def granted(self) -> list[int]:

@@ -59,13 +59,21 @@ class Keeper:
         """Whether this rank was asked to stop."""
         return self._signals is not None and bool(self._signals.received)
 
-    def restore(self, directory: Path, required: bool, x: Array, caller: Caller) -> None:
-        """Continue from the newest checkpoint, with parameters `x` (n,); collective, before the first session."""
+    @property
+    def signal(self) -> str:
+        """The signal that a rank got."""
+        return (self._signals and self._signals.received) or "another rank's"
+
+    def restore(self, directory: Path, required: bool, x: Array, caller: Caller) -> Mapping[str, Any] | None:
+        """Continue from the newest checkpoint, with parameters `x` (n,); collective, before the first session.
+
+        Returns its facts; None if there is none.
+        """
         session, role = self._session, self._session.role
         run = (lambda: directory) if session.comm.rank == 0 else None
         facts = resume(session.comm, role, self._layout, None, {}, run, required, self._say)
         if facts is None:
-            return
+            return None
         checkpoint = Path(facts["checkpoint"])
         self._before, self._resuming = [0, *map(int, facts.get("ends", []))], True
         self.skip = role.session = len(self._before) - 1
@@ -79,6 +87,7 @@ class Keeper:
         if role.serves and role.stores:
             x[...] = bring(read_span(checkpoint, facts, slice(None))["c"], x)
         caller.pulled()
+        return facts
 
     @property
     def replayed(self) -> int | None:

@@ -4,7 +4,7 @@ import operator
 import time
 import weakref
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from ..core.rules import Rule
 from ..core.worker import Worker
 from ..reporting.events import RecentMean
 from ..training.evaluations import AtCenter, Point
+from ..training.exits import Interrupted
 from ..training.session import Session
 from .keeper import Keeper, newest_state
+from .monitoring import LoopMonitor
 from .terms import Asked, Caller, Kept
 from .warner import Warner
 
@@ -43,12 +45,13 @@ class Loop(Warner):
         caller: what the caller does meanwhile.
         layout: of the parameters.
         kept: where checkpoints are kept; None: nowhere, and signals are the caller's.
+        monitor: shows and writes it, if anything does.
     """
 
     def __init__(
         self, comm: MPI.Intracomm, rule: Rule, x: Array, optimizer: Optimizer | None,
         center_optimizer: Optimizer | None, setup: Setup, period: int, name: str, caller: Caller,
-        layout: Layout, kept: Kept | None,
+        layout: Layout, kept: Kept | None, monitor: LoopMonitor | None = None,
     ) -> None:  # fmt: skip
         super().__init__(name)
         saved = partial(newest_state, kept, self._say)
@@ -66,6 +69,9 @@ class Loop(Warner):
         self._began = time.monotonic(), 0  # this session, and the steps before it
         self._at_center: AtCenter | None = None
         self._keeper = Keeper(self.session, layout, kept, self._facts, self._say)
+        self._monitor = monitor
+        if monitor is not None:
+            monitor.session = self.session
 
     @property
     def worker(self) -> Worker | None:
@@ -109,7 +115,9 @@ class Loop(Warner):
         """Continue from the newest checkpoint; collective, before the first session."""
         if self.session.role.session:
             raise RuntimeError(f"{self._name}: restore before the first loop")
-        self._keeper.restore(directory, required, self._x, self._caller)
+        facts = self._keeper.restore(directory, required, self._x, self._caller)
+        if facts is not None and self._monitor is not None:
+            self._monitor.resumed(facts)
 
     def _facts(self, between: bool) -> dict[str, Any]:
         """Of this loop, for a checkpoint; `between`: two sessions."""
@@ -117,6 +125,7 @@ class Loop(Warner):
             "samples": self.session.role.center.steps,
             "seconds": time.monotonic() - self._began[0],
             **self._keeper.progress(between),
+            **(self._monitor.facts if self._monitor else {}),
         }
 
     @property
@@ -210,11 +219,25 @@ class Loop(Warner):
             generator.close()
         self.finish()
         self._keeper.finish()
+        if self._monitor is not None:
+            self._monitor.finish()
         self.closed = True
 
     def _finish(self, worker: Worker) -> None:
         self.session.finish(worker)
+        self._end_session()
+
+    def _end_session(self) -> None:
+        """All have left, each in its way; collective."""
         self._copy_final_center()
+        try:
+            self._keeper.end_if_signalled()
+        except Interrupted:
+            if self._monitor is not None:
+                self._monitor.interrupted(self._keeper.signal)
+            raise
+        if self._monitor is not None:
+            self._monitor.ends()
 
     def _copy_final_center(self) -> None:
         """Where this rank serves, no worker does this."""
@@ -238,8 +261,13 @@ class Loop(Warner):
         self.finish()
         before = self.session.role.center.settled - self._keeper.done_before
         self._keeper.done_before = 0
+        monitor = self._monitor
+        if monitor is not None and monitor.stopped:
+            return
         with self._watch(), self._keeper.signals_installed():
             self._begin(asked)
+            if monitor is not None:
+                monitor.begins(total, before)
             dropped = 0
             for workers in self.session.rounds():
                 for worker in workers:
@@ -250,8 +278,7 @@ class Loop(Warner):
             self._at_center.settle()
         if self.session.deserted:
             raise RuntimeError(f"{self._name}: all workers are lost")
-        self._copy_final_center()
-        self._keeper.end_if_signalled()
+        self._end_session()
         self._report(total, self.session.role.center.settled - before, dropped)
 
     def _begin(self, asked: Asked) -> None:
@@ -277,7 +304,8 @@ class Loop(Warner):
         self._running, told = True, False
         try:
             # However it ends, commit the partial period and leave: a caught error may keep this frame alive.
-            with closing(worker.steps()) as steps:
+            quiet = self._monitor.above_bar() if self._monitor is not None else nullcontext()
+            with closing(worker.steps()) as steps, quiet:
                 for number in steps:
                     self.refresh()
                     self._stepped = False
@@ -288,7 +316,7 @@ class Loop(Warner):
                             "apply_gradients() or step() once, or skip()"
                         )
                     self._keeper.stepped()
-                    if self._keeper.signalled and not told:
+                    if not told and (self._keeper.signalled or (self._monitor is not None and self._monitor.tick())):
                         told = True
                         self._stop_all()
                     if self._stopping:
@@ -306,6 +334,8 @@ class Loop(Warner):
         """Count, and call the caller's `at_center`."""
         self._loss.add(commit.loss, commit.steps)
         self._keeper.committed(c)
+        if self._monitor is not None:
+            self._monitor.committed(commit, c)
         if self._at_center is not None:
             self._at_center.committed(c, self.point, last=False)
             self._at_center.tick()
@@ -316,12 +346,23 @@ class Loop(Warner):
         if self._at_center is not None:
             self._at_center.tick()
         self._keeper.waiting()
-        if self._keeper.signalled:
+        if (self._monitor is not None and self._monitor.tick()) or self._keeper.signalled:
             role.center.control = STOP
         if isinstance(role, CenterRole):
             role.end.announce(role.center.control, role.center.checkpoint)
 
+    def alone(self) -> None:
+        """No other rank is left."""
+        if self._monitor is not None:
+            self._monitor.alone()
+
+    def _note(self, event: str, **facts: Any) -> None:
+        if self._monitor is not None:
+            self._monitor.note(event, **facts)
+
     def new_center(self, source: str, newly_lost: Sequence[int]) -> None:
         """Keep it as its new part asks for, and warn; on every rank."""
         self._keeper.new_center()
+        if self._monitor is not None:
+            self._monitor.new_center(source)
         super().new_center(source, newly_lost)

@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from mpi4py import MPI
 
@@ -105,12 +106,17 @@ class Warner(Observer):
         """This worker has begun."""
         self._met.add(commit.worker)
 
-    def lost(self, rank: int, _held: Sequence[Lease]) -> None:
+    def _note(self, event: str, **facts: Any) -> None:
+        """An event to be written."""
+
+    def lost(self, rank: int, held: Sequence[Lease]) -> None:
         """Warn."""
+        self._note("lost", rank=rank, uncommitted=held)
         self._warn_of_loss(f"rank {rank} is lost; what it had not committed goes to the others")
 
     def given_up(self, lease: Lease) -> None:
         """Warn."""
+        self._note("given_up", first=lease.first, steps=lease.steps)
         last = lease.first + lease.steps - 1
         text = f"the commits of steps {lease.first} to {last} were refused repeatedly: they are given up"
         warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=2)
@@ -119,6 +125,7 @@ class Warner(Observer):
         """Warn."""
         session = self.session
         rank = session.members.rank_of(worker) if session.role.serves else session.rank
+        self._note("failing", rank=rank, refusals=refusals)
         self._warn_of_failing(rank, refusals, "It tries again")
 
     def _warn_of_failing(self, rank: int, refusals: int, then: str) -> None:

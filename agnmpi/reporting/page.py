@@ -87,9 +87,8 @@ def _head(run: Run) -> str:
         )
     tiles += [_tile(duration(run.seconds), "of training"), _tile(str(workers(run)), "workers")]
     o = run.options
-    what = (
-        f"{o.get('problem', '')} · rule {o.get('rule')}, period {o.get('period')}, {o.get('optimizer')} {o.get('rate')}"
-    )
+    moved = f"{o.get('optimizer')} {o.get('rate', '')}"
+    what = f"{o.get('problem', '')} · rule {o.get('rule')}, period {o.get('period')}, {moved}"
     return f'<p class="sub">{escape(what)}<br>{escape(str(run.path))}</p><div class="tiles">{"".join(tiles)}</div>'
 
 

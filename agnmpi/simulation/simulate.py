@@ -154,7 +154,7 @@ class Stage:
         if self._recorder is not None:
             self._recorder.close()
         extra = {"transport": "virtual", "centers": len(self.parts), **json_safe(extra_results())}
-        result = conclude(directory, config, layout, role, monitor, extra)
+        result = conclude(directory, asdict(repeatable(config)), layout, role, monitor, extra)
         monitor.say(
             f"done: {format_metrics(monitor.metrics, ', ')}; {result['samples']} samples, {result['commits']} commits "
             f"in {result['seconds']} s"

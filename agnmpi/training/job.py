@@ -39,7 +39,7 @@ from .outputs import finish_run, run_directory, save_center, write_result
 from .problem import Batches, Factory, evaluate, gradient_of, leases_ahead, name_of, prepare
 from .run_observer import RunObserver
 from .session import Session
-from .user_code import report_failure
+from .user_code import remarks, report_failure
 
 Result: TypeAlias = dict[str, Any]  # as in result.json
 
@@ -130,7 +130,7 @@ class Job:
         self.complete = self.interrupted = self.unwritten = False  # complete: before it was resumed
         self.failure: Exception | None = None  # of the user's code, on this rank
         # Ranks on which the user's code has failed; for the display, once it exists.
-        self._failed, self._announcements = list[int](), list[str]()
+        self._failed, self._announcements = list[int](), remarks(self.problem.gradient)
         self.result: Result | None = None
         self._worker_savers: list[WorkerSaver] = []
 
@@ -291,7 +291,7 @@ class Job:
             duties.keep_config()
             try:
                 if self.interrupted:
-                    save_center(self.directory, self.config, self.layout, session.role)
+                    save_center(self.directory, self.config.rule, self.layout, session.role)
                 else:
                     self._write_result(duties.monitor)
             except OSError as error:

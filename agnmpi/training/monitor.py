@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -46,6 +46,7 @@ class Monitor:
         on_event: OnEvent = None,
     ) -> None:
         self._center, self._stamp, self._config, self._plan = role.center, stamp, config, plan
+        self.total: float = plan.steps  # of the run; infinite where nobody knows
         self._loss = RecentMean(plan.steps_per_epoch)
         self._samples = 0
         self._rates = RecentRates()
@@ -64,6 +65,10 @@ class Monitor:
         self._events = JsonLines(directory / "events.jsonl", self._writers.write, self.say)
         self._done = dict[int, list[int]]()  # steps and commits, by worker
         self._done_at = 0.0  # seconds at the last event with these
+        self._new_bar()
+
+    def _new_bar(self) -> None:
+        """A bar for what comes: one that was stopped would begin by erasing lines above it (rich 15)."""
         self._progress = Bar(
             TextColumn("[bold]epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
@@ -72,7 +77,11 @@ class Monitor:
             refresh_per_second=4,
             expand=True,
         )
-        self._task = self._progress.add_task("train", total=plan.steps, epoch="0", facts="", left="")
+        self._task = self._progress.add_task("train", total=self._bar_total, epoch=self._epochs(), facts="", left="")
+
+    @property
+    def _bar_total(self) -> float | None:
+        return self.total if self.total < inf else None
 
     def say(self, line: str) -> None:
         """Print a line, with the date where the output is not a terminal."""
@@ -86,11 +95,22 @@ class Monitor:
         self._start = time.monotonic()
         self._rate()
         self._events.write("start", workers=self.evaluations.role.count, period=self._config.period)
-        if self._live:
-            self._progress.start()
-            self.console.show_cursor(True)  # a killed run must not leave the cursor hidden
+        self.show()
         if initial is not None:
             self.evaluations.first(initial, Point(0, 0, nan))
+
+    def show(self) -> None:
+        """Show the bar, where the output is a terminal."""
+        if self._live:
+            self._new_bar()
+            self._progress.start()
+            self.console.show_cursor(True)  # a killed run must not leave the cursor hidden
+
+    def hide(self) -> None:
+        """Leave the bar as it is now."""
+        if self._live:
+            self._update_bar(self._rate())
+            self._progress.stop()
 
     def resume(self, samples: int, seconds: float) -> None:
         """The run continues, after `samples` and `seconds` before it was resumed."""
@@ -122,8 +142,7 @@ class Monitor:
 
     def stop(self, event: str, **facts: Any) -> None:
         """The run ends early: close the display and the files."""
-        if self._live:
-            self._progress.stop()
+        self.hide()
         self.evaluations.close()
         self._write_workers(last=True)
         self._events.write(event, step=self._center.steps, clock=self._center.clock, **facts)
@@ -140,7 +159,7 @@ class Monitor:
         done[0] += commit.steps
         done[1] += commit.commits
         self._samples += sum(map(self._plan.count, commit.leases))
-        self.evaluations.committed(c, self._point(), self._center.settled >= self._plan.steps)
+        self.evaluations.committed(c, self._point(), self._center.settled >= self.total)
         self.tick()
 
     def tick(self) -> None:
@@ -158,8 +177,7 @@ class Monitor:
         self._write_progress()
         self._write_workers(last=True)
         self.evaluations.finish(c, self._point())
-        if self._live:
-            self._progress.stop()
+        self.hide()
         self.evaluations.close()
         result = {
             "clock": self._center.clock,
@@ -190,6 +208,8 @@ class Monitor:
 
     def _evaluated(self, evaluation: Evaluation) -> None:
         (steps, clock, loss), self.metrics, error = evaluation
+        if not self.metrics and not error:
+            return
         at = {"step": steps, "epoch": self._epoch(steps), "clock": clock, "loss": loss}
         if error:
             self.failed_evaluations += 1
@@ -201,11 +221,13 @@ class Monitor:
         self._events.write("evaluation", **at, metrics=self.metrics, **self._stamp())
         self.say(f"evaluation at epoch {self._epoch(steps):.3g}: {format_metrics(self.metrics)}")
 
-    def _epoch(self, steps: int) -> float:
+    def _epoch(self, steps: float) -> float:
         return round(steps / self._plan.steps_per_epoch, 4)
 
     def _epochs(self) -> str:
-        return f"{self._epoch(self._center.steps):.2f}/{self._epoch(self._plan.steps):.3g}"
+        return f"{self._epoch(self._center.steps):.2f}" + (
+            f"/{self._epoch(self.total):.3g}" if self.total < inf else ""
+        )
 
     def _rate(self) -> tuple[float, ...]:
         """Commits and samples per second, lately."""
@@ -225,14 +247,18 @@ class Monitor:
             samples_per_second=round(rates[1], 3),
             **self._stamp(),
         )
+        self._update_bar(rates)
+        return rates
+
+    def _update_bar(self, rates: tuple[float, ...]) -> None:
         self._progress.update(
             self._task,
             completed=self._center.steps,
+            total=self._bar_total,
             epoch=self._epochs(),
             facts=self._status(rates),
             left=self._time_left(),
         )
-        return rates
 
     def _write_workers(self, last: bool = False) -> None:
         """Write what each worker, or node center, has done: each 5 s at first, then ever more rarely."""
@@ -247,8 +273,8 @@ class Monitor:
         steps = self._center.steps
         if not steps:
             return "waiting for the first commit"
-        seconds = (time.monotonic() - self._start) * (self._plan.steps - steps) / steps
-        return f"{duration(seconds)} left"
+        seconds = (time.monotonic() - self._start) * (self.total - steps) / steps
+        return f"{duration(seconds)} left" if seconds < inf else ""
 
     def _status(self, rates: tuple[float, ...]) -> str:
         facts = [f"loss {_short(self._loss.value)}", format_metrics(self.metrics)]

@@ -93,9 +93,9 @@ def changed_options(directory: Path, config: Config) -> dict[str, list[Any]]:
     return {name: [before[name], value] for name, value in now.items() if before[name] != value}
 
 
-def save_center(directory: Path, config: Config, layout: Layout, role: Role) -> None:
+def save_center(directory: Path, rule: str, layout: Layout, role: Role) -> None:
     """Write center.safetensors: the center variable by name."""
-    meta = {"agnmpi": __version__, "clock": str(role.center.clock), "rule": config.rule}
+    meta = {"agnmpi": __version__, "clock": str(role.center.clock), "rule": rule}
     save(directory / "center.safetensors", layout.views(role.c), meta)
 
 
@@ -106,7 +106,7 @@ def write_result(directory: Path, result: Mapping[str, Any]) -> None:
 
 def conclude(
     directory: Path,
-    config: Config,
+    options: Mapping[str, Any],
     layout: Layout,
     role: Role,
     monitor: Monitor,
@@ -115,21 +115,17 @@ def conclude(
     """Write the final center, evaluate it, and write the result, with `extra` fields; returns it."""
     failure: OSError | None = None
     try:
-        save_center(directory, config, layout, role)
+        save_center(directory, options["rule"], layout, role)
     except OSError as error:  # raised when all else is done
         failure = error
     result = {
-        "problem": config.problem,
-        "rule": config.rule,
-        "variant": config.variant,
-        "transport": config.transport,
+        **{name: options[name] for name in ("problem", "rule", "variant", "transport", "period")},
         "workers": role.count,
-        "period": config.period,
         **monitor.finish(role.c),
         **extra,
         "agnmpi": __version__,
         "run_dir": str(directory),
-        "options": asdict(repeatable(config)),
+        "options": dict(options),
         "command": shlex.join(sys.argv),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
@@ -166,9 +162,7 @@ def finish_run(
         "mpi": mpi_library(),
         "hosts": {h: hosts.count(h) for h in hosts},
     }
-    result = conclude(directory, config, layout, role, monitor, extra)
-    if (result["loss"] is None and monitor.trained) or None in result["metrics"].values():
-        monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
+    result = conclude(directory, asdict(repeatable(config)), layout, role, monitor, extra)
     if result["failed_evaluations"]:
         monitor.say(
             f"WARNING: {result['failed_evaluations']} evaluations failed: exit code {UNEVALUATED}; mend `evaluate`, "
@@ -176,19 +170,27 @@ def finish_run(
         )
     if lost:
         monitor.say(f"WARNING: the run ended without ranks {lost}: exit code {DEGRADED}")
+    summarize(result, monitor)
+    return result
+
+
+def summarize(result: Mapping[str, Any], monitor: Monitor) -> None:
+    """Say how a run went."""
+    if (result["loss"] is None and monitor.trained) or None in result["metrics"].values():
+        monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
     if result["refused"]:
         monitor.say(f"WARNING: {result['refused']} commits were refused: not finite, or not of this model")
     if result["given_up"]:
         monitor.say(f"WARNING: {result['given_up']} steps were given up: their commits were refused again and again")
+    metrics = f"{format_metrics(monitor.metrics, ', ')}; " if monitor.metrics else ""
     monitor.say(
-        f"done: {format_metrics(monitor.metrics, ', ')}; {result['samples']} samples in {duration(result['seconds'])} "
+        f"done: {metrics}{result['samples']} samples in {duration(result['seconds'])} "
         f"({digits(result['samples_per_second'])}/s), {result['commits']} commits, "
         f"staleness {result['staleness']['mean']:.2f} (max {result['staleness']['max']})"
     )
     for line in dropped_lines(result):
         monitor.say(line)
-    monitor.say(f"written to {directory}/")
-    return result
+    monitor.say(f"written to {result['run_dir']}/")
 
 
 def dropped_lines(result: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """The user's code: errors in it are shown by its own frames, and what it returns wrongly says what to return."""
 
 import concurrent.futures
+import dis
 import inspect
 import sys
 import traceback
@@ -62,6 +63,31 @@ def where(function: Callable[..., Any]) -> str:
         return f"{name} ({inspect.getsourcefile(function)}, line {inspect.getsourcelines(function)[1]})"
     except (OSError, TypeError):
         return name
+
+
+def remarks(gradient: Callable[..., Any]) -> list[str]:
+    """What is odd about a problem's `gradient`: that it never reads the parameters that it is given.
+
+    Its bytecode says so, for certain: no load of its first argument. One that reads and ignores them is not found.
+
+    >>> class Constant:
+    ...     def gradient(self, params, indices):
+    ...         return 0.0, {"w": 1.0}
+    >>> len(remarks(Constant().gradient))
+    1
+    """
+    code, index = getattr(gradient, "__code__", None), int(inspect.ismethod(gradient))
+    if code is None or hasattr(gradient, "__wrapped__") or code.co_argcount <= index:  # decorated, or takes *args
+        return []
+    name, looks_around = code.co_varnames[index], {"locals", "vars", "eval", "exec"} & set(code.co_names)
+    loads = [i.argval for i in dis.get_instructions(code) if "LOAD_FAST" in i.opname]  # of two at once from 3.13 on
+    read = any(name in (loaded if isinstance(loaded, tuple) else (loaded,)) for loaded in loads)
+    if read or looks_around or name in code.co_cellvars:
+        return []
+    return [
+        f"WARNING: {where(gradient)} never reads {name!r}, the parameters that it is given and that training moves: "
+        "is the gradient of others computed?"
+    ]
 
 
 def loss_and_gradients(returned: Any, layout: Layout, function: Callable[..., Any]) -> tuple[float, Mapping[str, Any]]:

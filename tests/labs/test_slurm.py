@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher import INHERITED, KNOWN_FAILURE, QUADRATIC, ROOT, mpi_kind, progresses
+from launcher import INHERITED, KNOWN_FAILURE, QUADRATIC, ROOT, mpi_kind, mpi_library, progresses
 
 from agnmpi.arrays.backend import device_count
 from agnmpi.recovery.checkpoint import newest
@@ -22,6 +22,7 @@ from agnmpi.recovery.checkpoint import newest
 LAB = ROOT / "tests/labs/slurm_lab.sh"
 FILES = sorted(path.name for path in (ROOT / "jobs").glob("*.sbatch"))
 RIGHT, WRONG = ("pmix", ("none", "pmi2")) if mpi_kind() == "openmpi" else ("pmi2", ("none", "pmix"))
+ABORTS = mpi_library().startswith("Open MPI v4")  # without its PMI
 LIMIT = 120
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
@@ -239,11 +240,12 @@ def test_the_wrong_srun_is_refused(slurm, tmp_path, offer):
     assert states == ["FAILED"], output
     assert not runs.exists()
     assert f"agnmpi doctor failed under: srun --mpi={offer} -n 4" in output
-    if offer != "pmix":  # MPICH does not get as far
+    if offer != "pmix" and not ABORTS:  # MPICH does not get as far
         assert "srun started 4 tasks, but each is a world of its own" in output
         assert f"pass srun --mpi={RIGHT}" in output
 
 
+@pytest.mark.skipif(ABORTS, reason="Open MPI 4 aborts in MPI_Init, and says how to build it")
 def test_train_itself_refuses_worlds_of_one(slurm, tmp_path):
     command = ["srun", "-n2", "--mpi=none", sys.executable, "-m", "agnmpi", "train", QUADRATIC]
     code, output = slurm.call(*command, cwd=tmp_path)

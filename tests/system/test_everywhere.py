@@ -1,8 +1,10 @@
 """What must work with any MPI, in a few runs: `jobs/test.sh --long system` makes a row of a table from these."""
 
+import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from launcher import QUADRATIC, ROOT, agnmpi, mpi_library, mpiexec, progresses, result_of, started
@@ -32,6 +34,13 @@ def check(run, steps=STEPS):
     """Each sample was used once."""
     result = result_of(run)
     assert (result["steps"], result["samples"]) == (steps, steps * BATCH)
+
+
+def test_mpiexec_starts_this_environment():
+    """By the name of its Python, as the README and the batch files do."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    code, output = mpiexec(1, "python3", "-c", "import sys; print(sys.prefix)", env={"PATH": path})
+    assert (code, output.split()) == (0, [sys.prefix]), output
 
 
 @pytest.mark.parametrize("transport", ["p2p", "rma", "accumulate", "allreduce"])

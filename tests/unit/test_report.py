@@ -144,6 +144,34 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert "is no run" in capsys.readouterr().err
 
 
+def test_without_a_browser_a_picture_is_refused(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["report", str(run), "--png"]) == 2
+    assert "install chromium, or open the page" in capsys.readouterr().err
+    assert (run / "report.html").is_file()
+
+
+def test_a_browser_that_fails_says_why(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "chromium").write_text("#!/bin/sh\necho no screen >&2\nexit 3\n")
+    (tmp_path / "chromium").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert main(["report", str(run), "--png"]) == 2
+    assert "drew no picture: no screen" in capsys.readouterr().err
+    assert not list(run.glob("picture-*"))
+
+
+@pytest.mark.long
+def test_a_picture_shows_all_of_the_page(run):
+    if shutil.which("chromium") is None:
+        pytest.skip("no Chromium here")
+    assert main(["report", str(run), "--png"]) == 0
+    data = (run / "report.png").read_bytes()
+    width, height = (int.from_bytes(data[at : at + 4]) for at in (16, 20))
+    assert width == 2400
+    assert height > 3000, "more than a window"
+    assert not list(run.glob("picture-*"))
+
+
 @pytest.mark.long
 def test_a_browser_shows_it(tmp_path, run):
     """Chromium draws the page, in light and dark, and has nothing to complain about."""

@@ -1,8 +1,12 @@
 """What other ranks print on the terminal where rank 0 shows its bar."""
 
 import io
+import os
+import pty
 import re
+import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
@@ -76,3 +80,45 @@ def test_only_streams_that_go_to_the_terminal_are_changed(monkeypatch):
         print("no bar")
     assert re.sub(r"\x1b\[\d*[AJ]", "", out.getvalue()) == "\rto the screen\n\n\nno bar\n"
     assert err.getvalue() == "to a file\n"
+
+
+TWO_LOOPS = """
+import numpy as np
+from mpi4py import MPI
+from agnmpi import AGNOptimizer, Monitoring, sgd
+
+opt = AGNOptimizer(sgd(0.1), {"w": np.zeros(1)}, MPI.COMM_SELF, transport="local",
+                   monitor=Monitoring("run", lambda params: {"w": float(params["w"][0])}, every=100))
+for loop in range(2):
+    for step in opt.steps(20):
+        opt.minimize(lambda params: (0.0, {"w": params["w"] - 1}))
+    print("after loop", loop)
+opt.close()
+"""
+
+
+def test_what_is_printed_between_two_loops_stays(tmp_path):
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-c", TWO_LOOPS]
+    with subprocess.Popen(command, stdout=end, stderr=subprocess.STDOUT, cwd=tmp_path) as process:
+        os.close(end)
+        written = b""
+        with suppress(OSError):  # Linux ends a terminal that nobody has open any more like that
+            while piece := os.read(terminal, 4096):
+                written += piece
+    os.close(terminal)
+    assert process.returncode == 0, written
+    screen = Screen()
+    screen.write(re.sub(r"\x1b\[[\d;]*m", "", written.decode()))
+    shown = [line.rstrip() for line in screen.rows if line.strip()]
+    kinds = [re.match("epoch|loss|after loop .|evaluation at epoch .|done", line)[0] for line in shown[:-1]]
+    bar = ["epoch", "loss"]
+    assert kinds == [
+        "evaluation at epoch 0",
+        *bar,
+        "after loop 0",
+        *bar,
+        "after loop 1",
+        "evaluation at epoch 2",
+        "done",
+    ]

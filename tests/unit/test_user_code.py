@@ -1,5 +1,8 @@
 """Errors in a problem show its own frames, whatever their type; what it returns wrongly says what to return."""
 
+import functools
+import re
+
 import numpy as np
 import pytest
 
@@ -7,7 +10,7 @@ from agnmpi.cli.arguments import ArgumentsRefused, parse
 from agnmpi.core.batches import Plan
 from agnmpi.core.params import Layout
 from agnmpi.training.problem import evaluate, gradient_of, prepare
-from agnmpi.training.user_code import UserCodeError
+from agnmpi.training.user_code import UserCodeError, remarks
 
 PLAN = Plan(8, 4, steps=2)
 
@@ -141,3 +144,65 @@ def test_a_misspelt_option_is_told_what_it_is_like(argument, meant):
     with pytest.raises(ArgumentsRefused) as raised:
         parse(["train", "module:Problem", argument])
     assert (f"did you mean {meant}?" in str(raised.value)) == bool(meant)
+
+
+class Gradients:
+    """Ways to read the parameters, or not to."""
+
+    def __init__(self):
+        self.params = GOOD
+
+    def by_name(self, params, indices):
+        return params["w"].sum(), params
+
+    def of_another(self, params, indices):
+        return self.params if indices else params
+
+    def captured(self, params, indices):
+        return [params[name] for name in GOOD], (lambda: params["w"])()
+
+    def only_captured(self, params, indices):
+        return (lambda: params["w"])()
+
+    def unpacked(self, params, indices):
+        return dict(**params)
+
+    def looks_around(self, params, indices):
+        return locals()["params"]
+
+    def takes_all(self, *both):
+        return both[0]
+
+    @functools.lru_cache  # noqa: B019
+    def decorated(self, params, indices):
+        return 0.0
+
+    def its_own(self, params, indices):
+        return self.params["w"].sum(), self.params
+
+    def overwritten(self, params, indices):
+        params = self.params
+        return params["w"].sum(), params
+
+    def constant(self, params, indices):
+        return 0.0, {"w": np.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["by_name", "of_another", "captured", "only_captured", "unpacked", "looks_around", "takes_all", "decorated"],
+)
+def test_a_gradient_that_reads_the_parameters_or_may(name):
+    assert remarks(getattr(Gradients(), name)) == []
+
+
+@pytest.mark.parametrize("name", ["its_own", "constant"])
+def test_a_gradient_that_never_reads_the_parameters_is_remarked(name):
+    (line,) = remarks(getattr(Gradients(), name))
+    assert re.match(rf"WARNING: Gradients.{name} \(.*test_user_code.py, line \d+\) never reads 'params'", line)
+
+
+def test_a_function_may_be_one_too():
+    assert remarks(lambda params, indices: params) == []
+    assert remarks(lambda params, indices: indices)
+    assert remarks(functools.partial(int)) == []
