@@ -42,6 +42,7 @@ class Options(NamedTuple):
     encodings: Sequence[str]
     periods: int
     rounds: int
+    no_wait: bool
     device: str
     json: str | None
 
@@ -55,10 +56,11 @@ class Case(NamedTuple):
     transport: str
     overlap: bool
     encoding: str = "float32"  # of commits and pulls
+    wait: bool = True
 
     def setup(self, wire: str) -> Setup:
         """The setup that it stands for."""
-        return Setup(replace(self.entry, wire=wire), self.overlap, caller_uses_mpi=False)
+        return Setup(replace(self.entry, wire=wire), self.overlap, caller_uses_mpi=False, wait=self.wait)
 
     @property
     def entry(self) -> Transport:
@@ -67,19 +69,24 @@ class Case(NamedTuple):
 
     def without_overlap(self) -> "Case":
         """The case to compare with."""
-        return self._replace(overlap=False)
+        return self._replace(overlap=False, wait=True)
 
     def exchange_bytes(self, x: Array) -> int:
         """Bytes of the vectors that a worker sends and receives in an exchange of parameters `x` (n,)."""
         return 2 * min(get(self.encoding).nbytes(x.size, x.dtype), x.nbytes)
 
 
-def cases(transports: Iterable[str], encodings: Iterable[str] = ("float32",)) -> list[Case]:
-    """All rows, each after the one that it is compared with; a transport that cannot encode has those of float32."""
+def cases(transports: Iterable[str], encodings: Iterable[str] = ("float32",), no_wait: bool = False) -> list[Case]:
+    """All rows, each after the one that it is compared with; a transport that cannot encode has those of float32.
+
+    `no_wait`: also with workers that do not wait, where there can be such.
+    """
+    ways = [(False, True), (True, True), *([(True, False)] if no_wait else [])]  # overlap, wait
     return [
-        Case(transport, overlap, encoding)
-        for transport, encoding, overlap in product(transports, encodings, (False, True))
+        Case(transport, overlap, encoding, wait)
+        for transport, encoding, (overlap, wait) in product(transports, encodings, ways)
         if get(encoding).exact or resolve(transport).capabilities.encodings
+        if wait or not resolve(transport).capabilities.together
     ]
 
 
@@ -125,7 +132,7 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
         time.sleep(seconds_of_step)
         return 0.0, g
 
-    chosen = cases(options.transports, options.encodings)
+    chosen = cases(options.transports, options.encodings, options.no_wait)
     times: dict[Any, list[list[float]]] = {}
     for _ in range(options.rounds):
         for serving in sorted({case.entry.serving_ranks for case in chosen}):
@@ -173,7 +180,7 @@ def _show(report: dict[str, Any], where: str) -> None:
     lines = [
         [
             row["transport"] if get(row["encoding"]).exact else f"{row['transport']} {row['encoding']}",
-            "yes" if row["overlap"] else "no", str(row["workers"]),
+            ("yes" if row["wait"] else "no wait") if row["overlap"] else "no", str(row["workers"]),
             milliseconds(row["period_seconds"]), milliseconds(row["compute_seconds"]),
             milliseconds(row["exchange_seconds"]), percent(row["utilisation"]), percent(row["lowest_utilisation"]),
             percent(row["hidden"]), size(row["bytes"]),

@@ -20,7 +20,8 @@ from .offline import add_capi, add_models, add_reports
 _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # Fixed values of options of `train`: in a simulation, and where a problem is measured, with each transport.
 SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
-BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "overlap": False, "dylu": False, "record": False}
+BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "wait": True, "overlap": False, "dylu": False}
+BENCHED |= {"record": False}
 _UTILISATION = """\
 Measure how much of their time the workers compute, for each transport and
 encoding, without and with overlap. A step sleeps, as a host does while its GPU
@@ -38,7 +39,8 @@ with the center.
   hidden    with overlap, the share of the exchange that goes by while the next
             period is computed: 1 - exchange/(exchange without overlap); a dash
             where the exchange is too short beside this machine's noise
-  bytes     of the vectors that a worker sends and receives in one exchange
+  bytes     of the vectors that a worker sends and receives in one exchange;
+            with "no wait" there may be fewer exchanges: one in λ steps or more
 
 A number is the mean over the periods of a round, its first two left out; of the
 rounds the median, and of the workers the mean."""
@@ -146,6 +148,7 @@ def _add_bench_utilisation(commands: Any) -> None:
         "--periods", type=int, default=4, metavar="N", help="periods measured in each round [default: 4]"
     )
     bench.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of all rows [default: 3]")
+    bench.add_argument("--no-wait", action="store_true", help="rows, too, in which workers go on during an exchange")
     _add_device_and_json(bench)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from functools import partial
 from typing import Any
 
@@ -31,18 +31,21 @@ def add_fields(
         if f.name == "problem" or f.name.endswith("options") or f.name in without:
             continue
         default = f"{f.default:g}" if isinstance(f.default, float) else f.default
-        text = meta["help"] if default in (None, "") or default is False else f"{meta['help']} [default: {default}]"
+        is_shown = default not in (None, "") and meta["kind"] is not bool
+        text = f"{meta['help']} [default: {default}]" if is_shown else meta["help"]
         shown = argparse.SUPPRESS if meta["group"] in hidden else text.replace("%", "%%")
         names = [(f.name, shown), *((other, argparse.SUPPRESS) for other in meta["also"])]
         for name, help_text in names:
-            _add_flag(groups[meta["group"]], name, f.name, meta, help_text)
+            _add_flag(groups[meta["group"]], name, f, help_text)
 
 
-def _add_flag(group: Any, name: str, dest: str, meta: Mapping[str, Any], text: str) -> None:
+def _add_flag(group: Any, name: str, f: Field[Any], text: str) -> None:
+    dest, default, meta = f.name, f.default, f.metadata
     flag = name.replace("_", "-")
     if meta["kind"] is bool:
-        group.add_argument(f"--{flag}", dest=dest, action="store_true", help=text)
-        group.add_argument(f"--no-{flag}", dest=dest, action="store_false", help=argparse.SUPPRESS)  # over a file
+        shown = {is_on: argparse.SUPPRESS if is_on is default else text for is_on in (True, False)}  # over a file
+        group.add_argument(f"--{flag}", dest=dest, action="store_true", help=shown[True])
+        group.add_argument(f"--no-{flag}", dest=dest, action="store_false", help=shown[False])
     elif meta["choices"]:
         canonical = partial(_canonical, meta["aliases"])
         group.add_argument(f"--{flag}", dest=dest, type=canonical, choices=meta["choices"], help=text)

@@ -135,7 +135,7 @@ class Connector(NamedTuple):
 
     def _training(self, x: Array, end: WorkerEnd, index: int, count: int) -> WorkerRole:
         end, replicates_state = self.threaded(end, x), self.setup.transport.replicates_state
-        worker = Worker(x, self.rule, self.optimizer, end, index, self.setup.overlap, replicates_state)
+        worker = Worker(x, self.rule, self.optimizer, end, index, self.setup.overlap, replicates_state, self.setup.wait)
         return WorkerRole(Center(self.rule, x[:0], count), [worker], count)  # the center's state is on another rank
 
     def _in_tree(self, comm: MPI.Comm, x: Array) -> Role:

@@ -10,7 +10,7 @@ from ..arrays.encodings import get
 from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
-from ..transport.registry import Transport, names_with, p2p
+from ..transport.registry import Transport, names_with, p2p, refusals_of_going_on
 from .placement import Place, fault_tolerant, hosts, node_centers, one_center_per_host, place
 
 LEVELS = {
@@ -27,6 +27,7 @@ class Setup(NamedTuple):
     Args:
         transport: how commits travel.
         overlap: compute the next period while the exchange of the last is under way.
+        wait: False, with overlap: while that exchange is under way, go on after λ steps.
         dylu: λ_k in proportion to the workers' speeds, by this machine's clock.
         caller_uses_mpi: whether this program calls MPI by itself while it computes.
         placed: ranks of the centers, in order of their blocks, rank 0 first; empty: ranks 0 … k−1.
@@ -39,6 +40,7 @@ class Setup(NamedTuple):
     caller_uses_mpi: bool = True
     placed: tuple[int, ...] = ()
     nodes: tuple[tuple[int, ...], ...] = ()
+    wait: bool = True
 
     @property
     def center_ranks(self) -> Sequence[int]:
@@ -160,6 +162,7 @@ def _refusals(
             setup.dylu and (caps.together or not caps.single_commits),
             f"dylu needs a center that grants the work, which transport {name!r} has not",
         ),
+        *([] if setup.wait else refusals_of_going_on(rule, transport)),
         *_refusals_of_node_centers(rule, setup, center_optimizer),
         (
             (centers > 1 or transport.center_per_host) and not caps.shards,

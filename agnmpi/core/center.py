@@ -8,7 +8,7 @@ from typing import Any
 from ..arrays.backend import Array, bring, host_copy
 from .backoff import Backoff
 from .ends import Apply, CenterEnd
-from .leases import NONE, Lease, Leases
+from .leases import NONE, Lease, Leases, fair
 from .messages import (
     CONTINUE,
     DROPPED,
@@ -122,8 +122,7 @@ class Center:
         """
         status, leases = OK, self.leases
         self.waiting.discard(commit.worker)
-        is_sum = commit.commits != 1 or bool(commit.parts)
-        if is_sum and commit.worker not in self.nodes and not self.rule.allreduce:
+        if commit.commits != 1 and commit.worker not in self.nodes and not self.rule.allreduce:
             commit = commit._replace(commits=1, parts=(), flags=commit.flags | MISFIT)
         if commit.requests & STOP_ALL:
             self.control = STOP
@@ -150,6 +149,7 @@ class Center:
             work=work,
             steps=self.steps,
             checkpoint=self.checkpoint,
+            period=leases.period_of(commit.worker) if leases and work.steps else 1,
             applied=tuple(self.applied) if replicates else (),
             snapshot=self._snapshot(leases) if replicates and leases else None,
         )
@@ -167,23 +167,16 @@ class Center:
             return self.control, NONE
         # A worker that may wait leaves steps at which it has failed to the others, as long as others are at work.
         skip_failed = self.idle_workers_wait and (leases.held or not commit.requests & IDLE)
-        periods = max(1, commit.wanted) if commit.worker in self.nodes else 1
+        wanted, left = commit.wanted, leases.left
+        periods = wanted if commit.worker in self.nodes else fair(wanted, left, leases.period, self.workers)
         work = leases.grant(commit.worker, skip_failed, periods)
         waits = work == NONE and self.idle_workers_wait and (leases.held or leases.free)
         return WAIT if waits else self.control, work
 
     def _snapshot(self, leases: Leases) -> Snapshot:
-        return Snapshot(
-            self.served,
-            self.session,
-            leases.next,
-            self.staleness_sum,
-            self.staleness_max,
-            self.refused,
-            self.dropped,
-            leases.given_up,
-            tuple(leases.open()),
-        )
+        staleness = self.staleness_sum, self.staleness_max
+        failed = self.refused, self.dropped, leases.given_up
+        return Snapshot(self.served, self.session, leases.next, *staleness, *failed, tuple(leases.open()))
 
     def _receive(self, commit: Commit, c: Array) -> int:
         """Apply, refuse or drop a delta; returns the status of the reply."""
@@ -191,12 +184,11 @@ class Center:
         if not self.rule.allreduce and commit.sequence <= self.applied[commit.worker]:
             return DUPLICATE
         leases = self.leases
-        if commit.worker in self._released and leases and not leases.holds(commit.worker, commit.leases[0]):
-            self.dropped += 1  # its lease went to another worker while it was silent
+        if commit.worker in self._released and leases and not leases.holds(commit.worker, *commit.leases):
+            self._drop(commit)  # its lease went to another worker while it was silent
             return DROPPED
         if commit.flags & (NOT_FINITE | MISFIT):
-            for done in self._parts(commit):
-                self._refuse(commit, done, c.nbytes)
+            self._refuse(commit, c.nbytes)
             return REFUSED
         self._refused_in_a_row.clear()
         self._good.add(commit.worker)
@@ -206,10 +198,7 @@ class Center:
             self._samples[commit.worker] = commit.samples
         weight = self.weight(commit)
         if not weight:
-            self.dropped += 1
-            if leases:
-                for done in self._parts(commit):
-                    leases.release(commit.worker, done)
+            self._drop(commit)
             return DROPPED
         if leases:  # before the step: a commit without a lease must not move c
             for done in self._parts(commit):
@@ -226,17 +215,24 @@ class Center:
                 self.leases.carve(commit.worker, done)
             yield done
 
-    def _refuse(self, commit: Commit, done: Lease, nbytes: int) -> None:
+    def _drop(self, commit: Commit) -> None:
+        self.dropped += 1
+        if self.leases:
+            for done in self._parts(commit):
+                self.leases.release(commit.worker, done)
+
+    def _refuse(self, commit: Commit, nbytes: int) -> None:
         leases = self.leases
         self.refused += 1
         if self.rule.allreduce:  # all ranks refuse alike, and go on to the next round
             self.steps += commit.steps
             self._refused_in_a_row.add(self.refused)
-        elif done.steps:  # a period that fails repeatedly counts once; without steps another one has failed
-            self._refused_in_a_row.add(done.first)
-        if leases and leases.refuse(commit.worker, done):
-            self.given_up += done.steps
-            self.observer.given_up(done)
+        elif commit.steps:  # a period that fails repeatedly counts once; without steps another one has failed
+            self._refused_in_a_row.add(commit.leases[0].first)
+        for done in self._parts(commit):
+            if leases and leases.refuse(commit.worker, done):
+                self.given_up += done.steps
+                self.observer.given_up(done)
         self._good.discard(commit.worker)
         self._failing[commit.worker] += 1
         in_a_row, failures = len(self._refused_in_a_row), self._failing[commit.worker]
@@ -251,7 +247,7 @@ class Center:
         sender = "node center" if commit.worker in self.nodes else "worker"
         raise RuntimeError(
             f"{in_a_row} commits in a row were refused, the last from {sender} {commit.worker} (steps from "
-            f"{done.first}): "
+            f"{commit.leases[0].first}): "
             + (
                 f"it is no commit to this model: {commit.nbytes} bytes, the center has {nbytes}"
                 if commit.flags & MISFIT

@@ -37,7 +37,7 @@ def session(worker: Worker, gradient: Callable[[int], tuple[float, Array]]) -> G
     """
     yield from worker.waits_to_begin()
     while (yield from worker.waits_for_work()):
-        step = worker.step_number
+        step = worker.held.number
         loss, g = gradient(step)
         worker.local_step(g, loss)
         yield step

@@ -72,10 +72,10 @@ class WorkerEnd(ABC):
         """Pull the center (n,) into `out`; it includes this worker's earlier commits."""
 
     @abstractmethod
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """Leave the session with a last commit, if any, without blocking.
 
-        The handle is done when all workers have left, with the final center in `out`.
+        The handle is done when all workers have left, with the final center in `out`, unless None.
         """
 
     @property

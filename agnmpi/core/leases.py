@@ -1,8 +1,9 @@
-"""Which steps a worker computes: leases, granted by the center, or in equal rounds where all exchange together."""
+"""Which steps a worker computes: leases, granted by the center."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from math import ceil
 from typing import Any, NamedTuple, TypeAlias
 
 
@@ -12,8 +13,18 @@ class Lease(NamedTuple):
     first: int
     steps: int
 
+    @property
+    def end(self) -> int:
+        """The step after the last."""
+        return self.first + self.steps
+
 
 NONE = Lease(-1, 0)  # no work is left
+MAX_PARTS = 8  # leases of which a worker's commit may have steps
+# Periods of λ steps that a worker which does not wait holds, at first and at most. While an exchange is under way it
+# takes those that it has not committed: so a commit has up to 7 λ steps, and 4 λ in the mean where every exchange takes
+# longer. One that is never short of steps holds few, so that it keeps none from the others at the end.
+FEWEST_PERIODS, PERIODS = 2, 8
 # λ_k of a worker, given its steps since the last call.
 Pace: TypeAlias = Callable[[int, int], int]
 
@@ -121,11 +132,11 @@ class Leases:
         >>> [leases.grant(0) for _ in range(3)]
         [Lease(first=0, steps=2), Lease(first=4, steps=2), Lease(first=8, steps=2)]
         """
-        end = max([next_step, *(_end(lease) for _, lease in claims)])
+        end = max([next_step, *(lease.end for _, lease in claims)])
         unclaimed = merged([*open_steps, Lease(next_step, end - next_step)])
         valid = []
         for worker, lease in claims:
-            around = next((i for i in unclaimed if i.first <= lease.first and _end(lease) <= _end(i)), None)
+            around = next((i for i in unclaimed if i.first <= lease.first and lease.end <= i.end), None)
             valid.append(around is not None)
             if around is not None:
                 unclaimed = [piece for i in unclaimed for piece in (_without(i, lease) if i == around else [i])]
@@ -149,6 +160,11 @@ class Leases:
         return self._next - self.given_up - sum(lease.steps for lease in self._open())
 
     @property
+    def left(self) -> int | None:
+        """Steps that were never granted; None without end."""
+        return None if self.total is None else self.total - self._next
+
+    @property
     def held(self) -> bool:
         """Whether any worker holds a lease: what it does not commit will be free again."""
         return bool(self._held)
@@ -162,10 +178,10 @@ class Leases:
         """Leases of `worker`."""
         return list(self._held.get(worker, []))
 
-    def holds(self, worker: int, done: Lease) -> bool:
-        """Whether `worker` holds a lease that begins with the steps `done`."""
-        lease = self._held_from(worker, done.first)
-        return lease is not None and lease.steps >= done.steps
+    def holds(self, worker: int, *parts: Lease) -> bool:
+        """Whether `worker` holds leases that begin with these steps, each once: it may have got back what it lost."""
+        leases = {self._held_from(worker, part.first): part.steps for part in parts}
+        return len(leases) == len(parts) and all(lease and lease.steps >= steps for lease, steps in leases.items())
 
     def _held_from(self, worker: int, first: int) -> Lease | None:
         for lease in self._held.get(worker, ()):
@@ -180,12 +196,16 @@ class Leases:
     def _open(self) -> list[Lease]:
         return [*self._free, *(lease for held in self._held.values() for lease in held)]
 
+    def period_of(self, worker: int) -> int:
+        """λ of this worker, where that depends on its speed at this time."""
+        return self.pace(worker, self._done.pop(worker, 0)) if self.pace else self.period
+
     def grant(self, worker: int, skip_failed: bool = False, periods: int = 1) -> Lease:
         """Lease the next free steps to `worker`, as many as λ for each of `periods`, NONE if there are none.
 
         Steps at which this worker has failed before come last; `skip_failed`: leave them to others.
         """
-        period = periods * (self.pace(worker, self._done.pop(worker, 0)) if self.pace else self.period)
+        period = max(1, periods) * self.period_of(worker)
         lease = self._pop_free(worker, failed=False) if self._free else None
         if lease is None:
             left = period if self.total is None else self.total - self._next
@@ -216,50 +236,43 @@ class Leases:
         Raises ValueError if the worker holds no such lease.
         """
         held = merged(self._held.get(worker, ()))
-        around = next((lease for lease in held if lease.first <= part.first and _end(part) <= _end(lease)), None)
+        around = next((lease for lease in held if lease.first <= part.first and part.end <= lease.end), None)
         if around is None:
             raise ValueError(f"worker {worker} commits steps {part}, but holds {held}")
         held.remove(around)
         self._held[worker] = [part, *_without(around, part), *held]
 
     def commit(self, worker: int, done: Lease) -> None:
-        """Record `done`, the first steps of a lease of `worker`, as committed; the rest of that lease becomes free.
+        """Record `done`, the first steps of a lease of `worker`, as committed; the rest stays with that worker.
 
         Raises ValueError if the worker holds no such lease.
         """
-        lease = self._held_from(worker, done.first)
-        if lease is None or lease.steps < done.steps:
+        if not self.holds(worker, done):
             raise ValueError(f"worker {worker} commits steps {done}, but holds {self.held_by(worker)}")
-        self._end(worker, lease, done)
+        self._end(worker, done)
         self._forget_refusals(done)
-        if lease.steps > done.steps:
-            self._add_free(Lease(_end(done), lease.steps - done.steps))
 
     def release(self, worker: int, done: Lease) -> None:
-        """Free the lease of `worker` that begins with `done`, whose commit was dropped."""
-        lease = self._end_lease(worker, done)
-        if lease is not None:
-            self._add_free(lease)
+        """Free those of the steps `done` that `worker` holds: their commit was dropped."""
+        self._add_free(self._end_held(worker, done))
 
     def refuse(self, worker: int, done: Lease) -> bool:
-        """Free the lease whose steps `done` were refused; returns whether they are given up.
+        """Free the steps `done` of `worker`, which were refused; returns whether they are given up.
 
-        They are if another worker has failed at them, too, or this one for the third time. `done` without steps: the
-        lease was lost, but its steps did not fail.
+        They are if another worker has failed at them, too, or this one for the third time. `done` without steps: its
+        whole lease was lost, but its steps did not fail.
         """
-        lease = self._end_lease(worker, done)
-        if lease is None:
-            return False
-        done = Lease(done.first, min(done.steps, lease.steps))
+        lost = self._end_held(worker, done)
         failed = [*self._failed_at(done), worker]
         self._forget_refusals(done)
-        if done.steps and (len(failed) >= 3 or len(set(failed)) > 1):
-            self.given_up += done.steps
-            self._add_free(Lease(_end(done), lease.steps - done.steps))
+        if not done.steps or not lost.steps:
+            self._free.extendleft([lost] if lost.steps else [])
+            return False
+        if len(failed) >= 3 or len(set(failed)) > 1:
+            self.given_up += lost.steps
             return True
-        if done.steps:
-            self._refusals[done] = failed
-        self._free.appendleft(lease)
+        self._refusals[lost] = failed
+        self._free.appendleft(lost)
         return False
 
     def release_all(self, worker: int) -> None:
@@ -274,16 +287,20 @@ class Leases:
         if isinstance(self.pace, SpeedProportional):
             self.pace.forget(worker)
 
-    def _end_lease(self, worker: int, done: Lease) -> Lease | None:
-        """Remove and return the lease of `worker` that begins with the steps `done`; None if there is none."""
+    def _end_held(self, worker: int, done: Lease) -> Lease:
+        """Take those of the steps `done` that `worker` holds from it, all its lease without steps; returns them."""
         lease = self._held_from(worker, done.first)
-        if lease is not None:
-            self._end(worker, lease, done)
-        return lease
+        if lease is None:
+            return NONE
+        ended = Lease(done.first, min(done.steps, lease.steps) or lease.steps)
+        self._end(worker, ended)
+        return ended
 
-    def _end(self, worker: int, lease: Lease, done: Lease) -> None:
+    def _end(self, worker: int, done: Lease) -> None:
+        """Take `done`, the first steps of a lease, from `worker`."""
         held = self._held[worker]
-        held.remove(lease)
+        i = [lease.first for lease in held].index(done.first)
+        held[i : i + 1] = _without(held[i], done)
         self._done[worker] = self._done.get(worker, 0) + done.steps
         if not held:
             del self._held[worker]
@@ -297,7 +314,7 @@ class Leases:
         return [
             worker
             for refused, workers in self._refusals.items()
-            if refused.first < _end(steps) and steps.first < _end(refused)
+            if refused.first < steps.end and steps.first < refused.end
             for worker in workers
         ]
 
@@ -353,24 +370,115 @@ class Shares(Leases):
         self.done.append(done)
 
     def refuse(self, worker: int, done: Lease) -> bool:
-        """Report these steps; the rest of their lease is free. Whether they are given up is decided above."""
-        lease = self._end_lease(worker, done)
-        if lease is not None:
-            done = Lease(done.first, min(done.steps, lease.steps))
-            self.refused += [done] if done.steps else []
-            self._add_free(Lease(_end(done), lease.steps - done.steps))
+        """Report these steps; without steps free their lease. Whether they are given up is decided above."""
+        lost = self._end_held(worker, done)
+        if done.steps and lost.steps:
+            self.refused.append(lost)
+        else:
+            self._add_free(lost)
         return False
 
 
-def _end(lease: Lease) -> int:
-    return lease.first + lease.steps
+class Held:
+    """The steps that a worker was granted and has not committed, in the order in which it takes them.
+
+    Args:
+        wait: whether a commit is of one lease, a period; else it has λ steps or more, of up to `MAX_PARTS` leases.
+
+    >>> held = Held(wait=False)
+    >>> held.add(Lease(0, 2), 2), held.add(Lease(8, 4), 2)
+    (None, None)
+    >>> held.done = 3
+    >>> held.is_due, held.is_used_up, held.number, held.take(), held.numbers
+    (True, False, 9, [Lease(first=0, steps=2), Lease(first=8, steps=1)], [9, 10, 11])
+    """
+
+    def __init__(self, wait: bool = True) -> None:
+        self.wait = wait
+        self.period = 1  # λ, as the center said last
+        self.periods = FEWEST_PERIODS  # that it holds, if it does not wait
+        self.leases = deque[Lease]()
+        self.done = 0  # the first steps of these, since the last exchange was started
+
+    @property
+    def number(self) -> int:
+        """Of the next step, over all workers."""
+        done = self.done
+        for lease in self.leases:
+            if done < lease.steps:
+                return lease.first + done
+            done -= lease.steps
+        raise IndexError("no step is held")
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of all steps to take, the next first."""
+        return [lease.first + i for lease in self.leases for i in range(lease.steps)][self.done :]
+
+    @property
+    def _most(self) -> int:
+        """Steps in a commit."""
+        return sum(lease.steps for lease in islice(self.leases, 1 if self.wait else MAX_PARTS))
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether no further step can be taken before a commit, also where there is none."""
+        return self.done >= self._most
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a commit is due."""
+        return bool(self.leases) and (self.is_used_up or (not self.wait and self.done >= self.period))
+
+    def wanted(self, ahead: int) -> int:
+        """How many periods to ask for; `ahead`: to be held beyond the one that is computed."""
+        if self.wait:
+            return 1
+        return max(self.periods, ahead + 1) - ceil(sum(lease.steps for lease in self.leases) / self.period)
+
+    def add(self, lease: Lease, period: int) -> None:
+        """Hold `lease`, too; λ = `period` from now on. Where it comes too late, hold twice as many from now on."""
+        if self.leases and self.is_used_up:
+            self.periods = min(PERIODS, 2 * self.periods)
+        self.leases.append(lease)
+        self.period = period
+
+    def take(self) -> list[Lease]:
+        """Remove the steps that are done, parts of leases; where there is none, the first lease, which is empty."""
+        taken = [self.leases.popleft()]
+        while (left := self.done - sum(part.steps for part in taken)) > 0:
+            taken.append(self.leases.popleft())
+        if left < 0:
+            first, steps = taken.pop()
+            taken.append(Lease(first, steps + left))
+            self.leases.appendleft(Lease(first + steps + left, -left))
+        self.done = 0
+        return taken
+
+    def stop(self) -> None:
+        """Hold no more than what is done."""
+        done = self.done
+        self.leases = deque(self.take() if done else ())
+        self.done = done
+
+
+def fair(wanted: int, left: int | None, period: int, workers: int) -> int:
+    """How many periods of λ = `period` a worker gets that wants so many: at most its share of the steps that are left.
+
+    Source: guided self-scheduling, Polychronopoulos and Kuck 1987.
+
+    >>> [fair(8, left, 10, 4) for left in (None, 1000, 100, 10, 0)], fair(1, 1000, 10, 4)
+    ([8, 8, 3, 1, 1], 1)
+    """
+    share = wanted if left is None else ceil(left / (workers * period))
+    return max(1, min(wanted, share))
 
 
 def _without(lease: Lease, steps: Lease) -> list[Lease]:
     """The rest of `lease` without `steps`, in order."""
-    before = Lease(lease.first, min(_end(lease), steps.first) - lease.first)
-    last = max(lease.first, _end(steps))
-    after = Lease(last, _end(lease) - last)
+    before = Lease(lease.first, min(lease.end, steps.first) - lease.first)
+    last = max(lease.first, steps.end)
+    after = Lease(last, lease.end - last)
     return [piece for piece in (before, after) if piece.steps > 0]
 
 
@@ -378,95 +486,8 @@ def merged(leases: Sequence[Lease]) -> list[Lease]:
     """The same steps in order, adjacent leases as one."""
     merged: list[Lease] = []
     for lease in sorted(leases):
-        if merged and _end(merged[-1]) == lease.first:
+        if merged and merged[-1].end == lease.first:
             merged[-1] = Lease(merged[-1].first, merged[-1].steps + lease.steps)
         elif lease.steps:
             merged.append(lease)
     return merged
-
-
-class Division(NamedTuple):
-    """Work that is divided among all workers alike: first what is free, then what was never granted, λ at a time.
-
-    Args:
-        total: steps over all workers; None: no end.
-        period: λ.
-        start: steps that were granted before.
-        free: of these, what was not done.
-        given_up: of these, what is never granted again.
-
-    >>> work = Division(8, 3, 4, [Lease(0, 4)])
-    >>> [work.lease(k) for k in range(5)][1:]
-    [Lease(first=3, steps=1), Lease(first=4, steps=3), Lease(first=7, steps=1), Lease(first=-1, steps=0)]
-    >>> work.state(3, [Lease(5, 2)])
-    {'next': 7, 'free': [[5, 2]], 'committed': 5, 'given_up': 0}
-    """
-
-    total: int | None
-    period: int
-    start: int
-    free: Sequence[Lease]
-    given_up: int = 0
-
-    @classmethod
-    def of(cls, leases: Leases) -> "Division":
-        """What is left in `leases`, none of which is held."""
-        return cls(leases.total, leases.period, leases.next, leases.free, leases.given_up)
-
-    def _pieces(self, lease: Lease) -> int:
-        return -(-lease.steps // self.period)
-
-    def lease(self, k: int) -> Lease:
-        """The k-th lease, from 0; `NONE` behind the last."""
-        for lease in self.free:
-            if k < self._pieces(lease):
-                at = lease.first + k * self.period
-                return Lease(at, min(self.period, _end(lease) - at))
-            k -= self._pieces(lease)
-        first = self.start + k * self.period
-        if self.total is None:
-            return Lease(first, self.period)
-        return Lease(first, min(self.period, self.total - first)) if first < self.total else NONE
-
-    def state(self, granted: int, undone: Iterable[Lease], workers: int = 1) -> dict[str, Any]:
-        """As `Leases.state`: after so many rounds of a lease for each of `workers`, of which `undone` is not done."""
-        rounds_of_free = -(-sum(map(self._pieces, self.free)) // workers)
-        next_step = self.start + max(0, granted - rounds_of_free) * workers * self.period
-        if self.total is not None:
-            next_step = max(self.start, min(next_step, self.total))
-        free, pieces = list(undone), granted * workers
-        for lease in self.free:
-            taken = min(pieces * self.period, lease.steps)
-            pieces = max(0, pieces - self._pieces(lease))
-            free += [Lease(lease.first + taken, lease.steps - taken)] if taken < lease.steps else []
-        committed = next_step - sum(lease.steps for lease in free) - self.given_up
-        return {
-            "next": next_step,
-            "free": [*map(list, sorted(free))],
-            "committed": committed,
-            "given_up": self.given_up,
-        }
-
-
-def rounds(
-    total: int | None, period: int, worker: int, workers: int, start: int = 0, free: Sequence[Lease] = ()
-) -> Iterator[Lease]:
-    """The leases of `worker` where all workers exchange together: equal rounds, the last divided evenly.
-
-    A round takes λ consecutive steps for each worker. Every worker sees the same number of rounds; in the last
-    one its lease may be empty, and it takes part all the same. `start`: steps that were granted before, of which
-    those in `free` were not done: they come first, in pieces of at most λ.
-
-    >>> [list(rounds(8, 3, worker, 2)) for worker in (0, 1)]
-    [[Lease(first=0, steps=3), Lease(first=6, steps=1)], [Lease(first=3, steps=3), Lease(first=7, steps=1)]]
-    """
-    pieces = (
-        Lease(at, min(period, _end(lease) - at)) for lease in free for at in range(lease.first, _end(lease), period)
-    )
-    while first := list(islice(pieces, workers)):
-        yield first[worker] if worker < len(first) else Lease(start, 0)
-    while total is None or start < total:
-        share = period * workers if total is None else min(period * workers, total - start)
-        base, extra = divmod(share, workers)
-        yield Lease(start + worker * base + min(worker, extra), base + (worker < extra))
-        start += share

@@ -6,7 +6,7 @@ from math import nan
 from typing import NamedTuple
 
 from ..arrays.backend import Array
-from .leases import NONE, Lease
+from .leases import MAX_PARTS, NONE, Lease
 
 # Plain ints, not IntFlags: each `&` of an IntFlag takes 1 µs in Python 3.11, and a message of one number some 50 µs.
 # Commit.requests: what a message asks for, besides applying its payload.
@@ -27,7 +27,7 @@ OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3
 # left.
 CONTINUE, STOP, WAIT, UNCALLED = 0, 1, 2, 3
 _COMMIT = struct.Struct("<13qdq")
-_REPLY = struct.Struct("<9q")
+_REPLY = struct.Struct("<10q")
 _SNAPSHOT = struct.Struct("<8q")
 _MAX_BYTES = 1 << 42  # of a vector
 
@@ -47,10 +47,10 @@ class Commit(NamedTuple):
         encoding: of the payload, its number; 0: the vector as it is.
         nbytes: of the payload.
         total: with WORK and no payload, this rank's number of steps in the session; -1 without end.
-        wanted: with WORK, how many leases a node center asks for at once.
+        wanted: with WORK, how many periods of λ steps it asks for at once.
         samples: that this worker's own data have had so far; 0: all workers draw from the same.
         loss: mean training loss over the steps.
-        parts: the steps in the payload, where they are not consecutive: those of several workers, in order.
+        parts: the steps in the payload, where they are not consecutive: of several leases, or of several workers.
         payload: the delta (n,); sent separately, after the header.
 
     >>> Commit.decode(Commit(1, sequence=5, steps=3, loss=0.5).encode()).steps
@@ -116,12 +116,13 @@ class Commit(NamedTuple):
         if not 0 <= self.nbytes <= _MAX_BYTES:
             raise ValueError(f"worker {worker} announces {self.nbytes} bytes")
         fits = self.nbytes == 0 or (0 <= self.encoding < len(sizes) and self.nbytes == sizes[self.encoding])
+        fits &= not self.parts or sum(part.steps for part in self.parts) == self.steps
         if self.worker == worker and fits and self.steps >= 0 and self.commits >= 1:
             return self
         return self._replace(worker=worker, steps=max(self.steps, 0), commits=1, parts=(), flags=self.flags | MISFIT)
 
 
-COMMIT_BYTES = _COMMIT.size
+COMMIT_BYTES = _COMMIT.size + 16 * MAX_PARTS  # most of a worker's header
 
 
 class Snapshot(NamedTuple):
@@ -150,7 +151,7 @@ class Snapshot(NamedTuple):
 
 def max_open_leases(workers: int) -> int:
     """Most intervals of a snapshot that is sent; one with more is left out, and nobody can take over from it."""
-    return 4 * workers + 64
+    return (MAX_PARTS + 2) * workers + 64
 
 
 class Reply(NamedTuple):
@@ -161,6 +162,7 @@ class Reply(NamedTuple):
         status: of the commit: OK, DUPLICATE, REFUSED, DROPPED.
         control: CONTINUE, STOP, WAIT.
         work: the lease granted, NONE without.
+        period: with it, λ of this worker.
         steps: local steps in all commits so far.
         checkpoint: steps at the newest checkpoint; workers save their state for it.
         applied: last sequence applied, by worker; sent with c, and only where a worker may have to take over.
@@ -176,6 +178,7 @@ class Reply(NamedTuple):
     work: Lease = NONE
     steps: int = 0
     checkpoint: int = 0
+    period: int = 1
     applied: tuple[int, ...] = ()
     snapshot: Snapshot | None = None
 
@@ -185,7 +188,7 @@ class Reply(NamedTuple):
         if snapshot is not None and len(snapshot.open) > max_open_leases(len(self.applied)):
             snapshot = None
         intervals = -1 if snapshot is None else len(snapshot.open)
-        fixed = (self.clock, self.status, self.control, *self.work, self.steps, self.checkpoint)
+        fixed = (self.clock, self.status, self.control, *self.work, self.steps, self.checkpoint, self.period)
         header = _REPLY.pack(*fixed, len(self.applied), intervals) + _int64s(self.applied)
         if snapshot is None:
             return header
@@ -196,12 +199,12 @@ class Reply(NamedTuple):
         """Read a header at the beginning of `header`. Raises ValueError for an invalid header."""
         if len(header) < _REPLY.size:
             raise ValueError(f"a reply's header cannot have {len(header)} bytes")
-        clock, status, control, first, count, steps, checkpoint, workers, intervals = _REPLY.unpack_from(header)
+        clock, status, control, first, count, steps, checkpoint, period, workers, intervals = _REPLY.unpack_from(header)
         count64 = workers if intervals < 0 else workers + _SNAPSHOT.size // 8 + 2 * intervals
         if workers < 0 or _REPLY.size + 8 * count64 > len(header):
             raise ValueError(f"a reply's header of {len(header)} bytes cannot describe {workers} workers")
         applied = struct.unpack_from(f"<{workers}q", header, _REPLY.size)
-        reply = cls(clock, status, control, Lease(first, count), steps, checkpoint, applied)
+        reply = cls(clock, status, control, Lease(first, count), steps, checkpoint, period, applied)
         if intervals < 0:
             return reply
         at = _REPLY.size + 8 * workers

@@ -5,7 +5,6 @@ virtual clock (`simulate`) resumes it when the handle is done.
 """
 
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from enum import Enum, auto
 from math import nan
@@ -15,7 +14,7 @@ from ..arrays.backend import Array, Range, empty_like, zeros_like
 from ..arrays.kernels import all_finite
 from .backoff import check_launcher
 from .ends import Elected, Handle, Waits, WorkerEnd, awaited, run_waits
-from .leases import Lease
+from .leases import Held
 from .messages import IDLE, NOT_FINITE, PULL, REFUSED, SPARE, STOP, STOP_ALL, UNCALLED, WAIT, WORK, Commit, Reply
 from .optimizers import Optimizer
 from .rules import Rule
@@ -56,6 +55,7 @@ class Worker:
         index: 0 … n−1.
         overlap: compute the next period while the exchange of the last is under way.
         double_buffer: keep `o` intact during the next pull: if the center is lost, this rank may take over with it.
+        wait: False: overlap, and while an exchange is under way go on after λ steps, as far as the leases reach.
 
     Raises:
         ValueError: the rule needs gradients, and there is no optimizer.
@@ -88,11 +88,13 @@ class Worker:
         index: int,
         overlap: bool = False,
         double_buffer: bool = False,
+        wait: bool = True,
     ) -> None:
         if optimizer is None and rule.accumulates:
             raise ValueError("variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'")
         self.x, self.rule, self.optimizer, self.end, self.index = x, rule, optimizer, end, index
-        self.overlap, self.phase = overlap, Phase.NEW
+        self.overlap = overlap = overlap or not wait
+        self.phase = Phase.NEW
         # Leases to hold beyond the one being computed: their samples are loaded; with overlap at least 1.
         self.ahead = 0
         self.state: Any = optimizer.init(x) if optimizer else None
@@ -110,9 +112,8 @@ class Worker:
         self.before = 0  # steps of all workers in earlier sessions: schedules continue
         self.sequence = 0  # commits sent
         self.checkpoint = 0  # steps at the newest checkpoint: this worker's state is saved for it
-        self.leases: deque[Lease] = deque()  # the first is being computed
-        self.done = 0  # steps of the first lease since the last exchange was started
-        self._loss = 0.0  # of these, summed
+        self.held = Held(wait)
+        self._loss = 0.0  # summed over the steps done since the last exchange was started
         self.dropped = 0  # steps that entered no round, because another rank left early
         self.samples = 0  # that its own data have had so far; 0: it shares all data with the others
         self._work_may_come = False  # other workers hold leases
@@ -140,16 +141,6 @@ class Worker:
         """The commit that was formed and has no reply yet."""
         return self._commit
 
-    @property
-    def step_number(self) -> int:
-        """Number of the next step, counted over all workers."""
-        return self.leases[0].first + self.done
-
-    @property
-    def granted(self) -> list[int]:
-        """Numbers of the steps of its leases, the next first."""
-        return [lease.first + i for lease in self.leases for i in range(lease.steps)][self.done :]
-
     def local_step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
         """Move x by one step of the local optimizer on g, and accumulate g if the rule asks for it.
 
@@ -164,7 +155,7 @@ class Worker:
         if self.optimizer is not None:
             if g is None:
                 raise ValueError("local_step needs a gradient")
-            at = self.before + self.step_number
+            at = self.before + self.held.number
             if ranges is None and self.rule.buffers:
                 ranges = [(0, self.x.size - self.rule.buffers)]
             self.state = self.optimizer.update(g, self.state, self.x, step=at, ranges=ranges)
@@ -172,7 +163,7 @@ class Worker:
                 for lo, hi in ranges or [(0, g.size)]:
                     a = self.a[lo:hi]
                     a += g[lo:hi]
-        self.done += 1
+        self.held.done += 1
         self._loss += loss
 
     def step(self, g: Array | None, loss: float = nan, ranges: Sequence[Range] | None = None) -> None:
@@ -181,12 +172,10 @@ class Worker:
         self._run(self.waits_after_step())
 
     def waits_after_step(self) -> Waits[None]:
-        """After a local step: the exchange, if the period is complete; else finish the previous one, if it is done."""
+        """After a local step: finish the exchange under way, if that is done or no step is left; start one if due."""
         check_launcher()  # with accumulate nothing else waits for another rank
-        if self.done == self.leases[0].steps:
+        if self._handle is None or self.held.is_used_up or self._handle.test():
             yield from self._exchange()
-        elif self._handle is not None and self._handle.test():
-            yield from self._finish_exchange()
 
     # --- an exchange ---
 
@@ -202,7 +191,8 @@ class Worker:
 
     def _form_commit(self, requests: int) -> Commit:
         self.form_x()
-        lease, steps, loss = self.leases.popleft(), self.done, self._loss
+        steps, loss = self.held.done, self._loss
+        parts = self.held.take()
         if self.rule.pulls == "after":
             flags = self._form_delta(steps)
         else:  # the delta is formed after the pull; with overlap x has changed by then
@@ -210,11 +200,13 @@ class Worker:
         if self.rule.accumulates:
             self.a[...] = 0
         self.sequence += 1
-        self.done, self._loss = 0, 0.0
-        sent = self.index, self.sequence, steps, lease.first, self.clock
-        mean = loss / steps if steps else nan
-        own = self.samples
-        return Commit(*sent, requests=requests, flags=flags, samples=own, loss=mean, payload=self._buffers.delta)
+        self._loss = 0.0
+        sent = self.index, self.sequence, steps, parts[0].first, self.clock
+        return Commit(
+            *sent, requests=requests, flags=flags, wanted=self.held.wanted(self.ahead), samples=self.samples,
+            loss=loss / steps if steps else nan, parts=tuple(parts) if len(parts) > 1 else (),
+            payload=self._buffers.delta,
+        )  # fmt: skip
 
     def _form_delta(self, steps: int) -> int:
         """Write the delta of `steps` steps; returns the flags about it."""
@@ -256,12 +248,12 @@ class Worker:
 
     def abandon(self) -> None:
         """Forget the steps done since the last exchange: if this worker leaves now, they go to the others."""
-        self.done, self._loss = 0, 0.0
+        self.held.done, self._loss = 0, 0.0
 
     def _reset(self) -> None:
         """The last commit was refused: x, the slots and all steps since are discarded."""
         self.x[...] = self.o
-        self.done, self._loss = 0, 0.0  # with overlap: the current lease starts again
+        self.abandon()  # with overlap: the steps since start again
         if self.rule.accumulates:
             self.a[...] = 0
         self._refused()
@@ -272,12 +264,13 @@ class Worker:
             self.state = self.optimizer.init(self.x)._replace(step=self.state.step)
 
     def _exchange(self) -> Waits[None]:
+        """Finish the exchange under way, if any, and start the next, if it is due: the reply may be STOP or REFUSED."""
         if self._handle is not None:
             yield from self._finish_exchange()
-        if not self.leases or self.done < self.leases[0].steps:  # the reply was STOP or REFUSED
+        if not self.held.is_due:
             return
         self.start_exchange()
-        if not self.overlap or not self.leases:
+        if not self.overlap or not self.held.leases:
             yield from self._finish_exchange()
 
     def _obey(self, reply: Reply) -> None:
@@ -285,16 +278,13 @@ class Worker:
         self.checkpoint = max(self.checkpoint, reply.checkpoint)
         self._work_may_come = reply.control == WAIT
         if reply.control == STOP and self.rule.allreduce:  # no further round: with overlap, steps are dropped
-            self.leases.clear()
-            self.dropped += self.done
-            self.done, self._loss = 0, 0.0
+            self.dropped += self.held.done
+            self.abandon()
+            self.held.stop()
         elif reply.control == STOP:
-            while len(self.leases) > (self.done > 0):
-                self.leases.pop()
-            if self.leases:  # commit its steps done so far
-                self.leases[0] = Lease(self.leases[0].first, self.done)
+            self.held.stop()  # commit the steps done so far
         elif reply.work.first >= 0:
-            self.leases.append(reply.work)
+            self.held.add(reply.work, reply.period)
 
     # --- a session ---
 
@@ -315,20 +305,21 @@ class Worker:
         self.phase = Phase.LEFT if self.spare else Phase.TRAINING
         self.before = reply.steps if self.spare else self.before
         self._obey(reply)
-        for _ in range(max(self.ahead, self.overlap)):
-            if not self.leases:
+        for _ in range(max(self.ahead, self.overlap) if self.held.wait else 0):
+            if not self.held.leases:
                 return
             reply = yield from awaited(self.end.exchange(self._request(), None))
             self._obey(reply)
 
     def _request(self, requests: int = 0) -> Commit:
         """A message that requests work, without a delta."""
-        return Commit(self.index, requests=WORK | requests, total=-1 if self.total is None else self.total)
+        total = -1 if self.total is None else self.total
+        return Commit(self.index, requests=WORK | requests, total=total, wanted=self.held.wanted(self.ahead))
 
     def waits_for_work(self) -> Waits[bool]:
         """Wait for a step to compute; false if there is none left for this worker."""
-        while not self.leases or self.done >= self.leases[0].steps:
-            if self.leases:  # an empty lease of an Allreduce round, or one cut short by STOP
+        while self.held.is_used_up:
+            if self.held.leases:  # an empty lease of an Allreduce round, or one cut short by STOP
                 yield from self._exchange()
             elif self._handle is not None:
                 yield from self._finish_exchange()
@@ -357,7 +348,7 @@ class Worker:
             self.begin()
             try:
                 while run_waits(self.waits_for_work()):
-                    yield self.step_number
+                    yield self.held.number
             except GeneratorExit:
                 # A break, or an exception in the caller's loop: do not wait for the others here, or its traceback would
                 # appear only when they are done. `settle` waits.
@@ -378,8 +369,9 @@ class Worker:
     def _retire(self) -> None:
         """This rank serves from now on."""
         self.phase = Phase.ELECTED
-        self.leases.clear()
-        self.done, self._loss, self._work_may_come = 0, 0.0, False
+        self.abandon()
+        self.held.stop()
+        self._work_may_come = False
         self._handle = self._commit = None
 
     def stop_all(self) -> None:
@@ -411,14 +403,14 @@ class Worker:
         if self._handle is not None:
             yield from self._finish_exchange()
         last: Commit | None = None
-        if self.done and self.rule.pulls == "before":
+        if self.held.done and self.rule.pulls == "before":
             self.start_exchange()
             yield from self._finish_exchange()  # leaving returns the lease that it was granted
-        elif self.done:
+        elif self.held.done:
             self._commit = last = self._form_commit(0)
             if last.flags & NOT_FINITE:  # the reply comes when all have left, and is the others'
                 self._refused()
-        self.leases.clear()
+        self.held.stop()
         self._handle = self.end.leave(last, self._buffers.pulled)
         self.phase = Phase.LEAVING
 

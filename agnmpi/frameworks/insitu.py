@@ -90,7 +90,7 @@ class Run:
     Args:
         surrogate: a `Surrogate`, or FILE.py:NAME of a class or function that makes one.
         comm: any communicator of the solver; it is duplicated.
-        period: λ, a rank's steps between its exchanges; default 10.
+        period: λ, a rank's steps between its exchanges, and more while one is under way; default 10.
         center: who holds the center. "solver" (default): rank 0, inside its own calls, beside its share of the work;
             "thread": a thread of rank 0, where MPI has MPI_THREAD_MULTIPLE; "rank": rank 0 of `comm` does nothing else.
         optimizer: of each rank; default adam(0.001).
@@ -192,8 +192,9 @@ class Run:
     def learn(self, budget: float = 0.02, most: int | None = None) -> int:
         """Train for at most a share `budget` of the time since the last call; returns the number of steps taken.
 
-        What is left over is kept for one step. Never waits: while an exchange is under way, or before there are
-        samples for a batch, it may take no step. On rank 0 it serves, too, beside the budget.
+        What is left over is kept for one step. Never waits: before there are samples for a batch, or where an exchange
+        takes longer than the steps that this rank holds, it may take no step. On rank 0 it serves, too, beside the
+        budget.
 
         Args:
             budget: at least 0; default 0.02; from 1 on time is no limit, only `most` and the samples.
@@ -417,7 +418,7 @@ def _parts(
     end = P2PWorker(comm, number=number)
     if comm.rank in members.read:
         return served, None, Reader(end, x)
-    worker = Worker(x, rule, optimizer, end, number, overlap=True)
+    worker = Worker(x, rule, optimizer, end, number, overlap=True, wait=False)
     worker.total = steps
     return served, Unblocking(worker), None
 

@@ -38,8 +38,8 @@ class Run(AnyRun):
         comm: any communicator; it is duplicated.
         period: λ, steps between exchanges; default 10.
         key: of `jax.random`, of which each worker gets one of its own. Default: none.
-        rule, outer_rate, transport, overlap, dylu, checkpoint, resume, checkpoint_every, checkpoint_workers: as of
-            `AGNOptimizer`. Checkpoints hold, of each worker, opt_state, key, and the place in the data.
+        rule, outer_rate, transport, overlap, wait, dylu, checkpoint, resume, checkpoint_every, checkpoint_workers: as
+            of `AGNOptimizer`. Checkpoints hold, of each worker, opt_state, key, and the place in the data.
 
     Attributes:
         params: to take the next step from. A new tree after an exchange; its arrays may be donated to a jitted step.
@@ -61,6 +61,7 @@ class Run(AnyRun):
         outer_rate: float | None = None,
         transport: str | Transport = "auto",
         overlap: bool = False,
+        wait: bool = True,
         dylu: bool = False,
         key: Any = None,
         checkpoint: str | Path | None = None,
@@ -81,7 +82,7 @@ class Run(AnyRun):
         self._error = np.zeros_like(self._x) if rounds else None
         opt = AGNOptimizer(
             None, self._x, comm, period, name="agnmpi.jax.Run", copy=False, rule=rule, outer_rate=outer_rate,
-            transport=transport, overlap=overlap, dylu=dylu, on_commit=self._pack, on_pull=self._unpack,
+            transport=transport, overlap=overlap, wait=wait, dylu=dylu, on_commit=self._pack, on_pull=self._unpack,
             on_refused=self._refused, checkpoint=checkpoint, resume=resume, checkpoint_every=checkpoint_every,
             checkpoint_workers=checkpoint_workers, state=self._state, load_state=self._resumed_with,
         )  # fmt: skip

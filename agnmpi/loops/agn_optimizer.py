@@ -56,6 +56,8 @@ class AGNOptimizer:
         transport: made by `agnmpi.transports`, such as `transports.p2p(message_buffers=8)`, or its name; "auto"
             (default) depends on the rule.
         overlap: compute while an exchange is under way; default False.
+        wait: False: as overlap, but where an exchange takes longer than λ steps the worker takes more of them before
+            the next, up to 7 λ; steps count as they are, AGN divides by their number. Default True: exactly λ.
         dylu: λ is that of the fastest worker, the others' are proportional to their speeds; default False.
         buffers: names of those `params` that no gradient moves, but you: running means, as of batch normalization. The
             center takes their convex mean, c_b ← c_b + (b − c_b)/n; a pull brings them back. Default: none.
@@ -109,6 +111,7 @@ class AGNOptimizer:
         center_optimizer: Optimizer | None = None,
         transport: str | Transport = "auto",
         overlap: bool = False,
+        wait: bool = True,
         dylu: bool = False,
         buffers: Collection[str] = (),
         outer_rate: float | None = None,
@@ -129,8 +132,7 @@ class AGNOptimizer:
         check_world(comm)
         warn_of_threads(name)
         self._kept, self._caller_state = Kept.of(checkpoint, checkpoint_every, checkpoint_workers), (state, load_state)
-        self._name, self._optimizer, self.loss = name, optimizer, nan
-        self._comm = comm.Dup()
+        self._comm, self._name, self._optimizer, self.loss = comm.Dup(), name, optimizer, nan
         self._hook = AbortOnException(self._comm)
         self._on_commit, self._on_pull, self._on_refused = on_commit, on_pull, on_refused
         try:
@@ -138,7 +140,7 @@ class AGNOptimizer:
                 optimizer, center_optimizer, params, communication_period, rule, variant, transport, buffers,
                 outer_rate, copy,
             )  # fmt: skip
-            self._loop = self._set_up(arguments, use_locking, overlap, dylu, monitor, resume is not None)
+            self._loop = self._set_up(arguments, use_locking, overlap, wait, dylu, monitor, resume is not None)
             self._resume(resume)
         except ValueError:  # a ConfigError among them: on all ranks
             self._hook.remove()
@@ -161,6 +163,7 @@ class AGNOptimizer:
         arguments: Arguments,
         use_locking: bool,
         overlap: bool,
+        wait: bool,
         dylu: bool,
         monitor: Monitoring | str | Path | None,
         resumes: bool,
@@ -170,11 +173,12 @@ class AGNOptimizer:
         rule, layout, period, transport = raise_on_all(comm, lambda: arguments.checked(use_locking))
         facts = arguments.facts(rule, period, transport) | {
             "overlap": str(overlap),
+            "wait": str(wait),
             "dylu": str(dylu),
             "checkpoint": "none" if self._kept is None else "every {1:g} s, workers {2}".format(*self._kept),
         }
         require_equal_model(comm, layout, facts)
-        setup = Setup(transport, overlap, dylu).on_hosts(comm)
+        setup = Setup(transport, overlap or not wait, dylu, wait=wait).on_hosts(comm)
         check_setup(rule, setup, comm.size, optimizer, arguments.center_optimizer)
         # Of variant "gradient": of the same kind, with its own slots.
         center_optimizer = arguments.center_optimizer or (optimizer if rule.accumulates else None)
@@ -308,7 +312,7 @@ class AGNOptimizer:
     def granted(self) -> list[int]:
         """The numbers of the steps that this worker is to take, the next first; their samples may be loaded already."""
         worker = self._loop.worker
-        return [] if worker is None else worker.granted
+        return [] if worker is None else worker.held.numbers
 
     @property
     def status(self) -> Status:

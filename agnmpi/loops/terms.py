@@ -13,7 +13,7 @@ class Status(NamedTuple):
 
     Args:
         step: local steps that all workers have committed.
-        clock: commits applied.
+        clock: commits applied; step/clock is the mean number of steps in one.
         loss: mean over recent commits; at a worker over its own recent steps.
         staleness: mean of all commits; known at rank 0, and where all ranks train.
         steps_per_second: of all workers in this loop.

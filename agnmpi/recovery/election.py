@@ -27,13 +27,9 @@ class SurvivorReport(NamedTuple):
         """The report of `worker`, of rank `rank` at the beginning of the session."""
         snapshot = worker.last_reply.snapshot if worker.last_reply else None
         commit = worker.under_way
-        sent = (
-            [Lease(commit.first_step, commit.steps)]
-            if commit and commit.steps and not commit.flags & NOT_FINITE
-            else []
-        )
+        sent = list(commit.leases) if commit and commit.steps and not commit.flags & NOT_FINITE else []
         served, sequence = (snapshot.served if snapshot else -1), (commit.sequence if commit else 0)
-        held = [lease for lease in worker.leases if lease.steps]
+        held = [lease for lease in worker.held.leases if lease.steps]
         return cls(rank, worker.index, worker.session, worker.clock, served, sequence, sent, held)
 
     @classmethod
@@ -92,5 +88,8 @@ def take_over(
         if not is_valid and i < len(workers):  # it was silent, or its commit refused: others have these steps
             center.worker_released(i)
     center.applied = [last for _, _, last in order][: len(workers)]
-    apply_own = any(is_valid for (i, _), is_valid in zip(claims, valid) if i == len(workers))
-    return len(workers) if apply_own else None
+    own = [is_valid for (i, _), is_valid in zip(claims, valid) if i == len(workers)]
+    if own and all(own):
+        return len(workers)
+    leases.release_all(len(workers))
+    return None

@@ -13,11 +13,10 @@ from ..arrays.backend import Array, host_copy, synchronize
 from ..arrays.kernels import all_finite
 from ..cluster.role import Role
 from ..cluster.roles import ShardRole
-from ..core.backoff import wait_until
+from ..core.backoff import Every, wait_until
 from ..core.center import Center
 from ..core.optimizers import Optimizer
 from ..core.params import Layout
-from ..core.timer import Every
 from ..core.worker import Worker
 from ..version import __version__
 from .checkpoint import caller_file, center_file, folder, folders, prune, seal, worker_file
@@ -318,7 +317,7 @@ class WorkerSaver:
         if worker.checkpoint != self._seen:
             self._seen = self._wanted = worker.checkpoint
             self._due, self._announced = now + self._part * (now - self._announced), now
-        if self._wanted is None or worker.done or now < self._due or self._writer.busy():
+        if self._wanted is None or worker.held.done or now < self._due or self._writer.busy():
             return
         number, self._wanted = self._wanted, None
         self._begin(number)

@@ -8,9 +8,8 @@ from mpi4py import MPI
 
 from ..cluster.role import Role
 from ..cluster.roles import CenterRole
-from ..core.backoff import wait_until
+from ..core.backoff import Every, wait_until
 from ..core.membership import Membership
-from ..core.timer import Every
 
 _REMAINING = 9  # tag: the ranks that continue
 _LIVING = "agnmpi.living"  # their communicator

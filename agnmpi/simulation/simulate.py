@@ -12,9 +12,10 @@ from ..cluster.machine import blas_threads
 from ..cluster.role import Role
 from ..core.batches import Plan
 from ..core.center import Center
+from ..core.division import rounds
 from ..core.drive import session
 from ..core.ends import Handle, WorkerEnd
-from ..core.leases import Leases, SpeedProportional, rounds
+from ..core.leases import Leases, SpeedProportional
 from ..core.messages import STOP, Commit, Reply
 from ..core.params import parts
 from ..core.worker import Worker
@@ -28,6 +29,7 @@ from ..training.outputs import conclude, dropped_lines, headline, repeatable, ru
 from ..training.problem import evaluate, gradient_of, prepare
 from ..transport.composed import EncodedHandle, encode
 from ..transport.local import LocalCenter
+from ..transport.registry import refusals_of_going_on
 from ..version import __version__
 from .network import Agenda, Meeting, MeetingWorker, Station, VirtualHandle, VirtualWorker
 from .timing import Timing, results, timing_only
@@ -56,6 +58,9 @@ class Stage:
         self.config = config = config.complete()
         centers = _number_of_centers(config)
         self.rule, n = config.make_rule(), config.workers
+        for refused, message in refusals_of_going_on(self.rule, config.make_transport()):
+            if refused and not config.wait:
+                raise ValueError(message)
         if self.rule.allreduce and (config.dylu or config.record or centers > 1):
             raise ValueError(f"rule {self.rule.name} has no center: leave out dylu, record and centers")
         self.problem, layout, self.x = prepare(config.problem, config.options, config.seed, config.device, 0)
@@ -107,7 +112,8 @@ class Stage:
         sessions = list[Iterator[int | Handle]]()
         for i in range(self.config.workers):
             encoded = encode(end(i), self.x, self.config.encoding, self.config.pull_encoding)
-            worker = Worker(full_like(self.x, self.x), self.rule, optimizer, encoded, i, self.config.overlap)
+            overlap, wait = self.config.overlap, self.config.wait
+            worker = Worker(full_like(self.x, self.x), self.rule, optimizer, encoded, i, overlap, wait=wait)
             worker.total = self.plan.steps
             # One vector for all gradients: each is used before the next is computed.
             sessions.append(session(worker, gradient_of(self.problem, self.layout, self.plan, worker.x, g)))
@@ -271,6 +277,8 @@ def network(config: Config, timing: Timing) -> dict[str, Any]:
     rule = config.make_rule()
     if config.dylu:
         raise ValueError("--timing-only gives all workers the same λ: leave dylu")
+    if not config.wait:
+        raise ValueError("--timing-only takes λ steps for each exchange: leave --no-wait, or simulate a problem")
     if rule.allreduce:
         raise ValueError(f"rule {rule.name} has no center: --timing-only is of rules with one")
     if config.problem:

@@ -45,7 +45,8 @@ class Config(RunOptions):
         """
         optimizer = self.optimizer or _KNOWN_WITH.get(self.rule, "adam")
         rate = self.rate or (0.001 if optimizer.startswith("adam") else 0.01)
-        complete = replace(self, optimizer=optimizer, rate=rate)._with_center_optimizer()
+        overlap = self.overlap or not self.wait
+        complete = replace(self, optimizer=optimizer, rate=rate, overlap=overlap)._with_center_optimizer()
         complete = replace(complete, transport=complete.make_transport().name)
         refuse(complete, (*_REFUSALS_OF_COMPLETE, *_TRANSPORT_RULES))
         complete.make_rule(), complete.make_optimizer(1000), complete.make_center_optimizer(1000)
@@ -172,7 +173,7 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
         "patience and stop_at are of a metric: name it with monitor",
     ),
     (
-        lambda c: c.record and c.overlap,
+        lambda c: c.record and (c.overlap or not c.wait),
         "record with overlap cannot be replayed: the center does not know after which step a worker took up its "
         "pull; leave one of them",
     ),

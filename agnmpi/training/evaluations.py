@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from ..arrays.backend import Array, to_host
 from ..cluster.role import Role
+from ..core.backoff import Every
 from ..core.params import Layout
-from ..core.timer import Every
 from ..recovery.files import load_facts, save
 from .config import Config
 from .user_code import user_frames

@@ -103,8 +103,8 @@ class Job:
         self.world, self.signals, self.rank = world.Dup(), signals, world.rank
         self.config = config = raise_on_all(self.world, config.complete)
         self.rule = config.make_rule()
-        transport = raise_on_all(self.world, config.make_transport)
-        self.setup = Setup(transport, config.overlap, config.dylu, caller_uses_mpi=False).on_hosts(self.world)
+        exchange = raise_on_all(self.world, config.make_transport), config.overlap, config.dylu
+        self.setup = Setup(*exchange, caller_uses_mpi=False, wait=config.wait).on_hosts(self.world)
         check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
         here = self.setup.place(self.world)
         limit_blas(here.threads)
@@ -205,7 +205,7 @@ class Job:
 
     def _steps(self, worker: Worker, saver: WorkerSaver) -> Iterator[int]:
         """The loop of a worker: saves its state with the center, and stops on a signal where no center rank would."""
-        batches = Batches(self.problem, self.plan, worker.x, lambda: worker.granted, self.config.period)
+        batches = Batches(self.problem, self.plan, worker.x, lambda: worker.held.numbers, self.config.period)
         gradient = gradient_of(self.problem, self.layout, self.plan, worker.x, batches=batches)
 
         def compute(step: int) -> tuple[float, Array]:

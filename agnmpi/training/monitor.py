@@ -11,10 +11,10 @@ from rich.progress import BarColumn, TextColumn
 
 from ..arrays.backend import Array
 from ..cluster.role import Role
+from ..core.backoff import Every
 from ..core.batches import Plan
 from ..core.messages import Commit
 from ..core.params import Layout
-from ..core.timer import Every
 from ..reporting.events import JsonLines, RecentMean, RecentRates, json_safe
 from ..reporting.runs import digits, duration
 from ..reporting.terminal import Bar, console
@@ -195,6 +195,7 @@ class Monitor:
                 "mean": round(self._center.staleness_mean, 3),
                 "max": self._center.staleness_max,
             },
+            "steps_per_commit": round(self._steps_per_commit, 3),
             "dropped": self._center.dropped,  # commits of weight 0, such as too old
             "given_up": self._center.given_up,  # steps whose commits were refused repeatedly
         }
@@ -202,6 +203,11 @@ class Monitor:
         self._events.write("end", result=result, **self._stamp())
         self._close()
         return result
+
+    @property
+    def _steps_per_commit(self) -> float:
+        """The mean of all commits; λ, and more where workers do not wait."""
+        return self._center.steps / max(self._center.clock, 1)
 
     def _point(self) -> Point:
         return Point(self._center.steps, self._center.clock, self._loss.value)
@@ -243,6 +249,7 @@ class Monitor:
             commits=self._center.clock,
             staleness_mean=round(self._center.staleness_mean, 3),
             staleness_max=self._center.staleness_max,
+            steps_per_commit=round(self._steps_per_commit, 3),
             commits_per_second=round(rates[0], 4),
             samples_per_second=round(rates[1], 3),
             **self._stamp(),
@@ -283,6 +290,8 @@ class Monitor:
             f"{digits(rates[1])} samples/s",
             f"staleness {self._center.staleness_mean:.1f}",
         ]
+        if not self._config.wait:
+            facts.append(f"{self._steps_per_commit:.1f} steps/commit")
         return "  ".join(filter(None, facts))
 
 

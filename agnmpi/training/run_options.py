@@ -34,6 +34,12 @@ class RunOptions:
         also=("communication_period",),
     )
     overlap: bool = option(False, "rule", "compute the next period while an exchange is under way", bool)
+    wait: bool = option(
+        True,
+        "rule",
+        "after λ steps wait for an exchange under way; or (--no-wait) overlap, and take up to 7 λ steps meanwhile",
+        bool,
+    )
     dylu: bool = option(
         False,
         "rule",

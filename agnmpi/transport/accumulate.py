@@ -15,8 +15,9 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring
 from ..core.backoff import wait_until
 from ..core.center import PATIENCE
+from ..core.division import Division
 from ..core.ends import Apply, Cut, Done, Handle, Polled, Summed
-from ..core.leases import NONE, Division, Lease, Leases
+from ..core.leases import NONE, Lease, Leases
 from ..core.messages import CONTINUE, DUPLICATE, NOT_FINITE, OK, REFUSED, STOP, STOP_ALL, WORK, Commit, Reply
 from .readers_lock import ReadersLock
 from .staging import MAX_CALL_BYTES, Wire
@@ -59,9 +60,10 @@ class AccumulateWorker(WindowsWorker):
         self._lock = ReadersLock(ControlWord(self.windows, READERS))  # the center saves c while nobody has it
         self._division = Division(None, 1, 0, [])
         self._held: list[Lease] = []  # what this worker was granted and has not summed
-        # Of a commit, their sum and number; kept until a flush: across hosts an Accumulate is sent after it returns.
-        self._loss = np.empty(2)
+        self._loss = np.empty(2)  # of a commit: their sum and number
+        self._steps, self._staleness = np.empty(1, np.int64), np.empty(1, np.int64)  # of a commit
         self._sequence = self.sessions = self._failed = 0  # failed: commits in a row
+        self._stalest = 0  # the largest staleness of all, at the last exchange
 
     def begin(self, total: int | None, period: int, work: Leases) -> None:
         """As `WorkerEnd.begin`."""
@@ -75,7 +77,8 @@ class AccumulateWorker(WindowsWorker):
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c, then pull."""
         windows, status = self.windows, OK
-        wait_until(partial(self._lock.enter, True))
+        if not self._lock.enter(True):
+            wait_until(partial(self._lock.enter, True))
         if commit.payload is not None and commit.sequence <= self._sequence:
             status = DUPLICATE
         elif commit.payload is not None and not commit.flags & NOT_FINITE:
@@ -88,12 +91,16 @@ class AccumulateWorker(WindowsWorker):
         if commit.requests & STOP_ALL:
             windows.add(CONTROL, STOP, MPI.REPLACE)
         head = windows.get(0, COUNTS)
+        self._stalest = int(head[STALEST])
         if out is not None:
             windows.pull(self.wire, out)  # a race by design: others may be adding to c
         control = STOP if self._failed >= PATIENCE else int(head[CONTROL])  # it leaves alone: the others may be well
-        work = self._grant() if commit.requests & WORK and control != STOP else NONE
+        work = NONE
+        if commit.requests & WORK and control != STOP:
+            work = self._grant(commit.wanted, int(head[NEXT]))
         self._lock.leave()
-        return Done(Reply(int(head[CLOCK]), status, control, work, int(head[STEPS]), int(head[CHECKPOINT])))
+        counts = int(head[STEPS]), int(head[CHECKPOINT])
+        return Done(Reply(int(head[CLOCK]), status, control, work, *counts, period=self._division.period))
 
     def _add(self, commit: Commit, payload: Array) -> None:
         windows, center = self.windows, self.windows.center
@@ -101,27 +108,32 @@ class AccumulateWorker(WindowsWorker):
         self._sequence, self._failed = commit.sequence, 0
         if commit.steps and isfinite(commit.loss):  # before its steps: MPICH 4.0's center looks between any two calls
             self._loss[:] = commit.loss * commit.steps, commit.steps
-            windows.control.Accumulate(self._loss, CENTER, 8 * LOSS, MPI.SUM)
-        windows.add(STEPS, commit.steps)
+            windows.sum(LOSS, self._loss)
+        self._steps[0] = commit.steps
+        windows.sum(STEPS, self._steps)
         self._settle(commit)
-        staleness = windows.add(CLOCK, 1) - commit.clock
-        windows.add(STALENESS, staleness)
-        windows.add(STALEST, staleness, MPI.MAX)
+        self._staleness[0] = staleness = windows.add(CLOCK, 1) - commit.clock
+        windows.sum(STALENESS, self._staleness)
+        if staleness > self._stalest:
+            windows.add(STALEST, staleness, MPI.MAX)
 
-    def _grant(self) -> Lease:
-        lease = self._division.lease(self.windows.add(NEXT, 1))
+    def _grant(self, wanted: int, granted: int) -> Lease:
+        pieces = self._division.fair(wanted, granted, self.windows.workers)
+        lease = self._division.lease(self.windows.add(NEXT, pieces), pieces)
         if lease.steps:
             self._held.append(lease)
             self._show_held()
         return lease
 
     def _settle(self, commit: Commit) -> None:
-        """The steps of `commit` are done; the rest of their lease, if any, nobody takes in this session."""
-        for i, lease in enumerate(self._held):
-            if lease.first == commit.first_step:
-                rest = Lease(lease.first + commit.steps, lease.steps - commit.steps)
-                self._held[i : i + 1] = [rest] if rest.steps else []
-                self._show_held()
+        """The steps of `commit` are done; the rest of their leases is this worker's."""
+        if not self._held:
+            return
+        for done in commit.leases:
+            i = [lease.first for lease in self._held].index(done.first)
+            rest = Lease(done.end, self._held[i].end - done.end)
+            self._held[i : i + 1] = [rest] if rest.steps else []
+        self._show_held()
 
     def _show_held(self) -> None:
         """Tell the center what this worker holds, for checkpoints."""
@@ -132,16 +144,16 @@ class AccumulateWorker(WindowsWorker):
         """Get c, even while others add to it."""
         return self.exchange(Commit(self.worker), out)
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """Sum the last commit, and wait for the others."""
         if commit is not None:
             self.exchange(commit, None)
         self.windows.add(LEFT, 1)
         return Polled(partial(self._last_pull, self.sessions * self.windows.workers, out))
 
-    def _last_pull(self, until: int, out: Array, _blocking: bool) -> Reply | None:
+    def _last_pull(self, until: int, out: Array | None, _blocking: bool) -> Reply | None:
         """The final center, as soon as `until` workers have left."""
-        return self.pull(out).wait() if self.windows.read(LEFT) >= until else None
+        return self.exchange(Commit(self.worker), out).wait() if self.windows.read(LEFT) >= until else None
 
 
 class AccumulateCenter(WindowsCenter):

@@ -64,13 +64,13 @@ class ShardedWorker(WorkerEnd):
         """Pull each block; each is whole."""
         return _AllShards([end.pull(out[span]) for end, span in zip(self.ends, self.spans)], self._pulled)
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """Leave all centers."""
         handles = [
-            end.leave(None if commit is None else self._part(commit, i), out[self.spans[i]])
+            end.leave(None if commit is None else self._part(commit, i), None if out is None else out[self.spans[i]])
             for i, end in enumerate(self.ends)
         ]
-        return _AllShards(handles, self._pulled)
+        return _AllShards(handles, self._pulled if out is not None else lambda _replies: None)
 
     def _part(self, commit: Commit, i: int) -> Commit:
         payload = None if commit.payload is None else commit.payload[self.spans[i]]
@@ -146,7 +146,7 @@ class EncodedEnd(WorkerEnd):
         """As the wrapped end: c itself."""
         return self.end.pull(out)
 
-    def leave(self, commit: Commit | None, out: Array) -> "EncodedHandle":
+    def leave(self, commit: Commit | None, out: Array | None) -> "EncodedHandle":
         """Encode the last delta, and leave; the final center arrives as it is."""
         commit = None if commit is None else self._encoded(commit)
         return EncodedHandle(self, self.end.leave(commit, out), commit is not None and bool(commit.encoding))

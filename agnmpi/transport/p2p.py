@@ -110,7 +110,7 @@ class P2PWorker(WorkerEnd):
         """Ask for the center."""
         return self.exchange(Commit(self._worker), out)
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """Leave, right after the last commit; the reply comes when all have left."""
         last = []
         if commit is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from ..arrays.backend import Array
 from ..arrays.encodings import get
 from ..core.ends import Apply, Capabilities, CenterEnd, WorkerEnd
+from ..core.rules import Rule
 from .staging import MAX_CALL_BYTES, make_wire
 
 if TYPE_CHECKING:
@@ -351,3 +352,24 @@ def local(workers: int = 1) -> Transport:
         ValueError: for a number below 1.
     """
     return resolve("local", workers=workers)
+
+
+def refusals_of_going_on(rule: Rule, transport: Transport) -> list[tuple[bool, str]]:
+    """What cannot be where workers do not wait: each with whether it is so here."""
+    remedy = "leave wait on (no --no-wait)"
+    return [
+        (
+            transport.capabilities.together,
+            f"wait = False, but rule {rule.name} exchanges on all ranks at once: {remedy}",
+        ),
+        (
+            rule.pulls == "before",
+            f"wait = False, but rule {rule.name} pulls, and then commits what follows from it, which takes two "
+            f"exchanges: {remedy}",
+        ),
+        (
+            transport.node_centers,
+            "wait = False with node_centers: not the workers wait for the network, but the node centers, which go on "
+            f"meanwhile; {remedy}",
+        ),
+    ]

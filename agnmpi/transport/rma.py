@@ -15,7 +15,7 @@ from ..arrays.backend import Array, bring, to_host
 from ..arrays.encodings import Encoding, encode_pull, get, sizes
 from ..core.backoff import wait_until
 from ..core.ends import Apply, Handle, Polled
-from ..core.messages import ENCODED, LEAVE, MISFIT, PULL, Commit, Reply
+from ..core.messages import COMMIT_BYTES, ENCODED, LEAVE, MISFIT, PULL, Commit, Reply
 from .chunks import INLINE
 from .readers_lock import ReadersLock
 from .staging import MAX_CALL_BYTES, Wire
@@ -68,7 +68,7 @@ class RMAWorker(WindowsWorker):
         requests = commit.requests | (PULL if out is not None else 0)
         commit = commit._replace(requests=requests, nbytes=0 if payload is None else payload.nbytes)
         inline = to_host(payload).tobytes() if payload is not None and windows.inline else b""
-        windows.put(windows.header(self.worker), commit.encode() + inline)
+        windows.put(windows.header(self.worker), commit.encode().ljust(COMMIT_BYTES, b"\0") + inline)
         if payload is not None and not inline:
             if not windows.shared:
                 # Odd: the center stays awake while a transfer needs progress by it.
@@ -150,7 +150,7 @@ class RMAWorker(WindowsWorker):
         self.lock.leave()
         return reply
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """Put the last commit, with LEAVE, as one message; it is served when all have left."""
         last = commit or Commit(self.worker)
         return self.exchange(last._replace(requests=last.requests | LEAVE), out)
@@ -254,7 +254,7 @@ class RMACenter(WindowsCenter):
                 windows.sync()
                 synced = True
             header = windows.words[windows.header(worker) :][:COMMIT_WORDS].tobytes()
-            self._due.append(Commit.decode(header).received_from(worker, self._sizes))
+            self._due.append(Commit.split(header)[0].received_from(worker, self._sizes))
             self._seen[worker] = posted[worker]
 
     def _first(self) -> Commit | None:

@@ -165,6 +165,10 @@ class Windows:
         self.control.Flush(CENTER)
         return int(self._old[0])
 
+    def sum(self, word: int, values: Array) -> None:
+        """Add `values` to words; not to be changed before the next `add` or `get`: across hosts they are sent then."""
+        self.control.Accumulate(values, CENTER, 8 * word, MPI.SUM)
+
     def read(self, word: int) -> int:
         """A word of the control window, read atomically."""
         return self.add(word, 0, MPI.NO_OP)

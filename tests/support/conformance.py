@@ -10,7 +10,8 @@ import numpy as np
 
 from agnmpi.core import rules
 from agnmpi.core.center import Center
-from agnmpi.core.messages import DUPLICATE, OK, Commit
+from agnmpi.core.leases import Held, Leases
+from agnmpi.core.messages import DUPLICATE, OK, WORK, Commit
 from agnmpi.transport.local import LocalCenter
 from agnmpi.transport.registry import local
 
@@ -43,8 +44,9 @@ class LocalWorld:
     def blocks(self, n):
         return [slice(0, n)]
 
-    def play(self, n, work, sessions=1, **_):
+    def play(self, n, work, sessions=1, total=None, **_):
         center, log = Center(rules.agn(), np.zeros(n), self.workers), []
+        center.leases = None if total is None else Leases(total, 1)
         there = LocalCenter(np.zeros(n), self.workers, logged(center, log))
         results = []
         for _ in range(sessions):
@@ -192,6 +194,58 @@ def sessions_follow_each_other(world, n):
         np.testing.assert_array_equal(outcome.c, 9 * world.workers)
 
 
+def a_leave_needs_no_pull(world, n):
+    """The last commit of whoever leaves without one is applied; the others get the final center."""
+    sequence = {}
+
+    def work(end, index):
+        session = sequence[index] = sequence.get(index, 0) + 1
+        final = np.full(n, np.nan) if (index + session) % 2 else None
+        end.leave(Commit(index, session, payload=np.ones(n)), final).wait()
+        return final
+
+    outcome = world.play(n, work, sessions=2)
+    if not isinstance(world, LocalWorld):
+        for session, final in enumerate(outcome.results, 1):
+            if final is not None:
+                np.testing.assert_array_equal(final, world.workers * session)
+    if outcome.c is not None:
+        np.testing.assert_array_equal(outcome.c, 2 * world.workers)
+
+
+def commits_of_several_leases(world, n):
+    """A worker holds several leases and commits some of their steps at once; the rest stays its own."""
+    total = 8 * world.workers
+
+    def work(end, index):
+        held, sequence, out = Held(wait=False), 0, np.empty(n)
+        reply = end.exchange(Commit(index, requests=WORK, total=total, wanted=3), out).wait()
+        while reply.work.steps or held.leases:
+            if reply.work.steps:
+                held.add(reply.work, reply.period)
+            for _ in range(1 + sequence % 3):
+                held.done += not held.is_used_up
+            steps, parts, sequence = held.done, held.take(), sequence + 1
+            commit = Commit(
+                index, sequence, steps, parts[0].first, reply.clock, requests=WORK, wanted=2,
+                parts=tuple(parts) if len(parts) > 1 else (), payload=np.full(n, float(steps)),
+            )  # fmt: skip
+            reply = end.exchange(commit, out).wait()
+            assert reply.status == OK
+        return leave(end, n)
+
+    outcome = world.play(n, work, total=total)
+    if outcome.c is None:
+        return
+    np.testing.assert_array_equal(outcome.c, total)
+    assert outcome.center.steps == total
+    if world.capabilities.single_commits:
+        parts = [part for commit in outcome.log for part in commit.leases]
+        assert sorted(step for part in parts for step in range(part.first, part.first + part.steps)) == list(
+            range(total)
+        )
+
+
 CHECKS = [
     nothing_lost_nothing_twice,
     no_torn_read_and_an_exact_clock,
@@ -199,6 +253,8 @@ CHECKS = [
     handles_test_and_wait,
     a_commit_sent_again_is_not_applied_again,
     sessions_follow_each_other,
+    a_leave_needs_no_pull,
+    commits_of_several_leases,
 ]
 # What must be declared for a check to hold.
 NEEDS = {no_torn_read_and_an_exact_clock: ("whole_pulls", "exact_clock")}

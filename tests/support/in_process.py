@@ -17,7 +17,7 @@ from agnmpi.transport.local import LocalCenter
 
 def world(
     rule, optimizer, start, workers=1, period=1, total=None, center_optimizer=None, overlap=False, begin=True, xp=np,
-    dtype=float,
+    dtype=float, wait=True,
 ):  # fmt: skip
     """A center and its workers in this process; returns (center, local end, workers)."""
     start = xp.array(start, dtype)
@@ -25,7 +25,8 @@ def world(
     center.leases = Leases(total, period)
     local = LocalCenter(start.copy(), workers, center.apply)
     made = [
-        Worker(xp.full_like(start, np.nan), rule, optimizer, local.worker_end(i), i, overlap) for i in range(workers)
+        Worker(xp.full_like(start, np.nan), rule, optimizer, local.worker_end(i), i, overlap, wait=wait)
+        for i in range(workers)
     ]
     for worker in made:
         worker.total = total

@@ -120,6 +120,20 @@ def started(reached, n, *args, limit=60, **options):
     return pytest.fail(f"the job ended early, with code {code}; it printed:\n{output[-6000:]}")
 
 
+def printed(text, n, *args, **options):
+    """A job that runs, and what it has printed up to a line with `text`."""
+    for _ in range(3):
+        job, lines = Job(n, *args, **options), []
+        for line in job.process.stdout:
+            lines.append(line)
+            if text in line:
+                return job, "".join(lines)
+        code, output = job.finish(10)
+        if KNOWN_FAILURE not in "".join(lines):
+            break
+    return pytest.fail(f"the job ended, with code {code}; it printed:\n{''.join(lines)[-6000:]}{output}")
+
+
 def progresses(run, since=0.0):
     """Whether the last that the run in that directory has written, after the time `since`, is of steps taken."""
     events = run / "events.jsonl"

@@ -15,7 +15,7 @@ class Tree:
 
     def __init__(
         self, rule, optimizer, start, direct, hosts, period=1, overlap=False, encoding="float32",
-        pull_encoding="float32", dtype=float,
+        pull_encoding="float32", dtype=float, wait=True,
     ):  # fmt: skip
         start, n = np.array(start, dtype), direct + sum(hosts)
         self.period, self.count = period, n
@@ -31,7 +31,8 @@ class Tree:
         for center in self.centers:
             center.idle_workers_wait = True
         self.workers = [
-            Worker(np.full_like(start, np.nan), rule, optimizer, end, i, overlap) for i, end in enumerate(ends)
+            Worker(np.full_like(start, np.nan), rule, optimizer, end, i, overlap, wait=wait)
+            for i, end in enumerate(ends)
         ]
 
     @property
@@ -81,7 +82,7 @@ class Tree:
         """A worker's session: yields the handles that it waits for, and None after each step."""
         yield from worker.waits_to_begin()
         while (most is None or len(taken) < most) and (yield from worker.waits_for_work()):
-            taken.append(worker.step_number)
+            taken.append(worker.held.number)
             worker.local_step(gradient(worker, taken[-1]), float(taken[-1]))
             yield None
             yield from worker.waits_after_step()

@@ -11,6 +11,8 @@ LIMIT = 90
 COUNTS = ["--rule", "downpour", "--optimizer", "sgd", "--rate", "1", "--batch", "4", "--period", "3", "--epochs", "8"]
 WAYS = [
     ["--transport", "accumulate"],
+    ["--transport", "accumulate", "--no-wait"],
+    pytest.param(["--transport", "p2p", "--no-wait"], marks=pytest.mark.long),
     pytest.param(["--transport", "accumulate", "--overlap"], marks=pytest.mark.long),
     pytest.param(["--transport", "rma"], marks=pytest.mark.long),
     pytest.param(["--transport", "p2p", "--overlap"], marks=pytest.mark.long),

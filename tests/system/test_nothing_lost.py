@@ -17,6 +17,7 @@ LONG = pytest.mark.long
 WAYS = [
     (3, []),
     pytest.param(3, ["--overlap"], marks=LONG),
+    pytest.param(3, ["--no-wait"], marks=LONG),
     pytest.param(3, ["--transport", "rma"], marks=LONG),
     (3, ["--transport", "accumulate"]),
     pytest.param(4, ["--centers", "2"], marks=LONG),

@@ -337,6 +337,7 @@ def test_blocks_of_different_commits_are_left_out(tmp_path):
         (3, ["--rule", "synchronous", "--optimizer", "momentum"]),
         (4, ["--centers", "2", "--optimizer", "adam"]),
         (3, ["--overlap", "--optimizer", "adam"]),
+        pytest.param(3, ["--no-wait", "--optimizer", "adam"], marks=pytest.mark.long),
         (3, ["--transport", "rma", "--no-use-locking"]),
     ],
     ids=str,

@@ -72,6 +72,10 @@ def test_each_row_comes_after_the_one_that_it_is_compared_with():
     rows = cases(["p2p", "accumulate"], ["float32", "int4"])
     p2p = [Case("p2p", overlap, encoding) for encoding in ("float32", "int4") for overlap in (False, True)]
     assert rows == [*p2p, Case("accumulate", False), Case("accumulate", True)]
+    more = cases(["p2p", "allreduce"], no_wait=True)
+    assert more == [*p2p[:2], p2p[1]._replace(wait=False), Case("allreduce", False), Case("allreduce", True)]
+    assert more[2].without_overlap() == more[0]
+    assert [case.setup("staged").wait for case in more] == [True, True, False, True, True]
     for case in rows:
         assert rows.index(case.without_overlap()) == rows.index(case) - case.overlap
         setup = case.setup("staged")

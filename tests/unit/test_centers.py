@@ -55,7 +55,7 @@ def test_r_1_averages_whatever_lambda_is():
     """Three workers that pull together and move by 6, 3 and 0 in periods of their own length: c is their mean."""
     _, local, made = world(rules.weighted(rules.agn(), rules.outer_rate(1.0)), None, [0.0], 3, 2)
     for worker, steps, moved in zip(made, (2, 1, 2), (6, 3, 0)):
-        worker.leases[0] = worker.leases[0]._replace(steps=2)
+        worker.held.leases[0] = worker.held.leases[0]._replace(steps=2)
         worker.x += moved
         for _ in range(steps):
             worker.step(None)
@@ -100,11 +100,11 @@ def test_what_is_too_old_is_dropped_and_done_again():
     close([local.c[0], made[2].x[0], made[2].o[0]], [2, 2, 2])
     assert (held.clock, held.steps, held.refused, made[2].clock) == (2, 4, 0, 2)
     assert held.applied == [1, 1, 0]
-    assert made[2].leases[0] == Lease(4, 2), "its steps, and nobody has done them"
+    assert made[2].held.leases[0] == Lease(4, 2), "its steps, and nobody has done them"
     made[0].leave(), made[1].leave()
     numbers = []
-    while made[2].leases:
-        numbers.append(made[2].step_number)
+    while made[2].held.leases:
+        numbers.append(made[2].held.number)
         made[2].step(-np.ones(1))
     assert numbers == [4, 5, 6, 7]
     assert (held.steps, held.leases.committed) == (8, 8)
@@ -153,7 +153,7 @@ def test_speed_proportional_periods():
     assert pace(1, 0) == 10
     book = Leases(total=20, period=10, pace=lambda worker, steps: 10 if worker == 0 else 4)
     assert [book.grant(0), book.grant(1)] == [Lease(0, 10), Lease(10, 4)]
-    book.commit(0, Lease(0, 3))
+    book.commit(0, Lease(0, 3)), book.release_all(0)
     assert [book.grant(1), book.grant(1), book.grant(0)] == [Lease(3, 4), Lease(7, 3), Lease(14, 6)]
 
 

@@ -11,7 +11,8 @@ import pytest
 from agnmpi import momentum
 from agnmpi.core import rules
 from agnmpi.core.center import Center
-from agnmpi.core.leases import Lease, Leases, rounds
+from agnmpi.core.division import rounds
+from agnmpi.core.leases import Lease, Leases
 from agnmpi.core.params import parts
 from agnmpi.recovery.checkpoint import (
     center_file,

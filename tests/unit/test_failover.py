@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from agnmpi.cluster.placement import fault_tolerant
 from agnmpi.core import rules
 from agnmpi.core.center import Center
-from agnmpi.core.leases import Lease, Leases
+from agnmpi.core.leases import Held, Lease, Leases
 from agnmpi.core.messages import (
     DROPPED,
     IDLE,
@@ -59,23 +59,27 @@ def test_a_book_travels_whole_or_not_at_all():
 class Trainee:
     """A worker as the center sees it: what it holds, what it has sent, what it was told."""
 
-    def __init__(self, index):
+    def __init__(self, index, wait):
         self.rank = index
         self.index, self.sequence, self.last_reply, self.clock = index, 0, None, 0
-        self.c, self.held, self.commit = 0.0, [], None
+        self.c, self.held, self.commit = 0.0, Held(wait), None
         self.done = False
 
-    def message(self, bad=False, pull=True):
+    def message(self, bad=False, pull=True, steps=TOTAL):
         if self.commit is not None:
             return self.commit
         requests = WORK | (PULL if pull else 0)
-        if not self.held:
-            return Commit(self.index, requests=requests | IDLE, total=TOTAL)
-        lease = self.held.pop(0)
+        if not self.held.leases:
+            return Commit(self.index, requests=requests | IDLE, total=TOTAL, wanted=self.held.wanted(0))
+        while self.held.done < steps and not self.held.is_used_up:
+            self.held.done += 1
+        done, parts = self.held.done, self.held.take()
         self.sequence += 1
-        payload = np.array([float(lease.steps)])
-        numbers = self.index, self.sequence, lease.steps, lease.first, self.clock
-        self.commit = Commit(*numbers, requests=requests, flags=NOT_FINITE if bad else 0, payload=payload)
+        numbers = self.index, self.sequence, done, parts[0].first, self.clock
+        self.commit = Commit(
+            *numbers, requests=requests, flags=NOT_FINITE if bad else 0, wanted=self.held.wanted(0),
+            parts=tuple(parts) if len(parts) > 1 else (), payload=np.array([float(done)]),
+        )  # fmt: skip
         return self.commit
 
     def take(self, reply, c):
@@ -85,17 +89,17 @@ class Trainee:
             self.last_reply, self.clock, self.c = reply, reply.clock, float(c[0])
         self.commit = None
         if reply.work.steps:
-            self.held.append(reply.work)
+            self.held.add(reply.work, reply.period)
         elif reply.control != WAIT:
             self.done = True
 
     def testify(self):
         snapshot = self.last_reply.snapshot if self.last_reply else None
         commit = self.commit
-        sent = [Lease(commit.first_step, commit.steps)] if commit and not commit.flags & NOT_FINITE else []
+        sent = list(commit.leases) if commit and not commit.flags & NOT_FINITE else []
         sequence = commit.sequence if commit else 0
         served = snapshot.served if snapshot else -1
-        return SurvivorReport(self.rank, self.index, 1, self.clock, served, sequence, sent, list(self.held))
+        return SurvivorReport(self.rank, self.index, 1, self.clock, served, sequence, sent, list(self.held.leases))
 
 
 def made(c, workers):
@@ -125,9 +129,12 @@ def test_steps_that_two_claim_are_the_holders():
 
 @given(st.data())
 def test_after_any_history_each_step_is_taken_once(data):
-    """Commits and requests in any order, answered or not, refused or not; workers die, and then the center; twice."""
-    c = np.zeros(1)
-    trainees = [Trainee(i) for i in range(data.draw(st.integers(2, 5)))]
+    """Commits and requests in any order, answered or not, refused or not; workers die, and then the center; twice.
+
+    Without waiting, commits are of any number of steps, of several leases.
+    """
+    c, wait = np.zeros(1), data.draw(st.booleans())
+    trainees = [Trainee(i, wait) for i in range(data.draw(st.integers(2, 5)))]
     center = made(c, len(trainees))
     for _ in range(2):
         for _ in range(data.draw(st.integers(0, 25))):
@@ -142,7 +149,8 @@ def test_after_any_history_each_step_is_taken_once(data):
                 center.worker_lost(who.index)
                 trainees.remove(who)
                 continue
-            reply = center.apply(who.message(fate == "bad", data.draw(st.booleans())), c)
+            steps = TOTAL if wait else data.draw(st.integers(1, 9))
+            reply = center.apply(who.message(fate == "bad", data.draw(st.booleans()), steps), c)
             if fate != "unheard":
                 who.take(reply, c)
         # The center dies. (What it applied last may have been heard of by nobody.)

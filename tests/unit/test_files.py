@@ -16,8 +16,8 @@ from mpi4py import MPI
 from agnmpi import adam, momentum
 from agnmpi.cluster.placement import check_world
 from agnmpi.core import rules
+from agnmpi.core.backoff import Every
 from agnmpi.core.center import Center
-from agnmpi.core.timer import Every
 from agnmpi.core.worker import Worker
 from agnmpi.recovery.checkpoint import folder, folders, seal, unseal, worker_file
 from agnmpi.recovery.files import load, load_facts, save, write_atomic
@@ -156,10 +156,10 @@ def test_a_workers_state_is_written_when_the_checkpoint_is_announced(tmp_path, s
     saver = WorkerSaver(tmp_path, worker, 1, "all", pytest.fail, small=small)
     saver.tick()
     worker.checkpoint = 8
-    worker.done = 1
+    worker.held.done = 1
     saver.tick()
     assert not (tmp_path / "checkpoints").exists(), "amid a period"
-    worker.done = 0
+    worker.held.done = 0
     saver.tick()
     worker.x += 1
     saver.finish(None)

@@ -241,11 +241,15 @@ def test_whatever_is_refused_each_step_is_committed_or_given_up(data):
         lease = held[worker].pop()
         done = lease._replace(steps=data.draw(st.integers(1, lease.steps))) if turns < 60 else lease
         steps = range(done.first, done.first + done.steps)
+        if turns < 60 and data.draw(st.integers(0, 5)) == 0:
+            book.release_all(worker)
+            held[worker] = []
+            continue
+        if done.steps < lease.steps:  # the rest stays the worker's
+            held[worker].append(Lease(steps.stop, lease.steps - done.steps))
         if bad & set(steps):
             if book.refuse(worker, done):
                 given_up += steps
-        elif turns < 60 and data.draw(st.integers(0, 5)) == 0:
-            book.release_all(worker)
         else:
             book.commit(worker, done)
             committed += steps

@@ -482,7 +482,7 @@ def test_a_sole_survivor_goes_on_on_its_device(xp):
     worker.o[...] = 4
     snapshot = Snapshot(5, 1, 12, open=(Lease(6, 3), Lease(9, 3)))
     worker.last_reply, worker.sequence = Reply(2, steps=6, applied=(0, 0, 1), snapshot=snapshot), 1
-    worker.leases.append(Lease(9, 3))
+    worker.held.add(Lease(9, 3), 3)
     worker.x[...] = 4
     for _ in range(3):
         worker.local_step(xp.array(np.full(6, -2, "f4")))

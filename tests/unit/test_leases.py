@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agnmpi.core.batches import Permutation, Plan
-from agnmpi.core.leases import NONE, Lease, Leases, rounds
+from agnmpi.core.division import rounds
+from agnmpi.core.leases import NONE, Lease, Leases
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 3), st.integers(0, 5))
@@ -65,8 +66,8 @@ def test_plan_refuses_nonsense():
             Plan(**({"samples": 10, "batch": 2, "epochs": 1} | bad))
 
 
-@given(st.integers(0, 80), st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**32))
-def test_leases_cover_the_run_once_whatever_happens(total, period, workers, seed):
+@given(st.integers(0, 80), st.integers(1, 9), st.integers(1, 6), st.integers(1, 3), st.integers(0, 2**32))
+def test_leases_cover_the_run_once_whatever_happens(total, period, workers, most, seed):
     """Workers take, commit, commit in part, and vanish, at random; each step is committed once all the same."""
     draw = random.Random(seed)
     book = Leases(total, period)
@@ -77,8 +78,8 @@ def test_leases_cover_the_run_once_whatever_happens(total, period, workers, seed
         worker = draw.randrange(workers)
         act = draw.choice(["take", "commit", "part", "vanish"])
         if act == "take" or not held[worker]:
-            lease = book.grant(worker)
-            assert lease.steps <= period
+            lease = book.grant(worker, periods=draw.randint(1, most))
+            assert lease.steps <= most * period
             if lease.steps:
                 held[worker].append(lease)
             elif not any(held.values()):
@@ -92,6 +93,8 @@ def test_leases_cover_the_run_once_whatever_happens(total, period, workers, seed
             done = Lease(lease.first, draw.randint(0, lease.steps) if act == "part" else lease.steps)
             book.commit(worker, done)
             committed += range(done.first, done.first + done.steps)
+            if done.steps < lease.steps:  # the rest stays the worker's
+                held[worker].append(Lease(done.first + done.steps, lease.steps - done.steps))
     assert sorted(committed) == list(range(total))
     assert book.committed == total
     assert book.grant(0) == NONE

@@ -220,7 +220,7 @@ def test_a_worker_that_asks_all_to_stop_is_heard_on_every_host():
     tree = Tree(rules.downpour(), sgd(1.0), np.zeros(500), 1, [2, 2], 5)
 
     def gradient(worker, step):
-        if worker.index == 4 and worker.sequence == 3 and not worker.done:
+        if worker.index == 4 and worker.sequence == 3 and not worker.held.done:
             worker.end.exchange(Commit(4, requests=STOP_ALL), None)
         return one_hot(500)(worker, step)
 
@@ -280,15 +280,17 @@ def test_a_header_with_parts(parts, rest):
 
 
 def test_only_node_centers_send_sums():
-    for sent in (Commit(0, 1, commits=2, payload=np.ones(1)), Commit(0, 1, parts=(Lease(0, 1),), payload=np.ones(1))):
-        center, c = Center(rules.agn(), np.zeros(1), 2), np.zeros(1)
-        assert center.apply(sent, c).status == REFUSED
-        assert (c[0], center.clock, center.refused) == (0, 0, 1)
-        center.nodes = {0}
-        assert center.apply(sent._replace(sequence=2), c).status == OK
-        assert (c[0], center.clock) == (1, sent.commits)
+    sent = Commit(0, 1, commits=2, payload=np.ones(1))
+    center, c = Center(rules.agn(), np.zeros(1), 2), np.zeros(1)
+    assert center.apply(sent, c).status == REFUSED
+    assert (c[0], center.clock, center.refused) == (0, 0, 1)
+    center.nodes = {0}
+    assert center.apply(sent._replace(sequence=2), c).status == OK
+    assert (c[0], center.clock) == (1, sent.commits)
     misfit = Commit(0, 1, commits=0, nbytes=8).received_from(0, [8])
     assert (misfit.flags, misfit.commits) == (MISFIT, 1)
+    misfit = Commit(0, 1, steps=3, nbytes=8, parts=(Lease(0, 2),)).received_from(0, [8])
+    assert (misfit.flags, misfit.parts) == (MISFIT, ()), "its parts have other steps than it says"
 
 
 def test_parts_of_a_lease():

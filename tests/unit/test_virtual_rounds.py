@@ -7,7 +7,8 @@ from launcher import ROOT
 from problems import Quadratic
 
 from agnmpi.core.batches import Plan
-from agnmpi.core.leases import Lease, rounds
+from agnmpi.core.division import rounds
+from agnmpi.core.leases import Lease
 from agnmpi.core.optimizers import nesterov
 from agnmpi.core.params import Layout
 from agnmpi.recovery.files import load
