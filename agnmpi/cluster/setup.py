@@ -143,7 +143,11 @@ def _refusals(
     adds_only = f"transport {name!r} adds commits as they are"
     return [
         (rule.allreduce != caps.together, f"rule {rule.name} cannot use transport {name!r}; use {suitable}, or 'auto'"),
-        (rule.weighs and not caps.single_commits, f"rule {rule.name} weighs commits, but {adds_only}"),
+        (
+            rule.weighs and not caps.single_commits,
+            f"rule {rule.name} weighs commits, but {adds_only}: use transport {names_with('single_commits')}"
+            + (", or outer_rate 'published'" if rule.name == "agn" else ""),
+        ),
         (
             (center_optimizer is not None or rule.accumulates) and not caps.single_commits,
             f"{adds_only}: no center optimizer; leave use_locking on",

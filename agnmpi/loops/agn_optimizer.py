@@ -327,6 +327,8 @@ class AGNOptimizer:
     def finish(self) -> None:
         """After a `break`: wait until all workers have left, and take the final center.
 
+        With `checkpoint` or `monitor` the others' loops end only then: call it before a collective of your own.
+
         The next `steps`, and `close`, do this automatically. A generator that you still reference must be closed first.
         """
         self._loop.finish()

@@ -47,7 +47,7 @@ class Config(RunOptions):
         rate = self.rate or (0.001 if optimizer.startswith("adam") else 0.01)
         overlap = self.overlap or not self.wait
         complete = replace(self, optimizer=optimizer, rate=rate, overlap=overlap)._with_center_optimizer()
-        complete = replace(complete, transport=complete.make_transport().name)
+        complete = replace(complete, transport=complete.make_transport().name)._with_outer_rate()
         refuse(complete, (*_REFUSALS_OF_COMPLETE, *_TRANSPORT_RULES))
         complete.make_rule(), complete.make_optimizer(1000), complete.make_center_optimizer(1000)
         return complete
@@ -63,6 +63,13 @@ class Config(RunOptions):
         if center != "add":
             rate = rate or self.rate
         return replace(self, center_optimizer=center, center_rate=rate, center_options=options)
+
+    def _with_outer_rate(self) -> "Config":
+        """The configuration with the default of the outer rate: 1, but where nobody can weigh single displacements."""
+        if self.rule != "agn" or self.outer_rate is not None:
+            return self
+        plain = self.variant == "displacement" and self.center_optimizer == "add"
+        return replace(self, outer_rate=1.0 if plain and self._capabilities.single_commits else "published")
 
     @property
     def writer_names(self) -> tuple[str, ...]:
@@ -105,7 +112,7 @@ class Config(RunOptions):
 
     def _weights(self) -> list[Weight]:
         weights = list[Weight]()
-        weights += [] if self.outer_rate is None else [outer_rate(self.outer_rate)]
+        weights += [outer_rate(float(self.outer_rate))] if self.outer_rate not in (None, "published") else []
         weights += [staleness_power(self.staleness_power)] if self.staleness_power else []
         return weights + ([] if self.staleness_cap is None else [staleness_cap(self.staleness_cap)])
 

@@ -18,7 +18,6 @@ from ..cluster.probe import choose_wire
 from ..cluster.roles import NodeRole
 from ..cluster.setup import Setup, check_setup
 from ..core.backoff import wait_until
-from ..core.batches import Plan
 from ..core.drive import drive
 from ..core.drive import train as train_worker
 from ..core.worker import Worker
@@ -36,7 +35,7 @@ from .exits import DEGRADED, UNWRITTEN, Degraded, Failed, Interrupted, Signals, 
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor, OnEvent
 from .outputs import finish_run, run_directory, save_center, write_result
-from .problem import Batches, Factory, evaluate, gradient_of, leases_ahead, name_of, prepare
+from .problem import Batches, Factory, evaluate, gradient_of, leases_ahead, name_of, plan_of, prepare
 from .run_observer import RunObserver
 from .session import Session
 from .user_code import remarks, report_failure
@@ -113,8 +112,7 @@ class Job:
         self.problem, self.layout, self.x = raise_on_all(self.world, load)
         if self.setup.is_spare(self.rank, world.size):
             self.x = empty_like(self.x)  # it holds no model until it is called: what nobody writes takes no memory
-        numbers = self.problem.samples, config.batch, config.epochs, config.steps, config.seed
-        self.plan = raise_on_all(self.world, lambda: Plan(*numbers))
+        self.plan = raise_on_all(self.world, lambda: plan_of(self.problem, config))
         # Determines the samples of each step.
         self.data = {"samples": self.plan.samples, "batch": config.batch, "seed": config.seed}
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
