@@ -43,6 +43,11 @@ class Role:
         return self.workers[0].o
 
     @property
+    def at_work(self) -> int:
+        """Workers that are alive and have not left, without spares that wait; where this rank does not know, all."""
+        return self.count
+
+    @property
     def numbers(self) -> Sequence[int]:
         """Whose commits a center here would see: the workers' numbers, and behind them those of node centers."""
         return self._numbers or range(self.count)

@@ -66,6 +66,11 @@ class CenterRole(HoldingRole):
         self._numbers = numbers
 
     @property
+    def at_work(self) -> int:
+        """As `Role.at_work`."""
+        return self.end.live
+
+    @property
     def caveat(self) -> str:
         """Of this center's end."""
         return self.end.caveat

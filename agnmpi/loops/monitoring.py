@@ -200,7 +200,9 @@ class LoopMonitor:
             steps = self.session.role.center.steps
             self._samples, self._seconds = steps * self._given.batch, time.monotonic() - self._began
             self._open(self.session.role.total, initial=False)
-            self.note("failover", lost=sorted(self.session.members.lost), begun_from=source)
+            self.note(
+                "failover", lost=sorted(self.session.members.lost), begun_from=source, workers=self.session.role.count
+            )
 
     def alone(self) -> None:
         """This rank, which serves, trains on alone."""

@@ -111,8 +111,12 @@ class Warner(Observer):
 
     def lost(self, rank: int, held: Sequence[Lease]) -> None:
         """Warn."""
-        self._note("lost", rank=rank, uncommitted=held)
+        self._note("lost", rank=rank, uncommitted=held, workers=self.session.role.at_work)
         self._warn_of_loss(f"rank {rank} is lost; what it had not committed goes to the others")
+
+    def joined(self, rank: int) -> None:
+        """Note a spare that takes a lost rank's place."""
+        self._note("joined", rank=rank, workers=self.session.role.at_work)
 
     def given_up(self, lease: Lease) -> None:
         """Warn."""

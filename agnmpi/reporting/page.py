@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from .figures import Line, chart, heatmap
+from .goodput import goodput
 from .runs import Run, differences, digits, duration, workers
 
 _COLOURS = "".join(f".line.c{i}{{stroke:var(--c{i})}}.dot.c{i}{{fill:var(--c{i})}}" for i in range(8))
@@ -41,7 +42,8 @@ td { font-variant-numeric:tabular-nums; overflow-wrap:anywhere; } .differs { fon
 pre { margin:0; white-space:pre-wrap; font-size:12px; }
 """
 _TOLD = {
-    "lost": "a worker was lost", "failover": "another rank became the center", "given_up": "steps were given up",
+    "lost": "a worker was lost", "joined": "a spare took its place", "failover": "another rank became the center",
+    "alone": "one rank was left", "given_up": "steps were given up",
     "evaluation_failed": "an evaluation failed", "changed": "it was resumed with other options",
     "resume": "it was resumed", "interrupted": "it was interrupted", "failed": "it failed",
 }  # fmt: skip
@@ -78,6 +80,8 @@ def _head(run: Run) -> str:
         tiles += [_tile(digits(value), f"{name}, last") for name, value in evaluated[-1]["metrics"].items()][:3]
     if best := run.result.get("best"):
         tiles.append(_tile(digits(best["value"]), f"{best['metric']}, best, at step {best['step']:,}"))
+    if (good := goodput(run.events)) is not None:
+        tiles.append(_tile(f"{good:.1%}", "goodput"))
     if progress:
         tiles.append(_tile(f"{progress[-1]['epoch']:.4g}", "epochs"))
         rate = run.result.get("samples_per_second") or progress[-1]["samples_per_second"]

@@ -75,14 +75,15 @@ def read(path: Path) -> Run:
     """
     if not is_run(path):
         raise ValueError(f"{path} is no run: it has no events.jsonl")
-    events = list(_events(path / "events.jsonl"))
+    events = list(read_events(path / "events.jsonl"))
     last = events[-1]["event"] if events else ""
     silent = time.time() - (path / "events.jsonl").stat().st_mtime
     state = _ENDS.get(last) or ("running" if silent < _SILENT else "crashed")
     return Run(path, _options(path), events, _json(path / "result.json"), state)
 
 
-def _events(path: Path) -> Iterator[Event]:
+def read_events(path: Path) -> Iterator[Event]:
+    """The events in a file, with `wall`; a line that was cut short is skipped."""
     before = wall = 0.0
     with path.open(encoding="utf-8") as file:
         for line in file:

@@ -16,7 +16,8 @@ from ..core.batches import Plan
 from ..core.messages import Commit
 from ..core.params import Layout
 from ..reporting.events import JsonLines, RecentMean, RecentRates, json_safe
-from ..reporting.runs import digits, duration
+from ..reporting.goodput import goodput
+from ..reporting.runs import digits, duration, read_events
 from ..reporting.terminal import Bar, console
 from ..reporting.writers import Event, Writers
 from .config import Config
@@ -62,7 +63,8 @@ class Monitor:
         self.console = console()
         self._live = self.console.is_terminal
         self._writers = Writers(directory, config.writer_names, on_event, self.say)
-        self._events = JsonLines(directory / "events.jsonl", self._writers.write, self.say)
+        self._file = directory / "events.jsonl"
+        self._events = JsonLines(self._file, self._writers.write, self.say)
         self._done = dict[int, list[int]]()  # steps and commits, by worker
         self._done_at = 0.0  # seconds at the last event with these
         self._new_bar()
@@ -186,6 +188,7 @@ class Monitor:
             "samples": self._samples,
             "seconds": round(seconds, 3),
             "samples_per_second": round(self._samples / seconds, 1),
+            "goodput": self._goodput(),
             "loss": self._loss.value,  # mean training loss over the last epoch's worth of steps
             "metrics": dict(self.metrics),
             **({"best": best.result()} if (best := self.evaluations.best) else {}),
@@ -203,6 +206,14 @@ class Monitor:
         self._events.write("end", result=result, **self._stamp())
         self._close()
         return result
+
+    def _goodput(self) -> float | None:
+        """Of the whole run, also before this rank became the center."""
+        try:
+            good = goodput(read_events(self._file))
+        except OSError:  # it could not be written, as was said
+            return None
+        return good and round(good, 4)
 
     @property
     def _steps_per_commit(self) -> float:

@@ -188,6 +188,8 @@ def summarize(result: Mapping[str, Any], monitor: Monitor) -> None:
         f"({digits(result['samples_per_second'])}/s), {result['commits']} commits, "
         f"staleness {result['staleness']['mean']:.2f} (max {result['staleness']['max']})"
     )
+    if result["goodput"] is not None:
+        monitor.say(f"goodput: {result['goodput']:.1%} of what the workers alive could have done undisturbed")
     for line in dropped_lines(result):
         monitor.say(line)
     monitor.say(f"written to {result['run_dir']}/")

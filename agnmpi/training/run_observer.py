@@ -103,12 +103,12 @@ class RunObserver(Observer):
             f"WARNING: {self.name(rank)} is lost, at step {role.center.steps}; what it had not committed goes to the "
             f"{min(others, role.count - 1)} others"
         )
-        self.note("lost", rank=rank, host=self.hosts[rank], uncommitted=held)
+        self.note("lost", rank=rank, host=self.hosts[rank], uncommitted=held, workers=role.at_work)
 
     def joined(self, rank: int) -> None:
         """Report a spare that takes a lost rank's place."""
         self.say(f"{self.name(rank)}, a spare, takes a lost rank's place")
-        self.note("joined", rank=rank, host=self.hosts[rank])
+        self.note("joined", rank=rank, host=self.hosts[rank], workers=self.session.role.at_work)
 
     def given_up(self, lease: Lease) -> None:
         """Report steps that are given up."""
@@ -138,6 +138,7 @@ class RunObserver(Observer):
         self.say(f"WARNING: all workers are lost; rank {self._rank}, which was one, trains on alone")
         if self.duties is not None:
             self.duties.change_role(self.session.role)
+        self.note("alone", workers=1)
 
     def new_center(self, source: str, newly_lost: Sequence[int]) -> None:
         """Another center has been elected; if it is this rank, it takes over the files and the display, too."""
@@ -155,7 +156,9 @@ class RunObserver(Observer):
             f"the center among them; {self.name(self._rank)} is the center now, from {source}, and goes on at step "
             f"{center.steps}, clock {center.clock}, " + (f"workers: {role.count}" if role.serves else "alone")
         )
-        self.note("failover", lost=sorted(session.members.lost), center=self._rank, begun_from=source)
+        self.note(
+            "failover", lost=sorted(session.members.lost), center=self._rank, begun_from=source, workers=role.count
+        )
 
     def name(self, rank: int) -> str:
         """The rank and its host, as text."""

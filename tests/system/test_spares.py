@@ -15,17 +15,17 @@ LONG = pytest.mark.long
 ulfm = pytest.mark.skipif(not has_ulfm(), reason="spares need ULFM, which Open MPI 5 has")
 
 
-def train(run, ranks, spares, faults, *options, slow=0.003, problem=COUNTS):
+def train(run, ranks, spares, faults, *options, slow=0.003, problem=COUNTS, limit=LIMIT):
     given = ["--spares", spares, "--set", f"options.slow={slow}", "--inject-faults", "--run-dir", run, *options]
     faults = {"AGNMPI_FAULTS": faults}
-    return agnmpi(ranks, "train", problem, *GIVEN, *given, env=faults, timeout=LIMIT, launcher=ULFM)
+    return agnmpi(ranks, "train", problem, *GIVEN, *given, env=faults, timeout=limit, launcher=ULFM)
 
 
-def check(run, joined):
-    """Every sample of the eight epochs was committed once, and so many spares were called."""
+def check(run, joined, epochs=8):
+    """Every sample of every epoch was committed once, and so many spares were called."""
     called = [event["rank"] for event in events_of(run) if event["event"] == "joined"]
     assert len(set(called)) == len(called) == joined
-    np.testing.assert_array_equal(load(run / "center.safetensors")[0]["count"], np.full(240, 8.0))
+    np.testing.assert_array_equal(load(run / "center.safetensors")[0]["count"], np.full(240, epochs))
 
 
 @ulfm
@@ -88,6 +88,21 @@ def test_a_parked_spare_holds_no_model_and_sleeps(tmp_path):
     _, cpu, wall = np.ptp(spare[last][:-10], axis=0)
     assert wall > 4
     assert cpu < 0.01 * wall
+
+
+@LONG
+@pytest.mark.timeout(500)
+@ulfm
+def test_goodput_with_a_kill_each_15_seconds(tmp_path):
+    """Ten kills, four workers, twelve spares; a kill costs a period of ten steps of 50 ms."""
+    run, lives = tmp_path / "run", [15 * min(rank, 4) for rank in range(1, 11)]  # seconds; a spare is called at a kill
+    faults = ",".join(f"kill:{rank}@{round(life / 0.0505)}" for rank, life in enumerate(lives, 1))
+    code, output = train(run, 17, 12, faults, "--period", "10", "--epochs", "216", slow=0.05, limit=400)
+    assert code == 76, output
+    assert result_of(run)["lost"] == list(range(1, 11))
+    check(run, 10, epochs=216)
+    assert result_of(run)["goodput"] > 0.9
+    print(f"goodput {result_of(run)['goodput']:.1%}")
 
 
 def test_spares_are_refused_where_no_rank_can_be_lost():
