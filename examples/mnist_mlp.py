@@ -1,11 +1,12 @@
 """MNIST and the paper's MLP 784-1000-2000-1000-10 (arXiv:1710.02368), from the four IDX files, gzipped or not.
 
-mpiexec -n 5 python -m agnmpi train examples/mnist_mlp.py:Mnist --set options.path=DIRECTORY \
-    --batch 128 --epochs 2 --period 10
+mpiexec -n 5 python -m agnmpi train examples/mnist_mlp.py:Mnist --set options.path=DIRECTORY --batch 128 --epochs 2
+mpiexec -n 4 python -m agnmpi train examples/mnist_mlp.py:FashionMnist --set options.widths=[64]
 """
 
 import gzip
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,26 @@ def read_idx(directory, name):
     return data.reshape(shape)
 
 
-class Mnist(MLP):
-    """`path`: directory of the IDX files; `widths`: of the hidden layers."""
+@cache
+def read_set(directory, part):
+    """Read the images (n, 784), in [0, 1], and the labels (n,) of a part: "train" or "t10k"."""
+    images = read_idx(directory, f"{part}-images-idx3-ubyte")
+    labels = read_idx(directory, f"{part}-labels-idx1-ubyte")
+    return images.reshape(len(images), -1).astype(np.float32) / 255, labels.astype(np.int64)
 
-    def __init__(self, xp=np, path="mnist", widths=(1000, 2000, 1000)):
-        sets = []
-        for part in ("train", "t10k"):
-            images = read_idx(path, f"{part}-images-idx3-ubyte")
-            labels = read_idx(path, f"{part}-labels-idx1-ubyte")
-            sets.append((images.reshape(len(images), -1).astype(np.float32) / 255, labels.astype(np.int64)))
-        super().__init__(xp, *sets, list(widths))
+
+class Mnist(MLP):
+    """`path`: directory of the IDX files; `widths`: of the hidden layers; `samples`: of the training images, 0: all."""
+
+    epochs = 10  # where the command line does not say
+
+    def __init__(self, xp=np, path="mnist", widths=(1000, 2000, 1000), samples=0):
+        x, y = read_set(path, "train")
+        super().__init__(xp, (x[: samples or None], y[: samples or None]), read_set(path, "t10k"), list(widths))
+
+
+class FashionMnist(Mnist):
+    """The same of clothes; `path`: where Debian's package dataset-fashion-mnist has it."""
+
+    def __init__(self, xp=np, path="/usr/share/datasets/fashion-mnist", widths=(1000, 2000, 1000), samples=0):
+        super().__init__(xp, path, widths, samples)

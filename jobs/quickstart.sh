@@ -8,5 +8,4 @@ case $mpi in mpich | openmpi) ;; *) echo "usage: $0 [mpich|openmpi]" >&2; exit 2
 venv=$("$here/venv.sh" "$mpi" examples)
 . "$here/env-$mpi.sh"
 cd "$here/.." # the run goes to runs/ there
-exec "$venv/bin/mpiexec" -n 4 "$venv/bin/python" -m agnmpi train examples/digits.py:Digits \
-    --period 3 --epochs 60 --evaluate-every 10
+exec "$venv/bin/mpiexec" -n 4 "$venv/bin/python" -m agnmpi train examples/digits.py:Digits --evaluate-every 10

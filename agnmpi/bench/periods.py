@@ -57,7 +57,7 @@ class NoWire(WorkerEnd):
         """Leave the center as it was pulled."""
         return Done(Reply(0))
 
-    def leave(self, _commit: Commit | None, _out: Array) -> Handle:
+    def leave(self, _commit: Commit | None, _out: Array | None) -> Handle:
         """Leave."""
         return Done(Reply(0))
 

@@ -18,11 +18,10 @@ from ..cluster.machine import limit_blas
 from ..cluster.placement import check_world, place, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.setup import Setup, check_setup
-from ..core.batches import Plan
 from ..core.ends import run_waits
 from ..core.worker import Worker
 from ..training.config import Config
-from ..training.problem import gradient_of, prepare
+from ..training.problem import gradient_of, plan_of, prepare
 from ..transport.agreement import ConfigError, allgather, raise_on_all
 from ..version import __version__, mpi_library
 from .exchanges import Ours, barrier
@@ -73,12 +72,12 @@ def fitting(config: Config, names: Sequence[str], size: int) -> tuple[list[Confi
     """The configuration with each of the transports `names` that it can use, that of `auto` first; why not, of others.
 
     Args:
-        config: complete.
+        config: as given: defaults depend on the transport.
         names: of transports.
         size: of the world.
     """
-    fit, refusals = list[Config](), list[str]()
-    for name in sorted(names, key=lambda name: name != config.transport):
+    fit, refusals, auto = list[Config](), list[str](), config.complete().transport
+    for name in sorted(names, key=lambda name: name != auto):
         try:
             fit.append(_checked(config, size, transport=name))
         except ValueError as refusal:
@@ -119,13 +118,13 @@ class _Bench:
         device = config.device if self.trains else config.center_device
         load = partial(prepare, config.problem, config.options, config.seed, device, here.worker_index)
         problem, layout, x = raise_on_all(comm, load)
-        numbers = problem.samples, config.batch, config.epochs, config.steps, config.seed
-        plan = raise_on_all(comm, lambda: Plan(*numbers))
+        plan = raise_on_all(comm, lambda: plan_of(problem, config))
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
         options = {f"option {k}": repr(v) for k, v in asdict(config).items()}
         require_equal_model(comm, layout, {"samples": str(problem.samples), **options})
         optimizers = config.make_optimizer(plan.steps), config.make_center_optimizer(plan.steps)
-        self.work = Work(x, gradient_of(problem, layout, plan, x), config.make_rule(), *optimizers)
+        rule = replace(config, outer_rate=None).make_rule()  # for all transports: a weight costs no time
+        self.work = Work(x, gradient_of(problem, layout, plan, x), rule, *optimizers)
         self.unrest = 0.0  # the worst that was seen
         self.hosts = len(set(allgather(comm, here.host)))
 
@@ -214,8 +213,8 @@ def main(comm: MPI.Intracomm, config: Config, options: Options) -> int:
         raise ConfigError("bench measures exchanges of workers with the center: leave out node_centers")
     write = json_file(comm, options.json)
     comm = comm.Dup()
-    config = raise_on_all(comm, config.complete)
-    configs, refusals = fitting(config, options.transports, comm.size)
+    given, config = config, raise_on_all(comm, config.complete)
+    configs, refusals = fitting(given, options.transports, comm.size)
     if not configs:
         raise ConfigError("\n".join(refusals))
     bench = _Bench(comm, config, configs, options.seconds)
@@ -227,7 +226,7 @@ def main(comm: MPI.Intracomm, config: Config, options: Options) -> int:
     waiting = bench.waiting(choice, measured.step)
     if comm.rank == 0:
         chosen = next(other for other in configs if other.transport == choice.costs.transport)
-        lines = recommend(measured, choice, bench.work.rule, usable_encodings(chosen, comm.size))
+        lines = recommend(measured, choice, chosen.make_rule(), usable_encodings(chosen, comm.size))
         lines += [_conclusion(measured, choice, waiting), *about_unrest(bench.unrest)]
         _show(measured, gradient, move, refusals, lines)
         report = {

@@ -30,7 +30,7 @@ from ..cluster.placement import (
 )
 from ..cluster.setup import LEVELS
 from ..core.backoff import wait_until
-from ..core.rules import agn
+from ..core.rules import agn, outer_rate, weighted
 from ..reporting.advice import advice
 from ..transport.agreement import ConfigError, allgather, format_ranks
 from ..transport.windows import Windows
@@ -105,7 +105,7 @@ def examine(comm: MPI.Comm, period: int, again: bool = False) -> dict[str, Any]:
         "thread_level": LEVELS[MPI.Query_thread()],
         "world": comm.size,
         "ranks": ranks,
-        "advice": advice(agn(), comm.size - 1, period) if comm.size > 1 else [],
+        "advice": advice(weighted(agn(), outer_rate(1.0)), comm.size - 1, period) if comm.size > 1 else [],
         "hints": hints,
         "problems": problems,
     }

@@ -14,7 +14,7 @@ from ..core.worker import Phase
 from ..recovery.center_state import Saved
 from ..recovery.checkpoint import newest, read_caller, read_span
 from ..recovery.restore import resume
-from ..recovery.saver import state_bytes, workers_saved
+from ..recovery.saver import workers_saved
 from ..training.abort import abort
 from ..training.exits import Interrupted, Signals
 from ..training.session import Session
@@ -32,19 +32,18 @@ class Keeper:
         kept: where checkpoints are kept; None: nowhere but by `save`, and signals are the caller's.
         facts: of the loop, for a checkpoint; called with whether that is between two sessions.
         say: called with each warning.
+        nbytes: of a worker's state.
     """
 
     def __init__(
         self, session: Session, layout: Layout, kept: Kept | None, facts: Callable[[bool], Mapping[str, Any]],
-        say: Callable[[str], None],
+        say: Callable[[str], None], nbytes: int,
     ) -> None:  # fmt: skip
         self._session, self._layout, self._facts, self._say = session, layout, facts, say
         self._kept, self._when = kept, "end"
-        for worker in session.role.workers[:1] if kept else []:
-            assert kept is not None
-            nbytes = state_bytes(worker.x.nbytes, worker.optimizer)
+        if kept is not None:
             self._when, choice = workers_saved(kept.workers, nbytes, session.role.count)
-            if choice and worker.index == 0:
+            if choice and any(worker.index == 0 for worker in session.role.workers):
                 say(f"WARNING: {choice}")
         self._checkpoints = None if kept is None else self._set_up(kept)
         self.skip = 0  # loops that were complete when the run was resumed, and are still to come
@@ -104,7 +103,7 @@ class Keeper:
         """Where the loop is, for a checkpoint."""
         steps, sessions = self._session.role.center.steps, self._session.role.session
         ends = [*self._before, steps][1 : sessions + between]
-        return {"ends": ends, "before": ends[-1] if ends else 0, "between": between}
+        return {"ends": ends, "before": ends[-1] if ends else 0, "between": between, "states": self._when}
 
     def save(self, directory: Path, between: bool) -> None:
         """Write a checkpoint, `between` two sessions or not; collective."""

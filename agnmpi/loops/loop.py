@@ -15,11 +15,12 @@ from ..arrays.backend import Array, Range, bring
 from ..cluster.roles import CenterRole, HoldingRole
 from ..cluster.setup import Setup
 from ..core.center import PATIENCE
-from ..core.messages import CONTINUE, STOP, Commit, Reply
+from ..core.messages import CONTINUE, STOP, WORK, Commit, Reply
 from ..core.optimizers import Optimizer
 from ..core.params import Layout
 from ..core.rules import Rule
 from ..core.worker import Worker
+from ..recovery.saver import state_bytes
 from ..reporting.events import RecentMean
 from ..training.evaluations import AtCenter, Point
 from ..training.exits import Interrupted
@@ -68,7 +69,7 @@ class Loop(Warner):
         self._loss = RecentMean(10.0 * period * self.session.role.count)
         self._began = time.monotonic(), 0  # this session, and the steps before it
         self._at_center: AtCenter | None = None
-        self._keeper = Keeper(self.session, layout, kept, self._facts, self._say)
+        self._keeper = Keeper(self.session, layout, kept, self._facts, self._say, state_bytes(x.nbytes, optimizer))
         self._monitor = monitor
         if monitor is not None:
             monitor.session = self.session
@@ -293,7 +294,7 @@ class Loop(Warner):
         self._keeper.begins(self.point.steps)
         session.begin(asked.total, self._period)
         if role.serves and not session.single_commits:
-            self._met.update(range(role.count))  # that was collective
+            self._met.update(role.numbers)  # that was collective
         self._began = time.monotonic(), self.point.steps
         self._at_center = None
         if asked.at_center is not None and session.comm.rank == 0:
@@ -333,7 +334,10 @@ class Loop(Warner):
     def committed(self, commit: Commit, c: Array) -> None:
         """Count, and call the caller's `at_center`."""
         self._loss.add(commit.loss, commit.steps)
-        self._keeper.committed(c)
+        if commit.requests & WORK or commit.steps >= self._period:
+            self._keeper.committed(
+                c
+            )  # else it has left, by an exception perhaps: no checkpoint has the part of a period
         if self._monitor is not None:
             self._monitor.committed(commit, c)
         if self._at_center is not None:

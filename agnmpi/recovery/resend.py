@@ -53,11 +53,11 @@ class ResendingEnd(WorkerEnd):
         """As the wrapped end."""
         return _ResendingHandle(self, lambda end, into: end.pull(out if into is None else into), out)
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """As the wrapped end."""
 
         def begin(end: WorkerEnd, into: Array | None) -> Handle:
-            return end.leave(None if commit is None else self._with_index(commit), out if into is None else into)
+            return end.leave(None if commit is None else self._with_index(commit), into)
 
         return _ResendingHandle(self, begin, out, commit)
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..arrays.backend import Array
 from ..cluster.role import Role
 from ..core.params import Layout
 from ..transport.agreement import allgather, raise_on_all
-from .checkpoint import folders, left_out, read_facts, read_span, read_worker, set_aside
+from .checkpoint import folders, left_out, read_facts, read_span, read_worker, set_aside, worker_file
 from .worker_state import restore_worker
 
 
@@ -88,6 +88,7 @@ def _choose(
     while candidates:
         try:
             facts = read_facts(candidates[0])
+            _check_state(candidates, facts)
             break
         except (OSError, ValueError) as error:
             say(left_out(candidates.pop(0), error))
@@ -108,6 +109,17 @@ def _choose(
             f"{name} has {granted} steps, but the run ends at {total}: give more --epochs (or --steps) to go on"
         )
     return str(candidates[0].resolve()), facts
+
+
+def _check_state(candidates: Sequence[Path], facts: Mapping[str, Any]) -> None:
+    """Raise ValueError if the state of the only worker was to be in the newest of `candidates`, and is in an older one.
+
+    The run has ended while it was written; from the older one it repeats itself bit by bit.
+    """
+    if facts.get("states") == "all" and facts["workers"] == 1:
+        there = [worker_file(candidate, 0).is_file() for candidate in candidates]
+        if any(there) and not there[0]:
+            raise ValueError("the state of its worker was not written any more; an older one has it")
 
 
 def _read(comm: MPI.Comm, role: Role, checkpoint: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Array], str]:
@@ -133,6 +145,8 @@ def _restore_rank(role: Role, checkpoint: Path, arrays: Mapping[str, Array], fac
     if facts["workers"] != role.count:
         return False
     for worker in role.workers:
+        if worker.spare:
+            continue
         worker.checkpoint = int(facts["steps"])
         try:
             restore_worker(worker, *read_worker(checkpoint, worker.index, worker.x.size))

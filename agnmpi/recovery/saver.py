@@ -190,7 +190,9 @@ class CenterSaver:
             prune(self._run, self._keep, int(facts["centers"]))
 
     def _last_good(self) -> str:
-        return f"the last good checkpoint is {self.last.name}" if self.last else "there is no checkpoint so far"
+        there = (path for path in folders(self._run) if center_file(path, self._index).is_file())  # of earlier savers
+        last = self.last or next(there, None)
+        return f"the last good checkpoint is {last.name}" if last else "there is no checkpoint so far"
 
     def _failed(self, error: Exception) -> None:
         self._outage.begins(error, f"; {self._last_good()}")
@@ -277,7 +279,9 @@ class WorkerSaver:
 
     A small state is copied to the host, and training goes on while a thread writes it. A large one is written in
     place, from a device chunk by chunk: the worker waits, and no memory is needed. The workers do not all write at
-    once: each is delayed by its part of a tenth of the time between two checkpoints, worker 0 not at all.
+    once: each is delayed by its part of a tenth of the time between two checkpoints, worker 0 not at all. That of the
+    only worker is of the commit that the checkpoint is of: a run that goes on from both has the bits of an undisturbed
+    one.
 
     Args:
         run: directory of the run. Without a shared file system a resumed run restarts this worker's optimizer.
@@ -301,7 +305,7 @@ class WorkerSaver:
     ) -> None:
         self._run, self.worker, self._when, self._progress = run, worker, when, progress
         self._part = worker.index / max(workers, 1) / 10
-        self._small = small
+        self._small, self._alone = small, workers == 1
         self._seen = worker.checkpoint
         self._wanted: int | None = None  # number of the checkpoint to write for
         self._announced = time.monotonic()
@@ -317,7 +321,11 @@ class WorkerSaver:
         if worker.checkpoint != self._seen:
             self._seen = self._wanted = worker.checkpoint
             self._due, self._announced = now + self._part * (now - self._announced), now
-        if self._wanted is None or worker.held.done or now < self._due or self._writer.busy():
+        if self._wanted is None or worker.held.done or now < self._due:
+            return
+        if self._writer.busy():
+            if self._alone:  # its state now is that of the checkpoint, and later is not: this one goes without
+                self._wanted = None
             return
         number, self._wanted = self._wanted, None
         self._begin(number)
@@ -343,7 +351,7 @@ class WorkerSaver:
     def finish(self, steps: int | None) -> None:
         """At the end: wait for what is being written, and save for the checkpoint after `steps` steps (None: none)."""
         self._writer.close()
-        if steps is None or self._when == "none":
+        if steps is None or self._when == "none" or self.worker.spare:
             return
         try:
             write_worker(self._run, self.worker.index, steps, save_worker(self.worker))

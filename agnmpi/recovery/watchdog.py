@@ -129,5 +129,5 @@ def end_stranded(rank: int, why: str) -> NoReturn:
 
 def end_launcher() -> None:
     """Ask Open MPI's launcher, if it is this rank's parent, to end all ranks."""
-    if command(os.getppid()) in LAUNCHERS:
+    if command(os.getppid()).partition(".")[0] in LAUNCHERS:  # mpiexec.openmpi is Debian's
         os.kill(os.getppid(), signal.SIGTERM)

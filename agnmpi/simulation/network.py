@@ -160,7 +160,7 @@ class VirtualWorker(WorkerEnd):
         """Ask for the center."""
         return self.exchange(Commit(self._worker, requests=PULL), out)
 
-    def leave(self, commit: Commit | None, out: Array) -> VirtualHandle:
+    def leave(self, commit: Commit | None, out: Array | None) -> VirtualHandle:
         """Send the last commit and then the message that this worker leaves."""
         if commit is not None:
             self.exchange(commit, None)
@@ -246,7 +246,7 @@ class MeetingWorker(WorkerEnd):
         """Read the replica."""
         return self._meeting.read(Commit(self._worker), out)
 
-    def leave(self, commit: Commit | None, out: Array) -> VirtualHandle:
+    def leave(self, commit: Commit | None, out: Array | None) -> VirtualHandle:
         """Read the last center; all have the same number of rounds, so that nothing is left to commit."""
         assert commit is None
-        return self.pull(out)
+        return self._meeting.read(Commit(self._worker), out)

@@ -10,7 +10,6 @@ import numpy as np
 from ..arrays.backend import Array, full_like
 from ..cluster.machine import blas_threads
 from ..cluster.role import Role
-from ..core.batches import Plan
 from ..core.center import Center
 from ..core.division import rounds
 from ..core.drive import session
@@ -26,7 +25,7 @@ from ..reporting.events import json_safe
 from ..training.config import Config
 from ..training.monitor import Monitor, format_metrics
 from ..training.outputs import conclude, dropped_lines, headline, repeatable, run_directory
-from ..training.problem import evaluate, gradient_of, prepare
+from ..training.problem import evaluate, gradient_of, plan_of, prepare
 from ..transport.composed import EncodedHandle, encode
 from ..transport.local import LocalCenter
 from ..transport.registry import refusals_of_going_on
@@ -65,7 +64,7 @@ class Stage:
             raise ValueError(f"rule {self.rule.name} has no center: leave out dylu, record and centers")
         self.problem, layout, self.x = prepare(config.problem, config.options, config.seed, config.device, 0)
         self.layout = layout
-        self.plan = Plan(self.problem.samples, config.batch, config.epochs, config.steps, config.seed)
+        self.plan = plan_of(self.problem, config)
         encodings = config.encoding, config.pull_encoding
         if (centers > 1 or self.rule.allreduce) and encodings != ("float32", "float32"):
             raise ValueError(

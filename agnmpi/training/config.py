@@ -47,7 +47,7 @@ class Config(RunOptions):
         rate = self.rate or (0.001 if optimizer.startswith("adam") else 0.01)
         overlap = self.overlap or not self.wait
         complete = replace(self, optimizer=optimizer, rate=rate, overlap=overlap)._with_center_optimizer()
-        complete = replace(complete, transport=complete.make_transport().name)
+        complete = replace(complete, transport=complete.make_transport().name)._with_outer_rate()
         refuse(complete, (*_REFUSALS_OF_COMPLETE, *_TRANSPORT_RULES))
         complete.make_rule(), complete.make_optimizer(1000), complete.make_center_optimizer(1000)
         return complete
@@ -63,6 +63,13 @@ class Config(RunOptions):
         if center != "add":
             rate = rate or self.rate
         return replace(self, center_optimizer=center, center_rate=rate, center_options=options)
+
+    def _with_outer_rate(self) -> "Config":
+        """The configuration with the default of the outer rate: 1, but where nobody can weigh single displacements."""
+        if self.rule != "agn" or self.outer_rate is not None:
+            return self
+        plain = self.variant == "displacement" and self.center_optimizer == "add"
+        return replace(self, outer_rate=1.0 if plain and self._capabilities.single_commits else "published")
 
     @property
     def writer_names(self) -> tuple[str, ...]:
@@ -87,7 +94,8 @@ class Config(RunOptions):
 
     def make_transport(self) -> registry.Transport:
         """The transport, with its options."""
-        names = ("centers", "node_centers", "message_buffers", "wire", "center_device", "encoding", "pull_encoding")
+        names = ["centers", "node_centers", "message_buffers", "wire", "center_device", "encoding", "pull_encoding"]
+        names += ["spares"]
         options = {name: getattr(self, name) for name in names}
         return registry.resolve(self.transport, self.make_rule().allreduce, workers=self.workers, **options)
 
@@ -104,7 +112,7 @@ class Config(RunOptions):
 
     def _weights(self) -> list[Weight]:
         weights = list[Weight]()
-        weights += [] if self.outer_rate is None else [outer_rate(self.outer_rate)]
+        weights += [outer_rate(float(self.outer_rate))] if self.outer_rate not in (None, "published") else []
         weights += [staleness_power(self.staleness_power)] if self.staleness_power else []
         return weights + ([] if self.staleness_cap is None else [staleness_cap(self.staleness_cap)])
 
@@ -158,6 +166,10 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
     (
         lambda c: c.schedule == "step" and not c.decay_every > 0,
         "schedule 'step' needs decay_every > 0, not {decay_every!r}",
+    ),
+    (
+        lambda c: c.record and c.spares > 0,
+        "record with spares = {spares}: who computed what could not be replayed; leave one of them",
     ),
     (
         lambda c: c.drop_stalled and not c.stall_limit,

@@ -15,7 +15,7 @@ from ..core.params import Layout
 from ..recovery.checkpoint import folder, prune
 from ..recovery.cut import ConsistentCut
 from ..recovery.lock import lock
-from ..recovery.saver import CenterSaver, center_facts, consistent_cut
+from ..recovery.saver import CenterSaver, center_facts, consistent_cut, state_bytes, workers_saved
 from ..recovery.silent_workers import SilentWorkers
 from ..reporting.record import Recorder
 from ..transport.agreement import format_ranks
@@ -227,11 +227,13 @@ class Duties:
     def _facts(self) -> dict[str, Any]:
         """A checkpoint's facts beside those of the center."""
         self.keep_config()
-        run, session = self._run, self._run.session
+        run, session, config = self._run, self._run.session, self._config
+        nbytes = state_bytes(run.initial.nbytes, config.make_optimizer(1))
         centers, ranks = max(1, session.members.centers), session.members.workers() if session.failover else []
         return {
             **center_facts(self._role, run.layout, centers, ranks),
             "data": dict(run.data),
-            "config": asdict(self._config),
+            "config": asdict(config),
+            "states": workers_saved(config.checkpoint_workers, nbytes, self._role.count)[0],
             **(self.monitor.progress if self.first else {}),
         }

@@ -93,7 +93,7 @@ class _FaultyEnd(WorkerEnd):
     def pull(self, out: Array) -> Handle:
         return self._end.pull(out)
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         return self._end.leave(commit, out)
 
     def close(self) -> None:

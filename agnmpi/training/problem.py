@@ -16,6 +16,7 @@ from ..arrays.backend import Array, choose, current
 from ..core.batches import Plan
 from ..core.params import Layout
 from ..core.rules import Rule
+from .config import Config
 from .user_code import UserCodeError, blamed, metrics, pack_gradients, user_frames
 
 
@@ -34,6 +35,7 @@ class Problem(Protocol):
             runs in a thread, up to a period of λ steps ahead (with rules `synchronous` and `diloco` within a period),
             on ranks that train alone. It must not use the parameters, nor MPI.
         sort_indices: True for the indices of a batch in ascending order, as h5py wants them.
+        epochs: how many it takes to learn, for runs that are not told how many to train.
 
     What only training needs is best read at first use, in a `functools.cached_property`: a center rank never calls
     `gradient` or `prepare`, and needs but the number `samples`, which a file's header may tell.
@@ -182,6 +184,14 @@ def prepare(
         raise UserCodeError(f"init of problem {spec!r} must return arrays by name, not None: a `return` is missing")
     layout = Layout.of(initial)
     return problem, layout, layout.pack(initial)
+
+
+def plan_of(problem: Problem, config: Config) -> Plan:
+    """The batches of a run; raises ValueError for numbers that make none."""
+    epochs = getattr(problem, "epochs", 1.0) if config.epochs is None else config.epochs
+    if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not epochs > 0:
+        raise ValueError(f"problem {config.problem!r}: its epochs must be a positive number, not {epochs!r}")
+    return Plan(problem.samples, config.batch, epochs, config.steps, config.seed)
 
 
 def evaluate(problem: Problem, params: Mapping[str, Array]) -> dict[str, float]:

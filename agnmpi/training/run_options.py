@@ -47,12 +47,14 @@ class RunOptions:
         bool,
     )
     rho: float = option(5.0, "rule", "ρ of aeasgd and eamsgd; α = rate·ρ", float, positive=True)
-    outer_rate: float | None = option(
+    outer_rate: float | str | None = option(
         None,
         "rule",
-        "r of agn: commits count rλ/n, so that a round of n moves the center by r mean displacements",
+        "r of agn: commits count rλ/n, so that a round of n moves the center by r mean displacements; published: they "
+        "count as they are, r = n/λ [default: 1 where the center adds displacements one by one, else published]",
         float,
         positive=True,
+        words=("published",),
     )
     staleness_power: float = option(
         0.0, "rule", "a: a commit of staleness s counts min(1, (n/(1 + s))^a); 0: whole", float, least=0
@@ -84,6 +86,9 @@ class RunOptions:
         int,
         least=1,
         most=100_000,
+    )
+    spares: int = option(
+        0, "transport", "the last k ranks wait, and take the places of lost ones (ULFM; p2p, one center)", int, least=0
     )
     message_buffers: int = option(
         4, "transport", "vectors at a p2p center for messages on their way", int, least=1, also=("slots",)
@@ -127,7 +132,13 @@ class RunOptions:
     center_options: dict[str, Any] = option({}, "optimizer", "further numbers of the center's optimizer, such as beta")
 
     batch: int = option(32, "run", "samples in a step of one worker", int, least=1, also=("batch_size",))
-    epochs: float = option(1.0, "run", "passes over the training data, all workers together", float, positive=True)
+    epochs: float | None = option(
+        None,
+        "run",
+        "passes over the training data, all workers together [default: what the problem names, else 1]",
+        float,
+        positive=True,
+    )
     steps: int | None = option(None, "run", "steps of all workers together, instead of --epochs", int, least=1)
     seed: int = option(0, "run", "of the initial parameters and of the order of samples", int, least=0)
     device: str = option("auto", "run", "where workers compute", choices=("auto", "cpu", "gpu"))

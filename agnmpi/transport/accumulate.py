@@ -52,17 +52,32 @@ class AccumulateWorker(WindowsWorker):
 
     Its limits: sums are atomic per element only, so a pull may contain part of a commit under way; commits are neither
     ordered nor weighed nor refused. Rank 0 need not be in MPI on a machine with shared memory.
-    `like`: a vector like x (n,); `most`: bytes per MPI call.
+
+    Args:
+        comm: of our own; c lies at its rank 0.
+        like: a vector like x (n,).
+        wire: how vectors are handed to MPI.
+        most: bytes per MPI call.
+        number: of this worker, where every rank has one, rank 0 too; c begins as rank 0's `like`.
     """
 
-    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MAX_CALL_BYTES) -> None:
-        super().__init__(Windows(comm, like, 0, most, _INLINE), wire)
+    patience = PATIENCE  # failed commits in a row after which this worker leaves
+
+    def __init__(
+        self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MAX_CALL_BYTES,
+        number: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(Windows(comm, like, 0, most, _INLINE, trains=number is not None), wire, number)
+        if comm.rank == CENTER:
+            self.windows.vector()[...] = like
+            self.windows.sync()
         self._lock = ReadersLock(ControlWord(self.windows, READERS))  # the center saves c while nobody has it
         self._division = Division(None, 1, 0, [])
         self._held: list[Lease] = []  # what this worker was granted and has not summed
-        # Of a commit, their sum and number; kept until a flush: across hosts an Accumulate is sent after it returns.
-        self._loss = np.empty(2)
+        self._loss = np.empty(2)  # of a commit: their sum and number
+        self._steps, self._staleness = np.empty(1, np.int64), np.empty(1, np.int64)  # of a commit
         self._sequence = self.sessions = self._failed = 0  # failed: commits in a row
+        self._stalest = 0  # the largest staleness of all, at the last exchange
 
     def begin(self, total: int | None, period: int, work: Leases) -> None:
         """As `WorkerEnd.begin`."""
@@ -76,7 +91,8 @@ class AccumulateWorker(WindowsWorker):
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c, then pull."""
         windows, status = self.windows, OK
-        wait_until(partial(self._lock.enter, True))
+        if not self._lock.enter(True):
+            wait_until(partial(self._lock.enter, True))
         if commit.payload is not None and commit.sequence <= self._sequence:
             status = DUPLICATE
         elif commit.payload is not None and not commit.flags & NOT_FINITE:
@@ -89,9 +105,11 @@ class AccumulateWorker(WindowsWorker):
         if commit.requests & STOP_ALL:
             windows.add(CONTROL, STOP, MPI.REPLACE)
         head = windows.get(0, COUNTS)
+        self._stalest = int(head[STALEST])
         if out is not None:
             windows.pull(self.wire, out)  # a race by design: others may be adding to c
-        control = STOP if self._failed >= PATIENCE else int(head[CONTROL])  # it leaves alone: the others may be well
+        # It leaves alone: the others may be well.
+        control = STOP if self._failed >= self.patience else int(head[CONTROL])
         work = NONE
         if commit.requests & WORK and control != STOP:
             work = self._grant(commit.wanted, int(head[NEXT]))
@@ -105,12 +123,14 @@ class AccumulateWorker(WindowsWorker):
         self._sequence, self._failed = commit.sequence, 0
         if commit.steps and isfinite(commit.loss):  # before its steps: MPICH 4.0's center looks between any two calls
             self._loss[:] = commit.loss * commit.steps, commit.steps
-            windows.control.Accumulate(self._loss, CENTER, 8 * LOSS, MPI.SUM)
-        windows.add(STEPS, commit.steps)
+            windows.sum(LOSS, self._loss)
+        self._steps[0] = commit.steps
+        windows.sum(STEPS, self._steps)
         self._settle(commit)
-        staleness = windows.add(CLOCK, 1) - commit.clock
-        windows.add(STALENESS, staleness)
-        windows.add(STALEST, staleness, MPI.MAX)
+        self._staleness[0] = staleness = windows.add(CLOCK, 1) - commit.clock
+        windows.sum(STALENESS, self._staleness)
+        if staleness > self._stalest:
+            windows.add(STALEST, staleness, MPI.MAX)
 
     def _grant(self, wanted: int, granted: int) -> Lease:
         pieces = self._division.fair(wanted, granted, self.windows.workers)
@@ -139,16 +159,16 @@ class AccumulateWorker(WindowsWorker):
         """Get c, even while others add to it."""
         return self.exchange(Commit(self.worker), out)
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """Sum the last commit, and wait for the others."""
         if commit is not None:
             self.exchange(commit, None)
         self.windows.add(LEFT, 1)
         return Polled(partial(self._last_pull, self.sessions * self.windows.workers, out))
 
-    def _last_pull(self, until: int, out: Array, _blocking: bool) -> Reply | None:
+    def _last_pull(self, until: int, out: Array | None, _blocking: bool) -> Reply | None:
         """The final center, as soon as `until` workers have left."""
-        return self.pull(out).wait() if self.windows.read(LEFT) >= until else None
+        return self.exchange(Commit(self.worker), out).wait() if self.windows.read(LEFT) >= until else None
 
 
 class AccumulateCenter(WindowsCenter):

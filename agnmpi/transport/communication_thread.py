@@ -80,7 +80,7 @@ class ThreadedEnd(WorkerEnd):
         """As the wrapped end, in the thread."""
         return self._run(partial(self.end.pull, out))
 
-    def leave(self, commit: Commit | None, out: Array) -> ThreadedHandle:
+    def leave(self, commit: Commit | None, out: Array | None) -> ThreadedHandle:
         """As the wrapped end, in the thread."""
         if commit is not None and commit.payload is not None:
             synchronize(commit.payload)

@@ -5,7 +5,7 @@ Any transport that carries bytes carries an encoded vector.
 
 from collections.abc import Callable, Sequence
 
-from ..arrays.backend import Array, empty, empty_like, full_like
+from ..arrays.backend import Array, empty, empty_like, zeros_like
 from ..arrays.encodings import Encoding, get
 from ..core.ends import Handle, WorkerEnd, all_done
 from ..core.leases import Leases
@@ -64,13 +64,13 @@ class ShardedWorker(WorkerEnd):
         """Pull each block; each is whole."""
         return _AllShards([end.pull(out[span]) for end, span in zip(self.ends, self.spans)], self._pulled)
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """Leave all centers."""
         handles = [
-            end.leave(None if commit is None else self._part(commit, i), out[self.spans[i]])
+            end.leave(None if commit is None else self._part(commit, i), None if out is None else out[self.spans[i]])
             for i, end in enumerate(self.ends)
         ]
-        return _AllShards(handles, self._pulled)
+        return _AllShards(handles, self._pulled if out is not None else lambda _replies: None)
 
     def _part(self, commit: Commit, i: int) -> Commit:
         payload = None if commit.payload is None else commit.payload[self.spans[i]]
@@ -122,7 +122,7 @@ class EncodedEnd(WorkerEnd):
 
     def __init__(self, end: WorkerEnd, like: Array, commits: Encoding, pulls: Encoding) -> None:
         self.end, self.commits, self.pulls = end, commits, pulls
-        self._residual = None if commits.exact else full_like(like, 0)
+        self._residual = None if commits.exact else zeros_like(like)
         self._next = None if commits.exact else empty_like(like)  # the residual, if the commit is accepted
         self._sent = None if commits.exact else empty(commits.nbytes(like.size, like.dtype), "u1", like)
         self._received = None if pulls.exact else empty(pulls.nbytes(like.size, like.dtype), "u1", like)
@@ -146,7 +146,7 @@ class EncodedEnd(WorkerEnd):
         """As the wrapped end: c itself."""
         return self.end.pull(out)
 
-    def leave(self, commit: Commit | None, out: Array) -> "EncodedHandle":
+    def leave(self, commit: Commit | None, out: Array | None) -> "EncodedHandle":
         """Encode the last delta, and leave; the final center arrives as it is."""
         commit = None if commit is None else self._encoded(commit)
         return EncodedHandle(self, self.end.leave(commit, out), commit is not None and bool(commit.encoding))

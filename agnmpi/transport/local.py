@@ -125,7 +125,7 @@ class LocalWorker(WorkerEnd):
         """Queue a request for the center."""
         return self.exchange(Commit(self._worker, requests=PULL), out)
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """Queue the last commit and the message that it leaves."""
         last = [] if commit is None else [self.exchange(commit, None)]
         return Chained(*last, self.exchange(Commit(self._worker, requests=PULL | LEAVE), out))

@@ -150,7 +150,7 @@ class RMAWorker(WindowsWorker):
         self.lock.leave()
         return reply
 
-    def leave(self, commit: Commit | None, out: Array) -> Handle:
+    def leave(self, commit: Commit | None, out: Array | None) -> Handle:
         """Put the last commit, with LEAVE, as one message; it is served when all have left."""
         last = commit or Commit(self.worker)
         return self.exchange(last._replace(requests=last.requests | LEAVE), out)

@@ -5,17 +5,18 @@ from typing import NamedTuple
 # Every rule with Adam at the workers. As in the authors' code the rate 0.01 of AEASGD is that of its elastic force:
 # α = 0.01·5; here α = rate·rho with Adam's rate of 0.001.
 AEASGD = {"rule": "aeasgd", "rho": 50.0}
+PUBLISHED_AGN = {"outer_rate": "published"}
 METHODS = {
     "alone": {},  # one worker with λ = 1: Adam itself
-    "AGN": {},
+    "AGN": PUBLISHED_AGN,
     "AEASGD": AEASGD,
     "DOWNPOUR": {"rule": "downpour"},
     "DynSGD": {"rule": "dynsgd"},
     "AGN r=1": {"outer_rate": 1.0},
     "AGN r=2": {"outer_rate": 2.0},
-    "AGN stale": {"staleness_power": 2.0},
+    "AGN stale": {"staleness_power": 2.0} | PUBLISHED_AGN,
     "AGN r=1 momentum": None,  # recorded with 0.4.0; examples/delayed_nesterov.py is what it was
-    "AGN DyLU": {"dylu": True},
+    "AGN DyLU": {"dylu": True} | PUBLISHED_AGN,
     "AGN r=1 DyLU": {"dylu": True, "outer_rate": 1.0},
 }
 # Virtual time: steps of 10 ms ± 30 %, workers that start within a period of 10 steps, and a center with little to do.

@@ -1,7 +1,7 @@
 """Tables and pictures from the finished cells."""
 
 import csv
-import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -14,14 +14,6 @@ COLORS = {
     "AGN r=1": "#12977a", "AGN r=2": "#7fc241", "AGN stale": "#b5498f", "AGN r=1 momentum": "#5b4bb7",
     "AGN DyLU": "#4fb3d9", "AGN r=1 DyLU": "#0c5f4d",
 }  # fmt: skip
-
-
-def load(file: Path) -> list[dict]:
-    """Read the finished cells; a line that a crash cut short is left out."""
-    if not file.exists():
-        return []
-    with file.open() as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def cell_of(row: dict) -> Cell:
@@ -126,13 +118,16 @@ def write_csv(out: Path, rows: list[dict]) -> None:
             writer.writerow([*cell_of(row), *numbers, round(row["virtual"]["seconds"], 3)])
 
 
-def write(out: Path, rows: list[dict]) -> None:
-    """Write results.csv, tables.md and the pictures."""
-    if not rows:
-        print("no finished cell yet")
-        return
-    write_csv(out, rows)
-    (out / "tables.md").write_text(tables(rows))
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#9aa0a6", "axes.labelcolor": "#3c4043", "xtick.color": "#5f6368", "ytick.color": "#5f6368",
+    "axes.grid": True, "grid.color": "#eceff1", "axes.axisbelow": True, "axes.titlesize": 11,
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "legend.frameon": False, "savefig.dpi": 110,
+}  # fmt: skip
+
+
+def draw(out: Path, pictures: Sequence[Callable], *given) -> None:
+    """Write NAME.png for each of `pictures`, functions NAME(plt, *given) that return a figure."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -141,19 +136,23 @@ def write(out: Path, rows: list[dict]) -> None:
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    style = {
-        "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.edgecolor": "#9aa0a6", "axes.labelcolor": "#3c4043", "xtick.color": "#5f6368", "ytick.color": "#5f6368",
-        "axes.grid": True, "grid.color": "#eceff1", "axes.axisbelow": True, "axes.titlesize": 11,
-        "axes.titlelocation": "left", "axes.titleweight": "bold", "legend.frameon": False, "savefig.dpi": 110,
-    }  # fmt: skip
-    with plt.rc_context(style):
-        for picture in (over_time, over_ratio, staleness):
-            figure = picture(plt, group(rows))
+    with plt.rc_context(STYLE):
+        for picture in pictures:
+            figure = picture(plt, *given)
             figure.savefig(out / f"{picture.__name__}.png", bbox_inches="tight", facecolor="white")
             plt.close(figure)
+
+
+def write(out: Path, rows: list[dict]) -> None:
+    """Write results.csv, tables.md and the pictures."""
+    if not rows:
+        print("no finished cell yet")
+        return
+    write_csv(out, rows)
+    (out / "tables.md").write_text(tables(rows))
+    draw(out, (over_time, over_ratio, staleness), group(rows))
     print((out / "tables.md").read_text())
-    print(f"written to {out}/: results.csv, tables.md, over_time.png, over_ratio.png, staleness.png")
+    print(f"written to {out}/: results.csv, tables.md, and the pictures")
 
 
 def stretched(accuracy: np.ndarray | float) -> np.ndarray:

@@ -125,7 +125,7 @@ def test_arrays_are_read_and_written_at_exchanges_alone(comm, overlap):
         assert w.flags.f_contiguous
         assert (w == opt.center["w"]).all()
         assert comm.rank or pulls == [opt.clock], "at the center: the final one"
-        assert not comm.rank or len(pulls) >= 2
+        assert sum(comm.allgather(len(pulls))) > 2 * opt.num_workers  # one of them may take all steps
 
 
 @pytest.mark.parametrize("overlap", [False, True])

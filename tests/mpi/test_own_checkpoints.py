@@ -75,6 +75,45 @@ def test_with_one_worker_the_numbers_are_those_of_an_undisturbed_run(comm, direc
     part.Free()
 
 
+def test_one_worker_goes_on_from_the_newest_checkpoint_that_has_its_state(comm, directory):
+    part = comm.Split(0 if comm.rank < 2 else 1, comm.rank)
+    if comm.rank < 2:
+        whole, _, _ = epochs(part, directory / "whole")
+        whole.close()
+        cut, _, _ = epochs(part, directory / "cut", checkpoint_every=0.001)
+        cut.close()
+        part.Barrier()
+        if comm.rank == 0:  # as where the job is killed at that moment
+            (max((directory / "cut/checkpoints").iterdir()) / "worker-0.safetensors").unlink()
+        resumed, taken, _ = epochs(part, directory / "cut")
+        assert part.allreduce(len(taken)), "an older one was taken"
+        assert (resumed.center["0"] == whole.center["0"]).all()
+        assert resumed.clock == whole.clock
+        resumed.close()
+        whole.close()
+    part.Free()
+
+
+def test_a_part_of_a_period_that_an_exception_leaves_is_in_no_checkpoint(comm, directory):
+    part = comm.Split(0 if comm.rank < 2 else 1, comm.rank)
+    if comm.rank < 2:
+        opt = AGNOptimizer(sgd(0.1), np.zeros(2), part, 5, checkpoint=directory, checkpoint_every=0.001)
+        with contextlib.suppress(ZeroDivisionError):
+            for count, _ in enumerate(opt.steps(None)):
+                opt.minimize(lambda p: (0.0, {"0": p["0"] - 1}))
+                if count == 17:
+                    raise ZeroDivisionError
+        opt.finish()
+        part.Barrier()
+        saved = {int(path.name.removeprefix("step-")) for path in (directory / "checkpoints").glob("step-*")}
+        part.Barrier()
+        assert saved
+        assert saved <= {5, 10, 15}
+        opt.close()
+        assert opt.taken == 18
+    part.Free()
+
+
 @pytest.mark.parametrize("transport", [*TRANSPORTS, None], ids=name)
 def test_each_step_is_taken_once_over_two_interruptions(comm, directory, transport, recwarn):
     options = {"rule": rules.synchronous()} if transport is None else {"transport": transport}

@@ -194,6 +194,25 @@ def sessions_follow_each_other(world, n):
         np.testing.assert_array_equal(outcome.c, 9 * world.workers)
 
 
+def a_leave_needs_no_pull(world, n):
+    """The last commit of whoever leaves without one is applied; the others get the final center."""
+    sequence = {}
+
+    def work(end, index):
+        session = sequence[index] = sequence.get(index, 0) + 1
+        final = np.full(n, np.nan) if (index + session) % 2 else None
+        end.leave(Commit(index, session, payload=np.ones(n)), final).wait()
+        return final
+
+    outcome = world.play(n, work, sessions=2)
+    if not isinstance(world, LocalWorld):
+        for session, final in enumerate(outcome.results, 1):
+            if final is not None:
+                np.testing.assert_array_equal(final, world.workers * session)
+    if outcome.c is not None:
+        np.testing.assert_array_equal(outcome.c, 2 * world.workers)
+
+
 def commits_of_several_leases(world, n):
     """A worker holds several leases and commits some of their steps at once; the rest stays its own."""
     total = 8 * world.workers
@@ -234,6 +253,7 @@ CHECKS = [
     handles_test_and_wait,
     a_commit_sent_again_is_not_applied_again,
     sessions_follow_each_other,
+    a_leave_needs_no_pull,
     commits_of_several_leases,
 ]
 # What must be declared for a check to hold.

@@ -30,7 +30,7 @@ def accuracy(run_dir, workers, encoding, seed, args):
         command = [sys.executable, "-m", "agnmpi", "simulate", str(ROOT / "examples/mnist_mlp.py:Mnist")]
         options = {
             "workers": workers, "period": 10, "batch": 128, "epochs": args.epochs, "optimizer": "adam", "seed": seed,
-            "encoding": encoding, "pull-encoding": encoding, "run-dir": run_dir,
+            "encoding": encoding, "pull-encoding": encoding, "outer-rate": "published", "run-dir": run_dir,
         }  # fmt: skip
         command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
         command += ["--set", f"options.path={args.mnist.resolve()}", "--set", f"options.widths=[{widths}]"]

@@ -72,15 +72,18 @@ class OnFakeDevice:
             inner.wire = Staged()
 
     def exchange(self, commit, out):
-        if commit.payload is not None:
-            commit = commit._replace(payload=Vector(np.array(commit.payload)))
-        return _Landing(lambda there: self.end.exchange(commit, there), out)
+        return _Landing(lambda there: self.end.exchange(_there(commit), there), out)
 
     def pull(self, out):
         return _Landing(self.end.pull, out)
 
     def leave(self, commit, out):
-        return _Landing(lambda there: self.end.leave(commit, there), out)
+        return _Landing(lambda there: self.end.leave(commit and _there(commit), there), out)
+
+
+def _there(commit):
+    """`commit` with its payload on the device."""
+    return commit if commit.payload is None else commit._replace(payload=Vector(np.array(commit.payload)))
 
 
 class _Landing:

@@ -38,7 +38,6 @@ def main():
             fill_disk(pids)
         elif (how == "exception" and turn == at) or (how == "full" and turn == at + 20):
             raise RuntimeError("this run was disturbed")
-        time.sleep(0.004 if how != "nothing" else 0)
 
     options = {} if how == "nothing" else {"checkpoint": directory, "resume": "auto", "checkpoint_every": 0.01}
     opt = AGNOptimizer(adam(schedules.cosine(0.1, LOOPS * STEPS)), np.zeros(50), COMM, 5, **options)
@@ -51,6 +50,8 @@ def main():
             turn += 1
             if COMM.rank == 1:
                 disturb()
+            pressed = how == "Ctrl-C" and (directory / "now").exists()
+            time.sleep(0.1 if pressed else 0.004)  # it is not done before it is disturbed
     opt.close()
     assert abs(opt.center["0"] - target).max() < 1
     if COMM.rank == 0:

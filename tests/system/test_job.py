@@ -56,7 +56,7 @@ def test_a_run_is_the_published_algorithm(tmp_path, workers, period):
     code, output = agnmpi(
         1, "train", f"{ROOT}/examples/digits.py:Digits", "--transport", "local", "--workers", workers,
         "--period", period, "--epochs", 2, "--batch", 32, "--seed", 3, "--run", tmp_path / "run",
-        "--set", "options.dtype=float64",
+        "--outer-rate", "published", "--set", "options.dtype=float64",
     )  # fmt: skip
     assert code == 0, output
     problem = Digits(dtype="float64")

@@ -52,7 +52,7 @@ def test_whatever_ends_it_at_any_moment_the_result_is_that_of_an_undisturbed_run
     expected = [line for line in output.splitlines() if line.startswith("ends at 400")]
     random = np.random.default_rng(seed)
     for how in random.permutation(["USR1", "Ctrl-C", "exception", "full"]):
-        turn = str(random.integers(1, 100 // n))
+        turn = str(random.integers(1, 80 // n))
         if how == "Ctrl-C":
             job = started((tmp_path / "now").exists, n, *command, tmp_path, how, turn)
             job.process.send_signal(signal.SIGINT)

@@ -11,6 +11,7 @@ import pytest
 from launcher import PROBLEMS, agnmpi, progresses, result_of, started
 
 from agnmpi.recovery.checkpoint import newest
+from agnmpi.recovery.files import load
 
 SHORT = ["--batch", "16", "--period", "2", "--log-every", "0.1"]
 
@@ -63,7 +64,11 @@ def test_a_signal_stops_the_run_whoever_gets_it(tmp_path, who):
         os.kill(pid, signal.SIGUSR1)
     code, output = job.finish(60)
     assert code == 75, output
-    assert newest(run, pytest.fail) is not None
+    saved = newest(run, pytest.fail)
+    assert saved is not None
+    center = load(run / "center.safetensors")[0]
+    assert sum(array.size for array in center.values()) == saved[1]["c"].size
+    assert "w" in center, "by name"
 
 
 def test_a_signal_in_the_last_evaluation_changes_nothing(tmp_path):

@@ -244,7 +244,7 @@ def test_less_bytes_need_less_bandwidth_in_proportion():
     ids=str,
 )
 def test_transports_that_fit_a_problem(given, fit, refused):
-    config = Config(problem="module:Problem", **given).complete()
+    config = Config(problem="module:Problem", **given)
     configs, refusals = fitting(config, ["rma", "p2p", "accumulate", "allreduce"], 3)
     assert [other.transport for other in configs] == fit, "that of auto first"
     assert sorted(text.split(": ")[1] for text in refusals) == sorted(refused)

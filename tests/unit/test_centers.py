@@ -157,6 +157,16 @@ def test_speed_proportional_periods():
     assert [book.grant(1), book.grant(1), book.grant(0)] == [Lease(3, 4), Lease(7, 3), Lease(14, 6)]
 
 
+def test_by_default_one_worker_trains_as_one_process_does(tmp_path):
+    """Whatever λ is; as published it moves the center by a λth of what it has done."""
+    ends = [
+        simulate.run(config(tmp_path / name, 1, period=period, outer_rate=r), Timing())()["metrics"]["distance"]
+        for name, period, r in (("one", 1, "published"), ("default", 10, None), ("published", 10, "published"))
+    ]
+    assert ends[1] == pytest.approx(ends[0], rel=1e-4)
+    assert ends[2] > 2 * ends[0]
+
+
 def test_equal_speeds_are_agn_with_one_lambda(tmp_path):
     for name, dylu in (("plain", False), ("dylu", True)):
         simulate.run(config(tmp_path / name, 4, dylu=dylu), Timing())()
@@ -200,7 +210,7 @@ def test_a_simulation_repeats_and_replays_bit_for_bit(tmp_path, name):
         assert result["metrics"]["distance"] < 0.5, "0.765 before the first step"
         assert (result["dropped"] > 0) == ("staleness_cap" in options)
     assert bits[0] == bits[1]
-    simulate.run(config(tmp_path / "plain", 5), Timing(**UNEVEN))()
+    simulate.run(config(tmp_path / "plain", 5, outer_rate="published"), Timing(**UNEVEN))()
     assert center(tmp_path / "plain") != bits[0]
     if "centers" not in options:
         again = replay(tmp_path / "a", config(tmp_path / "again", 5, **options))()

@@ -1,5 +1,6 @@
 import tomllib
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from agnmpi.core.optimizers import OPTIMIZERS
 from agnmpi.core.rules import RULES
 from agnmpi.training.config import Config, load
+from agnmpi.training.problem import plan_of
 
 
 def test_layers_of_values(tmp_path):
@@ -187,6 +189,38 @@ def test_without_locking_rma_is_accumulate(tmp_path):
         load(None, {"transport": "accumulate", "use_locking": True})
     with pytest.raises(ValueError, match="use_locking must be of type bool"):
         load(None, {"use_locking": "perhaps"})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1.0),
+        ({"transport": "rma", "centers": 2}, 1.0),
+        ({"outer_rate": 2.0}, 2.0),
+        ({"outer_rate": "published"}, "published"),
+        ({"transport": "accumulate"}, "published"),
+        ({"variant": "gradient"}, "published"),
+        ({"center_optimizer": "momentum"}, "published"),
+        ({"rule": "downpour"}, None),
+    ],
+)
+def test_the_outer_rate_is_1_where_the_center_adds_single_displacements(options, expected):
+    complete = Config(**options).complete()
+    assert complete.outer_rate == expected
+    assert complete.make_rule().weighs == isinstance(expected, float)
+    assert complete.complete() == complete
+
+
+def test_a_problem_may_name_its_epochs():
+    """They count where neither epochs nor steps are given."""
+    learns = SimpleNamespace(samples=100, epochs=3)
+    assert plan_of(learns, Config(batch=10)).steps == 30
+    assert plan_of(learns, Config(batch=10, epochs=2.0)).steps == 20
+    assert plan_of(learns, Config(batch=10, steps=7)).steps == 7
+    assert plan_of(SimpleNamespace(samples=100), Config(batch=10)).steps == 10
+    for epochs in (0, -1.0, "many", True, None):
+        with pytest.raises(ValueError, match="'m:P': its epochs must be a positive number"):
+            plan_of(SimpleNamespace(samples=100, epochs=epochs), Config(problem="m:P"))
 
 
 def test_the_documentation_names_each_option():

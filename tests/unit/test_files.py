@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import shutil
+import threading
+import time
 import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,6 +193,27 @@ def test_workers_do_not_write_at_the_same_moment(tmp_path, monkeypatch):
     saver.tick()
     saver.finish(None)
     assert folders(tmp_path) == [folder(tmp_path, 8)]
+
+
+@pytest.mark.parametrize(("workers", "written"), [(1, [8]), (2, [8, 12])])
+def test_the_state_of_the_only_worker_is_that_of_its_checkpoint_or_is_not_written(
+    tmp_path, monkeypatch, workers, written
+):
+    free = threading.Event()
+    monkeypatch.setattr("agnmpi.recovery.saver.seal", lambda *what: free.wait(30) and seal(*what))
+    worker = a_worker()
+    saver = WorkerSaver(tmp_path, worker, workers, "all", pytest.fail)
+    for worker.checkpoint in (8, 12):
+        saver.tick()
+    free.set()
+    until = time.monotonic() + 10
+    while len(list(tmp_path.rglob("worker-0*"))) < len(written) and time.monotonic() < until:
+        worker.x += 1  # it trains on
+        saver.tick()
+        time.sleep(0.01)
+    saver.tick()
+    saver.finish(None)
+    assert sorted(folders(tmp_path)) == [folder(tmp_path, steps) for steps in written]
 
 
 def test_no_memory_for_a_checkpoint_is_reported_and_training_goes_on(tmp_path, monkeypatch):

@@ -20,6 +20,12 @@ def test_the_authors_are_those_to_cite():
         assert f"name: {author['name']}" in cited
 
 
+def test_a_package_index_and_type_checkers_are_told_what_it_is():
+    assert PROJECT["urls"]
+    assert "Typing :: Typed" in PROJECT["classifiers"]
+    assert (ROOT / "agnmpi/py.typed").is_file()
+
+
 @pytest.mark.long
 def test_the_source_distribution_holds_what_its_tests_need(tmp_path):
     git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -3,32 +3,19 @@
 import csv
 import sys
 
-import numpy as np
 import pytest
 from launcher import ROOT
+from made_up_mnist import made_up_mnist
 
 sys.path.insert(0, str(ROOT / "examples/paper"))
 import cells
 import report
+import resumable
 import run
 
 
-@pytest.fixture
-def images(tmp_path):
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    for part, samples in (("train", 120), ("t10k", 40)):
-        labels = np.arange(samples, dtype=np.uint8) % 10
-        pixels = rng.integers(0, 40, (samples, 28, 28), np.uint8)
-        pixels[np.arange(samples), labels] = 255  # a line in the row of its class
-        for name, data in ((f"{part}-images-idx3-ubyte", pixels), (f"{part}-labels-idx1-ubyte", labels)):
-            header = bytes([0, 0, 8, data.ndim]) + np.array(data.shape, ">u4").tobytes()
-            (folder / name).write_bytes(header + data.tobytes())
-    return folder
-
-
-def test_it_resumes_and_reports(tmp_path, images, monkeypatch, capsys):
+def test_it_resumes_and_reports(tmp_path, monkeypatch, capsys):
+    images = made_up_mnist(tmp_path / "mnist", 120, 40)
     mine = [
         cells.Cell("alone", 1, 1),
         *(cells.Cell(method, 4, 2, seed) for method in ("AGN", "AGN r=1") for seed in (0, 1)),
@@ -44,7 +31,7 @@ def test_it_resumes_and_reports(tmp_path, images, monkeypatch, capsys):
     monkeypatch.setattr(run, "quick", lambda: mine)
     run.main()
     assert "5 cells, 2 to do" in capsys.readouterr().out
-    rows = report.load(file)
+    rows = resumable.load(file)
     assert {report.cell_of(row) for row in rows} == set(mine)
     assert file.read_text().startswith(first)
     assert all(row["samples"] == 4 * 120 for row in rows)
