@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -119,16 +119,20 @@ def empty(size: int, dtype: Any, like: Array) -> Array:
     at all.
     """
     dtype = np.dtype(dtype)
-    nbytes = size * dtype.itemsize
     if not on_host(like):
-        xp = namespace(like)
+        xp, nbytes = namespace(like), size * dtype.itemsize
         try:
             memory = xp.cuda.Memory(nbytes)
         except xp.cuda.runtime.CUDARuntimeError:  # CuPy's pool may hold unused memory
             xp.get_default_memory_pool().free_all_blocks()
             memory = xp.cuda.Memory(nbytes)
         return xp.ndarray((size,), dtype, xp.cuda.MemoryPointer(memory, 0))  # type: ignore[no-any-return]
-    raw = np.empty(nbytes + _PAGE, np.uint8)
+    return _on_a_page(np.empty, size, dtype)
+
+
+def _on_a_page(allocate: Callable[[int, type], Array], size: int, dtype: np.dtype[Any]) -> Array:
+    nbytes = size * dtype.itemsize
+    raw = allocate(nbytes + _PAGE, np.uint8)
     start = -raw.ctypes.data % _PAGE
     return raw[start : start + nbytes].view(dtype)
 
@@ -136,6 +140,11 @@ def empty(size: int, dtype: Any, like: Array) -> Array:
 def empty_like(x: Array) -> Array:
     """Allocate a vector like `x` (n,), as `empty` does."""
     return empty(x.size, x.dtype, x)
+
+
+def zeros_like(x: Array) -> Array:
+    """Allocate as `empty_like`, zeros; on the host it takes no memory before it is written, unlike NumPy's."""
+    return _on_a_page(np.zeros, x.size, x.dtype) if on_host(x) else full_like(x, 0)
 
 
 def full_like(x: Array, value: Any) -> Array:

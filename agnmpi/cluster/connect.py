@@ -78,8 +78,10 @@ class Connector(NamedTuple):
     def center(self, comm: MPI.Comm, x: Array) -> CenterRole:
         """The role of the center, rank 0 of `comm`, which begins from `x` (n,)."""
         x = x if self.setup.transport.center_device == "gpu" else to_host(x)
-        center, end = self._serving(comm, full_like(x, x), comm.size - 1)
-        return CenterRole(center, comm.size - 1, end, self._grants_work)
+        count = self.setup.transport.workers_among(comm.size)
+        center, end = self._serving(comm, full_like(x, x), count)
+        center.applied = [0] * (comm.size - 1)  # of spares, too
+        return CenterRole(center, count, end, self._grants_work, range(comm.size - 1))
 
     def alone(self, c: Array, worker: Worker) -> LocalRole:
         """The role of a sole survivor: it goes on training, from `c` (n,), within its own process."""
@@ -126,7 +128,8 @@ class Connector(NamedTuple):
             comms.append(_group(comm, i, centers))
             ends.append(self.encoded(self.worker_end(comms[i], x[span]), x[span]))
         end = ends[0] if len(ends) == 1 else ShardedWorker(ends, spans)
-        role = self._training(x, end, index, comm.size - len(centers))
+        role = self._training(x, end, index, self.setup.transport.workers_among(comm.size))
+        role.workers[0].spare = self.setup.is_spare(comm.rank, comm.size)
         role.comms = comms if len(ends) > 1 else []
         return role
 

@@ -27,24 +27,30 @@ class Place(NamedTuple):
     threads: int  # of BLAS and of the host kernels, so that the ranks of the node share the cores
 
 
-def place(comm: MPI.Comm, trains: bool) -> Place:
-    """Find this rank's place; collective. `trains`: whether this rank computes (a center hardly does).
+def place(comm: MPI.Comm, trains: bool, spare: bool = False) -> Place:
+    """Find this rank's place; collective.
 
     Ranks that train on the same cores share them; a center has the cores on which none trains, at least one thread.
     OMP_NUM_THREADS overrides that.
+
+    Args:
+        comm: all ranks.
+        trains: whether this rank computes (a center hardly does).
+        spare: whether it does only when another is lost, whose share it then has.
     """
     node = same_host(comm)
     try:
         cores = sorted(os.sched_getaffinity(0))
-        ranks = [json.loads(text) for text in allgather(node, json.dumps([trains, cores]))]
-        index = sum(busy for busy, _ in ranks[: node.rank])
-        training = [other_cores for busy, other_cores in ranks if busy]
+        ranks = [json.loads(text) for text in allgather(node, json.dumps([trains, spare, cores]))]
+        busy = [trained for trained, *_ in ranks]
+        training = [other_cores for trained, waits, other_cores in ranks if trained and not waits]
         groups, group = cast(tuple[int, int], comm.Get_attr(_division()) or (1, 0))
         threads = len(cores) // max(training.count(cores), 1) if trains else len(set(cores).difference(*training))
         threads //= groups
         if (wanted := os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]).isdigit():
             threads = int(wanted)
-        return Place(MPI.Get_processor_name(), node.size, group * len(training) + index, max(1, threads))
+        index = group * sum(busy) + sum(busy[: node.rank])
+        return Place(MPI.Get_processor_name(), node.size, index, max(1, threads))
     finally:
         node.Free()
 

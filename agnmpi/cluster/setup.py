@@ -11,7 +11,7 @@ from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
 from ..transport.registry import Transport, names_with, p2p, refusals_of_going_on
-from .placement import fault_tolerant, hosts, node_centers, one_center_per_host
+from .placement import Place, fault_tolerant, hosts, node_centers, one_center_per_host, place
 
 LEVELS = {
     MPI.THREAD_SINGLE: "single",
@@ -58,6 +58,14 @@ class Setup(NamedTuple):
         others = set(self.serving_ranks).union(of_nodes)
         return [*(rank for rank in range(size) if rank not in others), *of_nodes]
 
+    def is_spare(self, rank: int, size: int) -> bool:
+        """Whether this rank of `size` trains only when another is lost."""
+        return rank >= size - self.transport.spares
+
+    def place(self, comm: MPI.Comm) -> Place:
+        """This rank's place among the ranks of its node, by what it does; collective."""
+        return place(comm, comm.rank not in self.serving_ranks, self.is_spare(comm.rank, comm.size))
+
     def on_hosts(self, comm: MPI.Comm) -> "Setup":
         """The same, with a center, or a node center, on each host if the transport wants that; always collective."""
         names = hosts(comm)
@@ -68,9 +76,14 @@ class Setup(NamedTuple):
             return self
         return self._replace(transport=replace(self.transport, centers=len(ranks)), placed=tuple(ranks))
 
-    def with_replication(self) -> "Setup":
-        """The same, with the center's state replicated if workers and the center survive each other's loss."""
-        return self._replace(transport=replace(self.transport, replicates_state=outlives_loss(self.transport)))
+    def beginning(self, size: int) -> "Setup":
+        """The same, for `size` ranks: the center's state is replicated if workers and center survive each other's loss.
+
+        And the number of workers that spares are to keep up is known.
+        """
+        transport = replace(self.transport, replicates_state=outlives_loss(self.transport))
+        kept = size - 1 - transport.spares if transport.spares else 0
+        return self._replace(transport=replace(transport, kept=kept))
 
     @property
     def threaded(self) -> bool:
@@ -182,6 +195,19 @@ def _refusals(
             outlives_loss(transport) and transport.pull_encoding in ("int8", "int4"),
             f"pull_encoding {transport.pull_encoding} with ULFM: a worker that takes over would begin from rounded "
             "numbers; use float32 or bf16",
+        ),
+        (
+            transport.spares > 0 and not outlives_loss(transport),
+            f"spares = {transport.spares} take the places of lost ranks: start it with mpiexec --with-ft ulfm "
+            "(Open MPI), transport p2p and one center",
+        ),
+        (
+            transport.spares > 0 and transport.pull_encoding != "float32",
+            "spares end with the center as they pull it: leave pull_encoding",
+        ),
+        (
+            0 < transport.spares > size - 2,
+            f"spares = {transport.spares} of {ranks} leave no worker beside the center: start more, or give fewer",
         ),
         (
             caps.windows and fault_tolerant(),

@@ -95,12 +95,17 @@ class Backoff:
         time.sleep(min(self.cap, idle / 8))
 
 
-def wait_until(test: Callable[[], bool], progress: Callable[[], int] = int, spin: float | None = None) -> None:
+def wait_until(
+    test: Callable[[], bool],
+    progress: Callable[[], int] = int,
+    spin: float | None = None,
+    cap: float | None = None,
+) -> None:
     """Call `test` until it is true, yielding the core in between; a change of `progress()` resets the backoff.
 
-    `spin`: as of `Backoff`.
+    `spin`, `cap`: as of `Backoff`.
     """
-    backoff, seen = Backoff(spin=spin), progress()
+    backoff, seen = Backoff(cap, spin), progress()
     while not test():
         if (now := progress()) != seen:
             seen = now

@@ -1,7 +1,7 @@
 """The contract between a worker, a center and the transport of their messages."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from functools import partial
@@ -114,6 +114,7 @@ class CenterEnd(ABC):
 
     hold: Callable[[Commit], bool] | None = None  # commits for which it is true are not processed now
     on_loss: Callable[[int], None] | None = None  # called with each worker that has died; None: the error is raised
+    on_join: Callable[[int], None] | None = None  # called with each spare that takes the place of a lost worker
 
     lost: AbstractSet[int] = frozenset()  # workers that have died
     silent: AbstractSet[int] = frozenset()  # workers that nobody waits for, until they send something
@@ -127,6 +128,11 @@ class CenterEnd(ABC):
     def deserted(self) -> bool:
         """Whether all workers were lost, and none has left."""
         return False
+
+    @property
+    def spares(self) -> Sequence[int]:
+        """Workers that wait to take the place of a lost one."""
+        return ()
 
     def stop_waiting_for(self, worker: int) -> None:
         """Wait for this silent worker no longer."""

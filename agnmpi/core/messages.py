@@ -13,7 +13,8 @@ from .leases import MAX_PARTS, NONE, Lease
 # IDLE: this worker holds no steps, whatever the center thinks; it waits for work, if others hold some.
 # ENCODED: c is to come in the encoding of pulls.
 # STOP_ALL: this worker has failed, or wants no more: all are to stop.
-PULL, WORK, LEAVE, IDLE, ENCODED, STOP_ALL = 1, 2, 4, 8, 16, 32
+# SPARE: it is answered when a worker is lost, whose place it then takes, or when all have left.
+PULL, WORK, LEAVE, IDLE, ENCODED, STOP_ALL, SPARE = 1, 2, 4, 8, 16, 32, 64
 # Commit.flags: what is known of the payload.
 # NOT_FINITE: its worker has checked it, so that the center need not read it again.
 # MISFIT: not a commit to this model; set by the center's end.
@@ -22,8 +23,9 @@ NOT_FINITE, MISFIT = 1, 2
 # refused: not finite, or not a commit to this model; dropped: of weight 0, such as too old
 OK, DUPLICATE, REFUSED, DROPPED = 0, 1, 2, 3
 # Reply.control; STOP: commit the steps done, return the rest of the lease, leave. WAIT: no work is free now, but other
-# workers hold leases that may become free: a request with IDLE is answered then.
-CONTINUE, STOP, WAIT = 0, 1, 2
+# workers hold leases that may become free: a request with IDLE is answered then. UNCALLED: to a spare, when all have
+# left.
+CONTINUE, STOP, WAIT, UNCALLED = 0, 1, 2, 3
 _COMMIT = struct.Struct("<13qdq")
 _REPLY = struct.Struct("<10q")
 _SNAPSHOT = struct.Struct("<8q")
@@ -40,7 +42,7 @@ class Commit(NamedTuple):
         first_step: number of the first of them, over the whole run.
         clock: of the center when this worker last pulled.
         commits: deltas summed in the payload.
-        requests: PULL, WORK, LEAVE, IDLE, ENCODED, STOP_ALL.
+        requests: PULL, WORK, LEAVE, IDLE, ENCODED, STOP_ALL, SPARE.
         flags: NOT_FINITE, MISFIT.
         encoding: of the payload, its number; 0: the vector as it is.
         nbytes: of the payload.

@@ -28,6 +28,9 @@ class Observer:
     def lost(self, rank: int, held: Sequence[Lease]) -> None:
         """A worker has died: `rank` as at the beginning; its uncommitted leases `held` go to the others."""
 
+    def joined(self, rank: int) -> None:
+        """A spare, `rank` as at the beginning, has been called in the place of a lost rank."""
+
     def given_up(self, lease: Lease) -> None:
         """The commits of these steps were refused repeatedly: they are never granted again."""
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from ..arrays.backend import Array, Range, bring, full_like
+from ..arrays.backend import Array, Range, bring, zeros_like
 from ..arrays.kernels import OnBlock, global_norm, run
 from .schedules import Schedule, constant, positive
 
@@ -124,7 +124,7 @@ class _Method(NamedTuple):
     decoupled: bool  # weight decay acts on x directly, not on the gradient
 
     def init(self, x: Array) -> State:
-        return self.state(0, *(full_like(x, 0) for _ in self.state._fields[1:]))
+        return self.state(0, *(zeros_like(x) for _ in self.state._fields[1:]))
 
     def update(
         self,

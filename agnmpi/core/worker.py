@@ -10,12 +10,12 @@ from enum import Enum, auto
 from math import nan
 from typing import Any
 
-from ..arrays.backend import Array, Range, empty_like, namespace
+from ..arrays.backend import Array, Range, empty_like, zeros_like
 from ..arrays.kernels import all_finite
 from .backoff import check_launcher
 from .ends import Elected, Handle, Waits, WorkerEnd, awaited, run_waits
 from .leases import Held
-from .messages import IDLE, NOT_FINITE, PULL, REFUSED, STOP, STOP_ALL, WAIT, WORK, Commit, Reply
+from .messages import IDLE, NOT_FINITE, PULL, REFUSED, SPARE, STOP, STOP_ALL, UNCALLED, WAIT, WORK, Commit, Reply
 from .optimizers import Optimizer
 from .rules import Rule
 
@@ -100,12 +100,13 @@ class Worker:
         self.state: Any = optimizer.init(x) if optimizer else None
         self.x_at_leave = x  # x when this worker left, before the final center replaced it
         self.o = empty_like(x)  # the center as last pulled
-        self.a = namespace(x).zeros_like(x) if rule.accumulates else x
+        self.a = zeros_like(x) if rule.accumulates else x
         self._buffers = _Buffers(x, self.o, overlap, overlap or double_buffer)
         self.last_reply: Reply | None = None  # to the last pull
         self.pulls = self.refusals = 0  # numbers of pulls, and of commits of this worker that were refused
         self.more: Callable[[], Mapping[str, Array]] = dict  # arrays of the caller's, saved with this worker's
         self.form_x: Callable[[], object] = bool  # called before x is read, where the caller moves arrays of its own
+        self.spare = False  # has not begun, and does only when the center calls it in the place of a lost worker
         self.session = 0  # sessions begun
         self.total: int | None = None  # steps of this session, over all workers
         self.before = 0  # steps of all workers in earlier sessions: schedules continue
@@ -260,8 +261,7 @@ class Worker:
     def _refused(self) -> None:
         self.refusals += 1
         if self.optimizer is not None:
-            count = self.state.step
-            self.state = self.optimizer.init(self.x)._replace(step=count)
+            self.state = self.optimizer.init(self.x)._replace(step=self.state.step)
 
     def _exchange(self) -> Waits[None]:
         """Finish the exchange under way, if any, and start the next, if it is due: the reply may be STOP or REFUSED."""
@@ -296,11 +296,14 @@ class Worker:
         """As `begin`."""
         yield from self.waits_to_settle()
         self.x_at_leave = self.x
-        reply = yield from awaited(self.end.exchange(self._request(), self._buffers.pulled))
+        request = self._request(SPARE if self.spare else 0)  # answered when it is called, or when all have left
+        reply = yield from awaited(self.end.exchange(request, self._buffers.pulled))
         self._swap_in_pull(reply)
+        self.spare = reply.control == UNCALLED
         if not (self.phase is Phase.RESUMED and self.rule.pulls == "before"):
             self.x[...] = self.o
-        self.phase = Phase.TRAINING
+        self.phase = Phase.LEFT if self.spare else Phase.TRAINING
+        self.before = reply.steps if self.spare else self.before
         self._obey(reply)
         for _ in range(max(self.ahead, self.overlap) if self.held.wait else 0):
             if not self.held.leases:
@@ -393,7 +396,7 @@ class Worker:
 
     def waits_to_leave(self) -> Waits[None]:
         """As `leave`."""
-        if self.elected or self.leaving:
+        if self.elected or self.leaving or self.spare:
             return
         if self._commit is not None and self._handle is None:
             return  # an exchange has failed: its exception is propagating, and must not be delayed

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, get_args
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from mpi4py import MPI
@@ -20,46 +20,22 @@ from ..arrays.kernels import set_threads
 from ..cluster.placement import check_world, fault_tolerant, place, require_equal_model
 from ..core.backoff import wait_until
 from ..core.drive import Unblocking
-from ..core.optimizers import Optimizer, adam
+from ..core.optimizers import Optimizer
 from ..core.params import Layout
-from ..core.rules import Rule, agn, by_samples, weighted
 from ..core.worker import Worker
 from ..recovery.files import save
 from ..training.abort import AbortOnException
-from ..training.problem import load
 from ..training.user_code import pack_gradients
 from ..transport.agreement import allgather, raise_on_all, require_equal
-from ..transport.p2p import CENTER, P2PWorker
+from ..transport.p2p import CENTER
 from ..version import __version__
 from .budget import Budget
-from .insitu_center import Members, Place, Served
-from .insitu_reader import Reader
-from .reservoir import Reservoir, Samples
+from .insitu_center import Members, Place, parts
+from .insitu_model import Surrogate as Surrogate
+from .insitu_model import checked
+from .samples import Receiver, Reservoir, Samples, Sender
 
 _SAID_AFTER = 30.0  # seconds
-
-
-class Surrogate(Protocol):
-    """What a run trains: a model, its loss and its prediction, in a class that you write; without MPI.
-
-    >>> class Line:  # y = w x
-    ...     def init(self, rng):
-    ...         return {"w": np.zeros(1)}
-    ...     def gradient(self, params, x, y):
-    ...         error = x * params["w"] - y
-    ...         return (error**2).mean() / 2, {"w": (error * x).mean(keepdims=True)}
-    ...     def predict(self, params, x):
-    ...         return x * params["w"]
-    """
-
-    def init(self, rng: np.random.Generator) -> Mapping[str, Array]:
-        """Make the initial parameters: NumPy arrays by name, float32 or float64; those of rank 0 are used."""
-
-    def gradient(self, params: Mapping[str, Array], x: Samples, y: Samples) -> tuple[float, Mapping[str, Array]]:
-        """Return the mean loss over a batch x (m, …), y (m, …), as they were put, and its gradients by name."""
-
-    def predict(self, params: Mapping[str, Array], x: Samples) -> Samples:
-        """Predict y (m, …) from x (m, …)."""
 
 
 class Status(NamedTuple):
@@ -69,9 +45,10 @@ class Status(NamedTuple):
         steps: taken by this rank.
         all_steps: taken by all ranks and committed, as of the last pull.
         clock: of the center at the last pull: commits applied.
-        samples: put on this rank.
+        samples: put on this rank, or sent to it.
         loss: of this rank's last step, NaN before.
         used: the fraction of the time that was spent in the calls of the run.
+        dropped: of the samples that this rank feeds, those that no rank that trains took in time.
     """
 
     steps: int
@@ -80,6 +57,7 @@ class Status(NamedTuple):
     samples: int
     loss: float
     used: float
+    dropped: int = 0
 
 
 class Run:
@@ -92,7 +70,8 @@ class Run:
         comm: any communicator of the solver; it is duplicated.
         period: λ, a rank's steps between its exchanges, and more while one is under way; default 10.
         center: who holds the center. "solver" (default): rank 0, inside its own calls, beside its share of the work;
-            "thread": a thread of rank 0, where MPI has MPI_THREAD_MULTIPLE; "rank": rank 0 of `comm` does nothing else.
+            "thread": a thread of rank 0, where MPI has MPI_THREAD_MULTIPLE; "rank": rank 0 of `comm` does nothing else;
+            "none": nobody serves, each rank adds to it by MPI's one-sided calls.
         optimizer: of each rank; default adam(0.001).
         batch: samples of a step; default 64.
         capacity: samples in each rank's reservoir; default 10,000.
@@ -100,8 +79,10 @@ class Run:
         outer_rate: r, the displacement of the center in a round of n commits; default 1.
         reads: whether this rank reads alone: it takes the center by `pull`, and neither trains nor is part of the
             solver.
-        solver: the ranks of `comm` that this rank calls `done` together with; default: all that compute. Where several
-            simulations feed one network, each gives its own.
+        feeds: whether this rank computes, and does not train: what it puts is sent to the ranks that train. It may also
+            read.
+        solver: the ranks of `comm` that this rank calls `done` together with; default: all that train, or all that
+            feed. Where several simulations feed one network, each gives its own.
         seed: of the initial parameters, the reservoirs and the batches; default 0.
         options: keyword arguments for the class or function that `surrogate` names.
 
@@ -141,6 +122,7 @@ class Run:
         steps: int | None = None,
         outer_rate: float = 1.0,
         reads: bool = False,
+        feeds: bool = False,
         solver: MPI.Intracomm | None = None,
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
@@ -151,28 +133,27 @@ class Run:
         self._comm, self._rank = comm.Dup(), comm.rank
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)  # of ours alone: an error is an exception, whatever the solver has
         try:
-            self._reservoir = raise_on_all(
-                self._comm, lambda: Reservoir(capacity, np.random.default_rng([seed, comm.rank]))
-            )
-            self._surrogate, self._layout, x, rule, optimizer = raise_on_all(self._comm, lambda: _checked(
+            rng = raise_on_all(self._comm, lambda: np.random.default_rng([seed, comm.rank]))
+            self._reservoir = raise_on_all(self._comm, lambda: Reservoir(capacity, rng))
+            self._surrogate, self._layout, x, weight, optimizer = raise_on_all(self._comm, lambda: checked(
                 surrogate, self._comm, period, center, optimizer, batch, steps, outer_rate, seed, options or {}
             ))  # fmt: skip
             facts = {"period": period, "center": center, "optimizer": optimizer.numbers, "steps": steps}
-            members = _agreed(self._comm, self._layout, facts | {"outer_rate": outer_rate, "seed": seed}, reads, center)
+            does = "feeds" if feeds else "reads" if reads else "trains"
+            members = _agreed(self._comm, self._layout, facts | {"outer_rate": outer_rate, "seed": seed}, does, center)
         except ValueError:  # on all ranks
             self._comm.Free()
             raise
         self.is_center = center == "rank" and comm.rank == CENTER
-        trains = comm.rank in members.train
-        self._solver = _solver(self._comm, 0 if self.is_center else 1 if trains else 2, solver)
+        self._solver = _solver(self._comm, "serves" if self.is_center else does, solver)
         self._batch, self.closed = batch, False  # closed: `close` has come to its end
-        set_threads(place(self._comm, trains).threads)
+        set_threads(place(self._comm, comm.rank in members.train).threads)
         self._hook = AbortOnException(self._comm)
-        parts = _parts(self._comm, members, x, rule, optimizer, period, center, steps)
-        self._served, self._training, self._reader = parts
-        self._views, self._g = self._layout.views(x), np.empty_like(x)
-        self._taken, self._loss, self._budget = 0, nan, Budget()
-        self._done, self._stop, self._asked = False, False, 0
+        found = parts(self._comm, members, x, weight, optimizer, period, center, steps, self._reservoir)
+        self._served, self._end, self._training, self._reader = found
+        self._samples, self._sender, self._receiver = _samples(self._comm, members, self._reservoir, seed)
+        self._views, self._g, self._taken, self._loss = self._layout.views(x), np.empty_like(x), 0, nan
+        self._done, self._stop, self._asked, self._has_put, self._seen = False, False, 0, False, 1  # seen: pulls
         self._flags, self._sums = np.zeros(2, np.int64), np.zeros(2, np.int64)
         self._agreed: MPI.Request | None = None
         # Every rank has the center before any goes on; the barrier is for rank 0, which serves until then.
@@ -183,10 +164,18 @@ class Run:
     # --- in the solver's loop ---
 
     def put(self, x: Samples, y: Samples) -> None:
-        """Offer samples x (m, …), y (m, …) of this rank: those that its reservoir keeps are copied. Never waits."""
+        """Offer samples x (m, …), y (m, …) of this rank: those that its reservoir keeps are copied. Never waits.
+
+        On a rank that feeds they are copied and sent to a rank that trains, or dropped and counted while messages
+        enough are under way.
+        """
         with self._budget.using():
-            self._trainer("put").worker.samples = self._reservoir.seen + len(x)
-            self._reservoir.put(x, y)
+            if self._sender is not None and not self.closed:
+                self._sender.put(x, y)
+            else:
+                self._trainer("put")
+                self._reservoir.put(x, y)
+                self._has_put = True
             self._poll()
 
     def learn(self, budget: float = 0.02, most: int | None = None) -> int:
@@ -218,34 +207,38 @@ class Run:
         """Whether all steps are taken, or any rank has called `stop`: the same on all ranks of the solver.
 
         Read it once in each time step, on every rank of the solver. The answer is that of the last time step: a sum
-        over the ranks that was under way meanwhile. On a rank that reads: whether nobody trained at its last `pull`.
+        over the ranks that was under way meanwhile. On ranks that only read, or feed: whether nobody trains any more.
+        On ranks that train on what others feed alone, also whether these have all called `close`.
         """
-        if self._reader is not None:
+        if self._reader is not None and (self._sender is None or self.closed):
             return self._reader.done or self.closed
         if self._done:
             return True
         with self._budget.using():
-            training = self._trainer("done")
             self._poll()
-            training.is_due()
+            goes_on = self._goes_on()
             if self._agreed is not None:
                 self._wait(self._agreed.Test, "`done`: every rank of the solver must read it once in each time step")
                 unfinished, stopped = self._sums
                 self._done = not unfinished or bool(stopped)
             self._agreed, self._asked = None, self._asked + 1
             if not self._done:
-                self._flags[:] = not training.finished, self._stop
+                self._flags[:] = goes_on, self._stop
                 self._agreed = self._solver.Iallreduce(self._flags, self._sums, MPI.SUM)
             return self._done
 
     def pull(self) -> bool:
-        """On a rank that reads: ask for the newest center; whether one has come since the last call. Never waits."""
+        """On a rank that reads or feeds: ask for the newest center; whether one has come since the last call.
+
+        Never waits.
+        """
         if self._reader is None:
             raise RuntimeError(f"rank {self._rank} does not read: it pulls when it has trained")
         with self._budget.using():
-            arrived = self._reader.poll()
+            self._reader.poll()
+            seen, self._seen = self._seen, self._reader.pulls
             self._reader.pull()
-        return arrived
+        return self._seen > seen
 
     def stop(self) -> None:
         """Let `done` become true on all ranks of the solver."""
@@ -268,7 +261,10 @@ class Run:
             return Status(0, center.steps, center.clock, 0, nan, 1.0)
         reply = (self._reader or self._worker).last_reply
         known = (reply.steps, reply.clock) if reply else (0, 0)
-        return Status(self._taken, *known, self._reservoir.seen, self._loss, self._budget.used)
+        samples, dropped = self._reservoir.seen, 0
+        if self._sender is not None:
+            samples, dropped = self._sender.offered, self._sender.dropped
+        return Status(self._taken, *known, samples, self._loss, self._budget.used, dropped)
 
     # --- the center, and the end ---
 
@@ -301,6 +297,8 @@ class Run:
             return
         if self._training is not None:
             self._training.leave()
+        if self._sender is not None:
+            self._sender.end()
         self._wait(self._has_left)
         if self._served is not None:
             self._served.join()
@@ -310,6 +308,10 @@ class Run:
         self._hook.remove()
         if self._served is not None and self._served.end.lost:
             return  # with dead ranks MPI's collectives would not return
+        if self._end is not None:
+            self._end.close()
+        if self._samples is not None and not fault_tolerant():
+            self._samples.Free()
         if not self.is_center and not fault_tolerant():
             require_equal(self._solver, {"the number of times that `done` was read": str(self._asked)})
             if self._agreed is not None:
@@ -330,14 +332,15 @@ class Run:
         if self.closed:
             raise RuntimeError(f"rank {self._rank}: {what} after close")
         if self._training is None:
-            does, calls = ("reads", "pull") if self._reader else ("is the center", "serve")
-            raise RuntimeError(f"rank {self._rank} {does}, and is no part of the solver: call {calls}, or close")
+            does, calls = ("reads or feeds", "pull") if self._reader else ("is the center", "serve")
+            raise RuntimeError(f"rank {self._rank} {does}, and does not train: call {calls}, or close")
         return self._training
 
     def _is_due(self, training: Unblocking) -> bool:
         return training.is_due() and self._reservoir.seen >= self._batch
 
     def _step(self, training: Unblocking) -> None:
+        training.worker.samples = self._reservoir.seen
         returned = self._surrogate.gradient(self._views, *self._reservoir.batch(self._batch))
         self._loss = pack_gradients(returned, self._layout, self._surrogate.gradient, self._g)
         training.step(self._g, self._loss)
@@ -354,9 +357,24 @@ class Run:
         return self._training.worker
 
     def _poll(self) -> None:
-        """At a rank that serves: serve what has arrived."""
+        """Serve what has arrived, at a rank that serves; take and send samples, where ranks feed."""
         if self._served is not None:
             self._served.poll()
+        if self._receiver is not None:
+            self._receiver.poll()
+        if self._sender is not None:
+            self._sender.poll()
+
+    def _goes_on(self) -> bool:
+        """Whether there is something to train, as far as this rank knows."""
+        if self._reader is not None:
+            self._reader.poll()
+            self._reader.look()
+            return not self._reader.done
+        training = self._trainer("done")
+        training.is_due()
+        no_more_comes = self._receiver is not None and self._receiver.ended and not self._has_put
+        return not (training.finished or no_more_comes)
 
     def _has_begun(self) -> bool:
         """Whether this rank has the center; it may have no work, if the others hold it all."""
@@ -370,6 +388,8 @@ class Run:
         if self._reader is not None:
             self._reader.leave()
         own = all(each.left for each in (self._training, self._reader) if each is not None)
+        own &= self._sender is None or not self._sender.poll()
+        own &= self._receiver is None or self._receiver.ended
         return own and (self._served is None or not self._served.end.live)
 
     def _wait(self, test: Callable[[], bool], what: str = "") -> None:
@@ -389,62 +409,31 @@ class Run:
         wait_until(polled, (lambda: served.end.progress) if served else int)
 
 
-def _agreed(comm: MPI.Intracomm, layout: Layout, facts: Mapping[str, object], reads: bool, center: Place) -> Members:
+def _agreed(comm: MPI.Intracomm, layout: Layout, facts: Mapping[str, object], does: str, center: Place) -> Members:
     """Who takes part; raises ValueError, on all ranks, where they differ in what they train, or none does."""
     require_equal_model(comm, layout, {name: str(value) for name, value in facts.items()})
-    who = [text == "True" for text in allgather(comm, str(bool(reads)))]
+    who = allgather(comm, does)
     return raise_on_all(comm, lambda: Members.of(who, center))
 
 
-def _solver(comm: MPI.Intracomm, role: int, given: MPI.Intracomm | None) -> MPI.Intracomm:
-    """The ranks that `done` is asked with: those of the same role, or a solver's own where it trains; collective."""
-    same = comm.Split(role, comm.rank)
-    if given is not None and role == 1:
+def _solver(comm: MPI.Intracomm, does: str, given: MPI.Intracomm | None) -> MPI.Intracomm:
+    """The ranks that `done` is asked with: those that do the same, or a solver's own where it computes; collective."""
+    same = comm.Split(("serves", "trains", "reads", "feeds").index(does), comm.rank)
+    if given is not None and does in ("trains", "feeds"):
         same.Free()
         same = given.Dup()
     assert isinstance(same, MPI.Intracomm)
     return same
 
 
-def _parts(
-    comm: MPI.Intracomm, members: Members, x: Array, rule: Rule, optimizer: Optimizer, period: int, center: Place,
-    steps: int | None,
-) -> tuple[Served | None, Unblocking | None, Reader | None]:  # fmt: skip
-    """What this rank has: the center, a worker, or what reads; rank 0 may have the first two."""
-    served = Served(comm, rule, x, period, center, steps, members) if comm.rank == CENTER else None
-    if comm.rank not in members.ranks:
-        return served, None, None
-    number = members.number(comm.rank)
-    end = P2PWorker(comm, number=number)
-    if comm.rank in members.read:
-        return served, None, Reader(end, x)
-    worker = Worker(x, rule, optimizer, end, number, overlap=True, wait=False)
-    worker.total = steps
-    return served, Unblocking(worker), None
-
-
-def _checked(
-    surrogate: "str | Surrogate", comm: MPI.Comm, period: int, center: str, optimizer: Optimizer | None, batch: int,
-    steps: int | None, outer_rate: float, seed: int, options: Mapping[str, Any],
-) -> tuple[Surrogate, Layout, Array, Rule, Optimizer]:  # fmt: skip
-    """The surrogate, the layout of its parameters, their vector (n,), the rule and the optimizer; raises ValueError."""
-    needed = ("init", "gradient", "predict")
-    if isinstance(surrogate, str):
-        made: Surrogate = load(surrogate, (), options, needed, "agnmpi.insitu.Surrogate")
-    elif missing := [name for name in needed if not hasattr(surrogate, name)]:
-        raise TypeError(f"{type(surrogate).__name__} has no {', '.join(missing)}: see agnmpi.insitu.Surrogate")
-    else:
-        made = surrogate
-    for name, number in {"period": period, "batch": batch, "steps": 1 if steps is None else steps}.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}")
-    if center not in get_args(Place):
-        raise ValueError(f"center must be one of {', '.join(get_args(Place))}, not {center!r}")
-    if center == "rank" and comm.size < 2:
-        raise ValueError('center="rank" needs another rank, which computes: there is one in all')
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must come from agnmpi (sgd, adam, …), not {optimizer!r}")
-    rule = weighted(agn(), by_samples(outer_rate, period))
-    initial = made.init(np.random.default_rng(seed))
-    layout = Layout.of(initial)
-    return made, layout, layout.pack(initial), rule, optimizer or adam(0.001)
+def _samples(
+    comm: MPI.Intracomm, members: Members, reservoir: Reservoir, seed: int
+) -> tuple[MPI.Intracomm | None, Sender | None, Receiver | None]:
+    """Where ranks feed: the communicator of samples, and what sends or receives them here; collective."""
+    if not members.feed:
+        return None, None, None
+    own = comm.Dup()
+    own.Set_errhandler(MPI.ERRORS_RETURN)
+    if comm.rank in members.feed:
+        return own, Sender(own, members.train, np.random.default_rng([seed, comm.rank])), None
+    return own, None, Receiver(own, members.feed, reservoir) if comm.rank in members.train else None

@@ -87,9 +87,8 @@ class Run(AnyRun):
             checkpoint_workers=checkpoint_workers, state=self._state, load_state=self._resumed_with,
         )  # fmt: skip
         super().__init__(opt, period, checkpoint)
-        index = comm.rank - (comm.size - opt.num_workers)
-        if key is not None and index > 0:
-            self.key = jax.random.fold_in(key, index)
+        if key is not None and opt.worker > 0:
+            self.key = jax.random.fold_in(key, opt.worker)
 
     def update(self, params: Tree, opt_state: Tree = None) -> None:
         """Count the step that has led to `params` and `opt_state`, and exchange when λ are done."""

@@ -185,9 +185,8 @@ class Run(AnyRun):
 
     def _own_randomness(self, comm: MPI.Intracomm) -> None:
         """Let workers with one seed shuffle and drop out in ways of their own; the first goes on as it would alone."""
-        index = comm.rank - (comm.size - self._opt.num_workers)
-        if index > 0:
-            torch.manual_seed(torch.initial_seed() + index)
+        if self._opt.worker > 0:
+            torch.manual_seed(torch.initial_seed() + self._opt.worker)
 
 
 def _checked(stateful: Sequence[Any]) -> Sequence[Any]:

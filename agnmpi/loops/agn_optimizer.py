@@ -251,6 +251,11 @@ class AGNOptimizer:
         return self._loop.session.role.count
 
     @property
+    def worker(self) -> int:
+        """The number of this worker, from 0; spares have those from n on. −1 on a rank that serves."""
+        return self._loop.worker.index if self._loop.worker else -1
+
+    @property
     def num_worker(self) -> int:
         """TensorFlow's name for `num_workers`."""
         return self.num_workers

@@ -294,7 +294,7 @@ class Loop(Warner):
         self._keeper.begins(self.point.steps)
         session.begin(asked.total, self._period)
         if role.serves and not session.single_commits:
-            self._met.update(range(role.count))  # that was collective
+            self._met.update(role.numbers)  # that was collective
         self._began = time.monotonic(), self.point.steps
         self._at_center = None
         if asked.at_center is not None and session.comm.rank == 0:

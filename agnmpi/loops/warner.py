@@ -10,7 +10,7 @@ from typing import Any
 from mpi4py import MPI
 
 from ..cluster.placement import fault_tolerant
-from ..cluster.roles import NodeRole
+from ..cluster.roles import CenterRole, NodeRole
 from ..core.leases import Lease
 from ..core.messages import STOP, Commit, Reply
 from ..core.observer import Observer
@@ -62,11 +62,12 @@ class Warner(Observer):
 
     def _say_who_is_missing(self, heard: int) -> None:
         session, role = self.session, self.session.role
-        if role.serves:
+        if isinstance(role, CenterRole):
             says = not session.rank or isinstance(role, NodeRole)
-            late = [session.members.rank_of(worker) for worker in role.numbers if worker not in self._met]
+            here = {*self._met, *role.end.spares}
+            late = [session.members.rank_of(worker) for worker in role.numbers if worker not in here]
             who = f"{format_ranks(late)} {'are' if len(late) > 1 else 'is'} not" if late and says else ""
-        elif self._heard > heard:
+        elif self._heard > heard or role.workers[0].spare:
             who = ""
         else:
             who = "not every rank is" if session.rule.allreduce else f"rank {session.members.serving[0]} is not"

@@ -139,7 +139,8 @@ class Failover:
             if self._end.residual is not None:
                 end.restore(self._end.residual)
             self._end.replace(self._connector.threaded(end, self._x))
-            self._role.count = self._role.center.workers = self.comm.size - 1
+            count = self._connector.setup.transport.workers_among(self.comm.size)
+            self._role.count = self._role.center.workers = count
         else:
             self._role, source = self._restore(worker, reports, workers_before)
         self._on_role(self._role)
@@ -153,6 +154,8 @@ class Failover:
         state = CenterState.pulled(worker, workers_before)
         if saved is not None and (checkpointed := CenterState.saved(saved)).served > state.served:
             state = checkpointed
+        elif worker.spare and not worker.last_reply:  # it holds no model
+            raise RuntimeError("the center and all workers are lost before the first checkpoint: start the run again")
         role = self._connector.alone(state.c, worker) if self.comm.size == 1 else self._serving(state.c)
         arrays, facts, source = with_slots(state, role.center.optimizer, role.center.state, saved)
         role.resume(arrays, {**facts, "leases": Leases(None, 1).state(), "applied": ()})
@@ -163,6 +166,7 @@ class Failover:
         extra_worker = take_over(role.center, leases, state.applied, reports, first=0 if self.comm.size == 1 else 1)
         if extra_worker is not None:
             self._apply_own_commit(role, extra_worker)
+        worker.spare = False
         if isinstance(role, LocalRole):
             self._train_within(role, worker)
         return role, source

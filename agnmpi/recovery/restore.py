@@ -145,6 +145,8 @@ def _restore_rank(role: Role, checkpoint: Path, arrays: Mapping[str, Array], fac
     if facts["workers"] != role.count:
         return False
     for worker in role.workers:
+        if worker.spare:
+            continue
         worker.checkpoint = int(facts["steps"])
         try:
             restore_worker(worker, *read_worker(checkpoint, worker.index, worker.x.size))

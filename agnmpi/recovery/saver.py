@@ -351,7 +351,7 @@ class WorkerSaver:
     def finish(self, steps: int | None) -> None:
         """At the end: wait for what is being written, and save for the checkpoint after `steps` steps (None: none)."""
         self._writer.close()
-        if steps is None or self._when == "none":
+        if steps is None or self._when == "none" or self.worker.spare:
             return
         try:
             write_worker(self._run, self.worker.index, steps, save_worker(self.worker))

@@ -50,7 +50,8 @@ class SilentWorkers:
         if not self._limit or not self._check_due():
             return
         now = time.monotonic()
-        self._last_seen |= dict.fromkeys(self._role.center.waiting, now)  # these wait for work that others hold
+        # These wait for work that others hold, or to be called.
+        self._last_seen |= dict.fromkeys([*self._role.center.waiting, *self._role.end.spares], now)
         for worker, last in list(self._last_seen.items()):
             rank, silent = self._members.rank_of(worker), now - last
             if rank in self._members.lost:
@@ -66,7 +67,7 @@ class SilentWorkers:
 
     def _wait_no_longer(self, worker: int) -> bool:
         end = self._role.end
-        if worker in end.silent or len({*end.lost, *end.silent, worker}) == self._role.count:
+        if worker in end.silent or len({*end.lost, *end.silent, worker}) == len(self._role.numbers):
             return False  # the last one is always waited for
         self._role.center.worker_lost(worker)
         end.stop_waiting_for(worker)
@@ -82,7 +83,7 @@ def leave_behind(comm: MPI.Intracomm, role: Role, members: Membership, outlives_
         members: who is alive; updated with the unresponsive ones.
         outlives_loss: whether ranks may die meanwhile.
     """
-    if comm.size != role.count + 1:  # already done, or there is no other rank
+    if comm.size == 1 or comm.size != members.count + 1:  # there is no other rank, or it is already done
         return comm
     try:
         if role.serves:
@@ -107,7 +108,7 @@ def leave_behind(comm: MPI.Intracomm, role: Role, members: Membership, outlives_
 def _send_remaining(comm: MPI.Intracomm, role: Role, outlives_loss: bool) -> list[int]:
     assert isinstance(role, CenterRole)
     absent = {*role.end.silent, *role.end.lost}
-    remaining = [0] + [worker + 1 for worker in range(role.count) if worker not in absent]
+    remaining = [0] + [worker + 1 for worker in role.numbers if worker not in absent]
     for rank in remaining[1:]:
         try:
             wait_until(comm.Isend(np.array([len(remaining), *remaining]), rank, _REMAINING).Test)

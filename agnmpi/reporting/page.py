@@ -135,7 +135,7 @@ def _marks(run: Run, x: str) -> list[tuple[float, str, str]]:
         epoch = event.get("epoch", epoch)
         at = event["wall"] if x == "wall" else epoch
         if event["event"] in _BAD:
-            marks.append((at, f"{_TOLD[event['event']]} {_facts(event)}", "bad"))
+            marks.append((at, _what(event), "bad"))
         elif event["event"] == "checkpoint":
             marks.append((at, f"checkpoint at step {event['holds']:,}", "note"))
         if event["event"] == "evaluation" and event["step"] == run.result.get("best", {}).get("step"):
@@ -202,20 +202,17 @@ def _workers(runs: Sequence[Run], names: Sequence[str], most: int = 60) -> str:
 def _happened(runs: Sequence[Run], names: Sequence[str]) -> str:
     rows = [["run", "at", "what"]]
     for run, name in zip(runs, names):
-        rows += [
-            [name, duration(event["wall"]), f"{_TOLD[event['event']]} {_facts(event)}"]
-            for event in run.events
-            if event["event"] in _TOLD
-        ]
+        rows += [[name, duration(event["wall"]), _what(event)] for event in run.events if event["event"] in _TOLD]
         if stopped := run.result.get("stopped"):
             rows.append([name, duration(run.seconds), f"it stopped: {stopped}"])
     return f"<h2>What happened</h2>{_table(rows[:200])}" if len(rows) > 1 else ""
 
 
-def _facts(event: dict[str, Any]) -> str:
+def _what(event: dict[str, Any]) -> str:
     left_out = ("event", "time", "seconds", "wall", "epoch", "clock", "loss", "uncommitted")
     facts = {name: value for name, value in event.items() if name not in left_out}
-    return ", ".join(f"{name} {str(value)[-300:]}" for name, value in facts.items())
+    told = ", ".join(f"{name} {str(value)[-300:]}" for name, value in facts.items())
+    return _TOLD[event["event"]] + (f": {told}" if told else "")
 
 
 def _options(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -227,9 +224,13 @@ def _options(runs: Sequence[Run], names: Sequence[str]) -> str:
     ]
     rows = [["option", *names], *([name, *(_text(run, name) for run in runs)] for name in keys)]
     facts = ("command", "hosts", "mpi", "agnmpi", "versions")
-    rows += [[name, *(str(run.result.get(name, "–")) for run in runs)] for name in facts]
+    rows += [[name, *(_listed(run.result.get(name, "–")) for run in runs)] for name in facts]
     return f"<h2>Configuration</h2>{_table(rows, range(len(differ)) if len(runs) > 1 else ())}"
 
 
 def _text(run: Run, name: str) -> str:
     return str(run.options.get(name, "–"))
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(f"{name} {of}" for name, of in value.items()) if isinstance(value, dict) else str(value)

@@ -30,7 +30,7 @@ def picture(html: str, folder: Path, width: int = 1200) -> bytes:
             "in any browser and print it"
         )
     with tempfile.TemporaryDirectory(prefix="picture-", dir=folder, ignore_cleanup_errors=True) as name:
-        file, shot = Path(name) / "page.html", Path(name) / "page.png"
+        file, shot = Path(name).resolve() / "page.html", Path(name).resolve() / "page.png"
         file.write_text(html + _MEASURE, encoding="utf-8")
         measured = _run(browser, file, width, 100, "--dump-dom")
         height = re.search(r"<title>(\d+)</title>", measured)

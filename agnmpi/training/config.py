@@ -94,7 +94,8 @@ class Config(RunOptions):
 
     def make_transport(self) -> registry.Transport:
         """The transport, with its options."""
-        names = ("centers", "node_centers", "message_buffers", "wire", "center_device", "encoding", "pull_encoding")
+        names = ["centers", "node_centers", "message_buffers", "wire", "center_device", "encoding", "pull_encoding"]
+        names += ["spares"]
         options = {name: getattr(self, name) for name in names}
         return registry.resolve(self.transport, self.make_rule().allreduce, workers=self.workers, **options)
 
@@ -165,6 +166,10 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
     (
         lambda c: c.schedule == "step" and not c.decay_every > 0,
         "schedule 'step' needs decay_every > 0, not {decay_every!r}",
+    ),
+    (
+        lambda c: c.record and c.spares > 0,
+        "record with spares = {spares}: who computed what could not be replayed; leave one of them",
     ),
     (
         lambda c: c.drop_stalled and not c.stall_limit,

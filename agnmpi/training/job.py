@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 from mpi4py import MPI
 
-from ..arrays.backend import Array, bring, current
+from ..arrays.backend import Array, bring, current, empty_like
 from ..cluster.machine import blas_threads, limit_blas
-from ..cluster.placement import check_world, end_sibling, place, process, require_equal_model
+from ..cluster.placement import check_world, end_sibling, process, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.roles import NodeRole
 from ..cluster.setup import Setup, check_setup
@@ -105,13 +105,13 @@ class Job:
         exchange = raise_on_all(self.world, config.make_transport), config.overlap, config.dylu
         self.setup = Setup(*exchange, caller_uses_mpi=False, wait=config.wait).on_hosts(self.world)
         check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
-        self.centers = self.setup.center_ranks
-        trains = self.rank not in self.setup.serving_ranks
-        here = place(self.world, trains)
+        here = self.setup.place(self.world)
         limit_blas(here.threads)
-        device = config.device if trains else config.center_device
+        device = config.center_device if self.rank in self.setup.serving_ranks else config.device
         load = partial(prepare, config.problem, config.options, config.seed, device, here.worker_index, factory)
         self.problem, self.layout, self.x = raise_on_all(self.world, load)
+        if self.setup.is_spare(self.rank, world.size):
+            self.x = empty_like(self.x)  # it holds no model until it is called: what nobody writes takes no memory
         self.plan = raise_on_all(self.world, lambda: plan_of(self.problem, config))
         # Determines the samples of each step.
         self.data = {"samples": self.plan.samples, "batch": config.batch, "seed": config.seed}
@@ -177,7 +177,7 @@ class Job:
     def _begin(self, resumed: Mapping[str, Any] | None, threads: Sequence[int]) -> None:
         """Take up the duties of this rank; raises OSError where the run's files cannot be opened."""
         observer = self.observer
-        consistent = len(self.centers) < 2 or self.setup.transport.capabilities.single_commits
+        consistent = len(self.setup.center_ranks) < 2 or self.setup.transport.capabilities.single_commits
         facts = self.config, self.plan, self.layout, self.data, self.x, self.directory, self.session, consistent
         run = Run(*facts, self.evaluate, observer.name, observer.say, self._on_event)
         observer.begin(run, self.setup, resumed, self._announcements, threads)
@@ -224,10 +224,10 @@ class Job:
         try:
             for step in loop:
                 saver.tick()
-                if self.signals.received and self.centers and not asked:  # it may be this rank's alone
+                if self.signals.received and self.setup.center_ranks and not asked:  # it may be this rank's alone
                     asked = True
                     worker.stop_all()
-                if self._stop_reason and (not self.centers or self.session.comm.size == 1):
+                if self._stop_reason and (not self.setup.center_ranks or self.session.comm.size == 1):
                     loop.close()
                     break
                 yield step

@@ -234,7 +234,7 @@ def introduction(
 ) -> list[str]:
     """Messages about a run of `size` ranks before it begins; `name` describes a rank."""
     workers, centers = role.count, list(map(name, setup.center_ranks))
-    ranks = f"{size} rank{'s' if size > 1 else ''}"
+    ranks = f"{size} rank{'s' if size > 1 else ''}" + f", {config.spares} of them spare" * (config.spares > 0)
     return [
         headline(config, layout, plan),
         f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "

@@ -101,9 +101,14 @@ class RunObserver(Observer):
         others = sum(worker not in lost for worker in self.session.members.workers())
         self.say(
             f"WARNING: {self.name(rank)} is lost, at step {role.center.steps}; what it had not committed goes to the "
-            f"{others} others"
+            f"{min(others, role.count - 1)} others"
         )
         self.note("lost", rank=rank, host=self.hosts[rank], uncommitted=held)
+
+    def joined(self, rank: int) -> None:
+        """Report a spare that takes a lost rank's place."""
+        self.say(f"{self.name(rank)}, a spare, takes a lost rank's place")
+        self.note("joined", rank=rank, host=self.hosts[rank])
 
     def given_up(self, lease: Lease) -> None:
         """Report steps that are given up."""

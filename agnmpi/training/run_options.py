@@ -87,6 +87,9 @@ class RunOptions:
         least=1,
         most=100_000,
     )
+    spares: int = option(
+        0, "transport", "the last k ranks wait, and take the places of lost ones (ULFM; p2p, one center)", int, least=0
+    )
     message_buffers: int = option(
         4, "transport", "vectors at a p2p center for messages on their way", int, least=1, also=("slots",)
     )

@@ -11,7 +11,6 @@ from mpi4py import MPI
 from ..arrays.backend import Array
 from ..arrays.kernels import set_threads
 from ..cluster.connect import Connector
-from ..cluster.placement import place
 from ..cluster.role import Role
 from ..cluster.roles import CenterRole
 from ..cluster.setup import Setup, outlives_loss
@@ -53,13 +52,13 @@ class Session:
         saved: Callable[[], Saved | None] = lambda: None,
         drop_silent: bool = False,
     ) -> None:
-        setup = setup.with_replication()
+        setup = setup.beginning(comm.size)
         # With node centers: workers, then node centers, by their numbers.
         others = [*setup.workers(comm.size), *(node for node, *_ in setup.nodes)] if setup.nodes else []
         self.rule, self.members = rule, Membership(comm.size, setup.center_ranks, others)
         self.single_commits = setup.transport.capabilities.single_commits
         self.rank = comm.rank  # at the beginning
-        self.threads = place(comm, comm.rank not in setup.serving_ranks).threads  # this rank's share of the cores
+        self.threads = setup.place(comm).threads  # this rank's share of the cores
         set_threads(self.threads)
         self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
         connector = Connector(rule, optimizer, center_optimizer, setup, observer)
@@ -158,9 +157,10 @@ class Session:
         self._watch_workers()
 
     def _watch_workers(self) -> None:
-        """At the center: receive notice of workers that die."""
+        """At the center: receive notice of workers that die, and of spares that take their places."""
         if isinstance(self.role, CenterRole):
             self.role.end.on_loss = self._worker_lost
+            self.role.end.on_join = lambda worker: self._observer.joined(self.members.rank_of(worker))
 
     def _worker_lost(self, worker: int) -> None:
         center = self.role.center

@@ -52,11 +52,25 @@ class AccumulateWorker(WindowsWorker):
 
     Its limits: sums are atomic per element only, so a pull may contain part of a commit under way; commits are neither
     ordered nor weighed nor refused. Rank 0 need not be in MPI on a machine with shared memory.
-    `like`: a vector like x (n,); `most`: bytes per MPI call.
+
+    Args:
+        comm: of our own; c lies at its rank 0.
+        like: a vector like x (n,).
+        wire: how vectors are handed to MPI.
+        most: bytes per MPI call.
+        number: of this worker, where every rank has one, rank 0 too; c begins as rank 0's `like`.
     """
 
-    def __init__(self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MAX_CALL_BYTES) -> None:
-        super().__init__(Windows(comm, like, 0, most, _INLINE), wire)
+    patience = PATIENCE  # failed commits in a row after which this worker leaves
+
+    def __init__(
+        self, comm: MPI.Comm, like: Array, wire: Wire | None = None, most: int = MAX_CALL_BYTES,
+        number: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(Windows(comm, like, 0, most, _INLINE, trains=number is not None), wire, number)
+        if comm.rank == CENTER:
+            self.windows.vector()[...] = like
+            self.windows.sync()
         self._lock = ReadersLock(ControlWord(self.windows, READERS))  # the center saves c while nobody has it
         self._division = Division(None, 1, 0, [])
         self._held: list[Lease] = []  # what this worker was granted and has not summed
@@ -94,7 +108,8 @@ class AccumulateWorker(WindowsWorker):
         self._stalest = int(head[STALEST])
         if out is not None:
             windows.pull(self.wire, out)  # a race by design: others may be adding to c
-        control = STOP if self._failed >= PATIENCE else int(head[CONTROL])  # it leaves alone: the others may be well
+        # It leaves alone: the others may be well.
+        control = STOP if self._failed >= self.patience else int(head[CONTROL])
         work = NONE
         if commit.requests & WORK and control != STOP:
             work = self._grant(commit.wanted, int(head[NEXT]))

@@ -5,7 +5,7 @@ Any transport that carries bytes carries an encoded vector.
 
 from collections.abc import Callable, Sequence
 
-from ..arrays.backend import Array, empty, empty_like, full_like
+from ..arrays.backend import Array, empty, empty_like, zeros_like
 from ..arrays.encodings import Encoding, get
 from ..core.ends import Handle, WorkerEnd, all_done
 from ..core.leases import Leases
@@ -122,7 +122,7 @@ class EncodedEnd(WorkerEnd):
 
     def __init__(self, end: WorkerEnd, like: Array, commits: Encoding, pulls: Encoding) -> None:
         self.end, self.commits, self.pulls = end, commits, pulls
-        self._residual = None if commits.exact else full_like(like, 0)
+        self._residual = None if commits.exact else zeros_like(like)
         self._next = None if commits.exact else empty_like(like)  # the residual, if the commit is accepted
         self._sent = None if commits.exact else empty(commits.nbytes(like.size, like.dtype), "u1", like)
         self._received = None if pulls.exact else empty(pulls.nbytes(like.size, like.dtype), "u1", like)

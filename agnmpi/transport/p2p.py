@@ -18,12 +18,13 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring, to_host
 from ..core.backoff import wait_until
 from ..core.ends import Chained, Handle, WorkerEnd
-from ..core.messages import LEAVE, PULL, Commit, Reply, reply_bytes
+from ..core.messages import LEAVE, PULL, SPARE, Commit, Reply, reply_bytes
 from .chunks import ALL, INLINE, PIECE, Stream, Ticks
 from .peers import CENTER_VARIABLE, DELTA, HEADER, REPLY
 from .staging import Direct, Wire, cut
 
 CENTER = 0  # rank
+_ASLEEP = 0.02  # seconds between two looks of a spare
 # Pieces of a delta on their way at once. With ULFM few: see PIECE. With 4 or 8 of them Open MPI 5.0.11 took 1.25 times
 # as long for 24 MB as with 16, and more gave nothing.
 IN_FLIGHT = 16
@@ -38,6 +39,7 @@ class _Exchange:
     ) -> None:  # fmt: skip
         self._wire, self._out, self._headers = wire, out, headers
         self._done: Reply | None = None
+        self._pace = (0.0, _ASLEEP) if commit.requests & SPARE else (None, None)  # of waiting
         self._ticks = Ticks()
         self._streams: list[Stream] = []
         payload = commit.payload
@@ -78,7 +80,7 @@ class _Exchange:
         return self._ticks.count - len(self._requests)
 
     def wait(self) -> Reply:
-        wait_until(self.test, self._progress)
+        wait_until(self.test, self._progress, *self._pace)
         assert self._done is not None
         return self._done
 

@@ -11,10 +11,9 @@ from ..arrays.backend import Array, to_host
 from ..arrays.encodings import get
 from ..core.backoff import wait_until
 from ..core.ends import Apply, CenterEnd
-from ..core.messages import ENCODED, LEAVE, MISFIT, PULL, Commit, Reply
-from .chunks import ALL, INLINE, PIECE, Stream, Ticks, discarded
-from .peers import CENTER_VARIABLE, DELTA, REPLY, Answer, Buffer, Listener, Peer, Peers, State, Vectors, peer_failed
-from .staging import cut
+from ..core.messages import ENCODED, LEAVE, MISFIT, PULL, SPARE, UNCALLED, Commit, Reply
+from .chunks import ALL, INLINE, Ticks
+from .peers import REPLY, Answer, Buffer, Listener, Peer, Peers, State, Vectors, peer_failed
 
 CENTER = 0  # rank
 _PAUSE = 2e-4  # least time between polls while a commit is applied, in seconds
@@ -34,12 +33,14 @@ class P2PCenter(CenterEnd):
         wire: "staged" or "direct", where c lies on a device.
         pull_encoding: Of c in the replies to those who ask for it.
         numbers: Of the workers, where they are not 0, 1, …
+        kept: Workers that spares keep up, as long as there are any.
         trains: Whether rank 0 is a worker, too, the last: by messages to itself, so neither may wait for the other.
 
     Attributes:
         lost: Workers that have died, with `on_loss` alone; else the error is raised.
         silent: Workers that nobody waits for, until they send something.
         on_loss: Called with each worker that has died, between two messages.
+        on_join: Called with each spare that takes its place.
         on_whole: Called with each message when it is complete, possibly during an apply.
         hold: While this is true of a commit with payload, the receive of its delta does not begin.
         in_flight_deltas: Deltas whose receive has begun and that are not applied yet.
@@ -49,7 +50,7 @@ class P2PCenter(CenterEnd):
 
     def __init__(
         self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged", pull_encoding: str = "float32",
-        numbers: Sequence[int] = (), trains: bool = False,
+        numbers: Sequence[int] = (), trains: bool = False, kept: int = 0,
     ) -> None:  # fmt: skip
         if message_buffers < 1:
             raise ValueError(f"the center needs at least one message buffer, not {message_buffers}")
@@ -61,15 +62,14 @@ class P2PCenter(CenterEnd):
         self._expected = set[int]()  # workers that have not left, and are neither lost nor silent
         self._leave_reply: Reply | None = None  # the reply to workers that have left
         self._left = 0  # workers that have left this session
+        self._kept = kept
         self._dying: deque[Peer] = deque()  # lost, but not reported yet
         self._serving: Peer | None = None  # whose message is being applied
         self._ticks = Ticks()
         self._poll_at = self._retry_at = 0.0  # times of the next poll, and of the next try of parked requests
         self.lost: set[int] = set()
         self.silent: set[int] = set()
-        self.on_loss: Callable[[int], None] | None = None
         self.on_whole: Callable[[Commit], None] | None = None
-        self.hold: Callable[[Commit], bool] | None = None
 
     @property
     def c(self) -> Array:
@@ -84,7 +84,12 @@ class P2PCenter(CenterEnd):
     @property
     def deserted(self) -> bool:
         """Whether all workers were lost, and none has left."""
-        return not self.live and not self._left
+        return not self.live and not self._left and not self._peers.any(State.SPARE)
+
+    @property
+    def spares(self) -> list[int]:
+        """As `CenterEnd.spares`."""
+        return [peer.index for peer in self._peers.at(State.SPARE)]
 
     @property
     def progress(self) -> int:
@@ -132,6 +137,11 @@ class P2PCenter(CenterEnd):
 
     def _serve(self, peer: Peer, apply: Apply) -> None:
         commit, buffer = peer.commit, peer.buffer
+        if commit.requests & SPARE:
+            self._peers.move(peer, State.SPARE)
+            self._expected.discard(peer.index)
+            self._answer_left()
+            return
         peer.buffer, self._serving = None, peer
         self._peers.move(peer, State.ANSWERING)
         reply = apply(commit if buffer is None else commit._replace(payload=buffer.delta), self.c)
@@ -187,7 +197,7 @@ class P2PCenter(CenterEnd):
             if peer.commit.requests & PULL and source.x.nbytes <= INLINE:
                 header = to_host(source.x).tobytes() + header
             elif peer.commit.requests & PULL:
-                self._send(peer, source, source.x.size)
+                peer.send(source, source.x.size, self._ticks)
             request = peer.comm.Isend(header, peer.rank, REPLY)
             peer.answer, peer.out = Answer(header, request, peer.out, source), None
             source.readers += peer.answer.stream is not None
@@ -195,15 +205,6 @@ class P2PCenter(CenterEnd):
 
         if self._try(peer, begin):
             self._push(peer)
-
-    def _send(self, peer: Peer, source: Buffer, stop: int) -> bool:
-        """Send c in `source` to a worker, up to element `stop`."""
-        c = source.x
-        if peer.out is None:
-            post = partial(peer.comm.Isend, dest=peer.rank, tag=CENTER_VARIABLE)
-            peer.out = Stream(post, source.outgoing(), c.size, self._ticks, limit=0)
-        peer.out.extend(stop if stop == c.size else stop - stop % (PIECE // c.dtype.itemsize))
-        return True
 
     def _push(self, peer: Peer) -> None:
         """Make progress on a reply; once it is sent, go on with that worker's next message."""
@@ -221,8 +222,6 @@ class P2PCenter(CenterEnd):
             self._vectors.done_reading(answer.buffer, self._lent())
 
     def _used_by_silent(self) -> set[Buffer]:
-        if not self.silent:
-            return set()
         return set[Buffer]().union(*(self._peers.all[worker].buffers_in_use for worker in self.silent))
 
     def _lent(self) -> int:
@@ -240,7 +239,7 @@ class P2PCenter(CenterEnd):
         peer = self._serving
         follows = peer and peer.state is not State.LOST and peer.commit.requests & (PULL | ENCODED) == PULL
         if peer and follows and self.c.nbytes > INLINE:
-            self._try(peer, partial(self._send, peer, self._vectors.center, stop))
+            self._try(peer, partial(peer.send, self._vectors.center, stop, self._ticks))
         if self.live > 1 and time.perf_counter() >= self._poll_at:
             self._poll()
 
@@ -320,21 +319,16 @@ class P2PCenter(CenterEnd):
             self.in_flight_deltas += 1
             self._complete(peer)
             return True
-        post, nbytes = partial(peer.comm.Irecv, source=peer.rank, tag=DELTA), peer.commit.nbytes
-        if peer.commit.flags & MISFIT:
-            peer.delta = Stream(post, discarded(nbytes), nbytes, self._ticks, in_flight=1, limit=0)
-        else:
-            buffer = peer.buffer = self._vectors.messages.acquire(self._lent())
-            if buffer is None:
+        if not peer.commit.flags & MISFIT:
+            peer.buffer = self._vectors.messages.acquire(self._lent())
+            if peer.buffer is None:
                 return False
-            buffer.delta = delta = buffer.x if not peer.commit.encoding else buffer.x.view("u1")[:nbytes]
-            pieces, arrived = cut(buffer.wire.incoming(delta), PIECE), partial(buffer.wire.arrived, delta)
-            peer.delta = Stream(post, pieces, delta.size, self._ticks, done=arrived, limit=0)
+        delta = peer.receive(self._ticks)
         self._peers.move(peer, State.RECEIVING)
         self.in_flight_deltas += 1
         # The stream belongs to the peer already: if a later receive fails, the memory of the posted ones lives on
         # there.
-        self._try(peer, partial(peer.delta.extend, ALL))
+        self._try(peer, partial(delta.extend, ALL))
         return True
 
     def _flush(self) -> bool:
@@ -349,13 +343,26 @@ class P2PCenter(CenterEnd):
 
     def _answer_left(self) -> None:
         """Answer the workers that have left, once all have."""
+        self._call_spares()
         if self.live or self._leave_reply is None:
             return
         leave_reply, self._leave_reply = self._leave_reply, None
-        for peer in self._peers.at(State.LEFT):
+        replies = {State.LEFT: leave_reply, State.SPARE: leave_reply._replace(control=UNCALLED)}
+        for peer, reply in [(peer, replies[state]) for state in replies for peer in self._peers.at(state)]:
             self._peers.move(peer, State.ANSWERING)
-            self._answer(peer, leave_reply)
+            self._answer(peer, reply)
         wait_until(self._flush)
+
+    def _call_spares(self) -> None:
+        """Let spares that wait take the places of workers that are lost, or that nobody waits for."""
+        spares = sorted(self._peers.at(State.SPARE), key=lambda peer: peer.index)
+        workers = len(self._peers.all) - len(self.lost | self.silent) - len(spares)
+        for peer in spares[: max(0, self._kept - workers)]:
+            self._expected.add(peer.index)
+            peer.commit = peer.commit._replace(requests=peer.commit.requests & ~SPARE)
+            self._peers.move(peer, State.READY)
+            if self.on_join is not None:
+                self.on_join(peer.index)
 
     def _not_silent(self, peer: Peer) -> None:
         if peer.index in self.silent:

@@ -3,6 +3,7 @@
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from enum import IntEnum
+from functools import partial
 from itertools import tee
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring, empty
 from ..arrays.encodings import Encoding, encode_pull, sizes
 from ..core.messages import COMMIT_BYTES, ENCODED, MISFIT, Commit
-from .chunks import INLINE, PIECE, Stream
+from .chunks import INLINE, PIECE, Stream, Ticks, discarded
 from .staging import Wire, cut, make_wire
 
 HEADER, DELTA, REPLY, CENTER_VARIABLE = range(1, 5)  # tags, on a communicator of our own
@@ -171,7 +172,8 @@ class State(IntEnum):
     PARKED = 4  # it requests work, and is answered when there is some
     ANSWERING = 5  # it is being applied, or its reply is on its way
     LEFT = 6  # the worker has left; it is answered when all have left
-    LOST = 7  # its worker is dead
+    SPARE = 7  # it waits to take a worker's place; it is answered when it does, or when all have left
+    LOST = 8  # its worker is dead
 
 
 class Answer(NamedTuple):
@@ -202,6 +204,25 @@ class Peer:
         self.delta: Stream | None = None
         self.out: Stream | None = None  # c, sent block by block while the delta is applied
         self.answer: Answer | None = None
+
+    def receive(self, ticks: Ticks) -> Stream:
+        """Where the delta of the current message is received: in its buffer; without one it is discarded."""
+        post, nbytes, buffer = partial(self.comm.Irecv, source=self.rank, tag=DELTA), self.commit.nbytes, self.buffer
+        if buffer is None:
+            self.delta = Stream(post, discarded(nbytes), nbytes, ticks, in_flight=1, limit=0)
+        else:
+            buffer.delta = delta = buffer.x if not self.commit.encoding else buffer.x.view("u1")[:nbytes]
+            pieces, arrived = cut(buffer.wire.incoming(delta), PIECE), partial(buffer.wire.arrived, delta)
+            self.delta = Stream(post, pieces, delta.size, ticks, done=arrived, limit=0)
+        return self.delta
+
+    def send(self, source: Buffer, stop: int, ticks: Ticks) -> None:
+        """Send c in `source`, up to element `stop`."""
+        c = source.x
+        if self.out is None:
+            post = partial(self.comm.Isend, dest=self.rank, tag=CENTER_VARIABLE)
+            self.out = Stream(post, source.outgoing(), c.size, ticks, limit=0)
+        self.out.extend(stop if stop == c.size else stop - stop % (PIECE // c.dtype.itemsize))
 
     @property
     def buffers_in_use(self) -> set[Buffer]:

@@ -45,6 +45,8 @@ class Transport:
         wire: of vectors on a device: "staged" through pinned host memory, "direct" with CUDA-aware MPI, or "auto".
         center_device: "gpu" keeps the center where rank 0's parameters lie, else "cpu".
         workers: where all of them run in one process.
+        spares: the last ranks, which take the places of lost ones (ULFM).
+        kept: the number of workers that spares keep up; set at the beginning. 0: all are workers.
         replicates_state: replies hold the center's state beside c, so that a worker can take over.
         encoding: of commits on the wire, a name of `arrays.encodings`.
         pull_encoding: of pulls.
@@ -65,6 +67,8 @@ class Transport:
     wire: str = "auto"
     center_device: str = "cpu"
     workers: int = 1
+    spares: int = 0
+    kept: int = 0
     replicates_state: bool = False
     encoding: str = "float32"
     pull_encoding: str = "float32"
@@ -73,6 +77,8 @@ class Transport:
         for name in ("centers", "message_buffers", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}")
+        if self.spares < 0:
+            raise ValueError(f"spares must not be negative, but is {self.spares!r}")
         if self.center_device == "gpu" and not self.capabilities.device_center:
             raise ValueError(f"a center on a GPU needs transport {names_with('device_center')}, not {self.name}")
         for name in ("encoding", "pull_encoding"):
@@ -95,7 +101,7 @@ class Transport:
     def workers_among(self, size: int) -> int:
         """Number of workers n in a world of `size` ranks."""
         if self.capabilities.center_ranks or self.capabilities.together:
-            return size - self.serving_ranks
+            return min(size - self.serving_ranks, self.kept or size)
         return self.workers
 
 
@@ -110,7 +116,7 @@ def _p2p_center(comm: "MPI.Comm", c: Array, transport: Transport) -> CenterEnd:
     from .p2p_center import P2PCenter
 
     options = transport.message_buffers, transport.wire, transport.pull_encoding, transport.numbers
-    return P2PCenter(comm, c, *options)
+    return P2PCenter(comm, c, *options, kept=transport.kept)
 
 
 def _rma_worker(comm: "MPI.Comm", like: Array, transport: Transport) -> WorkerEnd:
@@ -274,7 +280,7 @@ def locked(name: str, use_locking: bool) -> str:
 
 def p2p(
     centers: Centers = 1, message_buffers: int = 4, wire: str = "auto", center_device: str = "cpu",
-    encoding: str = "float32", pull_encoding: str = "float32", node_centers: bool = False,
+    encoding: str = "float32", pull_encoding: str = "float32", node_centers: bool = False, spares: int = 0,
 ) -> Transport:  # fmt: skip
     """Two-sided messages: the center applies one whole commit after the other; the default, the best across hosts.
 
@@ -288,13 +294,14 @@ def p2p(
         pull_encoding: of pulls, likewise, without.
         node_centers: whether, on each host of three ranks or more beside the center's, the lowest rank adds up the
             commits of the others and exchanges their sums with the center; encodings are of these sums. Default False.
+        spares: k, the last ranks wait, without work, and each takes the place of a lost one at once (ULFM). Default 0.
 
     Raises:
-        ValueError: for a number below 1, or an unknown encoding.
+        ValueError: for a number below 1 (spares: 0), or an unknown encoding.
     """
     return resolve(
         "p2p", centers=centers, message_buffers=message_buffers, wire=wire, center_device=center_device,
-        encoding=encoding, pull_encoding=pull_encoding, node_centers=node_centers,
+        encoding=encoding, pull_encoding=pull_encoding, node_centers=node_centers, spares=spares,
     )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ class Windows:
         inline: bytes of a vector that are written behind each header and each reply.
         slot_bytes: of each slot; None: of a vector.
         encoded_bytes: of c as it is pulled, behind c.
+        trains: whether rank 0 is a worker, too.
 
     Raises:
         ConfigError: on all ranks, if it does not fit.
@@ -64,10 +65,10 @@ class Windows:
 
     def __init__(
         self, comm: MPI.Comm, like: Array, slots: int, most: int = MAX_CALL_BYTES, inline: int = 0,
-        slot_bytes: int | None = None, encoded_bytes: int = 0,
+        slot_bytes: int | None = None, encoded_bytes: int = 0, trains: bool = False,
     ) -> None:  # fmt: skip
         require_equal(comm, {"size of the vector": str(like.size), "dtype": str(like.dtype)})
-        self.comm, self.dtype, self.size, self.workers = comm, like.dtype, like.size, comm.size - 1
+        self.comm, self.dtype, self.size, self.workers = comm, like.dtype, like.size, comm.size - (not trains)
         self.slot_bytes = like.nbytes if slot_bytes is None else slot_bytes
         self.stride, self.slot_stride = _whole_pages(like.nbytes), _whole_pages(self.slot_bytes)
         self._most, workers = most, self.workers
@@ -237,10 +238,11 @@ class Windows:
 
 
 class WindowsWorker(WorkerEnd):
-    """Base of the workers' ends over windows; every rank but 0 of the windows' communicator."""
+    """Base of the workers' ends over windows; every rank but 0 of the windows' communicator, or with a `number` all."""
 
-    def __init__(self, windows: Windows, wire: Wire | None) -> None:
-        self.windows, self.worker, self.wire = windows, windows.comm.rank - 1, wire or Direct()
+    def __init__(self, windows: Windows, wire: Wire | None, number: int | None = None) -> None:
+        self.worker = windows.comm.rank - 1 if number is None else number
+        self.windows, self.wire = windows, wire or Direct()
 
     def close(self) -> None:
         """Free the windows; collective."""

@@ -148,13 +148,22 @@ def test_a_rank_that_serves_has_the_threads_of_one(comm, placed, monkeypatch):
     centers, trains = placed("block"), []
     original = placement.place
 
-    def place(comm, busy):
+    def place(comm, busy, spare):
         trains.append(busy)
-        return original(comm, busy)
+        return original(comm, busy, spare)
 
-    monkeypatch.setattr("agnmpi.training.session.place", place)
+    monkeypatch.setattr("agnmpi.cluster.setup.place", place)
     AGNOptimizer(sgd(0.1), np.zeros(3), comm, transport=registry.p2p(centers="hosts")).close()
     assert trains == [comm.rank not in centers]
+
+
+def test_a_spare_has_a_workers_share_of_the_cores_and_takes_none(comm, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(12)))
+    spares = int(comm.size > 2)
+    place = placement.place(comm, comm.rank > 0, comm.rank >= comm.size - spares)
+    assert place.threads == (12 // (comm.size - 1 - spares) if comm.rank else 1)
+    assert place.worker_index == max(0, comm.rank - 1)
 
 
 def test_the_bench_of_a_problem_measures_with_these_centers(comm, placed, tmp_path):

@@ -7,6 +7,8 @@ from mpi4py import MPI
 from surrogates import Fails, Mean, Ring
 
 from agnmpi import ConfigError, insitu, sgd
+from agnmpi.core.backoff import wait_until
+from agnmpi.frameworks.samples import Receiver, Reservoir, Sender
 from agnmpi.recovery.files import load
 
 pytestmark = pytest.mark.mpi
@@ -18,15 +20,18 @@ def computes(comm, center):
 
 
 def play(comm, seed, **given):
-    """A coupled solver, by a schedule drawn from `seed`: model, λ, who serves, how it ends, how many steps it takes."""
+    """Coupled solvers, by a schedule drawn from `seed`: who serves and feeds, model, λ, how it ends, steps it takes."""
     draw = np.random.default_rng([seed, comm.size])  # the same on all ranks
-    center = draw.choice(["solver", "thread", *(["rank"] if comm.size > 1 else [])])
+    center = draw.choice(["solver", "thread", "none", *(["rank"] if comm.size > 1 else [])])
     period, size = int(draw.integers(1, 13)), int(draw.choice([1, 600, 5000]))
     end, at = draw.choice(["steps", "time", "stop"]), int(draw.integers(1, 60))
     total, stopper = int(draw.integers(1, 400)), int(draw.integers(comm.size))
-    solver_comm = comm.Split(int(computes(comm, center)), comm.rank)
+    others = draw.permutation(range(1, comm.size)).tolist()
+    feeding = others[: draw.integers(max(1, len(others) + (center != "rank")))]  # one trains, at least
+    does = ("serves", "trains", "feeds")[2 if comm.rank in feeding else computes(comm, center)]
+    solver_comm = comm.Split(("serves", "trains", "feeds").index(does), comm.rank)
     given = {"optimizer": sgd(0.1), "batch": 4, "period": period, "center": center} | given
-    run = insitu.Run(Mean(size), comm, steps=total if end == "steps" else None, **given)
+    run = insitu.Run(Mean(size), comm, steps=total if end == "steps" else None, feeds=does == "feeds", **given)
     own, t = np.random.default_rng([seed, comm.size, comm.rank]), 0
     if run.is_center:
         list(run.serve())
@@ -36,7 +41,7 @@ def play(comm, seed, **given):
             solver.step()
             if own.integers(4):
                 run.put(np.zeros(3), np.ones(3))
-            for _ in range(own.integers(3)):
+            for _ in range(own.integers(3) if does == "trains" else 0):
                 run.learn(ALWAYS, most=int(own.integers(8)))
             if own.integers(10) == 0:
                 time.sleep(1e-3 * own.random())
@@ -44,13 +49,15 @@ def play(comm, seed, **given):
                 run.stop()
             t += 1
     run.close()
-    ends = comm.allgather((t, run.status.steps, run.status.all_steps, run.params["w"].tobytes(), run.is_center))
+    status = run.status
+    ends = comm.allgather((does, t, status.steps, status.all_steps, run.params["w"].tobytes()))
     solver_comm.Free()
-    assert len({t for t, _, _, _, is_center in ends if not is_center}) == 1
-    assert len({(all_steps, w) for _, _, all_steps, w, _ in ends}) == 1
-    assert sum(steps for _, steps, _, _, _ in ends) == ends[0][2]
-    assert end != "steps" or ends[0][2] == total
-    assert end != "time" or t == (0 if run.is_center else at)
+    assert len({(does, t) for does, t, *_ in ends}) == len({does for does, *_ in ends})  # each ends in one time step
+    assert len({(all_steps, w) for *_, all_steps, w in ends}) == 1
+    assert sum(steps for _, _, steps, _, _ in ends) == ends[0][3]
+    assert end != "steps" or ends[0][3] == total
+    # Who feeds is done when nobody trains; who trains on that alone, when nobody feeds.
+    assert end != "time" or t == (0 if run.is_center else at) or (feeding and t < at)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -59,8 +66,9 @@ def test_a_coupled_solver_ends_by_any_schedule(comm, seed):
 
 
 @pytest.mark.long
-def test_a_coupled_solver_ends_by_any_of_200_schedules(comm):
-    for seed in range(100, 300):
+@pytest.mark.parametrize("first", range(100, 300, 20))
+def test_a_coupled_solver_ends_by_any_of_200_schedules(comm, first):
+    for seed in range(first, first + 20):
         play(comm, seed)
 
 
@@ -71,9 +79,10 @@ def put_and_learn(run, calls):
         run.learn(ALWAYS, most=3)
 
 
-def test_fewer_steps_than_ranks(comm):
+@pytest.mark.parametrize("center", ["solver", "none"])
+def test_fewer_steps_than_ranks(comm, center):
     """Most ranks have no work when the run begins, and must not wait for those that have."""
-    run = insitu.Run(Mean(), comm, 5, optimizer=sgd(0.1), batch=1, steps=1)
+    run = insitu.Run(Mean(), comm, 5, center, optimizer=sgd(0.1), batch=1, steps=1)
     while not run.done:
         run.put(np.zeros(1), np.ones(1))
         run.learn(ALWAYS)
@@ -82,10 +91,11 @@ def test_fewer_steps_than_ranks(comm):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("center", ["solver", "none"])
 @pytest.mark.parametrize("late", [0, 1])
-def test_no_call_waits_for_a_rank_that_does_not_call(comm, late):
+def test_no_call_waits_for_a_rank_that_does_not_call(comm, late, center):
     """One rank calls nothing until the others have done all their calls, and tell it."""
-    run = insitu.Run(Mean(5000), comm, 2, optimizer=sgd(0.1), batch=4)
+    run = insitu.Run(Mean(5000), comm, 2, center, optimizer=sgd(0.1), batch=4)
     if comm.rank != late:
         put_and_learn(run, 30)
     comm.Barrier()
@@ -112,12 +122,13 @@ def test_a_thread_serves_while_rank_0_is_elsewhere(comm):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_fast_rank_does_not_bend_the_optimum(comm):
+@pytest.mark.parametrize("center", ["solver", pytest.param("none", marks=pytest.mark.long)])
+def test_a_fast_rank_does_not_bend_the_optimum(comm, center):
     """Rank 0 takes three times the steps: the center is at the mean over all samples, of which the last rank has half.
 
     Each rank takes its turn when it has the answer to its last: no turn is skipped, however the machine is loaded.
     """
-    run = insitu.Run(Mean(), comm, 4, optimizer=sgd(0.02), batch=1)
+    run = insitu.Run(Mean(), comm, 4, center, optimizer=sgd(0.02), batch=1)
     each, last = 10, comm.rank == comm.size - 1
     count = each * (comm.size - 1 if last else 1)
     run.put(np.zeros(count), np.full(count, float(last)))
@@ -132,18 +143,20 @@ def test_a_fast_rank_does_not_bend_the_optimum(comm):
     assert abs(np.mean(seen) - 0.5) < 0.1
 
 
-def test_a_network_that_fails_does_not_end_the_solver(comm):
+@pytest.mark.parametrize("center", ["solver", "none"])
+def test_a_network_that_fails_does_not_end_the_solver(comm, center):
+    """Rank 0 says it, or each rank, where nobody serves."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        run = insitu.Run(Fails(), comm, 2, batch=1)
+        run = insitu.Run(Fails(), comm, 2, center, batch=1)
         put_and_learn(run, 60)
         run.close()
     assert run.params["w"].tolist() == [0]
-    assert sum("has sent NaN or infinity" in str(w.message) for w in said) == (comm.rank == 0)
+    assert sum("has sent NaN or infinity" in str(w.message) for w in said) == (comm.rank == 0 or center == "none")
 
 
 @pytest.mark.mpi(min_size=3)
-@pytest.mark.parametrize("center", ["solver", "rank", "thread"])
+@pytest.mark.parametrize("center", ["solver", "rank", "thread", "none"])
 def test_a_rank_reads_what_the_others_train(comm, center):
     """It sees the center move, commits nothing, and is done when the others are; a solver goes on without it.
 
@@ -183,11 +196,99 @@ def test_a_rank_reads_what_the_others_train(comm, center):
     solver.Free()
 
 
+@pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize("center", ["solver", "rank", "none"])
+def test_ranks_that_feed_are_a_solver_and_the_others_train(comm, center):
+    """They take no step, see the center move, and end when all steps are taken; no sample is lost uncounted."""
+    feeds = comm.rank > 1
+    run = insitu.Run(Mean(), comm, 2, center, optimizer=sgd(0.1), batch=8, steps=40, feeds=feeds)
+    solver, has_moved = Ring(comm.Split(int(feeds), comm.rank)), False
+    while not (run.is_center or run.done):
+        if feeds:
+            solver.step()
+            run.put(np.zeros((5, 2)), np.ones(5))
+            has_moved |= run.pull() and run.status.clock > 0
+        elif not run.learn(ALWAYS, most=1):
+            time.sleep(1e-4)
+    run.close()
+    status = run.status
+    ends = comm.allgather((feeds, status.samples - status.dropped, status.steps * (not run.is_center)))
+    assert sum(samples if feeds else -samples for feeds, samples, _ in ends) == 0
+    assert [steps for feeds, _, steps in ends if feeds] == [0] * (comm.size - 2)
+    assert sum(steps for _, _, steps in ends) == status.all_steps == 40
+    assert comm.allreduce(has_moved, MPI.LOR)
+    assert len(set(comm.allgather(run.params["w"].tobytes()))) == 1
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_rank_that_feeds_waits_for_none_that_trains(comm):
+    """What nobody takes is dropped, and counted; without an end the training ends when nobody feeds any more."""
+    run = insitu.Run(Mean(), comm, 2, optimizer=sgd(0.1), batch=1, feeds=comm.rank > 0)
+    if comm.rank > 0:
+        for i in range(100):
+            run.put(np.zeros(1), np.full(1, i))
+        assert run.status.samples == 100
+        assert run.status.dropped >= 50
+    comm.Barrier()
+    while comm.rank == 0 and not run.learn(ALWAYS, most=1):
+        time.sleep(1e-4)
+    while comm.rank == 0 and not run.done:
+        run.learn(ALWAYS, most=1)
+    run.close()
+    kept = comm.allreduce((run.status.samples - run.status.dropped) * (comm.rank > 0))
+    assert comm.rank > 0 or run.status.samples == kept > 0
+    assert run.status.all_steps > 0
+
+
+@pytest.mark.mpi(min_size=2)
+def test_what_is_sent_of_many_samples_is_of_all_places(comm):
+    """A put of more than may be under way: numbers in order, of which those that arrive lie everywhere."""
+    if comm.rank == 1:
+        sender = Sender(comm, [0], np.random.default_rng(0))
+        sender.put(np.zeros((1000, 16_000)), np.arange(1000.0))
+        assert 0 < sender.offered - sender.dropped < 500
+        sender.end()
+        wait_until(lambda: not sender.poll())
+    elif comm.rank == 0:
+        reservoir = Reservoir(1000, np.random.default_rng(0))
+        receiver = Receiver(comm, [1], reservoir)
+        wait_until(lambda: receiver.poll() or receiver.ended)
+        _, y = reservoir.batch(3000)
+        assert reservoir.seen == len(set(y))
+        assert abs(np.mean(y) - 499.5) < 100
+
+
+@pytest.mark.mpi(min_size=2)
+def test_samples_of_another_shape_are_named_by_their_rank(comm):
+    if comm.rank == 1:
+        sender = Sender(comm, [0], np.random.default_rng(0))
+        sender.put(np.zeros((1, 2)), np.zeros(1))
+        wait_until(lambda: not sender.poll())
+    elif comm.rank == 0:
+        reservoir = Reservoir(10, np.random.default_rng(0))
+        reservoir.put(np.zeros((1, 3)), np.zeros(1))
+        receiver = Receiver(comm, [1], reservoir)
+        with pytest.raises(ValueError, match=r"from rank 1: samples x had shape \(3,\), and have \(2,\) now"):
+            wait_until(lambda: bool(receiver.poll()))
+
+
+@pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize("center", ["solver", "none"])
+def test_ranks_that_read_and_leave_stop_nobody(comm, center):
+    """All but rank 0, which goes on alone until all steps are taken."""
+    run = insitu.Run(Mean(), comm, 2, center, optimizer=sgd(0.1), batch=1, steps=60, reads=comm.rank > 0)
+    while comm.rank == 0 and not run.done:
+        run.put(np.zeros(1), np.ones(1))
+        run.learn(ALWAYS, most=1)
+    run.close()
+    assert run.status.all_steps == 60
+
+
 @pytest.mark.mpi(min_size=2)
 def test_who_reads_does_not_train_and_who_trains_does_not_read(comm):
     last = comm.size - 1
     run = insitu.Run(Mean(), comm, 5, reads=comm.rank == last)
-    with pytest.raises(RuntimeError, match=f"rank {last} reads" if comm.rank == last else "does not read"):
+    with pytest.raises(RuntimeError, match=f"rank {last} reads or feeds" if comm.rank == last else "does not read"):
         run.learn() if comm.rank == last else run.pull()
     run.close()
     with pytest.raises(ConfigError, match="rank 0 has the center: let another rank read"):
@@ -200,7 +301,7 @@ def test_who_reads_does_not_train_and_who_trains_does_not_read(comm):
     ("given", "said"),
     [
         ({"period": 0}, "period must be at least 1, not 0"),
-        ({"center": "nowhere"}, "center must be one of solver, rank, thread, not 'nowhere'"),
+        ({"center": "nowhere"}, "center must be one of solver, rank, thread, none, not 'nowhere'"),
         ({"surrogate": "nothing.py:X"}, "does not exist"),
         ({"outer_rate": -1.0}, "must be a positive number"),
         ({"capacity": 0}, "capacity of a reservoir must be at least 1, not 0"),

@@ -1,8 +1,8 @@
 """A loop of one's own in which ranks die, center or worker.
 
-DEATHS is RANK@LOOP.AT,…: at the AT-th step (of rank 0: commit) of that rank in that loop.
+DEATHS is RANK@LOOP.AT,…: at the AT-th step (of rank 0: commit) of that rank in that loop. SPARES: how many wait.
 
-mpiexec --with-ft ulfm -n 4 python tests/support/own_loop_with_losses.py 0@1.20,2@2.7
+mpiexec --with-ft ulfm -n 4 python tests/support/own_loop_with_losses.py 0@1.20,2@2.7 0
 """
 
 import os
@@ -18,12 +18,12 @@ mpi4py.rc.thread_level = "serialized"  # as agnmpi's own command line
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-from agnmpi import AGNOptimizer, rules, sgd  # noqa: E402
+from agnmpi import AGNOptimizer, rules, sgd, transports  # noqa: E402
 
 TOTAL, LOOPS = 600, 2
 
 
-def main(deaths):
+def main(deaths, spares):
     warnings.simplefilter("always")
     rank = MPI.COMM_WORLD.rank
     victims = dict(death.split("@") for death in deaths.split(","))
@@ -42,7 +42,10 @@ def main(deaths):
 
     # Gradient -1 at a rate of 1: each step of a period moves the center by 1/λ.
     rule = rules.weighted(rules.agn(), weigh)
-    opt = AGNOptimizer(sgd(1.0), {"w": np.zeros(3)}, MPI.COMM_WORLD, communication_period=3, rule=rule)
+    opt = AGNOptimizer(
+        sgd(1.0), {"w": np.zeros(3)}, MPI.COMM_WORLD, communication_period=3, rule=rule,
+        transport=transports.p2p(spares=spares),
+    )  # fmt: skip
     for loop in range(1, LOOPS + 1):
         at[:] = loop, 0
         for _step in opt.steps(TOTAL):
@@ -53,7 +56,8 @@ def main(deaths):
     w, clock = opt.center["w"], opt.global_step
     # Whole: every commit of the clock is in the center, each of mean length 1.
     assert w.tolist() == [clock] * 3, (w, clock)
-    print(f"rank {rank}: clock {clock}, center rank {opt.is_center}, {opt.comm.size} left", flush=True)
+    facts = f"clock {clock}, center rank {opt.is_center}, {opt.comm.size} left, {at[1]} steps at last"
+    print(f"rank {rank}: {facts}", flush=True)
     opt.comm.Barrier()
     lost = opt.comm.size < MPI.COMM_WORLD.size
     opt.close()
@@ -62,4 +66,4 @@ def main(deaths):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -252,6 +253,24 @@ class SlowLastEvaluation(Quadratic):
             time.sleep(5)
         self.first = False
         return super().evaluate(params)
+
+
+class Watched(Quadratic):
+    """A large model; each rank appends its pages of memory, CPU and wall seconds to a file, several times a second."""
+
+    def __init__(self, xp=np, directory=".", parameters=4_000_000, **options):
+        super().__init__(xp, unused=parameters, **options)
+        from mpi4py import MPI
+
+        self.file = Path(directory, f"rank-{MPI.COMM_WORLD.rank}")
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self):
+        while True:
+            pages, cpu = int(Path("/proc/self/statm").read_text().split()[1]), os.times()
+            with self.file.open("a") as file:
+                print(pages, cpu.user + cpu.system, time.monotonic(), file=file)
+            time.sleep(0.2)
 
 
 class Counts:

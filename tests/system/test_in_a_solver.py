@@ -1,8 +1,10 @@
 """In a program that starts MPI itself, after agnmpi was imported, and has a hook for its exceptions."""
 
+import re
 import sys
 
-from launcher import mpiexec
+import pytest
+from launcher import ROOT, ULFM, has_ulfm, mpiexec
 
 SOLVER = """
 import sys
@@ -69,3 +71,20 @@ def test_workers_that_wait_for_rank_0_are_no_silent_deadlock(tmp_path):
     assert code != 0, output
     assert output.count("no worker has committed anything in the first 1 s") == 1, output
     assert "agnmpi.insitu" in output
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    not has_ulfm(), reason="this MPI ends the whole job when a rank dies: no ULFM, which Open MPI 5 has"
+)
+@pytest.mark.parametrize("does", ["feed", "train"])
+def test_one_of_two_simulations_dies_and_the_other_and_the_training_go_on(does):
+    code, output = mpiexec(6, sys.executable, ROOT / "tests/support/insitu_losses.py", does, launcher=ULFM, timeout=120)
+    assert "Traceback" not in output, output
+    ends = re.findall(r"rank (\d) ends: clock (\d+), w ([\d.]+)", output)
+    assert sorted(rank for rank, _, _ in ends) == ["0", "1", "2", "3"], output
+    assert len({clock for _, clock, _ in ends}) == 1, output
+    assert int(ends[0][1]) > 100
+    assert {float(w) for _, _, w in ends} == {1.0}
+    assert sorted(re.findall(r"rank (\d): 400 time steps", output)) == ["2", "3"] or does == "train", output
+    assert code in (0, 137), output

@@ -10,7 +10,7 @@ from agnmpi import sgd
 from agnmpi.core import rules
 from agnmpi.core.drive import Unblocking
 from agnmpi.frameworks.budget import Budget
-from agnmpi.frameworks.reservoir import Reservoir
+from agnmpi.frameworks.samples import Reservoir
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 30), max_size=8), st.integers(0, 99))

@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from agnmpi.bench.fake_peers import FakePeers
 from agnmpi.bench.scaling import center_of_fakes, commit_of, measure
-from agnmpi.core.messages import IDLE, LEAVE, MISFIT, PULL, WAIT, WORK, Commit, Reply
+from agnmpi.core.messages import IDLE, LEAVE, MISFIT, PULL, SPARE, UNCALLED, WAIT, WORK, Commit, Reply
 from agnmpi.transport.chunks import INLINE, PIECE
 from agnmpi.transport.p2p import IN_FLIGHT, P2PWorker
 from agnmpi.transport.p2p_center import P2PCenter
@@ -21,11 +21,11 @@ ASK = WORK | IDLE | PULL
 class Served:
     """An end with its fake workers; what it has served, and who was lost; `answer` gives the reply to each message."""
 
-    def __init__(self, workers, message_buffers=4, peers=None, n=N):
+    def __init__(self, workers, message_buffers=4, peers=None, n=N, kept=0):
         self.peers = peers or FakePeers(workers)
-        self.end = P2PCenter(self.peers, np.zeros(n), message_buffers)
-        self.order, self.lost, self.answer = [], [], lambda commit: Reply(len(self.order))
-        self.end.on_loss = self.lost.append
+        self.end = P2PCenter(self.peers, np.zeros(n), message_buffers, kept=kept)
+        self.order, self.lost, self.joined, self.answer = [], [], [], lambda commit: Reply(len(self.order))
+        self.end.on_loss, self.end.on_join = self.lost.append, self.joined.append
         self.end.open()
 
     def apply(self, commit, c):
@@ -292,10 +292,14 @@ def in_state(served, state):
         served.end.stop_waiting_for(0)
     elif state == "left":
         served.ask(0, LEAVE | PULL)
+    elif state == "spare":
+        served.ask(0, WORK | PULL | SPARE)
     served.run()
 
 
-@pytest.mark.parametrize("state", ["listening", "queued", "receiving", "parked", "answering", "silent", "left"])
+@pytest.mark.parametrize(
+    "state", ["listening", "queued", "receiving", "parked", "answering", "silent", "left", "spare"]
+)
 def test_a_worker_may_die_in_any_state(state):
     """It is reported once, holds up nobody, and costs no buffer."""
     served = Served(3, message_buffers=1)
@@ -346,6 +350,53 @@ def test_who_loses_all_workers_is_deserted():
     served.run()
     assert served.end.deserted
     assert sorted(served.lost) == [0, 1]
+
+
+def test_spares_are_called_in_the_place_of_the_lost_and_the_silent():
+    """One for each, the lowest first; their requests are served then."""
+    served = Served(6, kept=2)
+    for spare in (5, 3, 2, 4):
+        served.ask(spare, WORK | PULL | SPARE)
+    served.run()
+    assert (served.order, served.end.live, sorted(served.end.spares)) == ([], 2, [2, 3, 4, 5])
+    served.peers.dying.add(0)
+    served.run()
+    assert (served.joined, served.order, served.end.live) == ([2], [(2, 0)], 2)
+    served.end.stop_waiting_for(1)
+    served.run()
+    assert (served.joined, served.order, served.end.live) == ([2, 3], [(2, 0), (3, 0)], 2)
+    served.peers.dying |= {2, 3}
+    served.run()
+    assert (served.joined, served.end.live, served.end.deserted) == ([2, 3, 4, 5], 2, False)
+    assert served.order[2:] == [(4, 0), (5, 0)]
+
+
+def test_a_spare_that_comes_late_is_called_at_once():
+    served = Served(3, kept=2)
+    served.peers.dying.add(0)
+    served.run()
+    assert served.end.live == 2, "it is awaited"
+    served.ask(2, WORK | PULL | SPARE)
+    served.run()
+    assert (served.joined, served.order, served.end.live) == ([2], [(2, 0)], 2)
+
+
+def test_spares_that_are_not_called_are_told_when_all_have_left():
+    served = Served(3, kept=2)
+    for _session in range(2):
+        served.end.open()
+        served.ask(2, WORK | PULL | SPARE)
+        served.peers.sent.clear()
+        for worker in (0, 1):
+            served.run()
+            assert served.peers.sent == {}
+            served.ask(worker, LEAVE | PULL)
+        served.run()
+        assert served.end.live == 0
+        assert {worker: Reply.decode(reply).control for worker, reply in served.peers.sent.items()} == {
+            0: 0, 1: 0, 2: UNCALLED,
+        }  # fmt: skip
+    assert served.joined == []
 
 
 def test_a_session_begins_anew_with_what_has_come_early():

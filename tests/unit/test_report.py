@@ -110,7 +110,7 @@ def test_the_page_of_a_run(run):
     lines = found["accuracy"].findall(".//polyline")
     assert [len(line.get("points").split()) for line in lines] == [3]
     told = [mark.text for mark in found["accuracy"].iter("title")]
-    assert any("a worker was lost rank 2, host <node>" in text for text in told)
+    assert any("a worker was lost: rank 2, host <node>" in text for text in told)
     assert {"checkpoint at step 50", "the best accuracy"} <= set(told)
     assert "&lt;node&gt;" in text
     assert "<node>" not in text, "names are not HTML"
@@ -161,10 +161,11 @@ def test_a_browser_that_fails_says_why(run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.long
-def test_a_picture_shows_all_of_the_page(run):
+def test_a_picture_shows_all_of_the_page(run, monkeypatch):
     if shutil.which("chromium") is None:
         pytest.skip("no Chromium here")
-    assert main(["report", str(run), "--png"]) == 0
+    monkeypatch.chdir(run.parent)
+    assert main(["report", run.name, "--png"]) == 0
     data = (run / "report.png").read_bytes()
     width, height = (int.from_bytes(data[at : at + 4]) for at in (16, 20))
     assert width == 2400

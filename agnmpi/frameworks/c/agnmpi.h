@@ -34,7 +34,7 @@ int agn_open(const char *spec, MPI_Fint comm, int period, const char *options);
 /* With center = 'rank', at rank 0: serve until all others have called agn_close. */
 int agn_serve(void);
 
-/* Offer samples of this rank: those that are kept are copied. */
+/* Offer samples of this rank: those that are kept are copied; with "feeds = true" sent to the ranks that train. */
 int agn_put(const void *x, int x_ndim, const int64_t *x_shape, const void *y, int y_ndim, const int64_t *y_shape,
             int type);
 
@@ -45,8 +45,8 @@ int agn_learn(double budget, int64_t *taken);
 int agn_predict(const void *x, int x_ndim, const int64_t *x_shape, void *y, int y_ndim, const int64_t *y_shape,
                 int type);
 
-/* On a rank opened with "reads = true", which does not train: ask for the newest center. `arrived`: NULL, or for
- * whether one has come since the last call. */
+/* On a rank opened with "reads = true" or "feeds = true", which does not train: ask for the newest center. `arrived`:
+ * NULL, or for whether one has come since the last call. */
 int agn_pull(int *arrived);
 
 /* Copy the `size` numbers of a parameter, in the order of C. */

@@ -1,0 +1,103 @@
+"""Spares take the places of lost ranks: the number of workers stays, and every sample is counted once an epoch."""
+
+import resource
+
+import numpy as np
+import pytest
+from launcher import PROBLEMS, QUADRATIC, ULFM, agnmpi, events_of, has_ulfm, result_of
+
+from agnmpi.recovery.files import load
+
+LIMIT = 90
+COUNTS = f"{PROBLEMS}:Counts"
+GIVEN = ["--rule", "downpour", "--optimizer", "sgd", "--rate", "1", "--batch", "4", "--period", "3", "--epochs", "8"]
+LONG = pytest.mark.long
+ulfm = pytest.mark.skipif(not has_ulfm(), reason="spares need ULFM, which Open MPI 5 has")
+
+
+def train(run, ranks, spares, faults, *options, slow=0.003, problem=COUNTS):
+    given = ["--spares", spares, "--set", f"options.slow={slow}", "--inject-faults", "--run-dir", run, *options]
+    faults = {"AGNMPI_FAULTS": faults}
+    return agnmpi(ranks, "train", problem, *GIVEN, *given, env=faults, timeout=LIMIT, launcher=ULFM)
+
+
+def check(run, joined):
+    """Every sample of the eight epochs was committed once, and so many spares were called."""
+    called = [event["rank"] for event in events_of(run) if event["event"] == "joined"]
+    assert len(set(called)) == len(called) == joined
+    np.testing.assert_array_equal(load(run / "center.safetensors")[0]["count"], np.full(240, 8.0))
+
+
+@ulfm
+@pytest.mark.parametrize(
+    ("faults", "ranks", "spares"),
+    [
+        ("kill:2@20", 4, 1),
+        ("kill:0@40", 4, 2),
+        pytest.param("kill:1@20,kill:2@30,kill:3@40", 6, 3, marks=LONG),
+        pytest.param("kill:0@40,kill:2@50,kill:4@3", 6, 3, marks=LONG),
+        pytest.param("kill:1@10,kill:2@10", 5, 2, marks=LONG),  # all workers at once
+        pytest.param("kill:3@0", 4, 1, marks=LONG),  # a spare that was never called lives
+    ],
+)
+def test_a_spare_takes_the_place_of_a_lost_rank(tmp_path, faults, ranks, spares):
+    run = tmp_path / "run"
+    code, output = train(run, ranks, spares, faults)
+    killed = 0 if faults == "kill:3@0" else faults.count("kill")
+    assert code == (76 if killed else 0), output
+    check(run, min(killed, spares))
+    assert result_of(run)["workers"] == ranks - 1 - spares
+
+
+@LONG
+@ulfm
+def test_a_spare_takes_the_place_of_a_worker_that_hangs(tmp_path):
+    run = tmp_path / "run"
+    code, output = train(run, 4, 1, "stall:1@20:1000", "--stall-limit", "3", "--drop-stalled", slow=0.03)
+    assert code == 76, output
+    assert output.count("is silent for") == 1, "a spare is expected to be silent"
+    check(run, 1)
+
+
+@LONG
+@ulfm
+def test_a_job_with_spares_that_ends_is_resumed_without(tmp_path):
+    """All workers die, also the spare that was called."""
+    run = tmp_path / "run"
+    code, output = train(run, 4, 1, "kill:1@20,kill:2@30,kill:3@10", "--checkpoint-commits", "5")
+    assert code == 1, output
+    code, output = agnmpi(3, "train", "--resume", run, "--spares", "0", timeout=LIMIT)
+    assert code == 0, output
+    check(run, 1)
+
+
+@LONG
+@ulfm
+def test_a_parked_spare_holds_no_model_and_sleeps(tmp_path):
+    parameters = 4_000_000
+    given = [f"options.directory={tmp_path}", f"options.parameters={parameters}"]
+    given = [word for option in given for word in ("--set", option)]
+    run, problem = tmp_path / "run", f"{PROBLEMS}:Watched"
+    # Each step is slow: 10 s, of which the spare is parked nearly all.
+    code, output = train(run, 3, 1, "", "--steps", "200", *given, slow=0.05, problem=problem)
+    assert code == 0, output
+    worker, spare = (np.loadtxt(tmp_path / f"rank-{rank}") for rank in (1, 2))
+    moved = (worker[:, 0].max() - np.median(spare[:, 0])) * resource.getpagesize() / 4
+    assert moved > 4 * parameters, "x, o, what is pulled and the gradient, of the worker alone"
+    last = spare[:, 2] > spare[-1, 2] - 8
+    _, cpu, wall = np.ptp(spare[last][:-10], axis=0)
+    assert wall > 4
+    assert cpu < 0.01 * wall
+
+
+def test_spares_are_refused_where_no_rank_can_be_lost():
+    code, output = agnmpi(3, "train", QUADRATIC, "--spares", "1", "--steps", "4", timeout=LIMIT)
+    assert code == 2, output
+    assert "spares = 1 take the places of lost ranks: start it with mpiexec --with-ft ulfm" in output
+
+
+@ulfm
+def test_one_worker_remains():
+    code, output = agnmpi(3, "train", QUADRATIC, "--spares", "2", "--steps", "4", timeout=LIMIT, launcher=ULFM)
+    assert code == 2, output
+    assert "leave no worker beside the center" in output
