@@ -4,7 +4,7 @@ import re
 import sys
 
 import pytest
-from launcher import ROOT, ULFM, has_ulfm, mpiexec
+from launcher import ROOT, ULFM, events_of, has_ulfm, mpiexec, result_of
 
 
 @pytest.mark.skipif(
@@ -19,14 +19,20 @@ from launcher import ROOT, ULFM, has_ulfm, mpiexec
         ("0@2.60,3@2.20,1@1.30", 1),
     ],
 )
-def test_a_loop_of_ones_own_survives(deaths, left):
+def test_a_loop_of_ones_own_survives(tmp_path, deaths, left):
     """AGNOptimizer: every commit of the clock is in the center once, and `comm` is what is left."""
-    code, output = mpiexec(
-        4, sys.executable, ROOT / "tests/support/own_loop_with_losses.py", deaths, launcher=ULFM, timeout=90
-    )
+    script = ROOT / "tests/support/own_loop_with_losses.py"
+    code, output = mpiexec(4, sys.executable, script, deaths, tmp_path, launcher=ULFM, timeout=90)
     assert "Traceback" not in output, output
     said = re.findall(r"rank (\d): clock (\d+), center rank (\w+), (\d+) left", output)
     assert len(said) == left, output
     assert {(clock, size) for _, clock, _, size in said} == {("400", str(left))}
     assert code in (0, 137), output
     assert "MPI cannot be finalized any more" in output
+    kinds = [event["event"] for event in events_of(tmp_path)]
+    assert kinds[-1] == "end"
+    assert ("failover" in kinds) == ("0@" in deaths)
+    assert kinds.count("lost") + kinds.count("failover") >= 1
+    result = result_of(tmp_path)
+    assert result["lost"] == sorted(int(death[0]) for death in deaths.split(","))
+    assert result["metrics"] == {"w": 400.0}
