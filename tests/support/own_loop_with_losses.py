@@ -2,7 +2,7 @@
 
 DEATHS is RANK@LOOP.AT,…: at the AT-th step (of rank 0: commit) of that rank in that loop. SPARES: how many wait.
 
-mpiexec --with-ft ulfm -n 4 python tests/support/own_loop_with_losses.py 0@1.20,2@2.7 0
+mpiexec --with-ft ulfm -n 4 python tests/support/own_loop_with_losses.py 0@1.20,2@2.7 0 DIRECTORY
 """
 
 import os
@@ -18,12 +18,12 @@ mpi4py.rc.thread_level = "serialized"  # as agnmpi's own command line
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-from agnmpi import AGNOptimizer, rules, sgd, transports  # noqa: E402
+from agnmpi import AGNOptimizer, Monitoring, rules, sgd, transports  # noqa: E402
 
 TOTAL, LOOPS = 600, 2
 
 
-def main(deaths, spares):
+def main(deaths, spares, directory):
     warnings.simplefilter("always")
     rank = MPI.COMM_WORLD.rank
     victims = dict(death.split("@") for death in deaths.split(","))
@@ -42,9 +42,10 @@ def main(deaths, spares):
 
     # Gradient -1 at a rate of 1: each step of a period moves the center by 1/λ.
     rule = rules.weighted(rules.agn(), weigh)
+    shown = Monitoring(directory, lambda p: {"w": float(p["w"][0])}, every=150)
     opt = AGNOptimizer(
         sgd(1.0), {"w": np.zeros(3)}, MPI.COMM_WORLD, communication_period=3, rule=rule,
-        transport=transports.p2p(spares=spares),
+        transport=transports.p2p(spares=spares), monitor=shown,
     )  # fmt: skip
     for loop in range(1, LOOPS + 1):
         at[:] = loop, 0
@@ -66,4 +67,4 @@ def main(deaths, spares):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
