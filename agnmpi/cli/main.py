@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from ..core.backoff import limit
 from ..simulation.timing import Timing, load_timing
-from ..training.config import Config, load, newest_config
+from ..training.config import Config, load, load_run
 from ..training.exits import Signals
 from .arguments import BENCHED, SIMULATED, ArgumentsRefused, HelpAsked, parse
 from .offline import OFFLINE
@@ -223,7 +223,7 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     def read() -> Config:
         path, resume = args.config, given.get("resume")
         if path is None and resume not in (None, "auto"):
-            path = str(newest_config(Path(resume)))  # the run continues with its own configuration
+            return _named(load_run(Path(resume), given, args.sets))  # the run continues with its own configuration
         return _named(load(path, given, args.sets))
 
     config = raise_on_all(world, read)
@@ -299,7 +299,7 @@ def _prepare_simulation(args: argparse.Namespace) -> Callable[[], dict[str, Any]
     if args.replay is not None:
         run = Path(args.replay)
         no_more = {"run_dir": None, "record": False, "monitor": None, "patience": None, "stop_at": None}
-        return replay(run, load(str(run / "config.toml"), no_more | given, args.sets))
+        return replay(run, load_run(run, no_more | given, args.sets))  # one that is recorded is never resumed
     config = load(args.config, given, args.sets)
     timing = load_timing(args.config, {key: getattr(args, key) for key in timings})
     if args.timing_only:

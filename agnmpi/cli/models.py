@@ -10,8 +10,7 @@ from ..arrays.backend import Array, bring, choose
 from ..core.params import Layout
 from ..recovery.checkpoint import newest, read_center
 from ..recovery.files import load, replacing, save
-from ..training.config import load as load_config
-from ..training.config import newest_config
+from ..training.config import load_run, newest_config
 from ..training.problem import evaluate as measure
 from ..training.problem import load_problem
 
@@ -76,7 +75,7 @@ def evaluate(source: Path, device: str) -> int:
     run = next((path for path in (source, *source.parents) if newest_config(path).is_file()), None)
     if run is None:
         raise ValueError(f"{source} lies in no run: there is no config.toml")
-    config = load_config(str(newest_config(run)))
+    config = load_run(run)
     xp = choose(device, 0)
     problem = load_problem(config.problem, xp, config.options)
     params: Mapping[str, Array] = {name: bring(x, xp.empty(0, x.dtype)) for name, x in arrays.items()}

@@ -283,6 +283,14 @@ def newest_config(directory: Path) -> Path:
     return max(later, key=lambda path: int(path.stem[7:]), default=directory / "config.toml")
 
 
+def load_run(directory: Path, given: Mapping[str, Any] | None = None, sets: Sequence[str] = ()) -> Config:
+    """Read the configuration that the run in `directory` had last; arguments and errors as of `load`."""
+    config = load(str(newest_config(directory)), given, sets)
+    if config.rule == "agn" and config.outer_rate is None:
+        return replace(config, outer_rate="published")  # of agnmpi 0.4, where nothing else was the default
+    return config
+
+
 def _layer(values: Mapping[str, Any]) -> dict[str, Any]:
     result = canonical(Config, values)
     return _locking(result, result["transport"]) if "transport" in result else result

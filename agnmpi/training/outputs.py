@@ -23,7 +23,7 @@ from ..recovery.lock import lock
 from ..reporting.advice import advice
 from ..reporting.runs import digits, duration
 from ..version import __version__, mpi_library
-from .config import Config, load, newest_config
+from .config import Config, load_run, newest_config
 from .exits import DEGRADED, UNEVALUATED
 from .monitor import Monitor, format_metrics
 from .problem import absolute
@@ -89,7 +89,7 @@ def write_config(directory: Path, config: Config) -> dict[str, list[Any]]:
 
 def changed_options(directory: Path, config: Config) -> dict[str, list[Any]]:
     """The options in which a configuration differs from what the run in `directory` had last, before and now."""
-    before, now = (asdict(repeatable(c)) for c in (load(str(newest_config(directory))), config))
+    before, now = (asdict(repeatable(c)) for c in (load_run(directory), config))
     return {name: [before[name], value] for name, value in now.items() if before[name] != value}
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from agnmpi.core.optimizers import OPTIMIZERS
 from agnmpi.core.rules import RULES
-from agnmpi.training.config import Config, load
+from agnmpi.training.config import Config, load, load_run
 from agnmpi.training.problem import plan_of
 
 
@@ -17,6 +17,15 @@ def test_layers_of_values(tmp_path):
     config = load(str(file), {"period": 8, "rate": 0.5}, ["rate=0.25", "options.hidden=20", "seed=3"])
     assert (config.rule, config.period, config.batch, config.rate, config.seed) == ("downpour", 8, 64, 0.25, 3)
     assert config.options == {"hidden": 20, "path": "a"}
+
+
+def test_a_run_of_0_4_goes_on_as_published(tmp_path):
+    (tmp_path / "config.toml").write_text('problem = "line.py:Line"\nperiod = 7\n')
+    assert load_run(tmp_path).outer_rate == "published"
+    assert load_run(tmp_path, {"outer_rate": 1.0}).outer_rate == 1
+    assert load(str(tmp_path / "config.toml")).complete().outer_rate == 1
+    (tmp_path / "config.toml").write_text('problem = "line.py:Line"\nrule = "downpour"\n')
+    assert load_run(tmp_path).complete().outer_rate is None
 
 
 @pytest.mark.parametrize("rule", RULES)
