@@ -63,6 +63,7 @@ class Center:
         observer: Observer = Observer(),  # noqa: B008
     ) -> None:  # fmt: skip
         self.rule, self.workers, self.optimizer, self.patience = rule, workers, optimizer, patience
+        self.alive = workers  # n of the weights: those that are not lost
         self.observer = observer
         self.state: Any = optimizer.init(like) if optimizer else None
         self.clock = 0
@@ -316,10 +317,10 @@ class Center:
             raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
         if commit.worker in self.nodes:
             return 1.0
-        share = 1 / self.workers
+        share = 1 / self.alive
         if commit.worker in self._samples:  # those that have told nothing yet count as the mean of those that have
             share *= self._samples[commit.worker] * len(self._samples) / self._all_samples
-        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.workers, share))
+        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.alive, share))
 
     def _buffers(self, commit: Commit) -> tuple[Array, float] | None:
         """The buffers of a commit, and their weight; None without buffers."""
@@ -328,7 +329,7 @@ class Center:
         b = commit.payload[-self.rule.buffers :]
         if self.rule.allreduce:
             return b / commit.commits, 1.0
-        return b, 1 - (1 - 1 / self.workers) ** commit.commits  # 1/n; a node center sends the mean of its commits'
+        return b, 1 - (1 - 1 / self.alive) ** commit.commits  # 1/n; a node center sends the mean of its commits'
 
     def _step(self, commit: Commit, c: Array, weight: float) -> None:
         assert commit.payload is not None

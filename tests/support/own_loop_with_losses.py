@@ -29,13 +29,15 @@ def main(deaths, spares, directory):
     victims = dict(death.split("@") for death in deaths.split(","))
     mine = [int(number) for number in victims.get(str(rank), "0.0").split(".")]
     at = [0, 0]  # loop, step
+    seen = []  # n, by commit
 
     def die_if_due():
         at[1] += 1
         if at == mine:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def weigh(_commit):  # called at the center with each commit
+    def weigh(commit):  # called at the center with each commit
+        seen.append(commit.workers)
         if rank == 0:
             die_if_due()
         return 1.0
@@ -57,6 +59,8 @@ def main(deaths, spares, directory):
     w, clock = opt.center["w"], opt.global_step
     # Whole: every commit of the clock is in the center, each of mean length 1.
     assert w.tolist() == [clock] * 3, (w, clock)
+    if seen and opt.is_center:  # n counts who is alive; a spare takes the place of a lost worker
+        assert seen[-1] == max(1, min(MPI.COMM_WORLD.size - 1 - spares, opt.comm.size - 1)), seen
     facts = f"clock {clock}, center rank {opt.is_center}, {opt.comm.size} left, {at[1]} steps at last"
     print(f"rank {rank}: {facts}", flush=True)
     opt.comm.Barrier()

@@ -60,8 +60,8 @@ def words_of(process):
 
 @cache
 def undisturbed():
-    """Accuracy in one process, with three workers."""
-    digits = Config(DIGITS, transport="local", workers=3, period=3, epochs=EPOCHS, evaluate_every=0, keep_checkpoints=0)
+    """Accuracy in one process, with four workers."""
+    digits = Config(DIGITS, transport="local", workers=4, period=3, epochs=EPOCHS, evaluate_every=0, keep_checkpoints=0)
     with tempfile.TemporaryDirectory() as run:
         return job.train(replace(digits, run_dir=run), MPI.COMM_SELF)["metrics"]["accuracy"]
 

@@ -13,8 +13,8 @@ from launcher import ROOT, ULFM, events_of, has_ulfm, mpiexec, result_of
 @pytest.mark.parametrize(
     ("deaths", "left", "spares"),
     [
-        pytest.param("2@1.7", 3, 0, marks=pytest.mark.long),
-        ("0@1.20", 3, 0),
+        ("2@1.7", 3, 0),
+        pytest.param("0@1.20", 3, 0, marks=pytest.mark.long),
         pytest.param("1@1.30,3@2.30", 2, 0, marks=pytest.mark.long),
         ("0@2.60,3@2.20,1@1.30", 1, 0),
         ("1@1.30", 5, 2),
