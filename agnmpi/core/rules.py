@@ -37,7 +37,7 @@ class CommitInfo(NamedTuple):
         staleness: s, commits that the center has applied since this worker pulled, at least 0.
         commits: Deltas summed in it: 1, or all n of a round with Allreduce (default 1).
         steps: k, local steps in it: λ, or fewer in the last period (default 1).
-        workers: n (default 1).
+        workers: n, those that are alive (default 1).
         share: p, its worker's share of the samples of all workers (default 1); 1/n where all draw from the same.
     """
 

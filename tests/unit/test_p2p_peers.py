@@ -96,7 +96,7 @@ def test_what_a_message_costs_does_not_grow_with_the_number_of_workers():
 
 def test_the_bench_of_scaling_measures():
     row = measure(5)
-    assert row["reply_bytes"] == 72
+    assert row["reply_bytes"] == 80
     assert min(row.values()) > 0
 
 
@@ -458,4 +458,4 @@ def test_a_worker_sends_few_pieces_at_a_time_into_one_room_for_replies():
         assert handle.wait().clock == 5
     assert center.most == IN_FLIGHT
     assert len(set(center.rooms)) == 1
-    assert center.rooms[0][1] == 72 + INLINE, "whatever the number of workers"
+    assert center.rooms[0][1] == 80 + INLINE, "whatever the number of workers"
