@@ -5,7 +5,10 @@
 
 The plugin is on where the case has a section [soln-plugin-autoencoder]; its options, all of which have a default:
     mode: asynchronous (no rank waits for another), or synchronous (all take each step together)
-    budget: share of PyFR's time, 0.02;  nsteps: PyFR's steps between two looks at its solution, 5
+    budget: share of PyFR's time, 0.02
+    nsteps: PyFR's steps between two turns, 50. In a turn all ranks look at their solution, which copies it, and train,
+        so that they keep PyFR waiting at the same time
+    elements: of a rank, drawn at random, that are offered of each look: to scale them all takes longer, 64
     period: 10;  batch: 64;  rate: 0.002;  code: numbers that an element is reduced to, 8;  file: of the autoencoder
 """
 
@@ -92,16 +95,18 @@ class AutoencoderPlugin(BaseSolnPlugin):
         if self.mode not in ("asynchronous", "synchronous"):
             raise ValueError(f"mode in {cfgsect} is asynchronous or synchronous, not {self.mode}")
         self.budget = self.cfg.getfloat(cfgsect, "budget", 0.02)
-        self.every = self.cfg.getint(cfgsect, "nsteps", 5)
+        self.every = self.cfg.getint(cfgsect, "nsteps", 50)
+        self.elements = self.cfg.getint(cfgsect, "elements", 64)
+        self.rng = np.random.default_rng([1, self.rank])
         self.training = None
 
     def __call__(self, intg):
         if self.training is None:
             self.begin(intg)
         if intg.nacptsteps % self.every == 0:
-            x = self.states(intg)
+            x = self.states(intg, self.elements)
             self.training.put(x, x)
-        self.training.learn(self.budget)
+            self.training.learn(self.budget)
 
     def begin(self, intg):
         """Scale by the first solution, and start: collective, as is PyFR's first call of its plugins."""
@@ -118,9 +123,11 @@ class AutoencoderPlugin(BaseSolnPlugin):
         kind = Synchronous if self.mode == "synchronous" else Asynchronous
         self.training = kind(model, self.comm, period, optimizer=optimizer, batch=batch)
 
-    def states(self, intg):
-        """One row for each element, (m, points · variables)."""
+    def states(self, intg, most=None):
+        """One row for each element, (m, points · variables), or for at most so many that are drawn at random."""
         (soln,) = intg.soln
+        if most is not None and most < soln.shape[2]:
+            soln = soln[:, :, self.rng.choice(soln.shape[2], most, replace=False)]
         scaled = (soln.transpose(2, 0, 1) - self.mean.T) / self.deviation.T
         return scaled.reshape(len(scaled), -1).astype(np.float32)
 

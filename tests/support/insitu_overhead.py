@@ -27,10 +27,11 @@ def main(budget="0.02", grid="400"):
     run = insitu.Run(f"{HEAT}/surrogate.py:Heat", MPI.COMM_WORLD)
     x, _ = plate.samples(1.0)
     few = np.random.default_rng(comm.rank).integers(0, len(x), 256)  # what is offered of each time step
+    points = np.unravel_index(few, plate.inner.shape)
 
     def trained():
         plate.step()
-        run.put(x[few], plate.inner.ravel()[few])
+        run.put(x[few], plate.inner[points])
         run.learn(float(budget))
         return run.done
 

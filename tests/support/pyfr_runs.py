@@ -62,7 +62,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--mode", default="asynchronous", choices=["asynchronous", "synchronous"])
     parser.add_argument("--budget", type=float, default=0.02)
-    parser.add_argument("--nsteps", type=int, default=5, help="PyFR's steps between two looks at its solution")
+    parser.add_argument("--nsteps", type=int, default=50, help="PyFR's steps between two turns of the plugin")
     parser.add_argument("--elements", type=int, default=48, help="along each side of the box")
     parser.add_argument("--end", type=float, default=2.0, help="in PyFR's time")
     parser.add_argument("--ranks", type=int, default=2)

@@ -31,7 +31,7 @@ def alone(tmp_path_factory, mesh):
 
 @pytest.mark.parametrize("mode", ["asynchronous", "synchronous"])
 def test_it_trains_and_computes_the_same_bits(tmp_path, mesh, alone, mode):
-    output, solution, _ = run(tmp_path, mesh, RANKS, END, {"mode": mode, "budget": 0.5, "rate": 0.005})
+    output, solution, _ = run(tmp_path, mesh, RANKS, END, {"mode": mode, "budget": 0.5, "nsteps": 5, "rate": 0.005})
     assert solution == alone
     assert int(re.search(rf"autoencoder \({mode}\): (\d+) steps", output)[1]) > 100
     assert float(re.search(r"what it loses of the solution: ([\d.]+)", output)[1]) < 0.5
