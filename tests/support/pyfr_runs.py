@@ -1,7 +1,7 @@
 """PyFR with the plugin of examples/pyfr, and alone.
 
 How much the plugin slows it, in runs that take turns (PYFR_XSMM_LIBRARY_PATH as PyFR wants it):
-    OMP_NUM_THREADS=1 python tests/support/pyfr_runs.py --mode asynchronous --budget 0.02
+    OMP_NUM_THREADS=1 python tests/support/pyfr_runs.py --mode asynchronous
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main():
     parser.add_argument("--budget", type=float, default=0.02)
     parser.add_argument("--nsteps", type=int, default=50, help="PyFR's steps between two turns of the plugin")
     parser.add_argument("--elements", type=int, default=48, help="along each side of the box")
-    parser.add_argument("--end", type=float, default=2.0, help="in PyFR's time")
+    parser.add_argument("--end", type=float, default=4.0, help="in PyFR's time")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
     given = parser.parse_args()
