@@ -21,11 +21,10 @@ from ..recovery.files import write_atomic
 from ..reporting.terminal import above_bar, terminals
 from ..training.config import Config
 from ..training.monitor import Monitor, OnEvent
-from ..training.outputs import conclude, run_directory, summarize
+from ..training.outputs import about_ranks, conclude, run_directory, summarize
 from ..training.session import Session
 from ..training.user_code import metrics
 from ..transport.agreement import allgather, raise_on_all
-from ..version import mpi_library
 
 
 @dataclass(frozen=True)
@@ -233,8 +232,7 @@ class LoopMonitor:
         if self._monitor is None:
             return
         role, lost = self.session.role, sorted(self.session.members.lost)
-        hosts = {host: self._hosts.count(host) for host in self._hosts}
-        extra = {"refused": role.center.refused, "lost": lost, "mpi": mpi_library(), "hosts": hosts}
+        extra = about_ranks(role, lost, self._hosts)
         result = conclude(self.directory, self._options, self._layout, role, self._monitor, extra)
         summarize(result, self._monitor)
 

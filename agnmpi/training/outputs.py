@@ -135,6 +135,12 @@ def conclude(
     return result
 
 
+def about_ranks(role: Role, lost: Sequence[int], hosts: Sequence[str]) -> dict[str, Any]:
+    """Fields of a result: refused commits, the ranks that died, the MPI library, and the ranks on each of `hosts`."""
+    ranks = {host: hosts.count(host) for host in hosts}
+    return {"refused": role.center.refused, "lost": list(lost), "mpi": mpi_library(), "hosts": ranks}
+
+
 def finish_run(
     directory: Path,
     config: Config,
@@ -156,12 +162,7 @@ def finish_run(
         monitor.stop("complete")
         monitor.say(f"the run was complete, at step {role.center.steps}; its result stays, in {directory}/")
         return dict(earlier)
-    extra = {
-        "refused": role.center.refused,
-        "lost": lost,
-        "mpi": mpi_library(),
-        "hosts": {h: hosts.count(h) for h in hosts},
-    }
+    extra = about_ranks(role, lost, hosts)
     result = conclude(directory, asdict(repeatable(config)), layout, role, monitor, extra)
     if result["failed_evaluations"]:
         monitor.say(

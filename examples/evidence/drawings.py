@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from report import accuracy_axis, draw, markdown, spread, stretched
+from report import accuracy_axis, markdown, spread, stretched, write_all
 from scenarios import QUORUMS, SCENES, SPEEDS, TARGET, WORKERS, Cell
 
 GREY, BLUE, GREEN, RED, ORANGE, DARK = "#8a8f98", "#1f6fd6", "#12977a", "#c8443c", "#e69f00", "#202124"
@@ -113,14 +113,7 @@ def write_csv(out: Path, rows: list[dict]) -> None:
 
 def write(out: Path, rows: list[dict]) -> None:
     """Write results.csv, tables.md and the pictures."""
-    if not rows:
-        print("no finished cell yet")
-        return
-    write_csv(out, rows)
-    (out / "tables.md").write_text(tables(rows))
-    draw(out, (speed, over_time, cap, quorum), group(rows))
-    print((out / "tables.md").read_text())
-    print(f"written to {out}/: results.csv, tables.md, and the pictures")
+    write_all(out, rows, write_csv, tables, (speed, over_time, cap, quorum), group)
 
 
 def _title(figure, text: str) -> None:

@@ -143,16 +143,24 @@ def draw(out: Path, pictures: Sequence[Callable], *given) -> None:
             plt.close(figure)
 
 
-def write(out: Path, rows: list[dict]) -> None:
-    """Write results.csv, tables.md and the pictures."""
+def write_all(
+    out: Path, rows: list[dict], write_csv: Callable, tables: Callable, pictures: Sequence[Callable], group: Callable
+) -> None:
+    """Write results.csv, tables.md and the pictures; print the tables."""
     if not rows:
         print("no finished cell yet")
         return
     write_csv(out, rows)
-    (out / "tables.md").write_text(tables(rows))
-    draw(out, (over_time, over_ratio, staleness), group(rows))
-    print((out / "tables.md").read_text())
+    text = tables(rows)
+    (out / "tables.md").write_text(text)
+    draw(out, pictures, group(rows))
+    print(text)
     print(f"written to {out}/: results.csv, tables.md, and the pictures")
+
+
+def write(out: Path, rows: list[dict]) -> None:
+    """Write results.csv, tables.md and the pictures of the paper's cells."""
+    write_all(out, rows, write_csv, tables, (over_time, over_ratio, staleness), group)
 
 
 def stretched(accuracy: np.ndarray | float) -> np.ndarray:
