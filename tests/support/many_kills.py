@@ -20,8 +20,11 @@ from pathlib import Path
 
 import numpy as np
 from launcher import KNOWN_FAILURE, PROBLEMS, ULFM, Job, left_behind, words_of
+from mpi4py import MPI
 
 from agnmpi.recovery.files import load
+from agnmpi.training.config import Config
+from agnmpi.training.job import train
 
 LIMIT = 120  # seconds without a step, or to end: a hang
 WORKERS, SPARES, BATCH, SAMPLES = 4, 8, 4, 240
@@ -100,10 +103,14 @@ class Training:
 
     def complete(self):
         """Run it to its end, undisturbed."""
-        while (code := self.ended()) not in COMPLETE or not (self.run / "result.json").exists():
-            if code == 2:
-                self.fail("is refused")
+        while self.ended() not in COMPLETE or not self.is_complete:
+            assert self.job.process.returncode != 2, self.printed()
             self.start()
+
+    @property
+    def is_complete(self):
+        """Whether it has a result; where all ranks are killed Open MPI's mpiexec returns 0, too."""
+        return (self.run / "result.json").exists()
 
     def check(self):
         """Each sample was committed as often as there are epochs; returns accuracy, and events by kind."""
@@ -123,7 +130,7 @@ def kill_ranks(kills, seed):
         while killed < kills:
             if not training.come_to(training.steps + rng.randrange(20, 60)):
                 code = training.ended()
-                assert code not in COMPLETE, f"complete after {killed} kills: let it have more epochs"
+                assert not training.is_complete, f"complete after {killed} kills: let it have more epochs"
                 assert code != 2 or KNOWN_FAILURE in training.printed(), training.printed()
                 training.start()
                 continue
@@ -139,11 +146,21 @@ def kill_ranks(kills, seed):
         return {**told, "steps taken, of those needed": training.steps / (STEPS_OF_AN_EPOCH * training.epochs)}
 
 
+def undisturbed(epochs, directory):
+    """The accuracy after so many epochs with as many workers, in one process."""
+    config = Config(
+        f"{PROBLEMS}:Learns", options={"directory": str(directory)}, transport="local", workers=WORKERS,
+        rule="downpour", optimizer="sgd", rate=1.0, batch=BATCH, period=3, epochs=epochs, keep_checkpoints=0,
+        run_dir=str(Path(directory, "run")),
+    )  # fmt: skip
+    return train(config, MPI.COMM_SELF)["metrics"]["accuracy"]
+
+
 def kill_jobs(kills, seed, every=15.0):
     """Kill a whole job each `every` seconds, and start the next at once; goodput, with start-up and without."""
     rng, start_up, trained, taken = random.Random(seed), [], 0.0, 0
     with tempfile.TemporaryDirectory(prefix="agnmpi-", ignore_cleanup_errors=True) as directory:
-        epochs = int(kills * every * WORKERS / 0.05 / STEPS_OF_AN_EPOCH / 2)
+        epochs = int(1.2 * kills * every * WORKERS / 0.05 / STEPS_OF_AN_EPOCH)  # more than the kills leave time for
         training = Training(directory, epochs, 0.05, "--checkpoint-seconds", 2)
         began = time.monotonic()
         for kill in range(kills + 1):
@@ -158,7 +175,8 @@ def kill_jobs(kills, seed, every=15.0):
                 for process in [training.job.process.pid, *training.processes]:
                     with suppress(ProcessLookupError):
                         os.kill(process, signal.SIGKILL)
-                assert training.ended() not in COMPLETE, "complete before the last kill: let it have more epochs"
+                training.ended()
+                assert not training.is_complete, "complete before the last kill: let it have more epochs"
         training.complete()
         seconds = time.monotonic() - began
         training.check()
