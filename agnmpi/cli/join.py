@@ -36,7 +36,7 @@ def main(directory: Path, world: MPI.Intracomm, signals: Signals) -> int:
     problem, layout, x = raise_on_all(world, load)
     plan = raise_on_all(world, lambda: plan_of(problem, config))
     data = {"samples": plan.samples, "batch": config.batch, "seed": config.seed}
-    wire = choose_wire(world, x, config.wire)
+    wire = choose_wire(world, x, config.make_transport())
     comm, facts, connection = raise_on_all(world, lambda: knock(directory, described(layout, data)))
     over = threading.Event()
     watch_center(connection, over, partial(end_stranded, world.rank))
