@@ -105,10 +105,12 @@ def _world() -> Any:
     # a time. Under MPI_THREAD_MULTIPLE, mpi4py's default, Open MPI 5.0 can lock itself in btl/tcp after a failure.
     mpi4py.rc.threads = True
     mpi4py.rc.thread_level = "serialized"
-    # Open MPI 5.0: a rank that dies before it is through leaves the others in MPI_Init for ever. `watch` comes later.
-    with suppress(ValueError):  # then `watch` refuses it
-        if os.environ.get("OMPI_MCA_mpi_ft_enable") == "1" and (seconds := limit()):  # noqa: SIM112
-            faulthandler.dump_traceback_later(seconds, exit=True)
+    # A rank that ends before it is through leaves the others in MPI_Init for ever: with ULFM in Open MPI 5.0, and in
+    # MPICH 5.0 one that exits by itself. There ranks may also be late for a good reason: it takes longer.
+    patience = 1 if os.environ.get("OMPI_MCA_mpi_ft_enable") == "1" else 4  # noqa: SIM112
+    with suppress(ValueError):  # then `watch`, which comes later, refuses it
+        if _launched() and (seconds := limit()):
+            faulthandler.dump_traceback_later(patience * seconds, exit=True)
     from mpi4py import MPI
 
     return MPI.COMM_WORLD

@@ -240,7 +240,8 @@ class Center:
         if failures in _NAMED and self.workers > 1 and not self.rule.allreduce:
             self.observer.failing(commit.worker, failures)
         nothing_is_left = bool(leases and leases.total and leases.given_up == leases.total)
-        if not nothing_is_left and (in_a_row < self.patience or (leases and leases.holders - self._failing.keys())):
+        others = leases.awaited(set(range(self.workers)) - self._released) - self._failing.keys() if leases else None
+        if not nothing_is_left and (in_a_row < self.patience or others):
             return
         if self._good and not nothing_is_left:  # the others are done: they keep what they have
             self.control = STOP

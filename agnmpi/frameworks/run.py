@@ -184,7 +184,9 @@ class Run(ABC):
             self._set_randomness(_under("begin", resumed), loader)
         if set_epoch := getattr(getattr(loader, "sampler", None), "set_epoch", None):
             set_epoch(self._place.passes - 1)
-        self._loader, self._pass_began = loader, self._randomness(loader)
+        self._loader = loader
+        if self._checkpoint is not None:  # else none is written within a pass, and a short pass would be slower
+            self._pass_began = self._randomness(loader)
         batches = iter(loader)
         if resumed is not None:
             for _ in range(self._place.batches):

@@ -120,6 +120,31 @@ def started(reached, n, *args, limit=60, **options):
     return pytest.fail(f"the job ended early, with code {code}; it printed:\n{output[-6000:]}")
 
 
+def left_behind(run, job, seconds=60):
+    """Processes of a job that has ended, on that run, which are still there after so long; [] at best."""
+    until = time.monotonic() + seconds  # Open MPI's mpiexec with ULFM may end first
+    while left := [pid for pid in Path("/proc").iterdir() if str(run).encode() in _words_of(pid)] + _group_of(job):
+        if time.monotonic() > until:
+            return [str(each) for each in left]
+        time.sleep(0.1)
+    return []
+
+
+def _group_of(job):
+    try:
+        os.killpg(job.process.pid, 0)
+    except ProcessLookupError:
+        return []
+    return [f"process group {job.process.pid}"]
+
+
+def _words_of(process):
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def printed(text, n, *args, **options):
     """A job that runs, and what it has printed up to a line with `text`."""
     for _ in range(3):
