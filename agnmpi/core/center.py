@@ -63,7 +63,7 @@ class Center:
         observer: Observer = Observer(),  # noqa: B008
     ) -> None:  # fmt: skip
         self.rule, self.workers, self.optimizer, self.patience = rule, workers, optimizer, patience
-        self.alive = workers  # n of the weights: those that are not lost
+        self.counted = set(range(workers))  # who trains: spares that wait and who only reads have other numbers
         self.observer = observer
         self.state: Any = optimizer.init(like) if optimizer else None
         self.clock = 0
@@ -92,6 +92,11 @@ class Center:
         self.checkpoint = 0  # steps at the newest checkpoint
         self.served = self.session = 0  # messages; sessions begun
         self.replicates_state = False  # its state is sent with c: a worker may have to take over
+
+    @property
+    def alive(self) -> int:
+        """n of the weights: a round of the others' commits moves the center as far as one of all had."""
+        return max(1, len(self.counted))
 
     @property
     def staleness_mean(self) -> float:
@@ -185,6 +190,8 @@ class Center:
         if not self.rule.allreduce and commit.sequence <= self.applied[commit.worker]:
             return DUPLICATE
         leases = self.leases
+        if commit.worker in self._released and commit.worker not in self.nodes:
+            self.counted.add(commit.worker)  # it was silent, and is back
         if commit.worker in self._released and leases and not leases.holds(commit.worker, *commit.leases):
             self._drop(commit)  # its lease went to another worker while it was silent
             return DROPPED
@@ -262,6 +269,8 @@ class Center:
         """A worker is lost, for good or for a while: its uncommitted steps are free for the others."""
         self.worker_released(worker)
         self.waiting.discard(worker)
+        self.counted.discard(worker)
+        self._all_samples -= self._samples.pop(worker, 0)
         if self.leases:
             self.leases.forget(worker)
 
