@@ -87,16 +87,10 @@ class Center:
         self._good = set[int]()  # workers whose last commit was good
         self._released = set[int]()  # workers whose leases were taken back
         self._samples = dict[int, int]()  # of workers with data of their own
-        self._all_samples = 0  # their sum
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
         self.served = self.session = 0  # messages; sessions begun
         self.replicates_state = False  # its state is sent with c: a worker may have to take over
-
-    @property
-    def alive(self) -> int:
-        """n of the weights: a round of the others' commits moves the center as far as one of all had."""
-        return max(1, len(self.counted))
 
     @property
     def staleness_mean(self) -> float:
@@ -202,7 +196,6 @@ class Center:
         self._good.add(commit.worker)
         self._failing.pop(commit.worker, None)
         if commit.samples:
-            self._all_samples += commit.samples - self._samples.get(commit.worker, 0)
             self._samples[commit.worker] = commit.samples
         weight = self.weight(commit)
         if not weight:
@@ -268,9 +261,8 @@ class Center:
     def worker_lost(self, worker: int) -> None:
         """A worker is lost, for good or for a while: its uncommitted steps are free for the others."""
         self.worker_released(worker)
-        self.waiting.discard(worker)
-        self.counted.discard(worker)
-        self._all_samples -= self._samples.pop(worker, 0)
+        self.waiting, self.counted = self.waiting - {worker}, self.counted - {worker}
+        self._samples.pop(worker, None)
         if self.leases:
             self.leases.forget(worker)
 
@@ -327,10 +319,10 @@ class Center:
             raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
         if commit.worker in self.nodes:
             return 1.0
-        share = 1 / self.alive
+        share = 1 / (n := len(self.counted) or 1)
         if commit.worker in self._samples:  # those that have told nothing yet count as the mean of those that have
-            share *= self._samples[commit.worker] * len(self._samples) / self._all_samples
-        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.alive, share))
+            share *= self._samples[commit.worker] * len(self._samples) / sum(self._samples.values())
+        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, n, share))
 
     def _buffers(self, commit: Commit) -> tuple[Array, float] | None:
         """The buffers of a commit, and their weight; None without buffers."""
@@ -339,7 +331,9 @@ class Center:
         b = commit.payload[-self.rule.buffers :]
         if self.rule.allreduce:
             return b / commit.commits, 1.0
-        return b, 1 - (1 - 1 / self.alive) ** commit.commits  # 1/n; a node center sends the mean of its commits'
+        return b, 1 - (
+            1 - 1 / (len(self.counted) or 1)
+        ) ** commit.commits  # 1/n; a node center sends the mean of its commits'
 
     def _step(self, commit: Commit, c: Array, weight: float) -> None:
         assert commit.payload is not None

@@ -175,9 +175,9 @@ def finish_run(
     return result
 
 
-def summarize(result: Mapping[str, Any], monitor: Monitor) -> None:
-    """Say how a run went."""
-    if (result["loss"] is None and monitor.trained) or None in result["metrics"].values():
+def summarize(result: Mapping[str, Any], monitor: Monitor, has_loss: bool = True) -> None:
+    """Say how a run went; `has_loss`: whether it was told any."""
+    if (result["loss"] is None and monitor.trained and has_loss) or None in result["metrics"].values():
         monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
     if result["refused"]:
         monitor.say(f"WARNING: {result['refused']} commits were refused: not finite, or not of this model")
