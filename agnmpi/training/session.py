@@ -170,7 +170,7 @@ class Session:
         assert isinstance(self.role, CenterRole)
         self.role.end.on_loss = self._guest_lost
         number = self.role.admit(comm)
-        self._count_alive()
+        self.role.center.counted.add(number)
         return number
 
     def _guest_lost(self, worker: int) -> None:
@@ -178,7 +178,6 @@ class Session:
         center = self.role.center
         held = center.leases.held_by(worker) if center.leases else []
         center.worker_lost(worker)
-        self._count_alive()
         self._observer.guest_lost(self.members.rank_of(worker), held)
 
     def _worker_lost(self, worker: int) -> None:
