@@ -171,6 +171,22 @@ class Session:
         self._count_alive()
         self._observer.joined(self.members.rank_of(worker))
 
+    def admit(self, comm: MPI.Comm) -> int:
+        """At the center: take in a worker of another job, on the other side of `comm`; returns its number."""
+        assert isinstance(self.role, CenterRole)
+        self.role.end.on_loss = self._guest_lost
+        number = self.role.admit(comm)
+        self._count_alive()
+        return number
+
+    def _guest_lost(self, worker: int) -> None:
+        """A worker of another job has gone: no rank of this one is lost."""
+        center = self.role.center
+        held = center.leases.held_by(worker) if center.leases else []
+        center.worker_lost(worker)
+        self._count_alive()
+        self._observer.guest_lost(self.members.rank_of(worker), held)
+
     def _worker_lost(self, worker: int) -> None:
         center = self.role.center
         held = center.leases.held_by(worker) if center.leases else []
