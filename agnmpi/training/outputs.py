@@ -164,14 +164,11 @@ def finish_run(
         return dict(earlier)
     extra = about_ranks(role, lost, hosts)
     result = conclude(directory, asdict(repeatable(config)), layout, role, monitor, extra)
-    if result["failed_evaluations"]:
-        monitor.say(
-            f"WARNING: {result['failed_evaluations']} evaluations failed: exit code {UNEVALUATED}; mend `evaluate`, "
-            f"and type: python -m agnmpi evaluate {directory}"
-        )
-    if lost:
-        monitor.say(f"WARNING: the run ended without ranks {lost}: exit code {DEGRADED}")
     summarize(result, monitor)
+    if result["failed_evaluations"]:
+        monitor.say(f"mend `evaluate`, and type: python -m agnmpi evaluate {directory}")
+    if lost or result["failed_evaluations"]:
+        monitor.say(f"exit code {DEGRADED if lost else UNEVALUATED}")
     return result
 
 
@@ -183,6 +180,10 @@ def summarize(result: Mapping[str, Any], monitor: Monitor, has_loss: bool = True
         monitor.say(f"WARNING: {result['refused']} commits were refused: not finite, or not of this model")
     if result["given_up"]:
         monitor.say(f"WARNING: {result['given_up']} steps were given up: their commits were refused again and again")
+    if result["failed_evaluations"]:
+        monitor.say(f"WARNING: {result['failed_evaluations']} evaluations failed")
+    if result["lost"]:
+        monitor.say(f"WARNING: the run ended without ranks {result['lost']}")
     metrics = f"{format_metrics(monitor.metrics, ', ')}; " if monitor.metrics else ""
     monitor.say(
         f"done: {metrics}{result['samples']} samples in {duration(result['seconds'])} "
