@@ -16,7 +16,7 @@ import numpy as np
 
 from . import backend
 from .backend import Array, Range, blocks, joined, on_host
-from .device_kernels import launch, partial_results
+from .device_kernels import launch, reduced
 from .host_kernels import block_is_finite, compiled, move_block
 
 OnBlock: TypeAlias = Callable[[int], None]
@@ -193,7 +193,7 @@ def library(x: Array) -> str:
 def all_finite(x: Array) -> bool:
     """Whether `x` (n,) holds neither NaN nor infinity; on a device this waits for the answer."""
     if not on_host(x):
-        return bool(partial_results("finite", x).all())
+        return bool(reduced("finite", x))
     if _is_for_numba(x) and (kernel := compiled("finite")):
         return all(share(lambda lo, hi: bool(kernel(x[lo:hi])), [(0, x.size)]))
     return all(block_is_finite(x[part]) for part in blocks(x))
@@ -210,7 +210,7 @@ def global_norm(g: Array, ranges: Sequence[Range]) -> float:
         if kernel is None:  # in one thread: calls of NumPy that are this short only wait for each other
             return sqrt(sum(_sum_of_squares(g, lo, hi) for lo, hi in ranges))
         return sqrt(sum(share(lambda lo, hi: float(kernel(g[lo:hi])), ranges)))
-    sums = [partial_results("squares", g[lo:hi]).sum() for lo, hi in ranges]
+    sums = [reduced("squares", g[lo:hi]) for lo, hi in ranges]
     return sqrt(float(sum(sums[1:], sums[0]))) if sums else 0.0
 
 

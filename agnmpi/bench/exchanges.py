@@ -6,7 +6,7 @@ The sides alternate in short rounds, so that noise of the machine affects all of
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -94,17 +94,17 @@ class Case(NamedTuple):
 
 
 def exchanges(
-    comm: MPI.Intracomm, transports: Sequence[str], wires: Sequence[str], sizes: Sequence[int], counts: Sequence[int],
+    comm: MPI.Intracomm, wires: Mapping[str, Sequence[str]], sizes: Sequence[int], counts: Sequence[int],
     repeats: int, xp: ModuleType = np,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Time exchanges of float32 vectors; collective over `comm`, the rows are the same on every rank.
 
-    `counts`: numbers of workers beside the center, on the first ranks of `comm`; `repeats`: exchanges of each worker
-    and side; `xp`: where the workers' vectors lie.
+    `wires`: of each transport, those to compare; `counts`: numbers of workers beside the center, on the first ranks of
+    `comm`; `repeats`: exchanges of each worker and side; `xp`: where the workers' vectors lie.
     """
     rows = []
     for workers in counts:
-        for transport in transports:
+        for transport, names in wires.items():
             ranks = workers + 1  # an allreduce rule has no center: one worker more
             part: MPI.Intracomm = comm.Split(  # type: ignore[assignment]
                 0 if comm.rank < ranks else MPI.UNDEFINED, comm.rank
@@ -113,7 +113,7 @@ def exchanges(
             if part != MPI.COMM_NULL:
                 train = resolve(transport).workers_among(ranks)
                 for n in sizes:
-                    for wire in wires if resolve(transport).capabilities.direct else wires[:1]:  # else always staged
+                    for wire in names:
                         part_rows += _compare(part, Case(transport, wire, n, train), repeats, xp)
                 part.Free()
             barrier(comm)

@@ -142,7 +142,7 @@ class _Bench:
     def setup(self, config: Config) -> Setup:
         """How to exchange."""
         transport = config.make_transport()
-        wire = choose_wire(self.comm, self.work.x, transport.wire)
+        wire = choose_wire(self.comm, self.work.x, transport)
         return Setup(replace(transport, wire=wire), caller_uses_mpi=False).on_hosts(self.comm)
 
     def exchanges(self, setup: Setup) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from ..cluster.probe import choose_wire
 from ..core import rules
 from ..core.worker import Worker
 from ..transport.agreement import ConfigError, allgather, raise_on_all
+from ..transport.registry import resolve
 from ..version import __version__, mpi_library
 from .exchanges import barrier, exchanges, timed, zeros
 from .optimizers import device_bandwidth, optimizer_bandwidth
@@ -67,6 +68,10 @@ class Options(NamedTuple):
     json: str | None
 
 
+def _wires(comm: MPI.Intracomm, x: Array, transport: str) -> list[str]:
+    return ["staged"] + ["direct"] * (choose_wire(comm, x, resolve(transport)) == "direct")
+
+
 def main(comm: MPI.Intracomm, options: Options) -> int:
     """Measure, print tables on rank 0, and write JSON."""
     if min(options.sizes) < 1 or options.rounds < 1 or options.quiet < 0 or options.optimizer_size < 0:
@@ -81,14 +86,11 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
     here = place(comm, comm.rank > 0)
     set_threads(here.threads)  # as a session does
     xp = raise_on_all(comm, lambda: choose(options.device, here.worker_index))
-    wires = ["direct"]
-    if any(allgather(comm, "" if xp is np else "device")):
-        wires = ["staged"] + ["direct"] * (choose_wire(comm, zeros(1, xp), "auto") == "direct")
+    devices = any(allgather(comm, "" if xp is np else "device"))
+    wires = {name: _wires(comm, zeros(1, xp), name) if devices else ["direct"] for name in options.transports}
     report: dict[str, Any] = {"agnmpi": __version__, "mpi": mpi_library(), "world": comm.size}
     several = comm.size > 1 and not options.pack_only
-    report["exchanges"] = (
-        exchanges(comm, options.transports, wires, options.sizes, counts, options.rounds, xp) if several else []
-    )
+    report["exchanges"] = exchanges(comm, wires, options.sizes, counts, options.rounds, xp) if several else []
     report["quiet"] = waiting_cost(comm, options.quiet) if several and options.quiet else {}
     alone = comm.rank == min(1, comm.size - 1)  # a worker
     packed = pack_only(options.sizes, options.rounds, xp) if alone else []

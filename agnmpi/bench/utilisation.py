@@ -124,7 +124,7 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
     here = place(comm, comm.rank > 0)
     xp = raise_on_all(comm, lambda: choose(options.device, here.worker_index))
     x = zeros(options.parameters, xp)
-    wire = choose_wire(comm, x, "auto")
+    wires = {name: choose_wire(comm, x, resolve(name)) for name in options.transports}
     g = full_like(x, 1e-6)
     seconds_of_step = options.step * (options.slowest if comm.rank == comm.size - 1 else 1)
 
@@ -142,7 +142,7 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
         for case in chosen:
             rule = rules.synchronous() if case.entry.capabilities.together else rules.agn()
             work = Work(x, gradient, rule, sgd(1e-3))
-            seconds = exchanging(comm, case.setup(wire), work, options.period, options.periods)
+            seconds = exchanging(comm, case.setup(wires[case.transport]), work, options.period, options.periods)
             times.setdefault(case, []).append(seconds)
     medians = {key: by_worker(comm, rounds) for key, rounds in times.items()}
     noise = {serving: unrest(comm, times[serving]) for serving in sorted({c.entry.serving_ranks for c in chosen})}
@@ -155,7 +155,7 @@ def main(comm: MPI.Intracomm, options: Options) -> int:
         given = {name: value for name, value in options._asdict().items() if name != "json"}
         report = {"agnmpi": __version__, "mpi": mpi_library(), "world": comm.size, **given}
         report |= {"unrest": max(noise.values()), "rows": rows}
-        _show(report, "cpu" if on_host(x) else f"gpu, {wire}")
+        _show(report, "cpu" if on_host(x) else "gpu: " + ", ".join(f"{name} {wire}" for name, wire in wires.items()))
         write(json.dumps(report, indent=2) + "\n")
     comm.Free()
     return 0

@@ -50,7 +50,10 @@ def _wire(comm: MPI.Comm, devices: int, again: bool) -> str:
         answer = probe.resolve("auto")
     except ValueError as error:
         return f"refused: {error}"
-    return f"{'direct' if answer.direct else 'staged'}: {answer.why}"
+    wires = {
+        name: "direct" if works else "staged" for name, works in (("p2p", answer.messages), ("rma", answer.windows))
+    }
+    return f"{', '.join(f'{wire} with {name}' for name, wire in wires.items())}: {answer.why}"
 
 
 def _windows(comm: MPI.Comm) -> str:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import islice
 from math import ceil
 from typing import Any, NamedTuple, TypeAlias
@@ -95,6 +96,7 @@ class Leases:
         self._next = 0
         self._free = deque[Lease]()  # returned: granted from the right; refused ones go to the left
         self._held: dict[int, list[Lease]] = {}
+        self._known = set[int]()  # workers that have asked for work, have left or are lost
         self._done: dict[int, int] = {}  # steps of a worker since its last grant
         self._refusals: dict[Lease, list[int]] = {}  # by steps: the workers whose commits were refused
 
@@ -169,10 +171,9 @@ class Leases:
         """Whether any worker holds a lease: what it does not commit will be free again."""
         return bool(self._held)
 
-    @property
-    def holders(self) -> set[int]:
-        """Workers that hold leases."""
-        return set(self._held)
+    def awaited(self, workers: AbstractSet[int]) -> set[int]:
+        """Workers that hold leases, and those of `workers` that have not come yet: loading data may take them long."""
+        return set(self._held) | (workers - self._known)
 
     def held_by(self, worker: int) -> list[Lease]:
         """Leases of `worker`."""
@@ -205,6 +206,7 @@ class Leases:
 
         Steps at which this worker has failed before come last; `skip_failed`: leave them to others.
         """
+        self._known.add(worker)
         period = max(1, periods) * self.period_of(worker)
         lease = self._pop_free(worker, failed=False) if self._free else None
         if lease is None:
@@ -281,7 +283,8 @@ class Leases:
             self._add_free(lease)
 
     def forget(self, worker: int) -> None:
-        """`worker` is lost: free its leases, and forget its speed."""
+        """`worker` has left, or is lost: free its leases, and forget its speed."""
+        self._known.add(worker)
         self.release_all(worker)
         self._done.pop(worker, None)
         if isinstance(self.pace, SpeedProportional):

@@ -81,7 +81,7 @@ class FlatModel:
 
     Tensors that lie on the vector's device and have its dtype share its memory from now on: on a CPU, NumPy's and MPI's
     memory is the model's. Others (bfloat16, several devices) are copied at exchanges. On a GPU the vector lies there,
-    and `x` is pinned host memory, copied at exchanges on torch's current stream (not run on a GPU so far).
+    and `x` is pinned host memory, copied at exchanges on torch's current stream.
 
     Args:
         model: a module; its tensors are moved, so it must stay on its device with its dtypes.

@@ -187,7 +187,7 @@ class AGNOptimizer:
         self._views = layout.views(self._x)
         self._own = OwnArrays(arguments.params, layout, self._x) if optimizer is None else None
         self._g = namespace(self._x).empty_like(self._x) if optimizer else self._x[:0]
-        wire = choose_wire(comm, self._x, transport.wire)
+        wire = choose_wire(comm, self._x, setup.transport)
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
         self._sharded = len(setup.center_ranks) > 1
         caller = Caller(self._pack, self._pulled, self._refused, *self._caller_state)

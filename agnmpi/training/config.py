@@ -191,6 +191,10 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
         "record with spares = {spares}: who computed what could not be replayed; leave one of them",
     ),
     (
+        lambda c: c.joinable and (c.record or c.dylu or c.spares > 0),
+        "joinable with record, dylu or spares: these know all workers from the beginning; leave one of them",
+    ),
+    (
         lambda c: c.drop_stalled and not c.stall_limit,
         "drop_stalled drops workers that are silent for longer than stall_limit: give that, too",
     ),
@@ -242,6 +246,10 @@ _TRANSPORT_RULES: tuple[Refusal[Config], ...] = (
     (
         lambda c: c.drop_stalled and (not c._capabilities.silent_workers or c.centers != 1),
         "drop_stalled needs transport p2p and one center, not {transport!r}, {centers}",
+    ),
+    (
+        lambda c: c.joinable and (not c._capabilities.silent_workers or c.centers != 1 or c.node_centers),
+        "joinable needs transport p2p, one center and no node_centers, not {transport!r}, {centers}",
     ),
     (
         lambda c: bool(c.stall_limit) and not c._capabilities.single_commits,

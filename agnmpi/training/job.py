@@ -160,7 +160,7 @@ class Job:
     def _connect(self) -> None:
         """Set up the session, and begin it or continue from a checkpoint."""
         config, plan = self.config, self.plan
-        wire = choose_wire(self.world, self.x, self.setup.transport.wire)
+        wire = choose_wire(self.world, self.x, self.setup.transport)
         self.session = session = Session(
             self.world, self.rule, self.x, config.make_optimizer(plan.steps),
             config.make_center_optimizer(plan.steps),

@@ -164,25 +164,26 @@ def finish_run(
         return dict(earlier)
     extra = about_ranks(role, lost, hosts)
     result = conclude(directory, asdict(repeatable(config)), layout, role, monitor, extra)
-    if result["failed_evaluations"]:
-        monitor.say(
-            f"WARNING: {result['failed_evaluations']} evaluations failed: exit code {UNEVALUATED}; mend `evaluate`, "
-            f"and type: python -m agnmpi evaluate {directory}"
-        )
-    if lost:
-        monitor.say(f"WARNING: the run ended without ranks {lost}: exit code {DEGRADED}")
     summarize(result, monitor)
+    if result["failed_evaluations"]:
+        monitor.say(f"mend `evaluate`, and type: python -m agnmpi evaluate {directory}")
+    if lost or result["failed_evaluations"]:
+        monitor.say(f"exit code {DEGRADED if lost else UNEVALUATED}")
     return result
 
 
-def summarize(result: Mapping[str, Any], monitor: Monitor) -> None:
-    """Say how a run went."""
-    if (result["loss"] is None and monitor.trained) or None in result["metrics"].values():
+def summarize(result: Mapping[str, Any], monitor: Monitor, has_loss: bool = True) -> None:
+    """Say how a run went; `has_loss`: whether it was told any."""
+    if (result["loss"] is None and monitor.trained and has_loss) or None in result["metrics"].values():
         monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
     if result["refused"]:
         monitor.say(f"WARNING: {result['refused']} commits were refused: not finite, or not of this model")
     if result["given_up"]:
         monitor.say(f"WARNING: {result['given_up']} steps were given up: their commits were refused again and again")
+    if result["failed_evaluations"]:
+        monitor.say(f"WARNING: {result['failed_evaluations']} evaluations failed")
+    if result["lost"]:
+        monitor.say(f"WARNING: the run ended without ranks {result['lost']}")
     metrics = f"{format_metrics(monitor.metrics, ', ')}; " if monitor.metrics else ""
     monitor.say(
         f"done: {metrics}{result['samples']} samples in {duration(result['seconds'])} "

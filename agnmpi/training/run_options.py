@@ -90,6 +90,9 @@ class RunOptions:
     spares: int = option(
         0, "transport", "the last k ranks wait, and take the places of lost ones (ULFM; p2p, one center)", int, least=0
     )
+    joinable: bool = option(
+        False, "transport", "ranks of another mpiexec may come in: agnmpi join RUN (MPICH; p2p, one center)", bool
+    )
     message_buffers: int = option(
         4, "transport", "vectors at a p2p center for messages on their way", int, least=1, also=("slots",)
     )

@@ -90,7 +90,7 @@ class AccumulateWorker(WindowsWorker):
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
         """Sum the payload into c, then pull."""
-        windows, status = self.windows, OK
+        windows, status, held = self.windows, OK, list(self._held)
         if not self._lock.enter(True):
             wait_until(partial(self._lock.enter, True))
         if commit.payload is not None and commit.sequence <= self._sequence:
@@ -113,6 +113,8 @@ class AccumulateWorker(WindowsWorker):
         work = NONE
         if commit.requests & WORK and control != STOP:
             work = self._grant(commit.wanted, int(head[NEXT]))
+        if self._held != held:
+            self._show_held()  # before the center may save
         self._lock.leave()
         counts = int(head[STEPS]), int(head[CHECKPOINT])
         return Done(Reply(int(head[CLOCK]), status, control, work, *counts, period=self._division.period))
@@ -137,7 +139,6 @@ class AccumulateWorker(WindowsWorker):
         lease = self._division.lease(self.windows.add(NEXT, pieces), pieces)
         if lease.steps:
             self._held.append(lease)
-            self._show_held()
         return lease
 
     def _settle(self, commit: Commit) -> None:
@@ -148,7 +149,6 @@ class AccumulateWorker(WindowsWorker):
             i = [lease.first for lease in self._held].index(done.first)
             rest = Lease(done.end, self._held[i].end - done.end)
             self._held[i : i + 1] = [rest] if rest.steps else []
-        self._show_held()
 
     def _show_held(self) -> None:
         """Tell the center what this worker holds, for checkpoints."""

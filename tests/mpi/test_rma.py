@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from agnmpi.transport.accumulate import AccumulateCenter, AccumulateWorker
 from agnmpi.transport.agreement import ConfigError
 from agnmpi.transport.chunks import bcast_in_pieces
 from agnmpi.transport.readers_lock import WAITING, WRITING
-from agnmpi.transport.registry import accumulate, rma
+from agnmpi.transport.registry import accumulate, resolve, rma
 from agnmpi.transport.rma import RMACenter, RMAWorker
 from agnmpi.transport.windows import READERS, Windows
 
@@ -529,7 +530,8 @@ def test_loops_follow_each_other_and_may_be_broken_off(comm, locking, overlap):
 
 def test_the_trial_of_device_pointers_checks_what_arrives(comm):
     """Here with host memory, which every MPI sends."""
-    assert probe.try_out(comm, np) == ""
-    assert probe.choose_wire(comm, np.zeros(3), "direct") == "staged", "nobody has a device"
+    assert probe.try_messages(comm, np) == probe.try_windows(comm, np) == ""
+    entry = resolve("rma")
+    assert probe.choose_wire(comm, np.zeros(3), replace(entry, wire="direct")) == "staged", "nobody has a device"
     with pytest.raises(ConfigError, match="auto, staged or direct"):
-        probe.choose_wire(comm, np.zeros(3), "telepathy" if comm.rank == 0 else "auto")
+        probe.choose_wire(comm, np.zeros(3), replace(entry, wire="telepathy" if comm.rank == 0 else "auto"))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from agnmpi.arrays.device_encodings import CUDA
-from agnmpi.arrays.device_kernels import KERNELS, REDUCTIONS, VECTORS, names
+from agnmpi.arrays.device_kernels import EACH, KERNELS, REDUCTIONS, VECTORS, names, unrolled
 
 MODULE = "cupy_fake"  # where `backend.namespace` finds the device, and that it is one of CuPy's
 TYPES = {"float32": ("float", ctypes.c_float), "float64": ("double", ctypes.c_double)}
@@ -29,43 +29,41 @@ def vectors(name):
 
 
 def source(qualifiers, loop):
-    """C for every kernel and both dtypes, as CuPy writes it: inputs const, references into the vectors."""
-    text = []
+    """C for every kernel and both dtypes, as CuPy writes it: whole vectors, the inputs const; `size` counts threads."""
+    both = "__host__ __device__" if qualifiers else ""
+    text = [
+        f"struct Indexer {{ long count; {both} long size() const {{ return count; }} }};\n"
+        f"template <typename E> struct Raw {{ E* raw; long count; {both} long size() const {{ return count; }}\n"
+        f"{both} E& operator[](long j) const {{ return raw[j]; }} }};\n"
+    ]
     for dtype, (ctype, _) in TYPES.items():
         for name, body in KERNELS.items():
-            arguments, lines = ["long size"], []
-            for p in names(body.inputs):
-                if p in vectors(name):
-                    arguments.append(f"const {ctype}* raw_{p}")
-                    lines.append(f"const T& {p} = raw_{p}[index];")
+            arguments, lines = ["long size", "long count"], ["const long i = index; const Indexer _ind{size};"]
+            for p in names(body.inputs) + names(body.inouts):
+                element = ctype if p in names(body.inouts) else f"const {ctype}"
+                if p in VECTORS:
+                    arguments.append(f"{element}* raw_{p}")
+                    lines.append(f"const Raw<{element}> {p}{{raw_{p}, count}};")
                 else:
-                    arguments.append(f"const {ctype} {p}")
-            for p in names(body.inouts):
-                arguments.append(f"{ctype}* raw_{p}")
-                lines.append(f"T& {p} = raw_{p}[index];")
+                    arguments.append(f"{element} {p}")
             text.append(
                 f'extern "C" {qualifiers} void {name}_{dtype}({", ".join(arguments)}) {{\n'
-                f"typedef {ctype} T;\n{loop} {{ {' '.join(lines)}\n{body.code} }} }}\n"
+                f"typedef {ctype} T;\n{loop} {{ {' '.join(lines)}\n{unrolled(body).code} }} }}\n"
             )
-    return "".join(text) + _reductions(qualifiers, loop)
+    return "".join(text)
 
 
-def _reductions(qualifiers, loop):
-    """C for the reductions: x is raw, that is whole, and `size` counts the numbers that are written."""
-    both = "__host__ __device__" if qualifiers else ""
-    text = [f"struct Indexer {{ long count; {both} long size() const {{ return count; }} }};\n"]
+def reductions():
+    """C for the reductions, element by element."""
+    text = []
     for dtype, (ctype, _) in TYPES.items():
-        text.append(
-            f"struct Raw_{dtype} {{ const {ctype}* raw; long count; {both} long size() const {{ return count; }}\n"
-            f"{both} {ctype} operator[](long j) const {{ return raw[j]; }} }};\n"
-        )
         for name, body in REDUCTIONS.items():
-            kind = {"float64 y": "double", "bool y": "bool"}[body.inouts]
+            kind = {"float64 y": "double", "bool y": "bool"}[body.output]
+            loop = "for (long j = 0; j < size; ++j)"
             text.append(
-                f'extern "C" {qualifiers} void {name}_{dtype}'
-                f"(long size, const {ctype}* raw, long count, {kind}* to) {{\n"
-                f"const Raw_{dtype} x{{raw, count}}; const Indexer _ind{{size}};\n"
-                f"{loop} {{ const long i = index; {kind}& y = to[index];\n{body.code} }} }}\n"
+                f'extern "C" void {name}_{dtype}(long size, const {ctype}* raw, {kind}* to) {{\n'
+                f"{kind} a = {body.first};\n{loop} {{ const {ctype} x = raw[j]; const {kind} b = {body.each}; "
+                f"a = {body.both}; }}\n*to = a; }}\n"
             )
     return "".join(text)
 
@@ -73,9 +71,8 @@ def _reductions(qualifiers, loop):
 def compile_host(folder):
     """Compile the kernels into loops over host memory; skips without a compiler."""
     loop = "for (long index = 0; index < size; ++index)"
-    return _compiled(
-        "#include <cmath>\n#include <cstddef>\nusing std::isfinite;\nusing std::sqrt;\n" + source("", loop), folder
-    )
+    head = "#include <cmath>\n#include <cstddef>\nusing std::isfinite;\nusing std::sqrt;\n"
+    return _compiled(head + source("", loop) + reductions(), folder)
 
 
 def _compiled(text, folder):
@@ -83,7 +80,19 @@ def _compiled(text, folder):
     if compiler is None:
         pytest.skip("no C++ compiler here (g++)")
     (folder / "kernels.cpp").write_text(text)
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "kernels.cpp", "-o", "kernels.so"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O2",
+        "-Wall",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-shared",
+        "-fPIC",
+        "kernels.cpp",
+        "-o",
+        "kernels.so",
+    ]
     subprocess.run(command, cwd=folder, check=True, timeout=120)
     return ctypes.CDLL(str(folder / "kernels.so"))
 
@@ -196,32 +205,34 @@ def device(library):
     class ElementwiseKernel:
         def __init__(self, inputs, inouts, code, name):
             self.name = name.removeprefix("agnmpi_")
-            assert (inputs, inouts, code) == (KERNELS | REDUCTIONS)[self.name]
+            assert (inputs, inouts, code) == unrolled(KERNELS[self.name])
             log.append(f"make {self.name}")
 
-        def __call__(self, *arguments):
+        def __call__(self, *arguments, size):
             log.append(self.name)
-            if self.name in REDUCTIONS:
-                self.reduce(*arguments)
-                return
             arrays = [a for a in arguments if isinstance(a, Vector)]
             (dtype,) = {a.dtype.name for a in arrays}
-            (size,) = {a.size for a in arrays}
-            body = KERNELS[self.name]
-            expected = names(body.inputs) + names(body.inouts)
+            (count,) = {a.size for a in arrays}
+            assert size == -(-count // EACH)
+            expected = names(KERNELS[self.name].inputs) + names(KERNELS[self.name].inouts)
             assert len(arguments) == len(expected)
             passed = []
             for p, a in zip(expected, arguments):
-                is_vector = p in vectors(self.name) + names(body.inouts)
-                assert isinstance(a, Vector) == is_vector, (self.name, p, a)
-                passed.append(ctypes.c_void_p(a.memory.ctypes.data) if is_vector else TYPES[dtype][1](a))
-            getattr(library, f"{self.name}_{dtype}")(ctypes.c_long(size), *passed)
+                assert isinstance(a, Vector) == (p in VECTORS), (self.name, p, a)
+                passed.append(ctypes.c_void_p(a.memory.ctypes.data) if p in VECTORS else TYPES[dtype][1](a))
+            getattr(library, f"{self.name}_{dtype}")(ctypes.c_long(size), ctypes.c_long(count), *passed)
 
-        def reduce(self, x, found):
-            assert found.dtype == REDUCTIONS[self.name].inouts.split()[0]
-            at, to = (ctypes.c_void_p(vector.memory.ctypes.data) for vector in (x, found))
-            reduction = getattr(library, f"{self.name}_{x.dtype.name}")
-            reduction(ctypes.c_long(found.size), at, ctypes.c_long(x.size), to)
+    class ReductionKernel:
+        def __init__(self, _inputs, output, each, both, _end, first, name):
+            self.name = name.removeprefix("agnmpi_")
+            assert (output, each, both, first) == REDUCTIONS[self.name]
+
+        def __call__(self, x):
+            log.append(self.name)
+            found = np.empty((), REDUCTIONS[self.name].output.split()[0])
+            at, to = (ctypes.c_void_p(memory.ctypes.data) for memory in (x.memory, found))
+            getattr(library, f"{self.name}_{x.dtype.name}")(ctypes.c_long(x.size), at, to)
+            return Vector(found, log)
 
     class RawModule:
         def __init__(self, code, options):
@@ -268,7 +279,8 @@ def device(library):
     def event():
         return SimpleNamespace(record=lambda: None, synchronize=lambda: None)
 
-    fake.ElementwiseKernel, fake.ndarray, fake.concatenate = ElementwiseKernel, ndarray, concatenate
+    fake.ElementwiseKernel, fake.ReductionKernel = ElementwiseKernel, ReductionKernel
+    fake.ndarray, fake.concatenate = ndarray, concatenate
     fake.RawModule = RawModule
     fake.zeros = lambda size, dtype=float: Vector(np.zeros(size, dtype), log)
     fake.array, fake.asarray, fake.copyto = array, array, copyto

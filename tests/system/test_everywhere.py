@@ -54,6 +54,7 @@ def test_train(tmp_path, transport):
 def test_shared_windows(tmp_path, transport):
     """Not an error where they are not: the run says so, and which transport is faster."""
     output = train(tmp_path / "run", "--transport", transport)
+    assert "take a detour" not in output, "the settings of jobs/ are to prevent that"
     if "are no shared memory" in output:
         assert "transport p2p is faster here" in output
         _, bare = mpiexec(2, sys.executable, ROOT / "tests/support/absent_target.py")

@@ -1,6 +1,5 @@
 """A run that survives: ranks are killed, stalled and corrupted, and what is left is counted."""
 
-import os
 import random
 import signal
 import sys
@@ -8,10 +7,9 @@ import tempfile
 import time
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 
 import pytest
-from launcher import QUADRATIC, ROOT, ULFM, agnmpi, events_of, has_ulfm, mpiexec, printed, result_of
+from launcher import QUADRATIC, ROOT, ULFM, agnmpi, events_of, has_ulfm, left_behind, mpiexec, printed, result_of
 from mpi4py import MPI
 
 from agnmpi.recovery.checkpoint import newest
@@ -37,25 +35,7 @@ def train(run, ranks, faults, *options, epochs=EPOCHS, launcher=ULFM, problem=DI
 
 def gone(run, job):
     """Nothing is left running."""
-    until = time.monotonic() + 60  # Open MPI's mpiexec with ULFM may end first
-    while left := [pid for pid in Path("/proc").iterdir() if str(run).encode() in words_of(pid)] + group_of(job):
-        assert time.monotonic() < until, left
-        time.sleep(0.1)
-
-
-def group_of(job):
-    try:
-        os.killpg(job.process.pid, 0)
-    except ProcessLookupError:
-        return []
-    return [f"process group {job.process.pid}"]
-
-
-def words_of(process):
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
+    assert not (left := left_behind(run, job)), left
 
 
 @cache

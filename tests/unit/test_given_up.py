@@ -288,3 +288,20 @@ def test_a_run_of_misfits_ends_with_the_reason():
         center.apply(misfit(), c)
     with pytest.raises(ValueError, match="worker 0 announces -8 bytes"):
         Commit(0, 1, nbytes=-8).received_from(0, [80])
+
+
+def test_a_worker_that_fails_at_once_does_not_end_the_run_before_the_others_have_come():
+    held = Center(rules.agn(), np.zeros(1), 2)
+    held.leases = Leases(None, 2)
+
+    def asks(worker, requests=WORK):
+        return held.apply(Commit(worker, requests=requests, total=-1), np.zeros(1)).work
+
+    lease = asks(0)
+    for sequence in range(1, 21):
+        lease = commit(held, 0, sequence, lease, bad=True).work
+    asks(1)
+    lease = commit(held, 0, 21, lease, bad=True).work
+    asks(1, LEAVE)
+    with pytest.raises(RuntimeError, match="22 commits in a row were refused, the last from worker 0"):
+        commit(held, 0, 22, lease, bad=True)
