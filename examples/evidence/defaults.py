@@ -87,7 +87,7 @@ def run_cell(cell: Cell, directories: dict[str, str]) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Accuracy of each method minus that of one process with the same seed: mean, least and greatest, and of how many."""
+    """Accuracy minus that of one process with the same seed: mean, least and greatest, and of how many seeds."""
     found = {tuple(row[name] for name in Cell._fields): row["accuracy"] for row in rows}
     text = ""
     for problem, (_, _, epochs) in PROBLEMS.items():
