@@ -15,7 +15,7 @@ from ..training.config import Config
 from ..transport.registry import entries
 from ..version import __version__
 from .flags import add_fields
-from .offline import add_capi, add_models, add_reports
+from .offline import add_capi, add_join, add_models, add_reports
 
 _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # Fixed values of options of `train`: in a simulation, and where a problem is measured, with each transport.
@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_sweep(commands)
+    add_join(commands)
     _add_simulate(commands)
     _add_bench(commands)
     _add_bench_utilisation(commands)

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args is not None and (args.command in OFFLINE or (args.command == "simulate" and not _launched())):
         return _offline(args)
     signals = Signals(_abort, several=args is not None and args.command == "sweep")
-    if args is not None and args.command in ("train", "sweep"):
+    if args is not None and args.command in ("train", "sweep", "join"):
         signals.install()  # before MPI starts: a signal is lost to no rank
     try:
         world = _world()
@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     """Run a command, and exit as a rank of an MPI job must."""
     from mpi4py import MPI
 
-    from ..cluster.placement import fault_tolerant
+    from ..cluster.placement import may_finalize
     from ..core.backoff import Orphaned
     from ..recovery.watchdog import watch
     from ..training.abort import abort, say, say_and_abort
@@ -146,7 +146,7 @@ def _run(args: argparse.Namespace, world: Any, signals: Signals) -> int:
         code = {Interrupted: INTERRUPTED, Failed: 1, Unwritten: UNWRITTEN}[type(ended)]
         if ended.abort:
             abort(world, code)
-        if fault_tolerant():
+        if not may_finalize(world.size):
             _leave_at_once(code)
         world.Barrier()  # as above
         return code
@@ -175,16 +175,13 @@ def _run(args: argparse.Namespace, world: Any, signals: Signals) -> int:
 
 
 def _left(world: Any, code: int) -> int:
-    """The exit code, when all ranks have come so far; under ULFM this leaves without MPI_Finalize.
-
-    In Open MPI 5.0 it hangs if a rank has died meanwhile.
-    """
+    """The exit code, when all ranks have come so far; where MPI_Finalize may hang this leaves without."""
     from mpi4py import MPI
 
-    from ..cluster.placement import fault_tolerant
+    from ..cluster.placement import may_finalize
     from ..core.backoff import wait_until
 
-    if world.size > 1 and fault_tolerant():
+    if not may_finalize(world.size):
         with suppress(MPI.Exception):
             wait_until(world.Ibarrier().Test)
         _leave_at_once(code)
@@ -192,7 +189,7 @@ def _left(world: Any, code: int) -> int:
 
 
 def _leave_at_once(code: int) -> NoReturn:
-    """Leave without MPI_Finalize, which hangs in Open MPI 5.0 once a rank is lost."""
+    """Leave without MPI_Finalize: see `may_finalize`."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -213,6 +210,10 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
         return _simulate(args, raise_on_all(world, lambda: _prepare_simulation(args)))
     if args.command == "sweep":
         return _sweep(args, world, signals)
+    if args.command == "join":
+        from . import join
+
+        return join.main(Path(args.run), world, signals)
     from mpi4py import MPI
 
     from ..cluster.placement import fault_tolerant

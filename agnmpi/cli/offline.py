@@ -1,4 +1,4 @@
-"""The arguments of commands of one process, which need no MPI."""
+"""The arguments of commands that train nothing of their own: most are of one process, and need no MPI."""
 
 from typing import Any
 
@@ -22,6 +22,19 @@ def add_models(commands: Any) -> None:
     )
     evaluate.add_argument("run", metavar="RUN", help=source)
     evaluate.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"), help="where to compute")
+
+
+def add_join(commands: Any) -> None:
+    """Add `join`, which does need MPI."""
+    join = commands.add_parser(
+        "join",
+        help="become workers of a run that is under way (MPICH)",
+        usage="mpiexec -n P python -m agnmpi join RUN",
+        description="Train, on each rank, as one more worker of a run that was started with --joinable and is under "
+        "way; with its configuration, up to its end. A rank that dies, or leaves at a signal, costs the run what it "
+        "had not committed, no more.",
+    )
+    join.add_argument("run", metavar="RUN", help="the run's directory, which both jobs see")
 
 
 def add_reports(commands: Any) -> None:

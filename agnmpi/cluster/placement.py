@@ -17,6 +17,8 @@ from ..transport.agreement import ConfigError, allgather, require_equal
 from ..version import __version__, mpi_library
 from .machine import started
 
+_connected = False  # with ranks of another job, now or at some time
+
 
 class Place(NamedTuple):
     """A rank's place among the ranks of its node."""
@@ -147,6 +149,17 @@ def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> 
 def fault_tolerant(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this MPI goes on when a rank dies: Open MPI's `mpiexec --with-ft ulfm`, or AGNMPI_FT=1 for others."""
     return "1" in (environment.get("OMPI_MCA_mpi_ft_enable"), environment.get("AGNMPI_FT"))
+
+
+def leave_without_finalize() -> None:
+    """MPI_Finalize would wait for all that this rank was ever connected with, also for the dead: leave without it."""
+    global _connected
+    _connected = True
+
+
+def may_finalize(ranks: int) -> bool:
+    """Whether MPI_Finalize returns in a world of so many: not in Open MPI 5.0 with ULFM, if a rank has died."""
+    return not (_connected or (ranks > 1 and fault_tolerant()))
 
 
 def process() -> tuple[int, int, str]:

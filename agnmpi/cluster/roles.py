@@ -90,6 +90,14 @@ class CenterRole(HoldingRole):
             self.center.leases = leases
         super()._prepare(total, period, leases)
 
+    def admit(self, comm: MPI.Comm) -> int:
+        """Take in a worker of another job, as `CenterEnd.admit`."""
+        number = self.end.admit(comm)
+        self._numbers = range(number + 1)
+        self.center.applied.append(0)
+        self.center.workers += 1
+        return number
+
     def ends(self) -> list[WorkerEnd | CenterEnd]:
         """The center's end."""
         return [self.end]

@@ -134,6 +134,14 @@ class CenterEnd(ABC):
         """Workers that wait to take the place of a lost one."""
         return ()
 
+    def admit(self, comm: Any) -> int:
+        """Take in rank 0 of the remote group of `comm`, of another job, as a worker; returns its number."""
+        raise NotImplementedError(f"{type(self).__name__} takes in nobody")
+
+    def bury(self, worker: int) -> None:
+        """A worker that was taken in has died, or has gone."""
+        raise NotImplementedError(f"{type(self).__name__} takes in nobody")
+
     def stop_waiting_for(self, worker: int) -> None:
         """Wait for this silent worker no longer."""
         raise NotImplementedError(f"{type(self).__name__} waits for all workers")

@@ -35,8 +35,9 @@ class Membership:
         return len(self.serving) - self.centers
 
     def rank_of(self, worker: int) -> int:
-        """The rank of a worker of the current center."""
-        return self.serving[worker + self.centers]
+        """The rank of a worker of the current center; those that have joined from outside follow the others."""
+        place = worker + self.centers
+        return self.serving[place] if place < len(self.serving) else place
 
     def workers(self) -> list[int]:
         """Ranks of the current center's workers, by worker."""

@@ -25,6 +25,9 @@ class Observer:
     def left(self) -> None:
         """All workers have left; a check of which ranks are alive follows."""
 
+    def guest_lost(self, rank: int, held: Sequence[Lease]) -> None:
+        """As `lost`, of a worker of another job, which has died or gone."""
+
     def lost(self, rank: int, held: Sequence[Lease]) -> None:
         """A worker has died: `rank` as at the beginning; its uncommitted leases `held` go to the others."""
 

@@ -54,7 +54,7 @@ class SilentWorkers:
         self._last_seen |= dict.fromkeys([*self._role.center.waiting, *self._role.end.spares], now)
         for worker, last in list(self._last_seen.items()):
             rank, silent = self._members.rank_of(worker), now - last
-            if rank in self._members.lost:
+            if rank in self._members.lost or worker in self._role.end.lost:
                 continue
             stalled, change = silent >= self._limit, ""
             if stalled != (worker in self._reported):

@@ -5,7 +5,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mpi4py import MPI
+
 from ..arrays.backend import Array
+from ..cluster.door import Door, described
+from ..cluster.placement import leave_without_finalize
+from ..cluster.roles import CenterRole
 from ..cluster.setup import Setup
 from ..core.leases import Lease
 from ..core.messages import Commit, Reply
@@ -35,6 +40,7 @@ class RunObserver(Observer):
         self._rank, self.hosts, self._signals, self._injection = rank, hosts, signals, injection
         self._run: Run
         self._began = 0.0  # start time, less the duration before a resume
+        self._door: Door | None = None  # where workers of another job come in
 
     def begin(
         self,
@@ -66,6 +72,20 @@ class RunObserver(Observer):
                 self.duties.monitor.resume(int(resumed["samples"]), seconds)
         elif role.serves:
             self.duties = Duties(run, first=False)
+        if run.config.joinable:
+            leave_without_finalize()
+        if run.config.joinable and isinstance(role, CenterRole):
+            facts = {"total": role.total, "session": role.session}
+            self._door = Door(run.directory, described(run.layout, run.data), facts, self._admit, role.end.bury)
+
+    def _admit(self, comm: MPI.Comm, host: str) -> int:
+        """A worker of another job has come in; returns its number."""
+        number = self.session.admit(comm)
+        rank = self.session.members.rank_of(number)
+        self.hosts = [*self.hosts[:rank], host]
+        self.say(f"{self.name(rank)} has joined, at step {self.session.role.center.steps}")
+        self.note("joined", rank=rank, host=host, workers=self.session.role.at_work)
+        return number
 
     @property
     def monitor(self) -> Monitor | None:
@@ -89,9 +109,14 @@ class RunObserver(Observer):
         """Update display and checkpoints; check for signals and silent workers."""
         if self.duties is not None:
             self.duties.tick(self._signals.received)
+        if self._door is not None:
+            self._door.look()
 
     def left(self) -> None:
         """Save before ranks are left behind."""
+        if self._door is not None:
+            self._door.close()
+            self._door = None
         if self.duties is not None and self._run.config.drop_stalled:
             self.duties.save()  # Open MPI 5.0 may crash if a rank dies while others are left behind
 
@@ -104,6 +129,11 @@ class RunObserver(Observer):
             f"{min(others, role.count - 1)} others"
         )
         self.note("lost", rank=rank, host=self.hosts[rank], uncommitted=held, workers=role.at_work)
+
+    def guest_lost(self, rank: int, held: Sequence[Lease]) -> None:
+        """Report a worker of another job that has gone."""
+        self.say(f"WARNING: {self.name(rank)}, which had joined, has gone; others take what it had not committed")
+        self.note("lost", rank=rank, host=self.hosts[rank], uncommitted=held, workers=self.session.role.at_work)
 
     def joined(self, rank: int) -> None:
         """Report a spare that takes a lost rank's place."""

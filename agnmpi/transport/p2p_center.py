@@ -58,7 +58,7 @@ class P2PCenter(CenterEnd):
         numbers = numbers or range(comm.size - (not trains))
         ranks = [*range(1, comm.size), *([CENTER] if trains else [])]
         self._peers = Peers([Peer(number, comm, rank) for number, rank in zip(numbers, ranks)])
-        self._listener = Listener(comm, self._peers.all, c)
+        self._listeners = [Listener(comm, self._peers.all, c)]  # then, of each worker that was taken in
         self._expected = set[int]()  # workers that have not left, and are neither lost nor silent
         self._leave_reply: Reply | None = None  # the reply to workers that have left
         self._left = 0  # workers that have left this session
@@ -109,6 +109,17 @@ class P2PCenter(CenterEnd):
         for peer in self._peers.at(State.LEFT):
             self._listen_to(peer)
 
+    def admit(self, comm: MPI.Comm) -> int:
+        """As `CenterEnd.admit`."""
+        peer = self._peers.admit(comm)
+        self._listeners.append(Listener(comm, [peer], self.c))
+        self._expected.add(peer.index)
+        return peer.index
+
+    def bury(self, worker: int) -> None:
+        """As `CenterEnd.bury`."""
+        self._bury(self._peers.all[worker])
+
     # One message, from its header to its reply.
 
     def serve_one(self, apply: Apply) -> bool:
@@ -120,10 +131,8 @@ class P2PCenter(CenterEnd):
         assert self._serving is None, "serve_one was called during an apply"
         if not self._peers.any(State.READY) or time.perf_counter() >= self._poll_at:
             self._poll()
-        if self._dying:
-            self._report_lost()
-        peer = self._peers.first(State.READY)
-        if peer is None:
+        self._report_lost()
+        if (peer := self._peers.first(State.READY)) is None:
             return time.perf_counter() >= self._retry_at and self._serve_parked(apply)
         if not self._vectors.may_serve(peer.commit, self._lent(), len(self._used_by_silent())):
             self._poll_at = 0.0  # for the reply that reads c
@@ -131,8 +140,7 @@ class P2PCenter(CenterEnd):
         self._serve(peer, apply)
         if self._peers.any(State.PARKED):
             self._serve_parked(apply)
-        if self._dying:  # while they were answered
-            self._report_lost()
+        self._report_lost()  # who has died while they were answered
         return True
 
     def _serve(self, peer: Peer, apply: Apply) -> None:
@@ -254,12 +262,13 @@ class P2PCenter(CenterEnd):
     def _listen(self) -> None:
         """Receive the headers that have arrived."""
         try:
-            while message := self._listener.poll():
-                self._received(*message)
+            for listener in self._listeners:
+                while message := listener.poll():
+                    self._received(*message)
         except MPI.Exception as error:
             if self.on_loss is None or not peer_failed(error):
                 raise
-            dead = self._listener.dead()
+            dead = self._listeners[0].dead()
             if not dead:  # revoked
                 raise
             for peer in dead:
@@ -293,8 +302,6 @@ class P2PCenter(CenterEnd):
 
     def _receive(self) -> None:
         """Start receives of queued deltas in free buffers, and finish those that have arrived."""
-        if not (self._peers.any(State.QUEUED) or self._peers.any(State.RECEIVING)):
-            return
         # One delta at a time, while it makes progress: the reply to one is sent while the next arrives, so both
         # directions of the link are busy. Received together, all would complete at the same time, with no reply before.
         if self._peers.any(State.QUEUED):
@@ -333,8 +340,6 @@ class P2PCenter(CenterEnd):
 
     def _flush(self) -> bool:
         """Make progress on replies; whether all are sent, but for those to silent workers."""
-        if not self._peers.any(State.ANSWERING):
-            return True
         for peer in self._peers.at(State.ANSWERING):
             self._push(peer)
         return all(peer.index in self.silent for peer in self._peers.at(State.ANSWERING) if peer.answer)

@@ -241,6 +241,13 @@ class Peers:
         for peer in peers:
             self._by_state[peer.state][peer] = None
 
+    def admit(self, comm: MPI.Comm) -> Peer:
+        """One more, alone at the other side of `comm`."""
+        peer = Peer(len(self.all), comm, 0)
+        self.all.append(peer)
+        self._by_state[peer.state][peer] = None
+        return peer
+
     def move(self, peer: Peer, state: State) -> None:
         """Move `peer` to a state, after those already in it."""
         del self._by_state[peer.state][peer]

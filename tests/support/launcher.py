@@ -58,9 +58,9 @@ def compiled_once():
 
 
 class Job:
-    """A running mpiexec in a process group of its own. `start`: a command to start it instead."""
+    """A running mpiexec in a process group of its own; `start`: a command to start it instead; `out`: of its output."""
 
-    def __init__(self, n, *args, cwd=None, env=None, launcher=(), start=None):
+    def __init__(self, n, *args, cwd=None, env=None, launcher=(), start=None, out=subprocess.PIPE):
         # Open MPI leaves session directories, and may be removing them.
         self.directory = tempfile.TemporaryDirectory(prefix="agnmpi-", ignore_cleanup_errors=True)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(INHERITED)}
@@ -72,7 +72,7 @@ class Job:
         command = shlex.join([*(start or [mpiexec_path(), *launcher, "-n", str(n)]), *map(str, args)])
         self.process = subprocess.Popen(
             ["bash", "-c", f". {ROOT}/jobs/env-{mpi_kind()}.sh; exec {command}"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
             text=True, cwd=cwd or self.directory.name, env=clean, start_new_session=True,
         )  # fmt: skip
 
@@ -123,7 +123,7 @@ def started(reached, n, *args, limit=60, **options):
 def left_behind(run, job, seconds=60):
     """Processes of a job that has ended, on that run, which are still there after so long; [] at best."""
     until = time.monotonic() + seconds  # Open MPI's mpiexec with ULFM may end first
-    while left := [pid for pid in Path("/proc").iterdir() if str(run).encode() in _words_of(pid)] + _group_of(job):
+    while left := [pid for pid in Path("/proc").iterdir() if str(run).encode() in words_of(pid)] + _group_of(job):
         if time.monotonic() > until:
             return [str(each) for each in left]
         time.sleep(0.1)
@@ -138,7 +138,8 @@ def _group_of(job):
     return [f"process group {job.process.pid}"]
 
 
-def _words_of(process):
+def words_of(process):
+    """The command line of a process, by its directory in /proc; b"" if it has ended."""
     try:
         return (process / "cmdline").read_bytes()
     except OSError:

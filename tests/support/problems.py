@@ -317,3 +317,27 @@ class Struck(Counts):
         self.reached("evaluation")
         time.sleep(0.05)
         return super().evaluate(params)
+
+
+class Learns(Counts):
+    """As Counts, and a linear model that learns; appends a byte to a file at each step."""
+
+    def __init__(self, xp=np, directory=".", slow=0.0):
+        super().__init__(xp, slow)
+        rng = np.random.default_rng(0)
+        self.x, truth = rng.normal(size=(self.samples, 20)), rng.normal(size=20)
+        self.y = np.sign(self.x @ truth)
+        self.file = Path(directory, "steps")
+
+    def init(self, rng):
+        return {**super().init(rng), "w": self.xp.zeros(20)}
+
+    def gradient(self, params, indices):
+        loss, g = super().gradient(params, indices)
+        with self.file.open("ab") as file:
+            file.write(b".")
+        x, y = self.x[indices], self.y[indices]
+        return loss, {**g, "w": -0.01 * ((y - x @ params["w"])[:, None] * x).mean(axis=0)}
+
+    def evaluate(self, params):
+        return {**super().evaluate(params), "accuracy": float((np.sign(self.x @ params["w"]) == self.y).mean())}

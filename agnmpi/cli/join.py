@@ -1,0 +1,61 @@
+"""`join`: the ranks of this mpiexec become workers of a job that runs."""
+
+import sys
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from mpi4py import MPI
+
+from ..cluster.connect import Connector
+from ..cluster.door import described, knock, watch_center
+from ..cluster.machine import limit_blas
+from ..cluster.placement import place
+from ..cluster.probe import choose_wire
+from ..cluster.setup import Setup
+from ..core.drive import train
+from ..core.worker import Worker
+from ..recovery.watchdog import end_stranded
+from ..training.config import load_run
+from ..training.exits import INTERRUPTED, Signals
+from ..training.problem import Batches, gradient_of, leases_ahead, plan_of, prepare
+from ..transport.agreement import raise_on_all
+
+
+def main(directory: Path, world: MPI.Intracomm, signals: Signals) -> int:
+    """Train, on each rank, as a worker of the run in `directory`, to its end; the exit code.
+
+    Raises:
+        ConfigError: on all ranks, if one is not let in.
+    """
+    config = raise_on_all(world, lambda: load_run(directory).complete())
+    here = place(world, trains=True)
+    limit_blas(here.threads)
+    load = partial(prepare, config.problem, config.options, config.seed, config.device, here.worker_index)
+    problem, layout, x = raise_on_all(world, load)
+    plan = raise_on_all(world, lambda: plan_of(problem, config))
+    data = {"samples": plan.samples, "batch": config.batch, "seed": config.seed}
+    wire = choose_wire(world, x, config.make_transport())
+    comm, facts, connection = raise_on_all(world, lambda: knock(directory, described(layout, data)))
+    over = threading.Event()
+    watch_center(connection, over, partial(end_stranded, world.rank))
+    print(f"agnmpi: rank {world.rank} has joined {directory}, as worker {facts['number']}", file=sys.stderr, flush=True)
+
+    transport = replace(config.make_transport(), numbers=(facts["number"],), wire=wire)
+    setup = Setup(transport, config.overlap, caller_uses_mpi=False, wait=config.wait)
+    connector = Connector(config.make_rule(), config.make_optimizer(plan.steps), setup=setup)
+    end = connector.threaded(connector.encoded(connector.worker_end(comm, x), x), x)
+    worker = Worker(x, connector.rule, connector.optimizer, end, facts["number"], setup.overlap, wait=setup.wait)
+    worker.total, worker.session = facts["total"], facts["session"]
+    worker.ahead = leases_ahead(problem, connector.rule, False)
+
+    batches = Batches(problem, plan, x, lambda: worker.held.numbers, config.period)
+    gradient = gradient_of(problem, layout, plan, x, batches=batches)
+    for _ in train(worker, gradient):
+        if signals.received:  # what it has not committed goes to the others
+            return INTERRUPTED
+    batches.close()
+    worker.settle()
+    over.set()
+    return 0

@@ -1,0 +1,118 @@
+"""Ranks of another mpiexec become workers of a job that runs; each sample is counted once an epoch."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conditions import until
+from launcher import PROBLEMS, Job, agnmpi, events_of, mpi_kind, progresses, result_of, started, words_of
+
+from agnmpi.recovery.files import load
+
+LIMIT = 90
+COUNTS = f"{PROBLEMS}:Counts"
+GIVEN = ["--rule", "downpour", "--optimizer", "sgd", "--rate", "1", "--batch", "4", "--period", "3", "--joinable"]
+mpich = pytest.mark.skipif(mpi_kind() != "mpich", reason="Open MPI 5.0 does not connect two mpiexec")
+
+
+def running(run, epochs, *options):
+    """A job of one worker."""
+    given = ["--epochs", epochs, "--set", "options.slow=0.02", "--run-dir", run, *GIVEN, *options]
+    return started(lambda: progresses(run), 2, sys.executable, "-m", "agnmpi", "train", COUNTS, *given)
+
+
+def joining(run):
+    """A job of one rank that has joined."""
+    guest, before = Job(1, sys.executable, "-m", "agnmpi", "join", run), kinds(run).count("joined")
+    until(lambda: kinds(run).count("joined") > before, "it has not joined")
+    return guest
+
+
+def kill(command, run):
+    """The ranks of a command on a run."""
+    for path in Path("/proc").glob("[0-9]*"):
+        words = words_of(path).split(b"\0")
+        if words[0] == sys.executable.encode() and {command, str(run).encode()} <= {*words}:
+            os.kill(int(path.name), signal.SIGKILL)
+
+
+def kinds(run):
+    return [event["event"] for event in events_of(run)]
+
+
+def check(run, epochs):
+    np.testing.assert_array_equal(load(run / "center.safetensors")[0]["count"], np.full(240, epochs))
+
+
+@mpich
+@pytest.mark.parametrize("options", [[], pytest.param(["--no-wait"], marks=pytest.mark.long)], ids=str)
+def test_who_joins_trains_to_the_end(tmp_path, options):
+    run = tmp_path / "run"
+    job = running(run, 12, *options)
+    code, output = agnmpi(2, "join", run, timeout=LIMIT)
+    assert code == 0, output
+    assert "has joined" in output
+    code, output = job.finish(LIMIT)
+    assert code == 0, output
+    check(run, 12)
+    assert kinds(run).count("joined") == 2
+    assert "lost" not in kinds(run)
+    assert result_of(run)["lost"] == []
+    assert not (run / "door.json").exists()
+
+
+@mpich
+def test_who_has_joined_and_dies_costs_what_it_had_not_committed(tmp_path):
+    run = tmp_path / "run"
+    job = running(run, 12)
+    guest = joining(run)
+    kill(b"join", run)
+    until(lambda: "lost" in kinds(run), "its death is not noticed")
+    guest.finish(LIMIT)
+    guest = joining(run)
+    code, output = guest.finish(LIMIT)
+    assert code == 0, output
+    code, output = job.finish(LIMIT)
+    assert code == 0, output
+    check(run, 12)
+
+
+@pytest.mark.long
+@mpich
+def test_who_has_joined_ends_with_the_job(tmp_path):
+    run = tmp_path / "run"
+    job = running(run, 2000)
+    guest = joining(run)
+    kill(b"train", run)
+    job.finish(LIMIT)
+    code, output = guest.finish(LIMIT)
+    assert code == 69, output
+    assert "has lost the job that it had joined" in output
+
+
+@pytest.mark.long
+@mpich
+def test_who_does_not_fit_is_refused(tmp_path):
+    run = tmp_path / "run"
+    job = running(run, 8)
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("seed = 0", "seed = 1"))
+    code, output = agnmpi(1, "join", run, timeout=LIMIT)
+    assert code == 2, output
+    assert "this rank is refused: its seed is not the run's" in output
+    code, output = job.finish(LIMIT)
+    assert code == 0, output
+    check(run, 8)
+    code, output = agnmpi(1, "join", run, timeout=LIMIT)
+    assert code == 2, output
+    assert "lets nobody in" in output
+
+
+@pytest.mark.skipif(mpi_kind() == "mpich", reason="MPICH connects two mpiexec")
+def test_open_mpi_lets_nobody_in(tmp_path):
+    code, output = agnmpi(2, "train", COUNTS, *GIVEN, "--run-dir", tmp_path / "run", timeout=LIMIT)
+    assert code == 2, output
+    assert "MPI_Comm_connect between two mpiexec waits for ever; leave it out" in output
