@@ -242,8 +242,8 @@ def introduction(
     return [
         headline(config, layout, plan),
         f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "
-        f"{config.optimizer} {config.rate:g}, center {config.center_optimizer}, transport {config.transport}, "
-        f"{mpi_library()}",
+        f"{config.optimizer} {config.rate:g}{f' (warmup {config.warmup})' * bool(config.warmup)}, center "
+        f"{config.center_optimizer}, transport {config.transport}, {mpi_library()}",
         *([centers_line(centers)] if len(centers) > 1 or config.centers == "hosts" else ()),
         *advice(config.make_rule(), workers, config.period),
         *([f"note: {setup.unthreaded}"] if setup.unthreaded else ()),
