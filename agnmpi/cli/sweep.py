@@ -27,7 +27,7 @@ from ..transport.agreement import ConfigError, allgather, raise_on_all
 
 
 class Point(NamedTuple):
-    """A point of the grid: the name of its directory, and its complete configuration."""
+    """A point of the grid: the name of its directory, and its configuration, whose defaults depend on the ranks."""
 
     name: str
     config: Config
@@ -93,7 +93,8 @@ def grid(path: str | None, given: Mapping[str, Any], sets: Sequence[str], axes: 
         if name in points:
             raise ValueError(f"the grid has {name} twice")
         try:
-            points[name] = replace(load(path, given, [*sets, *settings]), run_dir=None, resume=None).complete()
+            points[name] = replace(load(path, given, [*sets, *settings]), run_dir=None, resume=None)
+            points[name].complete()  # refuses what does not fit
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return [Point(*item) for item in points.items()]
@@ -156,7 +157,12 @@ def _prepare(points: Sequence[Point], folder: str | None) -> tuple[str, list[int
     path = Path(folder) if folder else new_directory(f"{problem}-sweep-{time.strftime('%Y%m%d-%H%M%S')}")
     path.mkdir(parents=True, exist_ok=True)
     for name, config in points:
-        if newest_config(path / name).is_file() and (changed := changed_options(path / name, config)):
+        begun = newest_config(path / name).is_file()
+        changed = changed_options(path / name, config.complete()) if begun else {}
+        for option in ("rate", "warmup"):  # their defaults depend on the number of workers
+            if getattr(config, option) is None:
+                changed.pop(option, None)
+        if changed:
             text = ", ".join(f"{key} {before!r}, not {now!r}" for key, (before, now) in changed.items())
             raise ValueError(f"{path / name} was begun with {text}: give another --run-dir")
     todo = [number for number, point in enumerate(points) if not (path / point.name / "result.json").is_file()]

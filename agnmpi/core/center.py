@@ -63,7 +63,7 @@ class Center:
         observer: Observer = Observer(),  # noqa: B008
     ) -> None:  # fmt: skip
         self.rule, self.workers, self.optimizer, self.patience = rule, workers, optimizer, patience
-        self.alive = workers  # n of the weights: those that are not lost
+        self.counted = set(range(workers))  # who trains: spares that wait and who only reads have other numbers
         self.observer = observer
         self.state: Any = optimizer.init(like) if optimizer else None
         self.clock = 0
@@ -87,7 +87,6 @@ class Center:
         self._good = set[int]()  # workers whose last commit was good
         self._released = set[int]()  # workers whose leases were taken back
         self._samples = dict[int, int]()  # of workers with data of their own
-        self._all_samples = 0  # their sum
         self.control = CONTINUE  # STOP asks all workers to leave
         self.checkpoint = 0  # steps at the newest checkpoint
         self.served = self.session = 0  # messages; sessions begun
@@ -185,6 +184,8 @@ class Center:
         if not self.rule.allreduce and commit.sequence <= self.applied[commit.worker]:
             return DUPLICATE
         leases = self.leases
+        if commit.worker in self._released and commit.worker not in self.nodes:
+            self.counted.add(commit.worker)  # it was silent, and is back
         if commit.worker in self._released and leases and not leases.holds(commit.worker, *commit.leases):
             self._drop(commit)  # its lease went to another worker while it was silent
             return DROPPED
@@ -195,7 +196,6 @@ class Center:
         self._good.add(commit.worker)
         self._failing.pop(commit.worker, None)
         if commit.samples:
-            self._all_samples += commit.samples - self._samples.get(commit.worker, 0)
             self._samples[commit.worker] = commit.samples
         weight = self.weight(commit)
         if not weight:
@@ -261,7 +261,8 @@ class Center:
     def worker_lost(self, worker: int) -> None:
         """A worker is lost, for good or for a while: its uncommitted steps are free for the others."""
         self.worker_released(worker)
-        self.waiting.discard(worker)
+        self.waiting, self.counted = self.waiting - {worker}, self.counted - {worker}
+        self._samples.pop(worker, None)
         if self.leases:
             self.leases.forget(worker)
 
@@ -318,10 +319,10 @@ class Center:
             raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
         if commit.worker in self.nodes:
             return 1.0
-        share = 1 / self.alive
+        share = 1 / (n := len(self.counted) or 1)
         if commit.worker in self._samples:  # those that have told nothing yet count as the mean of those that have
-            share *= self._samples[commit.worker] * len(self._samples) / self._all_samples
-        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.alive, share))
+            share *= self._samples[commit.worker] * len(self._samples) / sum(self._samples.values())
+        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, n, share))
 
     def _buffers(self, commit: Commit) -> tuple[Array, float] | None:
         """The buffers of a commit, and their weight; None without buffers."""
@@ -330,7 +331,9 @@ class Center:
         b = commit.payload[-self.rule.buffers :]
         if self.rule.allreduce:
             return b / commit.commits, 1.0
-        return b, 1 - (1 - 1 / self.alive) ** commit.commits  # 1/n; a node center sends the mean of its commits'
+        return b, 1 - (
+            1 - 1 / (len(self.counted) or 1)
+        ) ** commit.commits  # 1/n; a node center sends the mean of its commits'
 
     def _step(self, commit: Commit, c: Array, weight: float) -> None:
         assert commit.payload is not None

@@ -2,7 +2,7 @@
 
 Every rank of the solver trains on what it computes; rank 0 holds the center beside. All of it happens inside the calls
 below, a small share of the time: none of them waits for another rank but `Run(…)` and `close`, which are collective,
-and `done`, which waits for ranks that are more than a time step behind.
+and `done`, which waits for ranks that are more than 0.1 s, or a time step, behind.
 """
 
 import time
@@ -29,7 +29,7 @@ from ..training.user_code import pack_gradients
 from ..transport.agreement import allgather, raise_on_all, require_equal
 from ..transport.p2p import CENTER
 from ..version import __version__
-from .budget import Budget
+from .budget import OFTEN, Budget, Question
 from .insitu_center import Members, Place, parts
 from .insitu_model import Surrogate as Surrogate
 from .insitu_model import checked
@@ -153,13 +153,12 @@ class Run:
         self._served, self._end, self._training, self._reader = found
         self._samples, self._sender, self._receiver = _samples(self._comm, members, self._reservoir, seed)
         self._views, self._g, self._taken, self._loss = self._layout.views(x), np.empty_like(x), 0, nan
-        self._done, self._stop, self._asked, self._has_put, self._seen = False, False, 0, False, 1  # seen: pulls
-        self._flags, self._sums = np.zeros(2, np.int64), np.zeros(2, np.int64)
-        self._agreed: MPI.Request | None = None
+        self._done, self._stop, self._has_put = False, False, False
+        self._seen, self._looked = 1, 0.0  # pulls; time of the last look at messages
         # Every rank has the center before any goes on; the barrier is for rank 0, which serves until then.
         self._wait(self._has_begun)
         self._wait(self._comm.Ibarrier().Test)
-        self._budget = Budget()
+        self._budget, self._question = Budget(), Question(self._solver)
 
     # --- in the solver's loop ---
 
@@ -169,63 +168,76 @@ class Run:
         On a rank that feeds they are copied and sent to a rank that trains, or dropped and counted while messages
         enough are under way.
         """
-        with self._budget.using():
+        with self._budget:
             if self._sender is not None and not self.closed:
                 self._sender.put(x, y)
             else:
                 self._trainer("put")
                 self._reservoir.put(x, y)
                 self._has_put = True
-            self._poll()
 
     def learn(self, budget: float = 0.02, most: int | None = None) -> int:
         """Train for at most a share `budget` of the time since the last call; returns the number of steps taken.
 
-        What is left over is kept for one step. Never waits: before there are samples for a batch, or where an exchange
-        takes longer than the steps that this rank holds, it may take no step. On rank 0 it serves, too, beside the
-        budget.
+        The share is saved up, and spent in turns: calls whose number is a multiple of a power of two, so that the ranks
+        of a solver train at the same time, and do not wait for each other twice. Two turns are as far apart as a step
+        needs, or at most a second; a turn without time for a step takes none, and what it leaves is kept for one step.
+        Exchanges are paid from it, too, on rank 0 also those of the others, but from half of it at most. Never waits:
+        before there are samples for a batch, or where an exchange takes longer than the steps that this rank holds, it
+        may take no step.
 
         Args:
-            budget: at least 0; default 0.02; from 1 on time is no limit, only `most` and the samples.
+            budget: at least 0; default 0.02; from 1 on each call is a turn, and time no limit, only `most` and the
+                samples.
             most: steps; default: as many as fit.
         """
         if not (budget >= 0 and isfinite(budget)):
             raise ValueError(f"rank {self._rank}: the budget is a share of the time, at least 0, not {budget!r}")
         training, taken = self._trainer("learn"), 0
-        self._budget.grant(budget)
-        with self._budget.using():
+        if not self._budget.grant(budget):
+            if time.perf_counter() - self._looked > OFTEN:
+                with self._budget:
+                    self._poll()
+            return 0
+        with self._budget:
             self._poll()
             while taken != most and self._budget.allows_step() and self._is_due(training):
                 with self._budget.step():
                     self._step(training)
                 taken += 1
                 self._poll()
+        self._budget.end_turn()
         return taken
 
     @property
     def done(self) -> bool:
         """Whether all steps are taken, or any rank has called `stop`: the same on all ranks of the solver.
 
-        Read it once in each time step, on every rank of the solver. The answer is that of the last time step: a sum
-        over the ranks that was under way meanwhile. On ranks that only read, or feed: whether nobody trains any more.
-        On ranks that train on what others feed alone, also whether these have all called `close`.
+        Read it once in each time step, on every rank of the solver. The answer is up to 0.2 s old, or two time steps,
+        if these are longer: a sum over the ranks that was under way meanwhile, and is looked at each 0.1 s. On ranks
+        that only read, or feed: whether nobody trains any more. On ranks that train on what others feed alone, also
+        whether these have all called `close`.
         """
         if self._reader is not None and (self._sender is None or self.closed):
             return self._reader.done or self.closed
-        if self._done:
-            return True
-        with self._budget.using():
-            self._poll()
-            goes_on = self._goes_on()
-            if self._agreed is not None:
-                self._wait(self._agreed.Test, "`done`: every rank of the solver must read it once in each time step")
-                unfinished, stopped = self._sums
-                self._done = not unfinished or bool(stopped)
-            self._agreed, self._asked = None, self._asked + 1
-            if not self._done:
-                self._flags[:] = goes_on, self._stop
-                self._agreed = self._solver.Iallreduce(self._flags, self._sums, MPI.SUM)
-            return self._done
+        if not self._done:
+            if self._question.is_due:
+                with self._budget:
+                    self._ask()
+            self._question.read += 1
+        return self._done
+
+    def _ask(self) -> None:
+        """Take the answers to the last question, and ask the next; all ranks of the solver in the same time step."""
+        self._poll()
+        question, goes_on = self._question, self._goes_on()
+        if question.request is not None:
+            test = question.request.Test
+            self._wait(test, "`done`: every rank of the solver must read it once in each time step")
+            unfinished, stopped, self._budget.agreed = question.answers()
+            self._done = not unfinished or bool(stopped)
+        if not self._done:
+            question.ask(goes_on, self._stop, self._budget.wanted)
 
     def pull(self) -> bool:
         """On a rank that reads or feeds: ask for the newest center; whether one has come since the last call.
@@ -234,7 +246,7 @@ class Run:
         """
         if self._reader is None:
             raise RuntimeError(f"rank {self._rank} does not read: it pulls when it has trained")
-        with self._budget.using():
+        with self._budget:
             self._reader.poll()
             seen, self._seen = self._seen, self._reader.pulls
             self._reader.pull()
@@ -313,9 +325,9 @@ class Run:
         if self._samples is not None and not fault_tolerant():
             self._samples.Free()
         if not self.is_center and not fault_tolerant():
-            require_equal(self._solver, {"the number of times that `done` was read": str(self._asked)})
-            if self._agreed is not None:
-                wait_until(self._agreed.Test)
+            require_equal(self._solver, {"the number of times that `done` was read": str(self._question.read)})
+            if self._question.request is not None:
+                wait_until(self._question.request.Test)
             self._solver.Free()
             self._comm.Free()
 
@@ -358,6 +370,7 @@ class Run:
 
     def _poll(self) -> None:
         """Serve what has arrived, at a rank that serves; take and send samples, where ranks feed."""
+        self._looked = time.perf_counter()
         if self._served is not None:
             self._served.poll()
         if self._receiver is not None:
@@ -406,7 +419,12 @@ class Run:
             return test()
 
         served = self._served
-        wait_until(polled, (lambda: served.end.progress) if served else int)
+        if served is None:
+            wait_until(polled)
+            return
+        served.patient = False
+        wait_until(polled, lambda: served.end.progress)
+        served.patient = True
 
 
 def _agreed(comm: MPI.Intracomm, layout: Layout, facts: Mapping[str, object], does: str, center: Place) -> Members:

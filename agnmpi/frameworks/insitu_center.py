@@ -1,6 +1,7 @@
 """The center of a run in situ: served beside a solver that computes, or by nobody; and a rank that only reads it."""
 
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self, TypeAlias
@@ -11,8 +12,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array
 from ..arrays.kernels import run
 from ..cluster.placement import fault_tolerant
-from ..core.backoff import set_pace
-from ..core.center import Center, serve
+from ..core.center import Center
 from ..core.drive import Unblocking
 from ..core.ends import Handle, WorkerEnd
 from ..core.leases import Leases
@@ -29,7 +29,7 @@ from .samples import Reservoir
 
 Place: TypeAlias = Literal["solver", "rank", "thread", "none"]  # that serves it
 _PATIENCE = 1 << 60  # refused commits in a row: a network that fails must not end the solver
-_CAP, _SPIN = 5e-3, 0.0  # seconds: how a thread that serves waits, beside a solver that computes
+_SHORT, _LONG = 5e-4, 5e-2  # seconds between two looks of a thread that serves, beside a solver that computes
 
 
 class Members(NamedTuple):
@@ -70,7 +70,13 @@ class Members(NamedTuple):
 
 
 class Served(Observer):
-    """The center at rank 0, served inside the calls of the solver, or by a thread."""
+    """The center at rank 0, served inside the calls of the solver, or by a thread.
+
+    Attributes:
+        patient: whether that thread may look at messages seldom, since a solver computes; not at first.
+    """
+
+    patient = False
 
     def __init__(
         self, comm: MPI.Comm, rule: Rule, x: Array, period: int, place: Place, steps: int | None, members: Members
@@ -92,9 +98,7 @@ class Served(Observer):
             self._thread = threading.Thread(target=self._serve, name="agnmpi center", daemon=True)
             self._thread.start()
         elif place == "thread":
-            text = (
-                "MPI was not initialized with MPI_THREAD_MULTIPLE: rank 0 serves the center inside put, learn and done"
-            )
+            text = "MPI was not initialized with MPI_THREAD_MULTIPLE: rank 0 serves the center inside learn and done"
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
     def poll(self) -> None:
@@ -111,9 +115,16 @@ class Served(Observer):
             self.poll()
 
     def _serve(self) -> None:
-        set_pace(_CAP, _SPIN)
+        """Each look takes time from the solver on the same core: after a message soon, then ever later."""
+        pause, seen = _SHORT, 0
         try:
-            serve(self.end, self.center.apply)
+            while self.end.live:
+                served = self.end.serve_one(self.center.apply)
+                if served or seen != (seen := self.end.progress):
+                    pause = _SHORT
+                if not served:
+                    time.sleep(pause)
+                    pause = min(2 * pause, _LONG if self.patient else _SHORT)
         except BaseException as error:  # raised again where the solver calls
             self._error = error
 

@@ -14,6 +14,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array, empty
 from ..core.rules import Rule
 from ..loops.agn_optimizer import AGNOptimizer
+from ..loops.monitoring import Monitoring
 from ..transport.agreement import raise_on_all, require_equal
 from ..transport.registry import Transport
 from .launcher import hide_launcher_from_children
@@ -40,6 +41,8 @@ class Run(AnyRun):
         key: of `jax.random`, of which each worker gets one of its own. Default: none.
         rule, outer_rate, transport, overlap, wait, dylu, checkpoint, resume, checkpoint_every, checkpoint_workers: as
             of `AGNOptimizer`. Checkpoints hold, of each worker, opt_state, key, and the place in the data.
+        monitor: as of `AGNOptimizer`: what `agnmpi train` shows and writes. Its `evaluate` is given the center as such
+            a tree.
 
     Attributes:
         params: to take the next step from. A new tree after an exchange; its arrays may be donated to a jitted step.
@@ -68,6 +71,7 @@ class Run(AnyRun):
         resume: str | Path | None = None,
         checkpoint_every: float = 300.0,
         checkpoint_workers: str = "auto",
+        monitor: Monitoring | str | Path | None = None,
     ) -> None:
         self.params, self.opt_state, self.key = params, opt_state, key
         self._first_state = _copied(opt_state)
@@ -85,6 +89,7 @@ class Run(AnyRun):
             transport=transport, overlap=overlap, wait=wait, dylu=dylu, on_commit=self._pack, on_pull=self._unpack,
             on_refused=self._refused, checkpoint=checkpoint, resume=resume, checkpoint_every=checkpoint_every,
             checkpoint_workers=checkpoint_workers, state=self._state, load_state=self._resumed_with,
+            monitor=self._monitoring(monitor),
         )  # fmt: skip
         super().__init__(opt, period, checkpoint)
         if key is not None and opt.worker > 0:

@@ -3,6 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import replace
+from functools import wraps
+from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -11,7 +14,9 @@ import numpy as np
 from ..arrays.backend import Array
 from ..core.batches import Plan
 from ..loops.agn_optimizer import AGNOptimizer
+from ..loops.monitoring import Monitoring
 from ..loops.terms import Status
+from ..recovery.files import load
 from ..training.exits import Interrupted
 from . import randomness
 from .sampler import Dealt, Sampler, ahead
@@ -41,7 +46,7 @@ class Run(ABC):
 
     def __init__(self, opt: AGNOptimizer, period: int, checkpoint: str | Path | None) -> None:
         self._opt, self._period, self._checkpoint = opt, period, checkpoint
-        self._taken = True  # the step of this turn
+        self._taken, self._loss = True, nan  # the step of this turn, and its loss
         self._place = _Place(0, 1, 0, 0)
         self._loader: Any = None  # of the last pass of this loop
         self._pass_began: dict[str, Array] = {}  # the random generators at the beginning of that pass
@@ -240,13 +245,36 @@ class Run(ABC):
 
     def _step(self) -> None:
         """Count the step that was taken, and exchange when λ are done."""
-        self._taken = True
-        self._opt.step()
+        loss, self._taken, self._loss = self._loss, True, nan
+        self._opt.step(loss)
+
+    def tell(self, loss: Any) -> None:
+        """Tell the loss of the step that is about to be counted, for `status` and `monitor`; waits for a GPU."""
+        self._loss = float(loss)
+
+    def _monitoring(self, given: Monitoring | str | Path | None) -> Monitoring | str | Path | None:
+        """As `given`, but what it evaluates is what is trained, and holds the center meanwhile."""
+        function = given.evaluate if isinstance(given, Monitoring) else None
+        if not isinstance(given, Monitoring) or function is None:
+            return given
+
+        @wraps(function)
+        def evaluate(center: Mapping[str, Array]) -> Mapping[str, float]:
+            with self._holding(np.concatenate(list(center.values()))) as held:
+                return function(held)
+
+        return replace(given, evaluate=evaluate)
 
     @contextmanager
-    def center(self) -> Generator[Any, None, None]:
-        """Within it what is trained holds the center as this rank knows it; afterwards this rank's own again."""
-        with self._holding(np.concatenate(list(self._opt.center.values()))) as held:
+    def center(self, file: str | Path | None = None) -> Generator[Any, None, None]:
+        """Within it what is trained holds the center as this rank knows it; afterwards this rank's own again.
+
+        Args:
+            file: that of a monitored run, best.safetensors or center.safetensors, whose numbers it holds instead.
+        """
+        own = self._opt.center
+        arrays = own if file is None else load(Path(file))[0]
+        with self._holding(np.concatenate([arrays[name] for name in own])) as held:
             yield held
 
     @abstractmethod

@@ -14,6 +14,7 @@ from ..transport.peers import peer_failed
 Samples: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 _TAG = 1
 _IN_FLIGHT = 16  # messages of a sender that nobody has taken yet
+_DRAWN, _FAR = 256, 2.0**40  # kept pairs drawn at once; pairs between two of them, at most
 
 
 def _pairs(x: Samples, y: Samples) -> tuple[Samples, Samples]:
@@ -35,7 +36,7 @@ class Reservoir:
     Raises:
         ValueError: for a capacity below 1.
 
-    Source: Vitter 1985, algorithm R; for in-situ training Meyer et al. 2023, arXiv:2309.16645.
+    Source: Li 1994, algorithm L (10.1145/198429.198435); for in-situ training Meyer et al. 2023, arXiv:2309.16645.
 
     >>> reservoir = Reservoir(10, np.random.default_rng(0))
     >>> reservoir.put(np.arange(100.0).reshape(100, 1), np.arange(100.0))
@@ -52,6 +53,11 @@ class Reservoir:
         self.capacity, self.seen = capacity, 0  # seen: pairs put so far
         self._rng = rng
         self._held: tuple[Samples, Samples] | None = None
+        # Of the pairs that come when it is full, those that it keeps next: their numbers, ascending, and places.
+        self._numbers = self._places = np.empty(0, np.int64)
+        self._log_w, self._last = 0.0, capacity - 1  # of the last of them
+        self._draw()
+        self._next = int(self._numbers[0])
 
     def __len__(self) -> int:
         """Number of pairs held."""
@@ -63,16 +69,31 @@ class Reservoir:
         if self._held is None:
             self._held = tuple(np.empty((self.capacity, *a.shape[1:]), a.dtype) for a in (x, y))  # type: ignore[assignment]
         assert self._held is not None
-        for name, held, a in zip("xy", self._held, (x, y)):
+        held_x, held_y = self._held
+        for name, held, a in (("x", held_x, x), ("y", held_y, y)):
             if held.shape[1:] != a.shape[1:]:
                 raise ValueError(f"samples {name} had shape {held.shape[1:]}, and have {a.shape[1:]} now")
-        numbers = np.arange(self.seen, self.seen + len(x))
-        # Number t, from 0, takes place t; a full reservoir puts it in place of another with probability capacity/(t+1).
-        places = np.where(numbers < self.capacity, numbers, self._rng.integers(0, numbers + 1))
-        kept = np.flatnonzero(places < self.capacity)
-        for held, a in zip(self._held, (x, y)):
-            held[places[kept]] = a[kept]  # of several for one place the last stays, as if they came one by one
-        self.seen += len(x)
+        first, self.seen = self.seen, self.seen + len(x)
+        if first < self.capacity:  # the first of all have places of their own
+            free = self.capacity - first
+            held_x[first : self.seen], held_y[first : self.seen] = x[:free], y[:free]
+        while self.seen > self._next:
+            kept = int(self._numbers.searchsorted(self.seen))
+            places, rows = self._places[:kept], self._numbers[:kept] - first
+            held_x[places], held_y[places] = x[rows], y[rows]  # of several for one place the last stays
+            self._numbers, self._places = self._numbers[kept:], self._places[kept:]
+            if not len(self._numbers):
+                self._draw()
+            self._next = int(self._numbers[0])
+
+    def _draw(self) -> None:
+        """Draw the next that are kept: algorithm L skips the others."""
+        steps, skips = self._rng.standard_exponential((2, _DRAWN))
+        log_w = self._log_w - np.cumsum(steps) / self.capacity
+        gaps = np.minimum(skips / -np.log1p(-np.exp(log_w)), _FAR) // 1 + 1
+        self._numbers = self._last + np.cumsum(gaps.astype(np.int64))
+        self._places = self._rng.integers(self.capacity, size=_DRAWN)
+        self._log_w, self._last = float(log_w[-1]), int(self._numbers[-1])
 
     def batch(self, size: int) -> tuple[Samples, Samples]:
         """Draw `size` pairs, with replacement: copies x (size, …), y (size, …)."""

@@ -13,6 +13,7 @@ from ..arrays import kernels
 from ..arrays.backend import Array
 from ..core.rules import Rule
 from ..loops.agn_optimizer import AGNOptimizer
+from ..loops.monitoring import Monitoring
 from ..recovery.files import replacing
 from ..transport.agreement import raise_on_all
 from ..transport.registry import Transport
@@ -43,6 +44,8 @@ class Run(AnyRun):
         rule, outer_rate, transport, overlap, wait, dylu, checkpoint, resume, checkpoint_every, checkpoint_workers: as
             of `AGNOptimizer`. Where a run has ended there is `checkpoint`/model.pt, too:
             `model.load_state_dict(torch.load("ckpt/model.pt"))`.
+        monitor: as of `AGNOptimizer`: what `agnmpi train` shows and writes. Its `evaluate` is given the model, which
+            holds the center.
 
     Raises:
         TypeError: for what is not a model, an optimizer or a scheduler of this kind.
@@ -72,6 +75,7 @@ class Run(AnyRun):
         resume: str | Path | None = None,
         checkpoint_every: float = 300.0,
         checkpoint_workers: str = "auto",
+        monitor: Monitoring | str | Path | None = None,
     ) -> None:
         self.model, self.optimizer = model, unwrapped(optimizer, "optimizer")
         ours = comm.Dup()
@@ -89,6 +93,7 @@ class Run(AnyRun):
             on_commit=self._read, on_pull=self._pulled, on_refused=self._refused,
             checkpoint=checkpoint, resume=resume, checkpoint_every=checkpoint_every,
             checkpoint_workers=checkpoint_workers, state=self._state, load_state=self._resumed_with,
+            monitor=self._monitoring(monitor),
         )  # fmt: skip
         super().__init__(opt, period, checkpoint)
         self._threads = torch.get_num_threads()

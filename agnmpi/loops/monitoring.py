@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ class LoopMonitor:
         self._streams: list[str] = json.loads(allgather(comm, json.dumps(terminals()))[0]) if comm.size > 1 else []
         self._hosts = allgather(comm, MPI.Get_processor_name())
         self._monitor: Monitor | None = None  # on the rank that shows and writes
+        self._has_loss = False  # where the caller moves arrays of its own, it may tell no loss
         self._noted = 0  # steps at the newest checkpoint that an event tells of
         self._seconds = self._samples = 0.0  # before the loop was resumed
         self._began = time.monotonic()
@@ -172,6 +173,7 @@ class LoopMonitor:
 
     def committed(self, commit: Commit, c: Array) -> None:
         """A commit was applied, and the center is now `c` (n,)."""
+        self._has_loss |= not isnan(commit.loss)
         if self._monitor is not None:
             self._monitor.commit(commit, c)
 
@@ -234,7 +236,7 @@ class LoopMonitor:
         role, lost = self.session.role, sorted(self.session.members.lost)
         extra = about_ranks(role, lost, self._hosts)
         result = conclude(self.directory, self._options, self._layout, role, self._monitor, extra)
-        summarize(result, self._monitor)
+        summarize(result, self._monitor, self._has_loss)
 
 
 def script() -> str:

@@ -88,7 +88,7 @@ class Failover:
         worker, serving = self.worker, self._role
         c, center = full_like(worker.x, bring(serving.c, worker.x)), serving.center
         center.move(c)
-        center.workers, center.alive, center.applied, center.on_block = 1, 1, [worker.sequence], None
+        center.workers, center.counted, center.applied, center.on_block = 1, {0}, [worker.sequence], None
         role = LocalRole(center, [worker], 1, LocalCenter(c, 1, center.apply))
         role.session, role.total, role.period = serving.session, serving.total, serving.period
         self._train_within(role, worker)

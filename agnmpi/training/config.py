@@ -16,6 +16,8 @@ from .run_options import RunOptions
 
 # Optimizers that the rules are known with, adam with all others.
 _KNOWN_WITH = {"downpour": "sgd", "dynsgd": "sgd", "aeasgd": "sgd", "eamsgd": "nesterov", "diloco": "adamw"}
+# The default rate grows with the number of workers, up to this one, and is reached after so many steps of each.
+_GROWS_TO, _RISES = 8, 32
 
 
 @documented
@@ -37,8 +39,11 @@ class Config(RunOptions):
         if self.monitor is not None:
             self.monitored  # noqa: B018  # refused at once
 
-    def complete(self) -> "Config":
+    def complete(self, workers: int | None = None) -> "Config":
         """Return the configuration with each default that depends on others filled in, and checked.
+
+        Args:
+            workers: n, how many train (default: the option `workers`); the default rate depends on it.
 
         Raises:
             ValueError: for an invalid value or combination, with the value and the remedy.
@@ -48,6 +53,7 @@ class Config(RunOptions):
         overlap = self.overlap or not self.wait
         complete = replace(self, optimizer=optimizer, rate=rate, overlap=overlap)._with_center_optimizer()
         complete = replace(complete, transport=complete.make_transport().name)._with_outer_rate()
+        complete = complete._with_rate_of(workers or self.workers, given=self.rate)
         refuse(complete, (*_REFUSALS_OF_COMPLETE, *_TRANSPORT_RULES))
         complete.make_rule(), complete.make_optimizer(1000), complete.make_center_optimizer(1000)
         return complete
@@ -70,6 +76,19 @@ class Config(RunOptions):
             return self
         plain = self.variant == "displacement" and self.center_optimizer == "add"
         return replace(self, outer_rate=1.0 if plain and self._capabilities.single_commits else "published")
+
+    def _with_rate_of(self, workers: int, given: float | None) -> "Config":
+        """The configuration with the default rate and warmup, where a round of n commits moves the center as one would.
+
+        n workers that are averaged take an nth of the steps, and average out n times the noise: so ηn, not η.
+        """
+        assert self.rate is not None
+        assert self.optimizer is not None
+        averages = self.outer_rate == 1 and self.center_optimizer == "add" and workers > 1
+        if given is not None or not averages or not self.optimizer.startswith("adam"):
+            return replace(self, warmup=self.warmup or 0)
+        rises = _RISES * workers if self.warmup is None else self.warmup
+        return replace(self, rate=self.rate * min(workers, _GROWS_TO), warmup=rises)
 
     @property
     def writer_names(self) -> tuple[str, ...]:

@@ -100,11 +100,13 @@ class Job:
         check_world(world)
         self._on_event = on_event
         self.world, self.signals, self.rank = world.Dup(), signals, world.rank
-        self.config = config = raise_on_all(self.world, config.complete)
+        given, config = config, raise_on_all(self.world, config.complete)
         self.rule = config.make_rule()
         exchange = raise_on_all(self.world, config.make_transport), config.overlap, config.dylu
         self.setup = Setup(*exchange, caller_uses_mpi=False, wait=config.wait).on_hosts(self.world)
         check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
+        trains = [not self.setup.is_spare(rank, world.size) for rank in self.setup.workers(world.size)]
+        self.config = config = given.complete(max(sum(trains), config.workers))
         here = self.setup.place(self.world)
         limit_blas(here.threads)
         device = config.center_device if self.rank in self.setup.serving_ranks else config.device

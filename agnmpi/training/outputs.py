@@ -164,25 +164,26 @@ def finish_run(
         return dict(earlier)
     extra = about_ranks(role, lost, hosts)
     result = conclude(directory, asdict(repeatable(config)), layout, role, monitor, extra)
-    if result["failed_evaluations"]:
-        monitor.say(
-            f"WARNING: {result['failed_evaluations']} evaluations failed: exit code {UNEVALUATED}; mend `evaluate`, "
-            f"and type: python -m agnmpi evaluate {directory}"
-        )
-    if lost:
-        monitor.say(f"WARNING: the run ended without ranks {lost}: exit code {DEGRADED}")
     summarize(result, monitor)
+    if result["failed_evaluations"]:
+        monitor.say(f"mend `evaluate`, and type: python -m agnmpi evaluate {directory}")
+    if lost or result["failed_evaluations"]:
+        monitor.say(f"exit code {DEGRADED if lost else UNEVALUATED}")
     return result
 
 
-def summarize(result: Mapping[str, Any], monitor: Monitor) -> None:
-    """Say how a run went."""
-    if (result["loss"] is None and monitor.trained) or None in result["metrics"].values():
+def summarize(result: Mapping[str, Any], monitor: Monitor, has_loss: bool = True) -> None:
+    """Say how a run went; `has_loss`: whether it was told any."""
+    if (result["loss"] is None and monitor.trained and has_loss) or None in result["metrics"].values():
         monitor.say("WARNING: the loss or a metric is not finite: the run has diverged; lower the rate")
     if result["refused"]:
         monitor.say(f"WARNING: {result['refused']} commits were refused: not finite, or not of this model")
     if result["given_up"]:
         monitor.say(f"WARNING: {result['given_up']} steps were given up: their commits were refused again and again")
+    if result["failed_evaluations"]:
+        monitor.say(f"WARNING: {result['failed_evaluations']} evaluations failed")
+    if result["lost"]:
+        monitor.say(f"WARNING: the run ended without ranks {result['lost']}")
     metrics = f"{format_metrics(monitor.metrics, ', ')}; " if monitor.metrics else ""
     monitor.say(
         f"done: {metrics}{result['samples']} samples in {duration(result['seconds'])} "
@@ -241,8 +242,8 @@ def introduction(
     return [
         headline(config, layout, plan),
         f"rule {config.rule}, {workers} worker{'s' if workers > 1 else ''} ({ranks}), period {config.period}, "
-        f"{config.optimizer} {config.rate:g}, center {config.center_optimizer}, transport {config.transport}, "
-        f"{mpi_library()}",
+        f"{config.optimizer} {config.rate:g}{f' (warmup {config.warmup})' * bool(config.warmup)}, center "
+        f"{config.center_optimizer}, transport {config.transport}, {mpi_library()}",
         *([centers_line(centers)] if len(centers) > 1 or config.centers == "hosts" else ()),
         *advice(config.make_rule(), workers, config.period),
         *([f"note: {setup.unthreaded}"] if setup.unthreaded else ()),

@@ -112,7 +112,8 @@ class RunOptions:
     rate: float | None = option(
         None,
         "optimizer",
-        "learning rate η [default: 0.001 for adam and adamw, else 0.01]",
+        "learning rate η [default: 0.001 for adam and adamw, with rule agn and an outer rate of 1 times min(n, 8); "
+        "else 0.01]",
         float,
         positive=True,
         also=("learning_rate", "lr"),
@@ -125,7 +126,13 @@ class RunOptions:
     schedule: str = option("constant", "optimizer", "how the rate goes over the run's steps", choices=list(SCHEDULES))
     decay_every: int = option(0, "optimizer", "steps between decays, for --schedule step", int)
     decay_factor: float = option(0.1, "optimizer", "factor of a decay, for --schedule step", float, positive=True)
-    warmup: int = option(0, "optimizer", "steps over which the rate rises at the start", int, least=0)
+    warmup: int | None = option(
+        None,
+        "optimizer",
+        "steps over which the rate rises at the start [default: 32n where the default rate is times n, else 0]",
+        int,
+        least=0,
+    )
     center_optimizer: str | None = option(
         None, "optimizer", "the center's [default: add, or what the rule is known with]", choices=["add", *OPTIMIZERS]
     )

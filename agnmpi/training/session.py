@@ -161,14 +161,8 @@ class Session:
         if isinstance(self.role, CenterRole):
             self.role.end.on_loss, self.role.end.on_join = self._worker_lost, self._worker_joined
 
-    def _count_alive(self) -> None:
-        """A lost worker weighs no longer: a round of commits of the others moves the center as far as one of all."""
-        assert isinstance(self.role, CenterRole)
-        center, end = self.role.center, self.role.end
-        center.alive = max(1, min(center.workers, len(self.role.numbers) - len(end.lost) - len(end.spares)))
-
     def _worker_joined(self, worker: int) -> None:
-        self._count_alive()
+        self.role.center.counted.add(worker)
         self._observer.joined(self.members.rank_of(worker))
 
     def admit(self, comm: MPI.Comm) -> int:
@@ -176,7 +170,7 @@ class Session:
         assert isinstance(self.role, CenterRole)
         self.role.end.on_loss = self._guest_lost
         number = self.role.admit(comm)
-        self._count_alive()
+        self.role.center.counted.add(number)
         return number
 
     def _guest_lost(self, worker: int) -> None:
@@ -184,12 +178,10 @@ class Session:
         center = self.role.center
         held = center.leases.held_by(worker) if center.leases else []
         center.worker_lost(worker)
-        self._count_alive()
         self._observer.guest_lost(self.members.rank_of(worker), held)
 
     def _worker_lost(self, worker: int) -> None:
         center = self.role.center
         held = center.leases.held_by(worker) if center.leases else []
         center.worker_lost(worker)
-        self._count_alive()
         self._observer.lost(self.members.worker_lost(worker), held)

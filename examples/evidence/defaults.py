@@ -16,19 +16,23 @@ sys.path.extend(str(Path(__file__).resolve().parent.parent / folder) for folder 
 
 from resumable import finish, load, simulated
 
-WORKERS, SEEDS = (1, 3, 8, 64, 16, 32), 3  # in this order
-ADAM = 0.001  # the default rate
+WORKERS, SEEDS = (1, 3, 8, 32, 64, 16), 3  # in this order
+ADAM = 0.001  # the default rate of one process
+DEFAULT = "default"
 METHODS = {  # a function of n
+    DEFAULT: lambda _: {"rate": None, "outer_rate": None},
     "AGN, λ = 10": lambda _: {"outer_rate": "published"},
-    "AGN, λ = n": lambda n: {"outer_rate": "published", "period": n},
     "r = 1, λ = 10": lambda _: {"outer_rate": 1.0},
     "r = 1, λ = 10, rate · √n": lambda n: {"outer_rate": 1.0, "rate": ADAM * n**0.5},
+    "AGN, λ = n": lambda n: {"outer_rate": "published", "period": n},
 }
-# MLPs with one hidden layer; 2,700 steps of 32 samples over all workers, or 2,820.
+# MLPs with one hidden layer; 2,700 steps of 32 samples over all workers, or 2,820; with all images 18,750.
 PROBLEMS = {
     "digits": ("digits:Digits", {}, 60.0),
     "MNIST": ("mnist_mlp:Mnist", {"widths": [32], "samples": 6000}, 15.0),
     "Fashion-MNIST": ("mnist_mlp:FashionMnist", {"widths": [32], "samples": 6000}, 15.0),
+    "MNIST, all images": ("mnist_mlp:Mnist", {"widths": [32]}, 10.0),
+    "Fashion-MNIST, all images": ("mnist_mlp:FashionMnist", {"widths": [32]}, 10.0),
 }
 # Workers whose steps take 10 ms ± 30 %, and that start within a period.
 TIMES = {"step_time": 0.01, "step_distribution": "normal", "step_spread": 0.3, "start_jitter": 0.1}
@@ -44,14 +48,16 @@ class Cell(NamedTuple):
 
 
 def cells(problems: list[str]) -> list[Cell]:
-    """All runs, seed by seed. At n = 1 the other methods are Adam in one process, which r = 1 is run for."""
-    alone = ("AGN, λ = 10", "r = 1, λ = 10")
+    """All runs, method by method; with all images the default alone. At n = 1 all but AGN are Adam in one process."""
     return [
         Cell(problem, method, n, seed)
+        for method in METHODS
         for seed in range(SEEDS)
         for n in WORKERS
-        for method in (METHODS if n > 1 else alone)
         for problem in problems
+        if n > 1 or method in (DEFAULT, "AGN, λ = 10")
+        if n <= 8 or "all" not in problem
+        if method == DEFAULT or "all" not in problem
     ]
 
 
@@ -69,7 +75,7 @@ def run_cell(cell: Cell, directories: dict[str, str]) -> dict:
         workers=cell.workers,
         batch=32,
         epochs=epochs,
-        evaluate_every=epochs / 3,
+        evaluate_every=epochs / 4,
         seed=cell.seed,
         device="cpu",
         optimizer="adam",
@@ -81,28 +87,36 @@ def run_cell(cell: Cell, directories: dict[str, str]) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Accuracy of each method minus that of one process with the same seed, mean over the seeds and least."""
+    """Accuracy minus that of one process with the same seed: mean, least and greatest, and of how many seeds."""
     found = {tuple(row[name] for name in Cell._fields): row["accuracy"] for row in rows}
     text = ""
     for problem, (_, _, epochs) in PROBLEMS.items():
-        one = {seed: found.get((problem, "r = 1, λ = 10", 1, seed)) for seed in range(SEEDS)}
-        if not (alone := [value for value in one.values() if value is not None]):
+        one = {seed: found[cell] for seed in range(SEEDS) if (cell := (problem, DEFAULT, 1, seed)) in found}
+        if not one:
             continue
-        seeds = f"{len(alone)} seed" + "s" * (len(alone) > 1)
-        text += f"\n**{problem}**, {epochs:g} epochs; one process: {mean(alone):.1f} % ({seeds})\n\n"
-        text += f"| n | {' | '.join(METHODS)} |\n|{'---|' * (1 + len(METHODS))}\n"
+        gaps = {
+            (method, n): [found[cell] - one[seed] for seed in one if (cell := (problem, method, n, seed)) in found]
+            for method in METHODS
+            for n in WORKERS
+            if n > 1 or method != DEFAULT
+        }
+        methods = [method for method in METHODS if any(gaps.get((method, n)) for n in WORKERS)]
+        text += f"\n**{problem}**, {epochs:g} epochs; one process: {_mean([*one.values()], '.1f')}\n"
+        if not methods:
+            continue
+        text += f"\n| n | {' | '.join(methods)} |\n|{'---|' * (1 + len(methods))}\n"
         for n in sorted(WORKERS):
-            line = []
-            for method in METHODS:
-                gaps = [
-                    found[cell] - one[cell[-1]]
-                    for seed in range(SEEDS)
-                    if (cell := (problem, method, n, seed)) in found and one[seed] is not None
-                ]
-                least = f" ({min(gaps):+.1f})" if len(gaps) > 1 else ""
-                line.append(f"{mean(gaps):+.1f}{least}" if gaps else "")
-            text += f"| {n} | {' | '.join(line)} |\n"
+            line = [_mean(gaps.get((method, n), []), "+.1f") for method in methods]
+            text += f"| {n} | {' | '.join(line)} |\n" if any(line) else ""
     return text
+
+
+def _mean(values: list[float], form: str) -> str:
+    """The mean, the least and the greatest, and how many there are."""
+    if not values:
+        return ""
+    middle, least, most = (f"{round(f(values), 1) + 0.0:{form}}" for f in (mean, min, max))  # no -0.0
+    return middle if len(values) == 1 else f"{middle} ({least} to {most}; {len(values)})"
 
 
 def main() -> None:
@@ -113,8 +127,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a core each")
     parser.add_argument("--report", action="store_true", help="only the table, from the cells there are")
     args = parser.parse_args()
-    directories = {"MNIST": args.mnist, "Fashion-MNIST": args.fashion}
-    directories = {name: str(Path(path).resolve()) for name, path in directories.items() if Path(path).is_dir()}
+    found = {"mnist_mlp:Mnist": args.mnist, "mnist_mlp:FashionMnist": args.fashion}
+    directories = {name: found[of] for name, (of, *_) in PROBLEMS.items() if of in found and Path(found[of]).is_dir()}
+    directories = {name: str(Path(path).resolve()) for name, path in directories.items()}
     file = args.out / "defaults.jsonl"
     if not args.report:
         args.out.mkdir(parents=True, exist_ok=True)

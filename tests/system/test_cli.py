@@ -119,6 +119,8 @@ def test_evaluation_does_not_stop_the_service(tmp_path):
         "--evaluate-every", "1", "--log-every", "0.05", "--run-dir", run, timeout=LIMIT,
     )  # fmt: skip
     assert code == 0, output
+    options = result_of(run)["options"]
+    assert (options["rate"], options["warmup"]) == (0.002, 64), "the defaults of two workers"
     seen = events_of(run)
     evaluations = [e for e in seen if e["event"] == "evaluation"]
     assert len(evaluations) >= 2

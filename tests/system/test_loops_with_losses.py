@@ -41,3 +41,4 @@ def test_a_loop_of_ones_own_survives(tmp_path, deaths, left, spares):
     result = result_of(tmp_path)
     assert result["lost"] == sorted(int(death[0]) for death in deaths.split(","))
     assert result["metrics"] == {"w": 400.0}
+    assert f"WARNING: the run ended without ranks {result['lost']}" in output

@@ -65,6 +65,7 @@ def test_an_evaluation_that_fails_is_reported_and_training_goes_on(tmp_path, ran
     result = result_of(run)
     assert result["steps"] == 6 * 8
     assert result["failed_evaluations"] == 1
+    assert re.search(r"(?s)WARNING: 1 evaluations failed\n.*mend `evaluate`.*exit code 77\n", output)
     assert "distance" in result["metrics"]
 
 

@@ -42,6 +42,18 @@ def test_a_run_for_each_point_and_a_table(tmp_path, capsys):
     assert "was begun with seed 0, not 1" in capsys.readouterr().err
 
 
+def test_defaults_that_depend_on_the_workers_are_no_other_options(tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    given = [QUADRATIC, "--grid", "period=2,4", "--epochs", "1", "--run-dir", folder, "--workers"]
+    assert in_process(*given, 3) == 0
+    assert in_process(*given, 3) == 0, "all points have a result"
+    assert {(run.options["rate"], run.options["warmup"]) for run in map(read, find([folder]))} == {(0.003, 96)}
+    assert in_process(*given, 4) == 2
+    assert "was begun with workers 3, not 4: give" in capsys.readouterr().err
+    assert in_process(*given, 3, "--rate", "0.001") == 2
+    assert "was begun with rate 0.003, not 0.001: give" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -9,7 +9,9 @@ from in_process import UNEVEN, center, config, trajectory, world
 
 from agnmpi import sgd
 from agnmpi.core import rules
+from agnmpi.core.center import Center
 from agnmpi.core.leases import Lease, Leases, SpeedProportional
+from agnmpi.core.messages import Commit
 from agnmpi.core.optimizers import OPTIMIZERS
 from agnmpi.core.rules import CommitInfo
 from agnmpi.reporting.advice import advice
@@ -87,6 +89,30 @@ def test_an_outer_rate_of_1_is_stable_whatever_n_is(workers):
     assert end(1.0) < 1e-4
     assert end(0.8 * edge) < 0.1
     assert end(1.2 * edge) > 10
+
+
+def test_who_is_lost_weighs_no_longer_until_it_is_back():
+    """n is who trains, and shares of samples are of theirs; who only reads, or waits as a spare, does not count."""
+    seen = []
+    rule = rules.weighted(rules.agn(), lambda info: seen.append((info.workers, info.share)) or 1.0)
+    kept, c = Center(rule, np.zeros(1), workers=3), np.zeros(1)
+
+    def commit(worker, samples):
+        sequence = kept.applied[worker] + 1
+        kept.apply(Commit(worker, sequence, 1, clock=kept.clock, samples=samples, payload=np.ones(1)), c)
+
+    for worker, samples in enumerate((10, 20, 70)):
+        commit(worker, samples)
+    commit(0, 10)
+    assert seen.pop() == (3, pytest.approx(0.1))
+    kept.worker_lost(5)  # a reader
+    kept.worker_lost(2)
+    commit(0, 10)
+    assert seen.pop() == (2, pytest.approx(1 / 3))
+    commit(2, 70)
+    commit(0, 10)
+    assert seen.pop() == (3, pytest.approx(0.1))
+    assert c == len(seen) + 3
 
 
 def test_what_is_too_old_is_dropped_and_done_again():

@@ -220,6 +220,32 @@ def test_the_outer_rate_is_1_where_the_center_adds_single_displacements(options,
     assert complete.complete() == complete
 
 
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ({}, [0.001, 0.003, 0.008, 0.008]),
+        ({"optimizer": "adamw", "outer_rate": 1.0, "warmup": 0}, [0.001, 0.003, 0.008, 0.008]),
+        ({"rate": 0.001}, [0.001] * 4),
+        ({"optimizer": "sgd"}, [0.01] * 4),
+        ({"outer_rate": "published"}, [0.001] * 4),
+        ({"outer_rate": 0.5}, [0.001] * 4),
+        ({"outer_rate": 1.0, "center_optimizer": "momentum"}, [0.001] * 4),
+        ({"transport": "accumulate"}, [0.001] * 4),
+        ({"rule": "downpour", "optimizer": "adam"}, [0.001] * 4),
+    ],
+)
+def test_the_default_rate_grows_with_the_workers_that_are_averaged(options, rates):
+    config = Config(**options)
+    complete = [config.complete(workers) for workers in (1, 3, 8, 64)]
+    assert [c.rate for c in complete] == pytest.approx(rates)
+    rises = rates[1] > rates[0] and config.warmup is None
+    assert [c.warmup for c in complete] == ([0, 96, 256, 2048] if rises else [0] * 4)
+    assert config.complete() == config.complete(1)
+    assert all(c.complete(5) == c for c in complete), "it is the run's, whatever ranks there are when it is resumed"
+    local = Config(**options | {"transport": "local", "workers": 3})
+    assert local.complete() == local.complete(3)
+
+
 def test_a_problem_may_name_its_epochs():
     """They count where neither epochs nor steps are given."""
     learns = SimpleNamespace(samples=100, epochs=3)

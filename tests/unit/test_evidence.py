@@ -117,26 +117,42 @@ def test_the_driver(tmp_path, monkeypatch, capsys):
 def test_the_driver_of_the_defaults(tmp_path, monkeypatch, capsys):
     """It resumes after a cell, and compares with one process of the same seed."""
     images = made_up_mnist(tmp_path / "mnist", 64, 40)
-    mine = [defaults.Cell("MNIST", "r = 1, λ = 10", 1, 0), defaults.Cell("MNIST", "AGN, λ = 10", 8, 0)]
+    mine = [defaults.Cell("MNIST", defaults.DEFAULT, 1, 0), defaults.Cell("MNIST", "AGN, λ = 10", 8, 0)]
     given = ["--mnist", str(images), "--fashion", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sys, "argv", ["defaults.py", *given])
     for done in (1, 2):
-        monkeypatch.setattr(defaults, "cells", lambda problems, done=done: mine[:done] if len(problems) == 2 else [])
+        monkeypatch.setattr(defaults, "cells", lambda problems, done=done: mine[:done] if len(problems) == 3 else [])
         defaults.main()
     assert "2 cells, 1 to do" in capsys.readouterr().out
     one, several = resumable.load(tmp_path / "out/defaults.jsonl")
     assert one["curve"][-1] == [15.0, one["accuracy"] / 100]
     lines = (tmp_path / "out/defaults.md").read_text().splitlines()
-    assert lines[0] == f"**MNIST**, 15 epochs; one process: {one['accuracy']:.1f} % (1 seed)"
-    assert "| 1 |  |  | +0.0 |  |" in lines
-    assert f"| 8 | {several['accuracy'] - one['accuracy']:+.1f} |  |  |  |" in lines
+    assert lines == [
+        f"**MNIST**, 15 epochs; one process: {one['accuracy']:.1f}", "", "| n | AGN, λ = 10 |", "|---|---|",
+        f"| 8 | {several['accuracy'] - one['accuracy']:+.1f} |",
+    ]  # fmt: skip
+
+
+def test_the_table_of_the_defaults():
+    """The gap to one process of the same seed: mean, least and greatest, and of how many seeds."""
+    seen = {(1, 0): 90.0, (1, 1): 92.0, (8, 0): 89.0, (8, 1): 90.5, (8, 2): 95.0}
+    rows = [
+        {"problem": "digits", "method": defaults.DEFAULT, "workers": n, "seed": seed, "accuracy": accuracy}
+        for (n, seed), accuracy in seen.items()
+    ]
+    lines = defaults.table(rows).splitlines()
+    assert lines[1:] == [
+        "**digits**, 60 epochs; one process: 91.0 (90.0 to 92.0; 2)", "", "| n | default |", "|---|---|",
+        "| 8 | -1.2 (-1.5 to -1.0; 2) |",
+    ]  # fmt: skip
 
 
 def test_the_cells_of_the_defaults():
-    cells = defaults.cells(["digits", "MNIST"])
-    assert len(set(cells)) == len(cells) == 2 * defaults.SEEDS * (2 + 4 * (len(defaults.WORKERS) - 1))
-    assert cells[:2] == [defaults.Cell(problem, "AGN, λ = 10", 1, 0) for problem in ("digits", "MNIST")]
+    cells = defaults.cells(["digits", "MNIST", "MNIST, all images"])
+    several, methods = len(defaults.WORKERS) - 1, len(defaults.METHODS)
+    assert len(set(cells)) == len(cells) == defaults.SEEDS * (2 * (2 + methods * several) + 3)
+    assert cells[0] == defaults.Cell("digits", defaults.DEFAULT, 1, 0)
 
 
 def test_what_is_compared():

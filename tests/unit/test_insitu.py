@@ -44,6 +44,18 @@ def test_a_reservoir_is_uniform_over_all_that_came(piece):
     assert held.std() == pytest.approx(deviation, rel=0.3)
 
 
+def test_a_reservoir_is_uniform_over_a_long_stream():
+    """Of 100,000 numbers in one put, and of as many in many, all places alike are held."""
+    for pieces in (1, 1000):
+        reservoir = Reservoir(2000, np.random.default_rng(0))
+        for numbers in np.split(np.arange(100_000.0), pieces):
+            reservoir.put(numbers, numbers)
+        held = set(reservoir.batch(40_000)[0])
+        assert len(held) == 2000
+        counts = np.histogram(list(held), 10, (0, 100_000))[0]
+        assert abs(counts - 200).max() < 5 * 200**0.5
+
+
 def test_samples_that_do_not_fit_are_refused():
     reservoir = Reservoir(5, np.random.default_rng(0))
     with pytest.raises(ValueError, match="the reservoir is empty"):
@@ -61,12 +73,78 @@ def test_steps_use_no_more_than_their_share_and_the_last_of_them(share, calls):
     budget, used, longest = Budget(lambda: now), 0.0, 0.0
     for passed, cost in calls:
         now += passed
-        budget.grant(share)
-        while budget.allows_step():
+        turn = budget.grant(share)
+        while turn and budget.allows_step():
             with budget.step():
                 now += cost
             used, longest = used + cost, max(longest, cost)
+        if turn:
+            budget.end_turn()
         assert used <= share * now + longest + 1e-9
+
+
+@pytest.mark.parametrize("agree", [False, True])
+def test_ranks_that_call_equally_often_train_in_the_same_calls(agree):
+    """Steps of 2 and 3 ms at 2 % of calls of 10 ms: turns are rare, and no rank has one where the slower has none."""
+    now = [0.0, 0.0]
+    budgets = [Budget(lambda i=i: now[i]) for i in range(2)]
+    turns, steps = [[], []], [0, 0]
+    for call in range(4096):
+        for i, (budget, cost) in enumerate(zip(budgets, (0.002, 0.003))):
+            now[i] += 0.01
+            if budget.grant(0.02):
+                turns[i].append(call)
+                while budget.allows_step():
+                    with budget.step():
+                        now[i] += cost
+                    steps[i] += 1
+                now[i] += 1e-4  # for messages
+                budget.end_turn()
+            if agree and call % 8 == 0:
+                budget.agreed = max(each.wanted for each in budgets)
+    late = [{call for call in each if call > 256} for each in turns]
+    assert late[1] <= late[0]
+    assert late[0] == late[1] or not agree
+    assert len(late[0]) <= 4096 / 32
+    assert steps == pytest.approx([0.02 * now[0] / 0.002, 0.02 * now[1] / 0.003], rel=0.05)
+
+
+@pytest.mark.parametrize(("messages", "kept"), [(0.0, 1.0), (0.02, None), (0.2, 0.5)])
+def test_messages_are_paid_from_half_of_the_budget_at_most(messages, kept):
+    """A tenth of calls of 10 ms for steps of 1 ms; each turn takes so long beside them."""
+    now = stepped = beside = 0.0
+    budget = Budget(lambda: now)
+    for _ in range(5000):
+        now += 0.01
+        if budget.grant(0.1):
+            while budget.allows_step():
+                with budget.step():
+                    now += 0.001
+                stepped += 0.001
+            now += messages
+            beside += messages
+            budget.end_turn()
+    granted = 0.1 * now
+    if kept is None:  # there is enough for both
+        assert stepped + beside == pytest.approx(granted, rel=0.05)
+        assert beside > 0.1 * granted
+    else:
+        assert stepped == pytest.approx(kept * granted, rel=0.05)
+
+
+def test_a_turn_comes_also_where_calls_have_become_slow():
+    now = 0.0
+    budget, turns = Budget(lambda: now), []
+    for call in range(1100):
+        now += 1e-4 if call < 1000 else 10.0
+        turns.append(budget.grant(0.02))
+        while turns[-1] and budget.allows_step():
+            with budget.step():
+                now += 0.01
+        if turns[-1]:
+            budget.end_turn()
+    assert sum(turns[:1000]) < 20
+    assert all(turns[1001:])
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 60), st.booleans(), st.integers(0, 999), st.integers(0, 80))
