@@ -112,8 +112,7 @@ def _raw(parameters: str) -> str:
 def kernel(xp: ModuleType, name: str) -> Any:
     """The kernel `name` of `xp`; made once, compiled at the first launch for each dtype."""
     if name in REDUCTIONS:
-        output, *codes = REDUCTIONS[name]
-        each, both, first = codes
+        output, each, both, first = REDUCTIONS[name]
         return xp.ReductionKernel("T x", output, each, both, "y = a", first, f"agnmpi_{name}")
     return xp.ElementwiseKernel(*unrolled(KERNELS[name]), f"agnmpi_{name}")
 

@@ -61,10 +61,12 @@ class Layout(NamedTuple):
         return self.offsets[-1]
 
     @classmethod
-    def of(cls, params: Any, buffers: Collection[str] = ()) -> "Layout":
+    def of(cls, params: Any, buffers: Collection[str] = (), mixed: bool = False) -> "Layout":
         """Read the layout of `params`, those named in `buffers` last.
 
-        Raises ValueError for a buffer that is not there, and unless all have one floating dtype.
+        `mixed`: they may have several dtypes, float16 among them; the vector is float64 where all are, else float32.
+
+        Raises ValueError for a buffer that is not there, and for other dtypes.
         """
         items = named(params)
         if unknown := sorted(set(buffers) - set(items)):
@@ -72,15 +74,15 @@ class Layout(NamedTuple):
         items = dict(sorted(items.items(), key=lambda item: item[0] in buffers))  # stable
         dtypes = {name: value.dtype for name, value in items.items()}
         for name, dtype in dtypes.items():
-            if dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+            if dtype not in (np.dtype(np.float32), np.dtype(np.float64)) and not (mixed and dtype == np.float16):
                 raise ValueError(
                     f"parameters must be float32 or float64, but {name!r} is {dtype}; convert it with astype "
                     "(PyTorch: tensor.float())"
                 )
-        if len(set(dtypes.values())) > 1:
+        if len(set(dtypes.values())) > 1 and not mixed:
             listed = ", ".join(f"{name}: {dtype}" for name, dtype in dtypes.items())
             raise ValueError(f"parameters must share one dtype, but {listed}; convert them with astype")
-        dtype = next(iter(dtypes.values()))
+        dtype = np.dtype(np.float64 if set(dtypes.values()) == {np.dtype(np.float64)} else np.float32)
         shapes = tuple(value.shape for value in items.values())
         offsets = (0, *np.cumsum([prod(shape) for shape in shapes]).tolist())
         if not offsets[-1]:

@@ -54,6 +54,7 @@ class Budget:
         self._now = now
         self._begin = self._granted = self._turn = self._late = self._entered = now()
         self._credit = self._cost = 0.0  # of the steps; of one step, in the mean of the last
+        self._saved = self._spare = 0.0  # since the last turn; what that may pay for beside its steps
         self._stepped = self._beside = 0.0  # seconds of the last turn in its steps, and, in the mean, beside them
         self._used = self._share = self._call = 0.0  # the last: seconds from call to call
         self._calls = self._since = 0  # in all; since the last turn
@@ -63,13 +64,14 @@ class Budget:
     def grant(self, share: float) -> bool:
         """Grant a share of the time since the last call; whether this one is a turn. From a share of 1 on each is."""
         now, number = self._now(), self._calls
-        self._credit += share * (now - self._granted)
+        self._saved += share * (now - self._granted)
         self._granted, self._share, self._calls, self._since = now, share, number + 1, self._since + 1
         # Calls that have become slow are counted anew, before they have waited for a turn of the quick ones.
         if share < 1 and number & ((1 << self._level) - 1) and now < self._late:
             return False
         self._call = (now - self._turn) / self._since
         self._turn, self._since, self._stepped = now, 0, 0.0
+        self._credit, self._spare, self._saved = self._credit + self._saved, self._saved / 2, 0.0
         return True
 
     @property
@@ -77,10 +79,14 @@ class Budget:
         return self.wanted if self.agreed is None else self.agreed
 
     def end_turn(self) -> None:
-        """What is left is kept for one step; the next turns are as far apart as their steps need."""
+        """Up to half of the turn pays for what was beside the steps, as messages; of what is left one step is kept.
+
+        The next turns are as far apart as their steps need.
+        """
         now = self._now()
-        self._beside = (self._beside + now - self._turn - self._stepped) / 2
-        self._credit = min(self._credit, self._cost)
+        beside = now - self._turn - self._stepped
+        self._beside = (self._beside + beside) / 2
+        self._credit = min(self._credit - min(beside, self._spare), self._cost)
         step = self._cost / self._share if self._share else 0.0
         apart = max(step, min(_SECOND, max(_STEPS * step, self._beside / _OVERHEAD)))
         self.wanted = level(apart, self._call)

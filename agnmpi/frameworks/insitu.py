@@ -182,8 +182,9 @@ class Run:
         The share is saved up, and spent in turns: calls whose number is a multiple of a power of two, so that the ranks
         of a solver train at the same time, and do not wait for each other twice. Two turns are as far apart as a step
         needs, or at most a second; a turn without time for a step takes none, and what it leaves is kept for one step.
-        Never waits: before there are samples for a batch, or where an exchange takes longer than the steps that this
-        rank holds, it may take no step. On rank 0 it serves, too, beside the budget.
+        Exchanges are paid from it, too, on rank 0 also those of the others, but from half of it at most. Never waits:
+        before there are samples for a batch, or where an exchange takes longer than the steps that this rank holds, it
+        may take no step.
 
         Args:
             budget: at least 0; default 0.02; from 1 on each call is a turn, and time no limit, only `most` and the

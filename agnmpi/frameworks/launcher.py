@@ -11,6 +11,7 @@ from ..transport.agreement import ConfigError
 
 _LAUNCHER = ("PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "MPIEXEC_", "HYDRA_")
 _PARAMETERS = "OMPI_MCA_"  # of the library, not of this rank; also says whether the job goes on without lost ranks
+_RANK_OF_4 = ("OMPI_MCA_ess", "OMPI_MCA_orte_")  # but these: Open MPI 4 tells a rank so where its daemon is
 
 
 def hide_launcher_from_children() -> None:
@@ -29,11 +30,11 @@ def hide_launcher(environment: MutableMapping[str, str]) -> None:
     A process that inherits them and imports MPI, as a spawned or forkserver worker of a DataLoader does, would join the
     job as a rank that is there already, and end it; and Accelerate would set up process groups of its own.
 
-    >>> environment = {"PMI_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_MCA_btl": "^ofi", "HOME": "/root"}
+    >>> environment = {"PMI_RANK": "1", "OMPI_MCA_orte_hnp_uri": "1;tcp", "OMPI_MCA_btl": "^ofi"}
     >>> hide_launcher(environment)
     >>> environment
-    {'OMPI_MCA_btl': '^ofi', 'HOME': '/root'}
+    {'OMPI_MCA_btl': '^ofi'}
     """
     for name in list(environment):
-        if name.startswith(_LAUNCHER) and not name.startswith(_PARAMETERS):
+        if name.startswith(_RANK_OF_4) or (name.startswith(_LAUNCHER) and not name.startswith(_PARAMETERS)):
             del environment[name]

@@ -43,7 +43,7 @@ class AGNOptimizer:
     Args:
         optimizer: from `agnmpi.sgd`, `adam`, …, or None if you update the parameters yourself and call `step()`.
         params: arrays by name (or a sequence, or one array), copied; with `optimizer=None` your own arrays, which are
-            updated at each exchange.
+            updated at each exchange, and may be of several dtypes, also float16.
         comm: any communicator; it is duplicated. Its rank 0 holds the center.
         communication_period: λ, local steps between exchanges; default 10.
         use_locking: TensorFlow's option; False, with transport "rma", is transport "accumulate": commits are summed

@@ -46,7 +46,7 @@ class Arguments(NamedTuple):
                     f"parameter {key!r} is read-only, but is to be updated: give a writable array "
                     "(of a PyTorch tensor: tensor.detach().numpy())"
                 )
-        layout = Layout.of(self.params, self.buffers)
+        layout = Layout.of(self.params, self.buffers, mixed=self.optimizer is None and self.copy)
         if not self.copy:
             one_vector(self.params, layout)
         rule = (self.rule or agn(self.variant))._replace(buffers=layout.buffers)
@@ -61,6 +61,7 @@ class Arguments(NamedTuple):
             "variant": self.variant,
             "communication_period": str(period),
             "optimizer": _describe(self.optimizer),
+            "dtypes": ", ".join(f"{name} {array.dtype}" for name, array in named(self.params).items()),
             "center_optimizer": _describe(self.center_optimizer),
             "transport": f"{transport.name}, centers {transport.wanted_centers}, center on {transport.center_device}",
             "node_centers": str(transport.node_centers),

@@ -20,6 +20,9 @@ class OwnArrays:
         self.arrays = named(params)
         self._seen = {name: _place(array) for name, array in self.arrays.items()}
         self._shared = _place(x)[0] in [place[0] for place in self._seen.values()]
+        # Of arrays with fewer digits than x: what rounding has added to the numbers that were last copied to them.
+        self._narrow = [name for name, array in self.arrays.items() if array.dtype.itemsize < x.dtype.itemsize]
+        self._error = namespace(x).zeros_like(x) if self._narrow else None
 
     def pack(self) -> None:
         """Copy them into the flat vector. Raises ValueError, with the name, where one was replaced."""
@@ -36,6 +39,14 @@ class OwnArrays:
                 )
         if not self._shared:
             self._layout.pack(self.arrays, out=self._x)
+        if self._error is None:
+            return
+        views, errors = self._layout.views(self._x), self._layout.views(self._error)
+        for name in self._narrow:
+            x, own = views[name], bring(self.arrays[name], views[name])
+            x -= errors[name]
+            # Numbers that were written anew, not moved by steps, are what they are.
+            namespace(x).copyto(x, own.astype(x.dtype), where=x.astype(own.dtype) != own)
 
     def unpack(self) -> None:
         """Copy the flat vector into them."""
@@ -43,6 +54,9 @@ class OwnArrays:
             views = self._layout.views(self._x)
             for name, array in self.arrays.items():
                 array[...] = bring(views[name], array)
+        if self._error is not None:
+            self._layout.pack(self.arrays, out=self._error)
+            self._error -= self._x
 
 
 def one_vector(params: Any, layout: Layout) -> Array:

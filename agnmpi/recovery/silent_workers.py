@@ -108,7 +108,7 @@ def leave_behind(comm: MPI.Intracomm, role: Role, members: Membership, outlives_
 def _send_remaining(comm: MPI.Intracomm, role: Role, outlives_loss: bool) -> list[int]:
     assert isinstance(role, CenterRole)
     absent = {*role.end.silent, *role.end.lost}
-    remaining = [0] + [worker + 1 for worker in role.numbers if worker not in absent]
+    remaining = [0] + [rank for rank in range(1, comm.size) if rank - 1 not in absent]  # who has joined is elsewhere
     for rank in remaining[1:]:
         try:
             wait_until(comm.Isend(np.array([len(remaining), *remaining]), rank, _REMAINING).Test)

@@ -33,6 +33,8 @@ def test_conformance(comm, check, world, n):
     transport, options = WORLDS[world]
     if n != SIZES[1] and comm.size > 3:
         pytest.skip("one number, and 18 MB: covered with fewer ranks")
+    if n == SIZES[2] and comm.size == 2 and check is not nothing_lost_nothing_twice:
+        pytest.skip("18 MB of a worker alone: covered with 3 ranks")
     if transport.centers > 1 and (n < transport.centers or comm.size <= transport.centers):
         pytest.skip("needs a parameter for each center, and a worker")
     if options.get("threaded") and MPI.Query_thread() < MPI.THREAD_MULTIPLE:

@@ -151,6 +151,27 @@ def test_own_arrays_and_an_own_vector_are_trained_alike(comm, name, overlap):
     part.Free()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_rounding_adds_to_arrays_of_fewer_digits_is_not_committed(comm, overlap):
+    """float16 at 4096 holds multiples of 4 alone; the center takes an eighth of each step of 4."""
+    w, b = np.full(3, 4096, np.float16), np.zeros(2)
+    n = comm.size - 1
+    with AGNOptimizer(None, {"w": w, "b": b}, comm, 2, outer_rate=0.125 * n, overlap=overlap) as opt:
+        assert opt.flat.dtype == np.float32
+        for _ in range(2):
+            for _ in opt.steps(40):
+                w += np.float16(4)
+                b += 2
+                opt.step()
+        assert opt.center["b"].tolist() == [80 * 2 / 8] * 2
+        assert opt.center["w"].tolist() == [4096 + 80 * 4 / 8] * 3
+        assert abs(w - opt.center["w"]).max() <= 2
+        w[:] = 0.125  # loaded anew
+        for _ in opt.steps(1):
+            opt.step()
+        assert opt.center["w"].tolist() == [0.125] * 3
+
+
 def test_a_turn_without_a_step_uses_up_no_step(comm):
     with AGNOptimizer(None, np.zeros(2), comm, 3) as opt:
         x, seen, last, taken = opt.params["0"], [], None, []

@@ -49,7 +49,7 @@ def main(does="feed"):
             ring.step()
             run.put(np.zeros(2), np.ones(2))
             run.pull() if does == "feed" else run.learn(1e9, most=2)
-            time.sleep(1e-3)
+            time.sleep(2e-3)
             if run.done:
                 break
         print(f"rank {world.rank}: {t + 1} time steps", flush=True)

@@ -28,11 +28,11 @@ def main(budget, grid, center="solver", rounds="15"):
     run = insitu.Run(f"{HEAT}/surrogate.py:Heat", MPI.COMM_WORLD, center=center)
     x, _ = plate.samples(1.0)
     few = np.random.default_rng(comm.rank).integers(0, len(x), 256)  # what is offered of each time step
-    points = np.unravel_index(few, plate.inner.shape)
+    places, points = x[few], np.unravel_index(few, plate.inner.shape)
 
     def trained():
         plate.step()
-        run.put(x[few], plate.inner[points])
+        run.put(places, plate.inner[points])
         run.learn(float(budget))
         return run.done
 
@@ -41,7 +41,7 @@ def main(budget, grid, center="solver", rounds="15"):
         taken, last = [], time.thread_time()
         for part in (
             plate.step,
-            lambda: samples.append((x[few], plate.inner[points])),
+            lambda: samples.append((places, plate.inner[points])),
             lambda: run.put(*samples.pop()),
             lambda: run.learn(float(budget)),
             lambda: run.done,

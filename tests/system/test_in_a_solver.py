@@ -84,7 +84,7 @@ def test_one_of_two_simulations_dies_and_the_other_and_the_training_go_on(does):
     ends = re.findall(r"rank (\d) ends: clock (\d+), w ([\d.]+)", output)
     assert sorted(rank for rank, _, _ in ends) == ["0", "1", "2", "3"], output
     assert len({clock for _, clock, _ in ends}) == 1, output
-    assert int(ends[0][1]) > 100
+    assert int(ends[0][1]) > 30  # long after the death, in time step 40 of 400
     assert {float(w) for _, _, w in ends} == {1.0}
     assert sorted(re.findall(r"rank (\d): 400 time steps", output)) == ["2", "3"] or does == "train", output
     assert code in (0, 137), output

@@ -48,7 +48,9 @@ def check(run, epochs):
 
 
 @mpich
-@pytest.mark.parametrize("options", [[], pytest.param(["--no-wait"], marks=pytest.mark.long)], ids=str)
+@pytest.mark.parametrize(
+    "options", [["--stall-limit", "30", "--drop-stalled"], pytest.param(["--no-wait"], marks=pytest.mark.long)], ids=str
+)
 def test_who_joins_trains_to_the_end(tmp_path, options):
     run = tmp_path / "run"
     job = running(run, 12, *options)

@@ -109,6 +109,29 @@ def test_ranks_that_call_equally_often_train_in_the_same_calls(agree):
     assert steps == pytest.approx([0.02 * now[0] / 0.002, 0.02 * now[1] / 0.003], rel=0.05)
 
 
+@pytest.mark.parametrize(("messages", "kept"), [(0.0, 1.0), (0.02, None), (0.2, 0.5)])
+def test_messages_are_paid_from_half_of_the_budget_at_most(messages, kept):
+    """A tenth of calls of 10 ms for steps of 1 ms; each turn takes so long beside them."""
+    now = stepped = beside = 0.0
+    budget = Budget(lambda: now)
+    for _ in range(5000):
+        now += 0.01
+        if budget.grant(0.1):
+            while budget.allows_step():
+                with budget.step():
+                    now += 0.001
+                stepped += 0.001
+            now += messages
+            beside += messages
+            budget.end_turn()
+    granted = 0.1 * now
+    if kept is None:  # there is enough for both
+        assert stepped + beside == pytest.approx(granted, rel=0.05)
+        assert beside > 0.1 * granted
+    else:
+        assert stepped == pytest.approx(kept * granted, rel=0.05)
+
+
 def test_a_turn_comes_also_where_calls_have_become_slow():
     now = 0.0
     budget, turns = Budget(lambda: now), []

@@ -57,6 +57,15 @@ def test_one_array_and_sequences():
     assert Layout.of([np.zeros(3), np.zeros((2, 2))]).size == 7
 
 
+def test_several_dtypes_make_a_vector_of_float32_unless_all_are_float64():
+    params = {"w": np.ones(2, "f2"), "b": np.ones(3, "f8")}
+    layout = Layout.of(params, mixed=True)
+    assert (layout.dtype, layout.pack(params).tolist()) == ("float32", [1] * 5)
+    assert Layout.of({"b": np.ones(3, "f8")}, mixed=True).dtype == "float64"
+    with pytest.raises(ValueError, match="'n' is int64"):
+        Layout.of({"n": np.zeros(2, int)}, mixed=True)
+
+
 @pytest.mark.parametrize(
     ("params", "error", "text"),
     [
