@@ -89,9 +89,9 @@ def tables(rows: list[dict]) -> str:
         f"MNIST, MLP 784-{'-'.join(map(str, size['widths']))}-10, batch {size['batch']}, {size['epochs']:g} epochs "
         f"over all of n = {WORKERS} workers, λ = 10, Adam at the workers, 0.001 but for the default, virtual time, "
         f"agnmpi {rows[0]['agnmpi']}. Mean (least–greatest) over at most {seeds} seeds. Speed: samples per virtual "
-        "second in % of what the workers compute together if none ever waits, over the first nine tenths of the samples, and "
-        "with the end, where workers wait for the last. s: virtual seconds until the center's accuracy on the 10,000 "
-        "test images is there. r: outer rate; R: staleness cap; K commits make one step of rate η.\n"
+        "second in % of what the workers compute together if none ever waits, over the first nine tenths of the "
+        "samples, and with the end, where workers wait for the last. s: virtual seconds until the center's accuracy "
+        "on the 10,000 test images is there. r: outer rate; R: staleness cap; K commits make one step of rate η.\n"
     )
     for scene in SCENES:
         text += f"\n**{TITLES[scene]}**\n\n{table(groups, scene)}"
