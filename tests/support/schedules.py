@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -105,6 +104,7 @@ def attempt(strike, directory):
     run_directory = directory / "run"
     told = {**strike, "hosts": list(hosts), "directory": str(directory)}
     (directory / "launcher").unlink(missing_ok=True)
+    printed = (directory / "output").open("w+")
     job = Job(
         ranks, sys.executable, ROOT / "tests/support/struck.py", "train", f"{PROBLEMS}:Struck", *options,
         "--epochs", EPOCHS, "--batch", 4, "--period", 3, "--checkpoint-commits", 10, "--keep-checkpoints", 2,
@@ -112,23 +112,25 @@ def attempt(strike, directory):
         "--run-dir", run_directory, "--resume", "auto",
         launcher=ULFM if strike["way"] == "ulfm" else (),
         env={"STRIKE": json.dumps(told), "AGNMPI_WATCHDOG": "10", "PYTHONFAULTHANDLER": "1"},
+        out=printed,
     )  # fmt: skip
     (directory / "launcher").write_text(str(job.process.pid))
-    try:
-        output, _ = job.process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        return "hang", None, end(job, run_directory)
-    finally:
-        job.directory.cleanup()
-    code = job.process.returncode
+    while job.process.poll() is None:
+        time.sleep(0.05)
+        if time.time() - Path(printed.name).stat().st_mtime > LIMIT:  # it prints each 10 s
+            end(job, run_directory)
+            return "hang", None, Path(printed.name).read_text()
+    job.directory.cleanup()
+    code, output = job.process.returncode, Path(printed.name).read_text()
     outcome = judged(strike, code, output, run_directory)
     if left := left_behind(run_directory, job):
-        return f"left {len(left)}", code, output + end(job, run_directory)
+        end(job, run_directory)
+        return f"left {len(left)}", code, Path(printed.name).read_text()
     return outcome, code, output
 
 
 def end(job, run_directory):
-    """Let what is left of a job say where it is, and kill it; returns what it printed."""
+    """Let what is left of a job say where it is, and kill it."""
     left = [int(name) for each in left_behind(run_directory, job, seconds=0) if (name := Path(each).name).isdigit()]
     for number in (signal.SIGABRT, signal.SIGKILL):
         for process in left:
@@ -138,9 +140,8 @@ def end(job, run_directory):
         time.sleep(1)
     with suppress(ProcessLookupError):
         os.killpg(job.process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired, ValueError):  # ValueError: all was read before
-        return job.process.communicate(timeout=10)[0]
-    return ""
+    job.process.wait()
+    job.directory.cleanup()
 
 
 def judged(strike, code, output, run_directory):
