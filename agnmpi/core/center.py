@@ -62,10 +62,10 @@ class Center:
         self, rule: Rule, like: Array, workers: int, optimizer: Optimizer | None = None, patience: int = PATIENCE,
         observer: Observer = Observer(),  # noqa: B008
     ) -> None:  # fmt: skip
-        self.rule, self.workers, self.optimizer, self.patience, self.observer = rule, workers, optimizer, patience, observer
+        self.rule, self.workers, self.optimizer = rule, workers, optimizer
+        self.patience, self.observer, self.clock = patience, observer, 0
         self.counted = set(range(workers))  # who trains: spares that wait and who only reads have other numbers
         self.state: Any = optimizer.init(like) if optimizer else None
-        self.clock = 0
         self.applied = [0] * workers  # last sequence, by worker
         # The same, refused and dropped commits included: defines a consistent cut over shards.
         self.processed = dict[int, int]()
