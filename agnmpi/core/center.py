@@ -62,11 +62,10 @@ class Center:
         self, rule: Rule, like: Array, workers: int, optimizer: Optimizer | None = None, patience: int = PATIENCE,
         observer: Observer = Observer(),  # noqa: B008
     ) -> None:  # fmt: skip
-        self.rule, self.workers, self.optimizer, self.patience = rule, workers, optimizer, patience
+        self.rule, self.workers, self.optimizer = rule, workers, optimizer
+        self.patience, self.observer, self.clock = patience, observer, 0
         self.counted = set(range(workers))  # who trains: spares that wait and who only reads have other numbers
-        self.observer = observer
         self.state: Any = optimizer.init(like) if optimizer else None
-        self.clock = 0
         self.applied = [0] * workers  # last sequence, by worker
         # The same, refused and dropped commits included: defines a consistent cut over shards.
         self.processed = dict[int, int]()
@@ -319,10 +318,15 @@ class Center:
             raise ValueError(f"worker {commit.worker} has pulled at clock {commit.clock}, but it is {self.clock} now")
         if commit.worker in self.nodes:
             return 1.0
-        share = 1 / (n := len(self.counted) or 1)
+        share = 1 / self.alive
         if commit.worker in self._samples:  # those that have told nothing yet count as the mean of those that have
             share *= self._samples[commit.worker] * len(self._samples) / sum(self._samples.values())
-        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, n, share))
+        return self.rule.weight(CommitInfo(staleness, commit.commits, commit.steps, self.alive, share))
+
+    @property
+    def alive(self) -> int:
+        """n of the weights: workers that are not lost or silent, at least 1."""
+        return len(self.counted) or 1
 
     def _buffers(self, commit: Commit) -> tuple[Array, float] | None:
         """The buffers of a commit, and their weight; None without buffers."""
@@ -331,9 +335,7 @@ class Center:
         b = commit.payload[-self.rule.buffers :]
         if self.rule.allreduce:
             return b / commit.commits, 1.0
-        return b, 1 - (
-            1 - 1 / (len(self.counted) or 1)
-        ) ** commit.commits  # 1/n; a node center sends the mean of its commits'
+        return b, 1 - (1 - 1 / self.alive) ** commit.commits  # 1/n; a node center sends the mean of its commits'
 
     def _step(self, commit: Commit, c: Array, weight: float) -> None:
         assert commit.payload is not None

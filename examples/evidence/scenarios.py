@@ -11,7 +11,7 @@ WORKERS, PERIOD = 16, 10
 STEP_TIME = 0.01  # seconds, of a worker whose factor is 1
 TARGET = 0.9  # validation accuracy; the time to reach it is compared
 _N, _R1 = WORKERS, {"outer_rate": 1.0}
-# Adam at the workers, rate 0.001 (DiLoCo: AdamW); nothing is tuned for any of them.
+# Adam at the workers, rate 0.001 (DiLoCo: AdamW); nothing is tuned for any of them. The default has its own rate.
 SPEEDS = {
     "synchronous, λ = 1": {"rule": "synchronous", "period": 1},
     "synchronous, λ = 10": {"rule": "synchronous"},
@@ -22,6 +22,7 @@ SPEEDS = {
     "r = 1, R = 2n": _R1 | {"staleness_cap": 2 * _N},
     "r = 1, R = 4n": _R1 | {"staleness_cap": 4 * _N},
     "r = 1, DyLU": _R1 | {"dylu": True},
+    "default": {"rate": None},
 }
 # K commits, then one step of rate η: η = 1 as published; η = K/n is r = 1, a round then moves the center as much.
 _QUORUMS = [(1, 1.0), (4, 1.0), (4, 0.25), (8, 1.0), (8, 0.5), (16, 1.0)]
@@ -67,8 +68,11 @@ SIZE = Size([64], 16, 2.0, 5, 0.2)
 
 
 def cells() -> list[Cell]:
-    """All runs, seed by seed."""
-    return [Cell(method, scene, seed) for seed in range(SIZE.seeds) for scene in SCENES for method in METHODS]
+    """All runs: first without the quorum, seed by seed."""
+    parts = SPEEDS, QUORUMS
+    return [
+        Cell(name, scene, seed) for part in parts for seed in range(SIZE.seeds) for scene in SCENES for name in part
+    ]
 
 
 def timing(cell: Cell) -> Timing:
