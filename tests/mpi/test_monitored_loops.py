@@ -69,7 +69,8 @@ def test_what_it_writes_is_a_run(comm, directory, transport, capsys):
     assert evaluated[0] == 2.0, "of the initial parameters"
     assert evaluated[-1] == distance(opt.center)["error"]
     assert run.result["best"]["value"] == min(evaluated) < 0.5
-    assert len(evaluated) >= 3
+    looks = transport.name != "accumulate"  # there the workers may have taken all steps when rank 0 looks again
+    assert len(evaluated) >= 2 + looks
     best, facts = load(directory / "best.safetensors")
     assert distance(best)["error"] == run.result["best"]["value"] == float(facts["value"])
     assert (load(directory / "center.safetensors")[0]["w"] == opt.center["w"]).all()
