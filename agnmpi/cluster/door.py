@@ -125,7 +125,7 @@ class Door:
     def _answer(self, guest: _Guest) -> None:
         try:
             request = json.loads(guest.received.partition(b"\n")[0])
-            host, token, model = (request[name] for name in ("host", "token", "model"))
+            host, token, model = request["host"], request["token"], dict(request["model"])
             known = hmac.compare_digest(str(token), self._token)
         except (ValueError, KeyError, TypeError):
             known = False
