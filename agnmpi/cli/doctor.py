@@ -50,10 +50,8 @@ def _wire(comm: MPI.Comm, devices: int, again: bool) -> str:
         answer = probe.resolve("auto")
     except ValueError as error:
         return f"refused: {error}"
-    wires = {
-        name: "direct" if works else "staged" for name, works in (("p2p", answer.messages), ("rma", answer.windows))
-    }
-    return f"{', '.join(f'{wire} with {name}' for name, wire in wires.items())}: {answer.why}"
+    p2p, rma = ("direct" if works else "staged" for works in (answer.messages, answer.windows))
+    return f"{p2p} with p2p, {rma} with rma: {answer.why}"
 
 
 def _windows(comm: MPI.Comm) -> str:

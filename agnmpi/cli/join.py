@@ -19,7 +19,7 @@ from ..core.worker import Worker
 from ..recovery.watchdog import end_stranded
 from ..training.config import load_run
 from ..training.exits import INTERRUPTED, Signals
-from ..training.problem import Batches, gradient_of, leases_ahead, plan_of, prepare
+from ..training.problem import Batches, data_of, gradient_of, leases_ahead, plan_of, prepare
 from ..transport.agreement import raise_on_all
 
 
@@ -35,9 +35,8 @@ def main(directory: Path, world: MPI.Intracomm, signals: Signals) -> int:
     load = partial(prepare, config.problem, config.options, config.seed, config.device, here.worker_index)
     problem, layout, x = raise_on_all(world, load)
     plan = raise_on_all(world, lambda: plan_of(problem, config))
-    data = {"samples": plan.samples, "batch": config.batch, "seed": config.seed}
     wire = choose_wire(world, x, config.make_transport())
-    comm, facts, connection = raise_on_all(world, lambda: knock(directory, described(layout, data)))
+    comm, facts, connection = raise_on_all(world, lambda: knock(directory, described(layout, data_of(plan, config))))
     over = threading.Event()
     watch_center(connection, over, partial(end_stranded, world.rank))
     print(f"agnmpi: rank {world.rank} has joined {directory}, as worker {facts['number']}", file=sys.stderr, flush=True)

@@ -70,7 +70,7 @@ class Run(ABC):
             raise ValueError(f"every must be a number of steps of at least 1, not {every}")
 
         def holding_the_center(status: Status) -> None:
-            with self._holding(np.concatenate(list(status.center.values()))):
+            with self._holding_parts(status.center):
                 function(status)
 
         self._evaluation = holding_the_center, every
@@ -260,7 +260,7 @@ class Run(ABC):
 
         @wraps(function)
         def evaluate(center: Mapping[str, Array]) -> Mapping[str, float]:
-            with self._holding(np.concatenate(list(center.values()))) as held:
+            with self._holding_parts(center) as held:
                 return function(held)
 
         return replace(given, evaluate=evaluate)
@@ -274,8 +274,11 @@ class Run(ABC):
         """
         own = self._opt.center
         arrays = own if file is None else load(Path(file))[0]
-        with self._holding(np.concatenate([arrays[name] for name in own])) as held:
+        with self._holding_parts({name: arrays[name] for name in own}) as held:
             yield held
+
+    def _holding_parts(self, center: Mapping[str, Array]) -> AbstractContextManager[Any]:
+        return self._holding(np.concatenate(list(center.values())))
 
     @abstractmethod
     def _holding(self, x: Array) -> AbstractContextManager[Any]:

@@ -35,7 +35,7 @@ from .exits import DEGRADED, UNWRITTEN, Degraded, Failed, Interrupted, Signals, 
 from .fault_injection import Injection, read_faults
 from .monitor import Monitor, OnEvent
 from .outputs import finish_run, run_directory, save_center, write_result
-from .problem import Batches, Factory, evaluate, gradient_of, leases_ahead, name_of, plan_of, prepare
+from .problem import Batches, Factory, data_of, evaluate, gradient_of, leases_ahead, name_of, plan_of, prepare
 from .run_observer import RunObserver
 from .session import Session
 from .user_code import remarks, report_failure
@@ -105,8 +105,8 @@ class Job:
         exchange = raise_on_all(self.world, config.make_transport), config.overlap, config.dylu
         self.setup = Setup(*exchange, caller_uses_mpi=False, wait=config.wait).on_hosts(self.world)
         check_setup(self.rule, self.setup, world.size, config.make_optimizer(1), config.make_center_optimizer(1))
-        trains = [not self.setup.is_spare(rank, world.size) for rank in self.setup.workers(world.size)]
-        self.config = config = given.complete(max(sum(trains), config.workers))
+        train = sum(not self.setup.is_spare(rank, world.size) for rank in self.setup.workers(world.size))
+        self.config = config = given.complete(max(train, config.workers))
         here = self.setup.place(self.world)
         limit_blas(here.threads)
         device = config.center_device if self.rank in self.setup.serving_ranks else config.device
@@ -115,8 +115,7 @@ class Job:
         if self.setup.is_spare(self.rank, world.size):
             self.x = empty_like(self.x)  # it holds no model until it is called: what nobody writes takes no memory
         self.plan = raise_on_all(self.world, lambda: plan_of(self.problem, config))
-        # Determines the samples of each step.
-        self.data = {"samples": self.plan.samples, "batch": config.batch, "seed": config.seed}
+        self.data = data_of(self.plan, config)
         limit_blas(here.threads)  # again, for the libraries that the problem has imported
         # Only rank 0 uses the run's directory here.
         options = {f"option {k}": repr(v) for k, v in asdict(config).items() if k not in ("run_dir", "resume")}

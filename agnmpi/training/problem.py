@@ -194,6 +194,11 @@ def plan_of(problem: Problem, config: Config) -> Plan:
     return Plan(problem.samples, config.batch, epochs, config.steps, config.seed)
 
 
+def data_of(plan: Plan, config: Config) -> dict[str, int]:
+    """What determines the samples of each step."""
+    return {"samples": plan.samples, "batch": config.batch, "seed": config.seed}
+
+
 def evaluate(problem: Problem, params: Mapping[str, Array]) -> dict[str, float]:
     """The metrics of a problem; raises UserCodeError where `evaluate` returns something else."""
     return metrics(problem.evaluate(params), problem.evaluate)

@@ -14,6 +14,7 @@ from ..cluster.connect import Connector
 from ..cluster.role import Role
 from ..cluster.roles import CenterRole
 from ..cluster.setup import Setup, outlives_loss
+from ..core.leases import Lease
 from ..core.membership import Membership
 from ..core.observer import Observer
 from ..core.optimizers import Optimizer
@@ -175,13 +176,16 @@ class Session:
 
     def _guest_lost(self, worker: int) -> None:
         """A worker of another job has gone: no rank of this one is lost."""
-        center = self.role.center
-        held = center.leases.held_by(worker) if center.leases else []
-        center.worker_lost(worker)
+        held = self._freed(worker)
         self._observer.guest_lost(self.members.rank_of(worker), held)
 
     def _worker_lost(self, worker: int) -> None:
+        held = self._freed(worker)
+        self._observer.lost(self.members.worker_lost(worker), held)
+
+    def _freed(self, worker: int) -> list[Lease]:
+        """The leases of a lost worker, which go to the others."""
         center = self.role.center
         held = center.leases.held_by(worker) if center.leases else []
         center.worker_lost(worker)
-        self._observer.lost(self.members.worker_lost(worker), held)
+        return held

@@ -43,7 +43,10 @@ def kinds(run):
     return [event["event"] for event in events_of(run)]
 
 
-def check(run, epochs):
+def check(job, run, epochs):
+    """It ends, with every sample counted once an epoch."""
+    code, output = job.finish(LIMIT)
+    assert code == 0, output
     np.testing.assert_array_equal(load(run / "center.safetensors")[0]["count"], np.full(240, epochs))
 
 
@@ -57,9 +60,7 @@ def test_who_joins_trains_to_the_end(tmp_path, options):
     code, output = agnmpi(2, "join", run, timeout=LIMIT)
     assert code == 0, output
     assert "has joined" in output
-    code, output = job.finish(LIMIT)
-    assert code == 0, output
-    check(run, 12)
+    check(job, run, 12)
     assert kinds(run).count("joined") == 2
     assert "lost" not in kinds(run)
     assert result_of(run)["lost"] == []
@@ -77,9 +78,7 @@ def test_who_has_joined_and_dies_costs_what_it_had_not_committed(tmp_path):
     guest = joining(run)
     code, output = guest.finish(LIMIT)
     assert code == 0, output
-    code, output = job.finish(LIMIT)
-    assert code == 0, output
-    check(run, 12)
+    check(job, run, 12)
 
 
 @pytest.mark.long
@@ -105,9 +104,7 @@ def test_who_does_not_fit_is_refused(tmp_path):
     code, output = agnmpi(1, "join", run, timeout=LIMIT)
     assert code == 2, output
     assert "this rank is refused: its seed is not the run's" in output
-    code, output = job.finish(LIMIT)
-    assert code == 0, output
-    check(run, 8)
+    check(job, run, 8)
     code, output = agnmpi(1, "join", run, timeout=LIMIT)
     assert code == 2, output
     assert "lets nobody in" in output
