@@ -97,8 +97,11 @@ def test_messages_move_on_while_a_commit_is_applied(comm, optimizer):
             center.optimizer, center.state = optimizer, optimizer.init(end.c)
 
         def on_block(stop):
-            time.sleep(2e-4)  # the workers, which share its core, send meanwhile
-            end.move_on(stop)
+            # The workers, which share its core, send meanwhile: until something has moved, they get the time.
+            before, until = end.progress, time.perf_counter() + (2e-4 if any(moved) else 0.1)
+            while end.progress == before and time.perf_counter() < until:
+                time.sleep(2e-4)
+                end.move_on(stop)
 
         center.on_block = on_block
         apply = center.apply
