@@ -131,8 +131,12 @@ class CenterEnd(ABC):
 
     @property
     def spares(self) -> Sequence[int]:
-        """Workers that wait to take the place of a lost one."""
+        """Workers that wait to take the place of a lost one, or were told that they are not needed any more."""
         return ()
+
+    def flush(self) -> bool:
+        """Make progress on replies; whether all are sent, but for those to silent workers and spares."""
+        return True
 
     def admit(self, comm: Any) -> int:
         """Take in rank 0 of the remote group of `comm`, of another job, as a worker; returns its number."""
