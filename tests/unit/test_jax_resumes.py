@@ -93,9 +93,10 @@ def test_numbers_that_were_loaded_are_what_they_are():
     given = {"w": jnp.full(64, 0.5, jnp.bfloat16)}
     run = agnmpi.jax.Run(given, None, MPI.COMM_SELF, period=3, transport="local", outer_rate=0.3)
     small = jnp.linspace(-1, 1, 64).astype(jnp.bfloat16) * 2.0**-13
-    for loaded in (None, {"w": small}):
-        run.params = loaded or run.params
-        for _ in run.batches([jnp.ones(1)], steps=3):
-            run.update(jax.tree.map(lambda w: w * 1.01 if loaded is None else w, run.params))
+    for _ in run.batches([jnp.ones(1)], steps=3):
+        run.update({"w": run.params["w"] * 1.01})
+    run.params = {"w": small}
+    for _ in run.batches([jnp.ones(1)], steps=3):
+        run.update(run.params)
     run.close()
     np.testing.assert_array_equal(np.asarray(run.params["w"]), np.asarray(small))
