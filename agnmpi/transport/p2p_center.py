@@ -188,8 +188,7 @@ class P2PCenter(CenterEnd):
 
     def change(self, change: Callable[[Array], None]) -> bool:
         """As `CenterEnd.change`: once no reply reads c, or it is copied."""
-        lent, lent_with_center = self._lent(), len(self._used_by_silent())
-        if not self._vectors.may_serve(Commit(0, nbytes=self.c.nbytes), lent, lent_with_center):
+        if not self._vectors.may_serve(Commit(0, nbytes=self.c.nbytes), self._lent(), len(self._used_by_silent())):
             return False
         change(self.c)
         return True
