@@ -47,6 +47,7 @@ class P2PCenter(CenterEnd):
     """
 
     in_flight_deltas = 0
+    longest_sleep = 5e-3  # a message wakes it with one look; each costs tens of µs of the core
 
     def __init__(
         self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged", pull_encoding: str = "float32",
@@ -187,8 +188,7 @@ class P2PCenter(CenterEnd):
 
     def change(self, change: Callable[[Array], None]) -> bool:
         """As `CenterEnd.change`: once no reply reads c, or it is copied."""
-        lent, lent_with_center = self._lent(), len(self._used_by_silent())
-        if not self._vectors.may_serve(Commit(0, nbytes=self.c.nbytes), lent, lent_with_center):
+        if not self._vectors.may_serve(Commit(0, nbytes=self.c.nbytes), self._lent(), len(self._used_by_silent())):
             return False
         change(self.c)
         return True
