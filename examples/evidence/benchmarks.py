@@ -1,6 +1,6 @@
 """Recognised data and models: a CNN on Fashion-MNIST, a GPT on Shakespeare's characters; asynchronous, in virtual time.
 
-python examples/evidence/benchmarks.py [--data FILE]     (pip install '.[torch]', and '.[paper]' for the pictures)
+python examples/evidence/benchmarks.py --shakespeare FILE     (pip install '.[torch]', and '.[paper]' for the pictures)
 
 Finished cells are kept in OUT/benchmarks.jsonl and skipped when it is started again; tables and pictures are made at
 the end, or with --report alone. --check repeats three finished cells, drawn at random, and compares all their numbers.
@@ -114,17 +114,21 @@ def run_cell(cell: Cell, data: dict[str, str]) -> dict:
     return {**cell._asdict(), **row}
 
 
+def _option(experiment: str) -> str:
+    return f"--{experiment.split('-')[0].lower()}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, experiment in EXPERIMENTS.items():
-        parser.add_argument(f"--{name.lower()}", default=experiment.data, help=f"data of it [{experiment.data}]")
+        parser.add_argument(_option(name), default=experiment.data, help=f"data of {name} [{experiment.data}]")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results", help="of the results")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a core each")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--report", action="store_true", help="only tables and pictures, from the cells there are")
     only.add_argument("--check", action="store_true", help="only repeat three of the finished cells")
     args = parser.parse_args()
-    data = {name: getattr(args, name.lower().replace("-", "_")) for name in EXPERIMENTS}
+    data = {name: getattr(args, _option(name)[2:]) for name in EXPERIMENTS}
     data = {name: str(Path(path).resolve()) for name, path in data.items() if Path(path).exists()}
     import benchmark_drawings
 

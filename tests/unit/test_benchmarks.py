@@ -90,7 +90,7 @@ def test_the_driver(data, tmp_path, monkeypatch):
         benchmarks.Cell("Fashion-MNIST", benchmarks.DEFAULT, "", 0),
         benchmarks.Cell("Shakespeare", "synchronous, λ = 1", "50 Mbit/s", 0),
     ]
-    given = ["--fashion-mnist", data["Fashion-MNIST"], "--shakespeare", data["Shakespeare"], "--out", str(tmp_path)]
+    given = ["--fashion", data["Fashion-MNIST"], "--shakespeare", data["Shakespeare"], "--out", str(tmp_path)]
     for extra, cells in ((), mine[:2]), ((), mine), (["--check"], []):
         monkeypatch.setattr(sys, "argv", ["benchmarks.py", *given, *extra])
         monkeypatch.setattr(benchmarks, "cells", lambda found, cells=cells: cells if len(found) == 2 else [])
