@@ -12,9 +12,9 @@ turns, each in a launch of its own:
     agnmpi …   AGNOptimizer(None, …), outer rate 1, λ = 10, the same model and step; with the options that are named
 
 The model's parameters are views of one vector on all sides. The steps hold a run's beginning and end, too, where every
-rank gets the float32 center: the more steps, the less these count. Prints samples/s (medians over the rounds), the accuracy on the test set after the same number of samples, and the CPU
-time of all ranks over the steps. Needs
-root, PyTorch, and netlab.sh (AGNMPI_NETLAB, else ../shared/tools/netlab.sh).
+rank gets the float32 center: the more steps, the less these count. Prints samples/s (medians over the rounds), the
+accuracy on the test set after the same number of samples, and the CPU time of all ranks over the steps. Needs root,
+PyTorch, and netlab.sh (AGNMPI_NETLAB, else ../shared/tools/netlab.sh).
 """
 
 import argparse
