@@ -211,9 +211,10 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     if args.command == "sweep":
         return _sweep(args, world, signals)
     if args.command == "join":
-        from . import join
+        from .join import join
 
-        return join.main(Path(args.run), world, signals)
+        join(args.run, world, signals)
+        return 0
     from mpi4py import MPI
 
     from ..cluster.placement import fault_tolerant

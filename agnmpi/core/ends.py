@@ -115,6 +115,7 @@ class CenterEnd(ABC):
     longest_sleep = 0.0  # seconds between two looks after a long time without a message, if more than usual
     hold: Callable[[Commit], bool] | None = None  # commits for which it is true are not processed now
     on_loss: Callable[[int], None] | None = None  # called with each worker that has died; None: the error is raised
+    while_waiting: Callable[[], object] = bool  # called, often, while this end waits for others on its own account
     on_join: Callable[[int], None] | None = None  # called with each spare that takes the place of a lost worker
 
     lost: AbstractSet[int] = frozenset()  # workers that have died
