@@ -104,8 +104,8 @@ class Mine(Counts):
 
 if __name__ == "__main__":
     result = agnmpi.train(
-        Mine, joinable=True, dylu=sys.argv[2] == "dylu", run_dir=sys.argv[1], epochs=8, rule="downpour", optimizer="sgd",
-        rate=1.0, batch=4, period=3, options={"slow": 0.02},
+        Mine, joinable=True, dylu=sys.argv[2] == "dylu", run_dir=sys.argv[1], epochs=8, rule="downpour",
+        optimizer="sgd", rate=1.0, batch=4, period=3, options={"slow": 0.02},
     )
     print("trained", result and result["workers"])
 """
