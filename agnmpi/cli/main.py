@@ -190,6 +190,10 @@ def _left(world: Any, code: int) -> int:
 
 def _leave_at_once(code: int) -> NoReturn:
     """Leave without MPI_Finalize: see `may_finalize`."""
+    from ..training.abort import leave_launcher
+
+    with suppress(ValueError):  # it was refused
+        leave_launcher(limit())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
