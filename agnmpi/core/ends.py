@@ -117,6 +117,7 @@ class CenterEnd(ABC):
     longest_sleep = 0.0  # seconds between two looks after a long time without a message, if more than usual
     hold: Callable[[Commit], bool] | None = None  # commits for which it is true are not processed now
     on_loss: Callable[[int], None] | None = None  # called with each worker that has died; None: the error is raised
+    while_waiting: Callable[[], object] = bool  # called, often, while this end waits for others on its own account
     on_join: Callable[[int], None] | None = None  # called with each spare that takes the place of a lost worker
 
     lost: AbstractSet[int] = frozenset()  # workers that have died
@@ -134,8 +135,12 @@ class CenterEnd(ABC):
 
     @property
     def spares(self) -> Sequence[int]:
-        """Workers that wait to take the place of a lost one."""
+        """Workers that wait to take the place of a lost one, or were told that they are not needed any more."""
         return ()
+
+    def flush(self) -> bool:
+        """Make progress on replies; whether all are sent, but for those to silent workers and spares."""
+        return True
 
     def admit(self, comm: Any) -> int:
         """Take in rank 0 of the remote group of `comm`, of another job, as a worker; returns its number."""
