@@ -60,6 +60,8 @@ Waits: TypeAlias = Generator[Handle, None, T]  # a coroutine: yields the handles
 class WorkerEnd(ABC):
     """A worker's side. One exchange at a time; the payload must not change before its handle is done."""
 
+    forms_deltas = False  # from x and o (`Commit.origin`), in the pass that encodes them; not of a last commit
+
     def begin(self, total: int | None, period: int, work: Leases) -> None:
         """Begin a session of `total` steps (None: no end), λ = `period`; `work`: what is left of them; collective."""
 
@@ -115,6 +117,7 @@ class CenterEnd(ABC):
     longest_sleep = 0.0  # seconds between two looks after a long time without a message, if more than usual
     hold: Callable[[Commit], bool] | None = None  # commits for which it is true are not processed now
     on_loss: Callable[[int], None] | None = None  # called with each worker that has died; None: the error is raised
+    while_waiting: Callable[[], object] = bool  # called, often, while this end waits for others on its own account
     on_join: Callable[[int], None] | None = None  # called with each spare that takes the place of a lost worker
 
     lost: AbstractSet[int] = frozenset()  # workers that have died

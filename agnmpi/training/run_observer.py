@@ -77,6 +77,7 @@ class RunObserver(Observer):
         if run.config.joinable and isinstance(role, CenterRole):
             facts = {"total": role.total, "session": role.session}
             self._door = Door(run.directory, described(run.layout, run.data), facts, self._admit, role.end.bury)
+            role.end.while_waiting = self._door.notice  # what is sent to the dead never arrives
 
     def _admit(self, comm: MPI.Comm, host: str) -> int:
         """A worker of another job has come in; returns its number."""

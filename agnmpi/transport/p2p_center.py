@@ -356,7 +356,7 @@ class P2PCenter(CenterEnd):
         for peer in [*self._peers.at(State.LEFT), *self._peers.at(State.SPARE)]:
             self._peers.move(peer, State.ANSWERING)
             self._answer(peer, reply._replace(control=UNCALLED) if peer.commit.requests & SPARE else reply)
-        wait_until(self.flush)
+        wait_until(lambda: not self.while_waiting() and self.flush())
 
     def _call_spares(self) -> None:
         """Let spares that wait take the places of workers that are lost, or that nobody waits for."""

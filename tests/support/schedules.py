@@ -18,6 +18,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -179,7 +180,7 @@ def at_work(run_directory, job, seconds=5):
 
     before = [*map(times, processes)]
     time.sleep(seconds)
-    told = {"load": os.getloadavg()[0], "processes": []}
+    told = {"load": os.getloadavg()[0], "launcher": stack(job.process.pid), "processes": []}
     for process, (ran, wanted) in zip(processes, before):
         with suppress(OSError):
             state, where = (process / "stat").read_text().rpartition(")")[2].split()[0], (process / "wchan").read_text()
@@ -188,6 +189,17 @@ def at_work(run_directory, job, seconds=5):
                 [process.name, state, where, round(now_ran - ran, 2), round(now_wanted - wanted, 2)]
             )
     return told
+
+
+def stack(process):
+    """Where the threads of a process are, if gdb can say so."""
+    command = ["gdb", "-p", str(process), "-batch", "-nx", "-ex", "thread apply all backtrace 12"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        printed = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=20
+        ).stdout
+        return [line for line in printed.splitlines() if line.startswith(("Thread", "#"))]
+    return []
 
 
 def end(job, run_directory):
