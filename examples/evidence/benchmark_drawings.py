@@ -117,7 +117,7 @@ def fashion(plt, groups: Groups):
         ends.plot(mean(values), y, "|", color=color, ms=18, mew=2.5)
         ends.text(max(values) + 0.06, y, f"{mean(values):.2f}", va="center", fontsize=9)
         curve = np.mean([[(time, 100 * accuracy) for time, _, accuracy, _ in row["curve"]] for row in mine[method]], 0)
-        curves.plot(*curve.T, color=color, lw=2, label=method)
+        curves.plot(*curve[1:].T, color=color, lw=2, label=method)
     ends.set_yticks(range(len(methods)), [f"{method} ({len(mine[method])})" for method in methods])
     ends.invert_yaxis()
     ends.margins(x=0.12)

@@ -44,7 +44,7 @@ class Experiment(NamedTuple):
         return self.timing["step_time"] * self.methods[method].get("batch", batch) / batch
 
 
-_SMALL = {"optimizer": "adam", "batch": 64, "epochs": 6.0, "evaluate_every": 1.0, "schedule": "cosine"}
+_SMALL = {"optimizer": "adam", "batch": 64, "epochs": 5.0, "evaluate_every": 1.0, "schedule": "cosine"}
 _GPT = {
     "optimizer": "adamw", "optimizer_options": {"beta2": 0.99}, "weight_decay": 0.1, "clip": 1.0, "batch": 12,
     "steps": 2000, "schedule": "cosine", "evaluate_every": 250 * 12 / 1_003_790,

@@ -245,10 +245,13 @@ def quorum(plt, groups: Groups):
     figure, axis = plt.subplots(figsize=(8, 4.4))
     colors = {"r = 1": DARK, "DiLoCo": ORANGE, "K = 4": BLUE, "K = 8": GREEN, "K = 16": RED}
     for name, found in tuned(groups).items():
+        if not found:
+            continue
         rates = sorted(found)
         first, *apart = name.split(", ")
         color = colors[first]
         style = {"color": color, "ls": "--" if apart else "-", "marker": "s" if len(apart) == 2 else "o"}
+        style |= {"mfc": "white" if apart else color}
         axis.plot(rates, [mean(found[rate]) for rate in rates], label=name, lw=1.8, ms=6, **style)
         for rate in rates:
             axis.vlines(rate, min(found[rate]), max(found[rate]), color=color, lw=3, alpha=0.4)
