@@ -60,6 +60,8 @@ Waits: TypeAlias = Generator[Handle, None, T]  # a coroutine: yields the handles
 class WorkerEnd(ABC):
     """A worker's side. One exchange at a time; the payload must not change before its handle is done."""
 
+    forms_deltas = False  # from x and o (`Commit.origin`), in the pass that encodes them; not of a last commit
+
     def begin(self, total: int | None, period: int, work: Leases) -> None:
         """Begin a session of `total` steps (None: no end), λ = `period`; `work`: what is left of them; collective."""
 

@@ -4,11 +4,13 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from benchmarks import DEFAULT, EXPERIMENTS, LINKS, ONE
+from benchmarks import DEFAULT, DIVIDED, EXPERIMENTS, LINKS, ONE
 from report import draw, markdown, spread
 
 GREY, BLUE, GREEN, ORANGE, RED, PURPLE = "#8a8f98", "#1f6fd6", "#12977a", "#e69f00", "#c8443c", "#8c6bb1"
-COLORS = {ONE: GREY, DEFAULT: GREEN, "synchronous, λ = 1": RED, "DiLoCo": ORANGE, "AEASGD": PURPLE}
+PARALLEL = "data parallel"
+COLORS = {ONE: GREY, DEFAULT: BLUE, DIVIDED: GREEN, PARALLEL: RED, "synchronous, λ = 1": RED}
+COLORS |= {"DiLoCo": ORANGE, "AEASGD": PURPLE, f"{DIVIDED}, int8": "#0c5f4d"}
 Groups = dict[tuple[str, str, str], list[dict]]
 
 
@@ -23,6 +25,9 @@ def group(rows: list[dict]) -> Groups:
         for link in LINKS if row["link"] and rounds else [row["link"]]:
             if link or not row["link"]:
                 groups.setdefault((row["experiment"], row["method"], link), []).append(moved(row, link))
+        if (row["experiment"], row["method"]) == ("Shakespeare", ONE):
+            for link in filter(None, LINKS):
+                groups.setdefault(("Shakespeare", PARALLEL, link), []).append(parallel(row, link))
     return groups
 
 
@@ -39,6 +44,20 @@ def moved(row: dict, link: str) -> dict:
         [time + -(-round(epoch * samples) // in_a_round) * longer, epoch, *rest] for time, epoch, *rest in row["curve"]
     ]
     return row | {"link": link, "curve": curve}
+
+
+def parallel(row: dict, link: str) -> dict:
+    """`row`, of one process, as data-parallel training of its batches by all workers, which never wait for each other.
+
+    The mean of their gradients is the gradient of the whole batch, so the numbers are the same. A step takes one nth of
+    the time, and two transfers of all bytes.
+    """
+    experiment = EXPERIMENTS[row["experiment"]]
+    steps = row["samples"] / experiment.common["batch"] / row["curve"][-1][1]  # of an epoch
+    seconds = experiment.timing["step_time"] / experiment.workers
+    seconds += 2 * (4 * experiment.parameters / LINKS[link]["bandwidth"] + LINKS[link]["latency"])
+    curve = [[epoch * steps * seconds, epoch, *rest] for _, epoch, *rest in row["curve"]]
+    return row | {"method": PARALLEL, "link": link, "curve": curve}
 
 
 def reached(row: dict, loss: float) -> float | None:
@@ -67,11 +86,11 @@ def tables(rows: list[dict]) -> str:
             continue
         digits = 2 if experiment.metric == "accuracy" else 3
         lines = []
-        for method in experiment.methods:
+        for method in (*experiment.methods, PARALLEL):
             for link in LINKS:
                 if not (found := mine.get((method, link))):
                     continue
-                apart = [] if method == ONE else gaps(groups, name, method, link)
+                apart = [] if method in (ONE, PARALLEL) else gaps(groups, name, method, link)
                 line = [method, link, str(len(found)), spread([row[experiment.metric] for row in found], digits)]
                 line.append(signed(apart, digits))
                 line.append(spread([row["curve"][-1][0] for row in found], 0))
@@ -115,17 +134,25 @@ def shakespeare(plt, groups: Groups):
     """The loss over samples, and over virtual time on two links."""
     mine = {key[1:]: found for key, found in groups.items() if key[0] == "Shakespeare"}
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
-    for axis, link, column in zip(axes, ("50 Mbit/s", "1 Gbit/s", "50 Mbit/s"), (1, 0, 0), strict=True):
-        for method in EXPERIMENTS["Shakespeare"].methods:
-            if not (found := mine.get((method, "" if method == ONE else link))):
+    handles = {}
+    for axis, link in zip(axes, ("", "1 Gbit/s", "50 Mbit/s"), strict=True):
+        for method in (*EXPERIMENTS["Shakespeare"].methods, PARALLEL):
+            links = list(LINKS) if not link else [""] if method == ONE else [link]
+            found = next((mine[method, name] for name in links if (method, name) in mine), [])
+            if not found or (not link and method == PARALLEL):  # which is one process there
                 continue
+            column = 0 if link else 1
             curve = np.mean([[(point[column], point[2]) for point in row["curve"]] for row in found], 0)
-            axis.plot(*curve.T, color=COLORS.get(method, BLUE), lw=2, label=method)
-        axis.set_title("at equal samples" if column else f"over virtual time, {link}")
-        axis.set_xlabel("virtual seconds" if not column else "epochs over all workers")
-        axis.set_ylim(1.6, 2.8)
+            if not link:
+                curve[:, 0] *= found[0]["samples"] / curve[-1, 0] / 1000
+            (handles[method],) = axis.plot(*curve[1:].T, color=COLORS.get(method, PURPLE), lw=2, marker="o", ms=3)
+        axis.set_title(f"over virtual time, {link}" if link else "at equal samples")
+        axis.set_xlabel("virtual seconds" if link else "thousands of samples, over all workers")
+        if link:
+            axis.set_xscale("log")
+    axes[0].set_ylim(1.88, 2.6)
     axes[0].set_ylabel("held-out loss of the center")
-    axes[0].legend(fontsize=8)
+    figure.legend(handles.values(), handles.keys(), ncol=5, loc="upper left", bbox_to_anchor=(0.01, 0.02))
     _title(figure, "Shakespeare's characters, a GPT, 4 workers")
     return figure
 

@@ -18,6 +18,7 @@ sys.path.extend(str(Path(__file__).resolve().parent.parent / folder) for folder 
 from resumable import check, finish, load, simulated
 
 ONE, DEFAULT = "one process", "default"
+DIVIDED = "batch divided by 4"  # of Adam the rate grows with the root of what divides the batch
 STEP = {"step_distribution": "normal", "step_spread": 0.3}
 # Bytes a second, each way. What the center's link brings in and takes out is its service.
 LINKS = {name: {"bandwidth": b, "service_bandwidth": 2 * b, "latency": 1e-3} for name, b in
@@ -33,16 +34,22 @@ class Experiment(NamedTuple):
     parameters: int
     workers: int
     common: dict  # of the configuration
-    timing: dict
+    timing: dict  # of a step with the batch of `common`; it is in proportion to that
     methods: dict[str, dict]  # what differs in the configuration
     options: dict = {}  # of the problem
 
+    def step_time(self, method: str) -> float:
+        """Seconds of a step, in proportion to its batch."""
+        batch = self.common["batch"]
+        return self.timing["step_time"] * self.methods[method].get("batch", batch) / batch
 
-_SMALL = {"optimizer": "adam", "batch": 64, "epochs": 8.0, "evaluate_every": 1.0, "schedule": "cosine"}
+
+_SMALL = {"optimizer": "adam", "batch": 64, "epochs": 6.0, "evaluate_every": 1.0, "schedule": "cosine"}
 _GPT = {
     "optimizer": "adamw", "optimizer_options": {"beta2": 0.99}, "weight_decay": 0.1, "clip": 1.0, "batch": 12,
     "steps": 2000, "schedule": "cosine", "evaluate_every": 250 * 12 / 1_003_790,
 }  # fmt: skip
+_DIVIDED = {"batch": 3, "steps": 8000, "outer_rate": 1.0, "rate": 0.002, "warmup": 400}
 EXPERIMENTS = {
     "Fashion-MNIST": Experiment(
         "fashion:FashionCNN",
@@ -71,9 +78,9 @@ EXPERIMENTS = {
         {"step_time": 0.1, "start_jitter": 1.0},
         {
             ONE: {"workers": 1, "rate": 0.001, "warmup": 100},
+            DIVIDED: _DIVIDED,
+            f"{DIVIDED}, int8": _DIVIDED | {"encoding": "int8", "pull_encoding": "int8"},
             DEFAULT: {},
-            "default, int8, overlap": {"encoding": "int8", "pull_encoding": "int8", "overlap": True},
-            "synchronous, λ = 1": {"rule": "synchronous", "period": 1, "rate": 0.004, "warmup": 128},
             "DiLoCo": {"rule": "diloco", "period": 25, "rate": 0.001, "warmup": 100},
         },
     ),
@@ -109,7 +116,8 @@ def run_cell(cell: Cell, data: dict[str, str]) -> dict:
     numbers = {"workers": mine.workers, "period": 10} | mine.common | mine.methods[cell.method]
     options = mine.options | {"path": data[cell.experiment]}
     config = Config(problem=mine.problem, options=options, transport="local", seed=cell.seed, device="cpu", **numbers)
-    row = simulated(config, Timing(time_seed=cell.seed, **STEP, **mine.timing, **LINKS[cell.link]), mine.metric)
+    timing = STEP | mine.timing | LINKS[cell.link] | {"step_time": mine.step_time(cell.method)}
+    row = simulated(config, Timing(time_seed=cell.seed, **timing), mine.metric)
     del row["staleness"]["histogram"]
     return {**cell._asdict(), **row}
 

@@ -32,7 +32,7 @@ SPEEDS = {
 }
 # Each at the same rates of Adam, with the warmup of the default. K commits, then one step of rate η = K/n on their
 # mean: a round of n moves the center by one, as with r = 1; or with the center of DiLoCo, as in Decoupled DiLoCo.
-RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
+RATES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 TUNED = {"r = 1": _R1, "DiLoCo": SPEEDS["DiLoCo"]} | {
     f"K = {k}{', apart' if apart else ''}": {"commits": k, "quorum_rate": k / _N, "apart": apart}
     for k in (4, 8, 16)

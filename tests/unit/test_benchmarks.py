@@ -88,7 +88,7 @@ def test_the_driver(data, tmp_path, monkeypatch):
     mine = [
         benchmarks.Cell("Fashion-MNIST", benchmarks.ONE, "", 0),
         benchmarks.Cell("Fashion-MNIST", benchmarks.DEFAULT, "", 0),
-        benchmarks.Cell("Shakespeare", "synchronous, λ = 1", "50 Mbit/s", 0),
+        benchmarks.Cell("Shakespeare", "DiLoCo", "50 Mbit/s", 0),
     ]
     given = ["--fashion", data["Fashion-MNIST"], "--shakespeare", data["Shakespeare"], "--out", str(tmp_path)]
     for extra, cells in ((), mine[:2]), ((), mine), (["--check"], []):
@@ -120,11 +120,12 @@ def test_another_link_moves_the_times_of_rounds(data, monkeypatch):
     experiment = benchmarks.EXPERIMENTS["Shakespeare"]
     size = sum(p.numel() for p in Shakespeare(path=data["Shakespeare"], **SMALL).network().parameters())
     common = experiment.common | {"steps": 20, "evaluate_every": 0.05}
-    small = {"Shakespeare": experiment._replace(common=common, parameters=size, options=SMALL)}
+    methods = {"rounds": {"rule": "synchronous", "period": 1}}
+    small = {"Shakespeare": experiment._replace(common=common, parameters=size, options=SMALL, methods=methods)}
     monkeypatch.setattr(benchmark_drawings, "EXPERIMENTS", small)
     monkeypatch.setattr(benchmarks, "EXPERIMENTS", small)
     slow, fast = (
-        benchmarks.run_cell(benchmarks.Cell("Shakespeare", "synchronous, λ = 1", link, 0), data)
+        benchmarks.run_cell(benchmarks.Cell("Shakespeare", "rounds", link, 0), data)
         for link in ("50 Mbit/s", "1 Gbit/s")
     )
     assert len(slow["curve"]) > 1
