@@ -67,8 +67,8 @@ def abort(comm: MPI.Comm, code: int) -> None:
 def leave_launcher(seconds: float) -> None:
     """End mpiexec if it is still there so long after this rank, in whose job all have come to their end; 0: never.
 
-    Of Open MPI 5.0.11 with ULFM it locked itself when its ranks had left, in 2 of some 200 jobs. What serves several
-    jobs, such as prte, stays.
+    Of Open MPI 5.0.11 with ULFM it may lock itself when its ranks have left, most of all with a code other than 0: its
+    event loop waits for a mutex of libprrte that no thread holds. What serves several jobs, such as prte, stays.
     """
     if seconds and fault_tolerant() and os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK") in ("0", "1"):  # one may be lost
         _end_launcher_later(seconds, ("mpiexec", "mpirun", "prterun"))

@@ -85,6 +85,7 @@ def test_who_dies_after_all_is_written_holds_up_nobody(tmp_path):
     nothing_is_left(run)
 
 
+@pytest.mark.long
 @ulfm
 def test_a_launcher_that_does_not_return_is_ended(tmp_path):
     run = tmp_path / "run"
