@@ -2,9 +2,9 @@
 
 In your own training loop: `AGNOptimizer`, with an optimizer (`sgd` … `adamw`, or your own `Optimizer`), a rule of
 exchange (`rules`), a rate schedule (`schedules`) and a transport (`transports`). As a whole run, as the command line
-does it: `train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`. A model of PyTorch:
-`agnmpi.torch.Run`; a pytree of JAX: `agnmpi.jax.Run`. A solver that trains
-a surrogate of itself: `insitu.Run`.
+does it: `train` and, in virtual time without ranks, `simulate`, both of a `Problem` and a `Config`; `join` adds workers
+to a run. A model of PyTorch: `agnmpi.torch.Run`; a pytree of JAX: `agnmpi.jax.Run`. A solver that trains a surrogate of
+itself: `insitu.Run`.
 
 `import agnmpi` needs only numpy. Modules that use MPI are imported, and MPI initialised, at first use.
 """
@@ -19,6 +19,7 @@ from .core.rules import Rule
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .cli.join import join
     from .frameworks import insitu
     from .loops.agn_optimizer import AGNOptimizer
     from .loops.monitoring import Monitoring
@@ -47,6 +48,7 @@ __all__ = [
     "adam",
     "adamw",
     "insitu",
+    "join",
     "momentum",
     "nesterov",
     "rmsprop",
@@ -71,6 +73,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Problem": (".training.problem", "Problem"),
     "insitu": (".frameworks.insitu", None),
     "jax": (".jax", None),
+    "join": (".cli.join", "join"),
     "simulate": (".simulation.simulate", "simulate"),
     "torch": (".torch", None),
     "train": (".training.job", "train"),

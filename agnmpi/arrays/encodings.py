@@ -123,10 +123,12 @@ class Encoding:
         new_residual: Array | None = None,
         key: int | None = None,
         first: int = 0,
+        origin: Array | None = None,
+        divisor: float = 1.0,
     ) -> bool:
         """Encode x, or x + residual with error feedback: one pass, and no temporary longer than a chunk.
 
-            v = x + residual;  out = encoded v;  new_residual = v − decoded v
+            v = (x − origin)/divisor + residual;  out = encoded v;  new_residual = v − decoded v
 
         The sum of what is sent then stays within one residual of the sum of all x. To be able to go back, where a
         commit is refused, give two vectors, and swap them when a commit is accepted: `residual` is only read.
@@ -139,6 +141,8 @@ class Encoding:
             key: Of `rounding_key`: int8 and int4 round stochastically, without bias, instead of to nearest, even. A
                 step of 2⁻¹⁶·s is the finest that this sees. For senders without error feedback.
             first: Index of x[0] in the whole vector, if x is a piece of it: a multiple of `block`.
+            origin: Vector such as x, on the host, where a displacement from it, and a residual, are to be encoded.
+            divisor: Of the displacement, rounded to x's dtype.
 
         Returns:
             Whether all of v was finite and in range. If not, out is as the class says, and new_residual of no use.
@@ -148,18 +152,21 @@ class Encoding:
 
         Source: Seide et al. 2014, "1-bit stochastic gradient descent" (error feedback).
         """
-        self._require(x, out, residual, new_residual)
+        self._require(x, out, residual, new_residual, origin)
         if first % self.block:
             raise ValueError(
                 f"encoding {self.name}: a piece begins at number {first}, not at a multiple of {self.block}"
             )
+        if origin is not None and (self.exact or residual is None or not on_host(x)):
+            raise ValueError(f"encoding {self.name}: a displacement is formed with a residual, on the host")
         if self.exact:
             return _copy(x, out.view(x.dtype), residual, new_residual)
         kernels = _kernels(x)
 
         def work(lo: int, hi: int) -> bool:
-            old, new = (None if v is None else v[lo:hi] for v in (residual, new_residual))
-            return bool(kernels.encode(self.name, x[lo:hi], self._bytes(out, lo, hi), old, new, key, first + lo))
+            old, new, o = (None if v is None else v[lo:hi] for v in (residual, new_residual, origin))
+            given = self.name, x[lo:hi], self._bytes(out, lo, hi), old, new, key, first + lo
+            return bool(kernels.encode(*given) if o is None else kernels.encode(*given, o, divisor))
 
         return all(share(work, [(0, x.size)], multiple=self.block)) if on_host(x) else work(0, x.size)
 

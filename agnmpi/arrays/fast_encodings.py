@@ -53,7 +53,7 @@ def _encoder(name: str, real: Any) -> Any:
 
     @_compile
     def encode(  # type: ignore[no-untyped-def]
-        x, out, residual, after, has_residual, has_after, stochastic, key, first_block
+        x, out, origin, divisor, residual, after, has_origin, has_residual, has_after, stochastic, key, first_block
     ):
         size, finite = x.size, True
         v, number = np.empty(block, np.float32), np.empty(1, np.float32)
@@ -63,7 +63,10 @@ def _encoder(name: str, real: Any) -> Any:
         for b in range((size + block - 1) // block):
             lo, at = b * block, b * nbytes  # not slices: each would count references to its array
             count = min(block, size - lo)
-            if has_residual:
+            if has_origin:  # and a residual
+                for j in range(count):
+                    exact[j] = (x[lo + j] - origin[lo + j]) / divisor + residual[lo + j]
+            elif has_residual:
                 for j in range(count):
                     exact[j] = x[lo + j] + residual[lo + j]
             else:
@@ -87,12 +90,12 @@ def _encoder(name: str, real: Any) -> Any:
                 word[0] = not_a_number
                 finite = False
             scale, scale_bits = number[0], word[0]
-            divisor = scale if scale > 0 else _SINGLE(1)
+            step = scale if scale > 0 else _SINGLE(1)
 
             if top >= limit:
                 codes[:] = 0
             elif stochastic:
-                divisor *= fraction
+                step *= fraction
                 z = key + np.uint64(first_block + b + 1) * golden
                 z = (z ^ (z >> np.uint64(30))) * factor0
                 z = (z ^ (z >> np.uint64(27))) * factor1
@@ -104,11 +107,11 @@ def _encoder(name: str, real: Any) -> Any:
                     h ^= h >> np.uint32(13)
                     h = np.uint32(h * mix1)
                     h ^= h >> np.uint32(16)
-                    codes[j] = np.int32(np.int32(v[j] / divisor) + np.int32(h & np.uint32(0xFFFF))) >> 16
-                    codes[j + half] = np.int32(np.int32(v[j + half] / divisor) + np.int32(h >> np.uint32(16))) >> 16
+                    codes[j] = np.int32(np.int32(v[j] / step) + np.int32(h & np.uint32(0xFFFF))) >> 16
+                    codes[j + half] = np.int32(np.int32(v[j + half] / step) + np.int32(h >> np.uint32(16))) >> 16
             else:
                 for j in range(block):
-                    codes[j] = np.int32(v[j] / divisor + rounder - rounder)
+                    codes[j] = np.int32(v[j] / step + rounder - rounder)
 
             if is_int8:
                 out[at + 0], out[at + 1] = scale_bits & 255, (scale_bits >> 8) & 255
@@ -170,7 +173,9 @@ def _bf16_encoder(real: Any) -> Any:
     almost_half, one, quiet, sixteen = np.uint32(0x7FFF), np.uint32(1), np.uint32(0x400000), np.uint32(16)
 
     @_compile
-    def encode(x, wire, residual, after, has_residual, has_after):  # type: ignore[no-untyped-def]
+    def encode(  # type: ignore[no-untyped-def]
+        x, wire, origin, divisor, residual, after, has_origin, has_residual, has_after
+    ):
         size, largest = x.size, np.uint32(0)
         exact = np.empty(_BF16_BLOCK, real)
         v, decoded = np.empty(_BF16_BLOCK, np.float32), np.empty(_BF16_BLOCK, np.float32)
@@ -178,7 +183,11 @@ def _bf16_encoder(real: Any) -> Any:
         for lo in range(0, size, _BF16_BLOCK):
             hi = min(lo + _BF16_BLOCK, size)
             here, old, row = x[lo:hi], residual[lo:hi], wire[lo:hi]
-            if has_residual:
+            if has_origin:  # and a residual
+                there = origin[lo:hi]
+                for j in range(hi - lo):
+                    exact[j] = (here[j] - there[j]) / divisor + old[j]
+            elif has_residual:
                 for j in range(hi - lo):
                     exact[j] = here[j] + old[j]
             else:
@@ -232,16 +241,14 @@ def _bf16_decoder(real: Any, add: bool) -> Any:
 
 
 def encode(
-    name: str, x: Array, out: Array, residual: Array | None, after: Array | None, key: int | None, first: int
-) -> bool:
+    name: str, x: Array, out: Array, residual: Array | None, after: Array | None, key: int | None, first: int,
+    origin: Array | None = None, divisor: float = 1.0,
+) -> bool:  # fmt: skip
     """Encode `x` (n,) as `Encoding.encode` says; returns whether all of it is finite and in range."""
     real: Any = x.dtype.type
-    given = (
-        x if residual is None else residual,
-        x if after is None else after,
-        residual is not None,
-        after is not None,
-    )
+    vectors = origin, residual, after
+    first_of, *others = (x if vector is None else vector for vector in vectors)
+    given = first_of, real(divisor), *others, *(vector is not None for vector in vectors)
     if name == "bf16":
         return bool(_bf16_encoder(real)(x, out.view(np.uint16), *given))
     rounding = (key is not None, np.uint64(key or 0), np.int64(first // FORMATS[name].block))

@@ -236,13 +236,35 @@ def _encode_bf16(x: Array, out: Array, residual: Array | None, after: Array | No
 
 
 def encode(
-    name: str, x: Array, out: Array, residual: Array | None, after: Array | None, key: int | None, first: int
-) -> bool:
+    name: str, x: Array, out: Array, residual: Array | None, after: Array | None, key: int | None, first: int,
+    origin: Array | None = None, divisor: float = 1.0,
+) -> bool:  # fmt: skip
     """Encode `x` (n,) as `Encoding.encode` says; returns whether all of it is finite and within range."""
+    if origin is not None:
+        return _encode_displacement(name, x, out, residual, after, key, first, origin, divisor)
     with np.errstate(invalid="ignore", over="ignore"):  # they are reported by the result
         if name == "bf16":
             return _encode_bf16(x, out, residual, after)
         return _encode_blocks(FORMATS[name], x, out, residual, after, key, first)
+
+
+def _encode_displacement(
+    name: str, x: Array, out: Array, residual: Array | None, after: Array | None, key: int | None, first: int,
+    origin: Array, divisor: float,
+) -> bool:  # fmt: skip
+    """Encode (x − origin)/divisor, chunk by chunk, so that it stays in the cache."""
+    block, nbytes = (1, 2) if name == "bf16" else (FORMATS[name].block, FORMATS[name].nbytes)
+    chunk, finite = np.empty(min(x.size, CHUNK), x.dtype), True
+    for lo in range(0, x.size, CHUNK):
+        hi = min(lo + CHUNK, x.size)
+        with np.errstate(invalid="ignore", over="ignore"):  # they are reported by the result
+            moved = np.subtract(x[lo:hi], origin[lo:hi], out=chunk[: hi - lo])
+            if divisor != 1:
+                moved /= x.dtype.type(divisor)
+        old, new = (None if v is None else v[lo:hi] for v in (residual, after))
+        data = out[lo // block * nbytes : -(-hi // block) * nbytes]
+        finite &= encode(name, moved, data, old, new, key, first + lo)
+    return finite
 
 
 def _decode_chunk(name: str, data: Array, lo: int, out: Array, codes: Array) -> None:

@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 
 from . import backend
-from .backend import Array, Range, blocks, joined, on_host
+from .backend import Array, Range, blocks, joined, on_host, to_host
 from .device_kernels import launch, reduced
 from .host_kernels import block_is_finite, compiled, move_block
 
@@ -28,6 +28,8 @@ PIECE = 1 << 18
 # Elements from which a vector is left to numba (and, when it is longer than a piece, to threads): NumPy's step of Adam
 # takes 0.25 ms longer there. Below, the import of numba and its compiler, half a second, would hardly pay.
 LONG = 1 << 17
+# Bytes of a vector on a device up to which the host looks at a copy: a reduction is a launch, and copies its answer.
+SHORT = 4096
 # Elements of a block that is widened to float64: it stays in the cache of one core, and OpenBLAS keeps to one thread
 # (above 10,000 it took two, which took seven times as long).
 _WIDENED = 1 << 13
@@ -193,7 +195,7 @@ def library(x: Array) -> str:
 def all_finite(x: Array) -> bool:
     """Whether `x` (n,) holds neither NaN nor infinity; on a device this waits for the answer."""
     if not on_host(x):
-        return bool(reduced("finite", x))
+        return block_is_finite(to_host(x)) if x.nbytes <= SHORT else bool(reduced("finite", x))
     if _is_for_numba(x) and (kernel := compiled("finite")):
         return all(share(lambda lo, hi: bool(kernel(x[lo:hi])), [(0, x.size)]))
     return all(block_is_finite(x[part]) for part in blocks(x))

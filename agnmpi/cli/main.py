@@ -190,6 +190,10 @@ def _left(world: Any, code: int) -> int:
 
 def _leave_at_once(code: int) -> NoReturn:
     """Leave without MPI_Finalize: see `may_finalize`."""
+    from ..training.abort import leave_launcher
+
+    with suppress(ValueError):  # it was refused
+        leave_launcher(limit())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -211,9 +215,10 @@ def _command(args: argparse.Namespace, world: Any, signals: Signals) -> int:
     if args.command == "sweep":
         return _sweep(args, world, signals)
     if args.command == "join":
-        from . import join
+        from .join import join
 
-        return join.main(Path(args.run), world, signals)
+        join(args.run, world, signals)
+        return 0
     from mpi4py import MPI
 
     from ..cluster.placement import fault_tolerant

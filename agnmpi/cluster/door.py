@@ -103,11 +103,16 @@ class Door:
             return
         with suppress(BlockingIOError):
             self._guests.append(_Guest(self._socket.accept()[0]))
+        self.notice()
+        for guest in list(self._guests):
+            if guest.number is None and b"\n" in guest.received:
+                self._answer(guest)
+
+    def notice(self) -> None:
+        """Notice who has gone."""
         for guest in list(self._guests):
             if not guest.is_here():
                 self._dismiss(guest)
-            elif guest.number is None and b"\n" in guest.received:
-                self._answer(guest)
 
     def close(self) -> None:
         """Let nobody in any more; workers have left."""

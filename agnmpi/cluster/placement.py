@@ -1,13 +1,10 @@
-"""Where the ranks run, on which cores, as which processes; and that they train the same model."""
+"""Where the ranks run, on which cores; and that they train the same model."""
 
 import json
 import os
-import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple, cast
 
 from mpi4py import MPI
@@ -160,29 +157,6 @@ def leave_without_finalize() -> None:
 def may_finalize(ranks: int) -> bool:
     """Whether MPI_Finalize returns in a world of so many: not in Open MPI 5.0 with ULFM, if a rank has died."""
     return not (_connected or (ranks > 1 and fault_tolerant()))
-
-
-def process() -> tuple[int, int, str]:
-    """Identify this process: its pid, its parent's, and the boot and pid namespace in which these are valid."""
-    namespace = ""
-    with suppress(OSError):  # not readable everywhere; then no process counts as a sibling
-        namespace = Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/pid").readlink())
-    return os.getpid(), os.getppid(), namespace
-
-
-def end_sibling(pid: int, parent: int, namespace: str) -> None:
-    """Kill a rank that hangs, if it runs here under the same launcher.
-
-    With ULFM, Open MPI's MPI_Abort may leave it running; without ULFM, MPI_Abort is better: it sets the exit code.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return  # on another host, or already ended
-    actual_parent = int(stat[stat.rindex(")") + 2 :].split()[1])
-    if namespace and (actual_parent, parent, namespace) == (os.getppid(), os.getppid(), process()[2]):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def require_equal_model(comm: MPI.Comm, layout: Layout, facts: Mapping[str, str]) -> None:

@@ -66,16 +66,18 @@ class Backoff:
     """Waiting that yields the core: first `sched_yield`, then sleeps that grow with the idle time, up to a cap.
 
     A sleep is an eighth of the idle time so far, so waiting adds at most that fraction, and never more than `cap`
-    seconds and the kernel's wake-up latency.
+    seconds and the kernel's wake-up latency; or a 32nd, up to `longest` seconds.
 
     Args:
         cap: seconds; by default 1 ms, or what the thread has set.
         spin: seconds before it sleeps; likewise.
+        longest: seconds; by default `cap`.
     """
 
-    def __init__(self, cap: float | None = None, spin: float | None = None) -> None:
+    def __init__(self, cap: float | None = None, spin: float | None = None, longest: float = 0.0) -> None:
         self.cap = _pace.cap if cap is None else cap
         self.spin = _pace.spin if spin is None else spin
+        self.longest = longest
         self._since = time.perf_counter()
 
     def reset(self) -> None:
@@ -92,7 +94,7 @@ class Backoff:
             check_launcher()
             if _Watch.long_wait is not None:
                 _Watch.long_wait(idle)
-        time.sleep(min(self.cap, idle / 8))
+        time.sleep(min(idle / 8, max(self.cap, min(idle / 32, self.longest))))
 
 
 def wait_until(

@@ -390,7 +390,7 @@ def serve(end: CenterEnd, apply: Apply, between_messages: Callable[[], None] | N
     is none, at each wake-up; it must not block.
     """
     end.open()
-    backoff, seen = Backoff(), 0
+    backoff, seen = Backoff(longest=end.longest_sleep), 0
     while end.live:
         served = end.serve_one(apply)
         if served or seen != (seen := end.progress):

@@ -60,6 +60,8 @@ Waits: TypeAlias = Generator[Handle, None, T]  # a coroutine: yields the handles
 class WorkerEnd(ABC):
     """A worker's side. One exchange at a time; the payload must not change before its handle is done."""
 
+    forms_deltas = False  # from x and o (`Commit.origin`), in the pass that encodes them; not of a last commit
+
     def begin(self, total: int | None, period: int, work: Leases) -> None:
         """Begin a session of `total` steps (None: no end), λ = `period`; `work`: what is left of them; collective."""
 
@@ -112,8 +114,10 @@ class Cut(NamedTuple):
 class CenterEnd(ABC):
     """The center's side; it owns the memory of the center variable."""
 
+    longest_sleep = 0.0  # seconds between two looks after a long time without a message, if more than usual
     hold: Callable[[Commit], bool] | None = None  # commits for which it is true are not processed now
     on_loss: Callable[[int], None] | None = None  # called with each worker that has died; None: the error is raised
+    while_waiting: Callable[[], object] = bool  # called, often, while this end waits for others on its own account
     on_join: Callable[[int], None] | None = None  # called with each spare that takes the place of a lost worker
 
     lost: AbstractSet[int] = frozenset()  # workers that have died
@@ -131,8 +135,12 @@ class CenterEnd(ABC):
 
     @property
     def spares(self) -> Sequence[int]:
-        """Workers that wait to take the place of a lost one."""
+        """Workers that wait to take the place of a lost one, or were told that they are not needed any more."""
         return ()
+
+    def flush(self) -> bool:
+        """Make progress on replies; whether all are sent, but for those to silent workers and spares."""
+        return True
 
     def admit(self, comm: Any) -> int:
         """Take in rank 0 of the remote group of `comm`, of another job, as a worker; returns its number."""

@@ -52,6 +52,7 @@ class Commit(NamedTuple):
         loss: mean training loss over the steps.
         parts: the steps in the payload, where they are not consecutive: of several leases, or of several workers.
         payload: the delta (n,); sent separately, after the header.
+        origin: o and k, where the payload is x and the delta (x − o)/k: for ends that form it (`forms_deltas`).
 
     >>> Commit.decode(Commit(1, sequence=5, steps=3, loss=0.5).encode()).steps
     3
@@ -73,6 +74,7 @@ class Commit(NamedTuple):
     loss: float = nan
     parts: tuple[Lease, ...] = ()
     payload: Array | None = None
+    origin: tuple[Array, int] | None = None
 
     @property
     def leases(self) -> tuple[Lease, ...]:
@@ -81,7 +83,7 @@ class Commit(NamedTuple):
 
     def encode(self) -> bytes:
         """The header, as it is sent."""
-        return _COMMIT.pack(*self[:-2], len(self.parts)) + _int64s(n for part in self.parts for n in part)
+        return _COMMIT.pack(*self[:-3], len(self.parts)) + _int64s(n for part in self.parts for n in part)
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Commit":

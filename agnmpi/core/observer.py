@@ -46,6 +46,9 @@ class Observer:
     def missing(self, ranks: Sequence[int]) -> None:
         """After all workers had left, these ranks were found to be lost."""
 
+    def left_behind(self, ranks: Sequence[int]) -> None:
+        """After all workers had left, these ranks did not answer: the others go on without them."""
+
     def new_center(self, source: str, newly_lost: Sequence[int]) -> None:
         """The center was lost, and another rank serves; on every surviving rank.
 

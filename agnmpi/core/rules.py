@@ -127,6 +127,12 @@ class Rule(NamedTuple):
         """The rule for `block` of the vectors, whose size is `size`: with the buffers that lie in it."""
         return self._replace(buffers=max(0, block.stop - max(block.start, size - self.buffers)))
 
+    def divisor(self, k: int) -> int | None:
+        """What x − o is divided by, where the commit is no more than that, and the pull is adopted without it."""
+        if self.buffers or self.adopt is not _adopt_center:
+            return None
+        return k if self.delta is _mean_displacement else 1 if self.delta is _displacement else None
+
     @property
     def weighs(self) -> bool:
         """Whether commits have weights other than 1."""

@@ -181,7 +181,7 @@ class Worker:
 
     def start_exchange(self) -> None:
         """Form the delta of the steps done, and start the exchange."""
-        self._commit = self._form_commit(WORK)
+        self._commit = self._form_commit(WORK, self.end.forms_deltas)
         if self.rule.pulls == "before":
             self._handle = self.end.pull(self._buffers.pulled)
             return
@@ -189,14 +189,18 @@ class Worker:
             self._buffers.sent[...] = self.x
         self._handle = self.end.exchange(self._commit, self._buffers.pulled)
 
-    def _form_commit(self, requests: int) -> Commit:
+    def _form_commit(self, requests: int, by_end: bool = False) -> Commit:
+        """The commit of the steps done; `by_end`: the end forms its delta, if the rule allows."""
         self.form_x()
-        steps, loss = self.held.done, self._loss
+        steps, loss, payload, flags = self.held.done, self._loss, self._buffers.delta, 0
         parts = self.held.take()
-        if self.rule.pulls == "after":
+        divisor = self.rule.divisor(max(steps, 1)) if by_end else None
+        if divisor:
+            payload = self._buffers.sent
+        elif self.rule.pulls == "after":
             flags = self._form_delta(steps)
-        else:  # the delta is formed after the pull; with overlap x has changed by then
-            flags = NOT_FINITE if self.overlap and not all_finite(self.x) else 0
+        elif self.overlap and not all_finite(self.x):  # the delta is formed after the pull, and x has changed by then
+            flags = NOT_FINITE
         if self.rule.accumulates:
             self.a[...] = 0
         self.sequence += 1
@@ -205,7 +209,7 @@ class Worker:
         return Commit(
             *sent, requests=requests, flags=flags, wanted=self.held.wanted(self.ahead), samples=self.samples,
             loss=loss / steps if steps else nan, parts=tuple(parts) if len(parts) > 1 else (),
-            payload=self._buffers.delta,
+            payload=payload, origin=(self.o, divisor) if divisor else None,
         )  # fmt: skip
 
     def _form_delta(self, steps: int) -> int:

@@ -150,7 +150,10 @@ class FlatModel:
         """
         self.check()
         for _, tensor, view, _, error in self._copied:
-            view.copy_(tensor.detach()).sub_(error)
+            own = tensor.detach().to(view)
+            torch.sub(own, error, out=view)
+            # Numbers that were written anew, not moved by steps, are what they are.
+            view.copy_(torch.where(view.to(tensor.dtype) == own, view, own))
         self._to_host()
 
     def unpack(self) -> None:

@@ -111,9 +111,13 @@ class Run(AnyRun):
         self.opt_state, self.key = jax.tree.unflatten(jax.tree.structure(own), leaves)
 
     def _pack(self, _opt: AGNOptimizer) -> None:
-        self._x[...] = self._ravel(self.params)
-        if self._error is not None:
-            self._x -= self._error
+        own = np.asarray(self._ravel(self.params))
+        if self._error is None:
+            self._x[...] = own
+            return
+        np.subtract(own, self._error, out=self._x)
+        # Numbers that were written anew, not moved by steps, are what they are.
+        np.copyto(self._x, own, where=np.asarray(self._ravel(self._tree(self._x))) != own)
 
     def _unpack(self, _opt: AGNOptimizer) -> None:
         self.params = self._tree(self._x)

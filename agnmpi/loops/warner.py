@@ -118,6 +118,11 @@ class Warner(Observer):
         """Note a spare that takes a lost rank's place."""
         self._note("joined", rank=rank, workers=self.session.role.at_work)
 
+    def left_behind(self, ranks: Sequence[int]) -> None:
+        """Warn; at the center."""
+        if ranks and self.session.role.serves:
+            self._warn_of_loss(f"{format_ranks(list(ranks))} did not answer at the end, and the others went on")
+
     def given_up(self, lease: Lease) -> None:
         """Warn."""
         self._note("given_up", first=lease.first, steps=lease.steps)

@@ -1,6 +1,7 @@
 """Processes of this machine, told apart by pid and start time, and whether they still run."""
 
 import os
+import signal
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,12 @@ class Process(NamedTuple):
             return False
         state, started = _stat(self.pid)
         return started != self.started or state in "ZX"
+
+    def end(self) -> None:
+        """Kill it, if it surely is a process of this machine that has not ended."""
+        if self.namespace == _namespace() != "" and not self.is_gone:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
 
 @cache

@@ -1,17 +1,23 @@
-"""Workers without any message for too long: reported, no longer waited for, and left behind at the end."""
+"""Workers without any message for too long: reported, no longer waited for, and left behind at the end.
+
+So are spares that were not called, and do not answer at the end: they hold nothing that anyone waits for.
+"""
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 from mpi4py import MPI
 
 from ..cluster.role import Role
 from ..cluster.roles import CenterRole
-from ..core.backoff import Every, wait_until
+from ..core.backoff import Backoff, Every, wait_until
+from ..core.ends import CenterEnd
 from ..core.membership import Membership
 
-_REMAINING = 9  # tag: the ranks that continue
+_REMAINING, _HERE = 9, 10  # tags: the ranks that continue; a spare that was not called has left
+_PATIENCE = 10.0  # seconds without any progress until a spare that says nothing is left behind
 _LIVING = "agnmpi.living"  # their communicator
 
 
@@ -75,7 +81,7 @@ class SilentWorkers:
 
 
 def leave_behind(comm: MPI.Intracomm, role: Role, members: Membership, outlives_loss: bool) -> MPI.Intracomm:
-    """Continue without the unresponsive workers; collective over the others. Returns their communicator.
+    """Continue without the unresponsive workers and spares; collective over the others. Returns their communicator.
 
     Args:
         comm: with all that are not known to be dead.
@@ -83,12 +89,14 @@ def leave_behind(comm: MPI.Intracomm, role: Role, members: Membership, outlives_
         members: who is alive; updated with the unresponsive ones.
         outlives_loss: whether ranks may die meanwhile.
     """
-    if comm.size == 1 or comm.size != members.count + 1:  # there is no other rank, or it is already done
+    if comm.size == 1:
         return comm
     try:
         if role.serves:
-            remaining = _send_remaining(comm, role, outlives_loss)
+            remaining = _send_remaining(comm, role, members, outlives_loss)
         else:
+            if any(worker.spare for worker in role.workers):
+                comm.Isend(bytearray(), 0, _HERE).Wait()  # so short that it does not wait for its receiver
             received = np.empty(comm.size + 1, np.int64)
             wait_until(comm.Irecv(received, 0, _REMAINING).Test)
             remaining = received[1:][: received[0]].tolist()
@@ -105,10 +113,11 @@ def leave_behind(comm: MPI.Intracomm, role: Role, members: Membership, outlives_
     return living
 
 
-def _send_remaining(comm: MPI.Intracomm, role: Role, outlives_loss: bool) -> list[int]:
+def _send_remaining(comm: MPI.Intracomm, role: Role, members: Membership, outlives_loss: bool) -> list[int]:
     assert isinstance(role, CenterRole)
-    absent = {*role.end.silent, *role.end.lost}
-    remaining = [0] + [rank for rank in range(1, comm.size) if rank - 1 not in absent]  # who has joined is elsewhere
+    _await_spares(comm, role.end, members)
+    absent = {members.rank_of(worker) for worker in {*role.end.silent, *role.end.lost}}
+    remaining = [rank for rank in range(comm.size) if members.ranks[rank] not in absent]
     for rank in remaining[1:]:
         try:
             wait_until(comm.Isend(np.array([len(remaining), *remaining]), rank, _REMAINING).Test)
@@ -116,3 +125,22 @@ def _send_remaining(comm: MPI.Intracomm, role: Role, outlives_loss: bool) -> lis
             if not outlives_loss:
                 raise
     return remaining
+
+
+def _await_spares(comm: MPI.Intracomm, end: CenterEnd, members: Membership) -> None:
+    """Wait until the spares that were not called have left; those that do not move any more are silent from now on."""
+    late = {members.ranks.index(members.rank_of(worker)): worker for worker in end.spares if worker not in end.silent}
+    backoff, moved, seen = Backoff(), time.monotonic(), 0
+    while late and time.monotonic() - moved < _PATIENCE:
+        end.flush()
+        for rank in list(late):
+            with suppress(MPI.Exception):  # it has died: whoever shrinks the communicator notices
+                if not comm.Iprobe(rank, _HERE):
+                    continue
+                comm.Recv(bytearray(), rank, _HERE)
+            del late[rank]
+        if seen != (seen := end.progress - len(late)):
+            moved = time.monotonic()
+        backoff.wait()
+    for worker in late.values():
+        end.stop_waiting_for(worker)

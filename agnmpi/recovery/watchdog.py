@@ -47,7 +47,7 @@ class Watchdog:
         seconds: float,
         end: Callable[[str], object],
     ) -> None:
-        self._peers, self.awaited, self._seconds, self._end = peers, awaited, seconds, end
+        self.peers, self.awaited, self._seconds, self._end = peers, awaited, seconds, end
         self._launcher = os.getppid()
         self._next = 0.0
 
@@ -69,8 +69,8 @@ class Watchdog:
         """What is gone that this rank may be waiting for; empty if nothing is known to be."""
         if os.getppid() != self._launcher:
             return f"the launcher, process {self._launcher}, has ended"
-        gone = [rank for rank in awaited if self._peers[rank].is_gone]
-        return f"rank {gone[0]}, process {self._peers[gone[0]].pid}, has ended" if gone else ""
+        gone = [rank for rank in awaited if self.peers[rank].is_gone]
+        return f"rank {gone[0]}, process {self.peers[gone[0]].pid}, has ended" if gone else ""
 
     @contextmanager
     def calling(self, name: str, awaited: Sequence[int]) -> Iterator[None]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from mpi4py import MPI
@@ -58,21 +58,34 @@ def abort(comm: MPI.Comm, code: int) -> None:
     """End the whole job, after a moment for pending output."""
     time.sleep(0.5)  # MPICH 5.0.2's hydra may drop what a rank wrote just before MPI_Abort
     if fault_tolerant():
-        _end_launcher_later()
+        _end_launcher_later(2, LAUNCHERS)
     elif comm.size == MPI.COMM_WORLD.size:
         comm = MPI.COMM_WORLD  # of a duplicate MPICH 4.0 makes 9 of code 1 now and then, and Intel MPI 2021.18 255
     comm.Abort(code)
 
 
-def _end_launcher_later() -> None:
+def leave_launcher(seconds: float) -> None:
+    """End mpiexec if it is still there so long after this rank, in whose job all have come to their end; 0: never.
+
+    Of Open MPI 5.0.11 with ULFM it may lock itself when its ranks have left, most of all with a code other than 0: its
+    event loop waits for a mutex of libprrte that no thread holds. What serves several jobs, such as prte, stays.
+    """
+    if seconds and fault_tolerant() and os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK") in ("0", "1"):  # one may be lost
+        _end_launcher_later(seconds, ("mpiexec", "mpirun", "prterun"))
+
+
+def _end_launcher_later(seconds: float, names: Sequence[str]) -> None:
     """Open MPI 5.0's MPI_Abort under ULFM hangs from 4 ranks on, and spares the others: a process of its own ends all.
 
-    No thread could: mpi4py's Abort keeps the interpreter's lock.
+    No thread could: mpi4py's Abort keeps the interpreter's lock. `names`: of the launchers that may be ended.
     """
     launcher = os.getppid()
-    if (name := command(launcher)) in LAUNCHERS:
-        script = f'sleep 2; [ "$(cat /proc/{launcher}/comm)" = {name} ] && kill -TERM {launcher}'
-        subprocess.Popen(["sh", "-c", script], stderr=subprocess.DEVNULL, start_new_session=True)
+    if (name := command(launcher)) in names:
+        same = f'[ "$(cat /proc/{launcher}/comm)" = {name} ]'
+        wait = f"for _ in $(seq {round(seconds)}); do sleep 1; {same} || exit; done"
+        script = f"{wait}; kill -TERM {launcher}; sleep 5; {same} && kill -KILL {launcher}"
+        quiet = subprocess.DEVNULL  # else a pipe that mpiexec has inherited would stay open as long
+        subprocess.Popen(["sh", "-c", script], stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
 def _end_interrupted(comm: MPI.Comm, error: Interrupted) -> None:

@@ -191,8 +191,12 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
         "record with spares = {spares}: who computed what could not be replayed; leave one of them",
     ),
     (
-        lambda c: c.joinable and (c.record or c.dylu or c.spares > 0),
-        "joinable with record, dylu or spares: these know all workers from the beginning; leave one of them",
+        lambda c: c.joinable and c.record,
+        "joinable with record: a record is replayed with the workers of the beginning; leave one of them",
+    ),
+    (
+        lambda c: c.joinable and c.spares > 0,
+        "joinable with spares = {spares}: no MPI has both, MPICH lets ranks join, Open MPI calls spares; leave one",
     ),
     (
         lambda c: c.drop_stalled and not c.stall_limit,

@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from ..arrays.backend import Array, bring, current, empty_like
 from ..cluster.machine import blas_threads, limit_blas
-from ..cluster.placement import check_world, end_sibling, process, require_equal_model
+from ..cluster.placement import check_world, require_equal_model
 from ..cluster.probe import choose_wire
 from ..cluster.roles import NodeRole
 from ..cluster.setup import Setup, check_setup
@@ -122,8 +122,8 @@ class Job:
         require_equal_model(self.world, self.layout, {"samples": str(self.plan.samples), **options})
         faults = os.environ.get("AGNMPI_FAULTS", "") if inject else ""  # production never reads it
         self.injection = Injection(raise_on_all(self.world, lambda: read_faults(faults)), self.rank)
-        about = json.dumps([here.host, process(), terminals()])
-        hosts, self._processes, self._terminals = zip(*map(json.loads, allgather(self.world, about)))
+        about = json.dumps([here.host, terminals()])
+        hosts, self._terminals = zip(*map(json.loads, allgather(self.world, about)))
         self.observer = RunObserver(self.rank, hosts, signals, self.injection)
         self.directory = Path()
         self.complete = self.interrupted = self.unwritten = False  # complete: before it was resumed
@@ -343,9 +343,7 @@ class Job:
     def _end(self) -> Result | None:
         """Free communicators and ends. Returns the result on rank 0."""
         session, members, duties = self.session, self.session.members, self.observer.duties
-        if session.failover is not None:  # else MPI_Abort does it, with our exit code
-            for rank in members.hung:
-                end_sibling(*self._processes[rank])
+        session.end_hung()
         abort = bool(members.hung) and session.failover is None
         if self._all_lost():
             self.observer.say(f"all workers are lost, ranks {members.lost}; resume with --resume {self.directory}")

@@ -77,6 +77,7 @@ class RunObserver(Observer):
         if run.config.joinable and isinstance(role, CenterRole):
             facts = {"total": role.total, "session": role.session}
             self._door = Door(run.directory, described(run.layout, run.data), facts, self._admit, role.end.bury)
+            role.end.while_waiting = self._door.notice  # what is sent to the dead never arrives
 
     def _admit(self, comm: MPI.Comm, host: str) -> int:
         """A worker of another job has come in; returns its number."""
@@ -117,7 +118,7 @@ class RunObserver(Observer):
         if self._door is not None:
             self._door.close()
             self._door = None
-        if self.duties is not None and self._run.config.drop_stalled:
+        if self.duties is not None and (self._run.config.drop_stalled or self._run.config.spares):
             self.duties.save()  # Open MPI 5.0 may crash if a rank dies while others are left behind
 
     def lost(self, rank: int, held: Sequence[Lease]) -> None:
@@ -162,6 +163,12 @@ class RunObserver(Observer):
         if self.session.role.serves:
             for rank in ranks:
                 self.say(f"WARNING: {self.name(rank)} is lost, after its work was done")
+
+    def left_behind(self, ranks: Sequence[int]) -> None:
+        """Report ranks that do not answer at the end."""
+        if self.session.role.serves:
+            for rank in ranks:
+                self.say(f"WARNING: {self.name(rank)} does not answer, and is left behind")
 
     def alone(self) -> None:
         """Report that no other rank is left."""

@@ -61,7 +61,8 @@ class Session:
         self.rank = comm.rank  # at the beginning
         self.threads = setup.place(comm).threads  # this rank's share of the cores
         set_threads(self.threads)
-        self._comm, self._observer, self._drop_silent = comm, observer, drop_silent
+        self._comm, self._observer = comm, observer
+        self._leaves_behind = drop_silent or setup.transport.spares > 0
         connector = Connector(rule, optimizer, center_optimizer, setup, observer)
         self.role = connector.connect(comm, x)
         self.failover: Failover | None = None
@@ -119,8 +120,10 @@ class Session:
         worker, was elected, and has lost all of its workers.
         """
         self._observer.left()
-        if self._drop_silent:
+        if self._leaves_behind:
+            hung = len(self.members.hung)
             remaining: MPI.Intracomm = leave_behind(self.comm, self.role, self.members, self.failover is not None)
+            self._observer.left_behind(self.members.hung[hung:])
             if self.failover is not None:
                 self.failover.comm = remaining
             else:
@@ -139,8 +142,15 @@ class Session:
         """Whether this rank serves, its work is not done, and all its workers are lost."""
         return isinstance(self.role, CenterRole) and self.role.end.deserted
 
+    def end_hung(self) -> None:
+        """Kill the ranks of this host that were left behind, with ULFM; else MPI_Abort does it, with our exit code."""
+        if self.failover is not None and self._watchdog is not None:
+            for rank in self.members.hung:
+                self._watchdog.peers[rank].end()
+
     def close(self) -> None:
         """Free ends and communicators; collective, so not where a rank was lost: it would not return."""
+        self.end_hung()
         if not self.members.lost:
             self.role.close()
         if self._watchdog is not None:  # it goes on, and keeps nothing of this session

@@ -61,7 +61,7 @@ class ThreadedEnd(WorkerEnd):
     """
 
     def __init__(self, end: WorkerEnd, like: Array) -> None:
-        self.end, self._like = end, like
+        self.end, self._like, self.forms_deltas = end, like, end.forms_deltas
         self._handles: deque[ThreadedHandle | None] = deque()  # None: end
         self._queued = threading.Semaphore(0)
         self._thread: threading.Thread | None = None

@@ -5,7 +5,7 @@ Any transport that carries bytes carries an encoded vector.
 
 from collections.abc import Callable, Sequence
 
-from ..arrays.backend import Array, empty, empty_like, zeros_like
+from ..arrays.backend import Array, empty, empty_like, on_host, zeros_like
 from ..arrays.encodings import Encoding, get
 from ..core.ends import Handle, WorkerEnd, all_done
 from ..core.leases import Leases
@@ -43,6 +43,7 @@ class ShardedWorker(WorkerEnd):
 
     def __init__(self, ends: Sequence[WorkerEnd], spans: Sequence[slice]) -> None:
         self.ends, self.spans = ends, spans
+        self.forms_deltas = all(end.forms_deltas for end in ends)
         self._clocks = [0] * len(ends)  # of each shard at the last pull
 
     def begin(self, total: int | None, period: int, work: Leases) -> None:
@@ -74,8 +75,9 @@ class ShardedWorker(WorkerEnd):
 
     def _part(self, commit: Commit, i: int) -> Commit:
         payload = None if commit.payload is None else commit.payload[self.spans[i]]
+        origin = commit.origin and (commit.origin[0][self.spans[i]], commit.origin[1])
         requests = commit.requests if i == 0 else commit.requests & ~WORK
-        return commit._replace(payload=payload, requests=requests, clock=self._clocks[i])
+        return commit._replace(payload=payload, origin=origin, requests=requests, clock=self._clocks[i])
 
     def _pulled(self, replies: list[Reply]) -> None:
         self._clocks = [reply.clock for reply in replies]
@@ -122,6 +124,7 @@ class EncodedEnd(WorkerEnd):
 
     def __init__(self, end: WorkerEnd, like: Array, commits: Encoding, pulls: Encoding) -> None:
         self.end, self.commits, self.pulls = end, commits, pulls
+        self.forms_deltas = not commits.exact and on_host(like)
         self._residual = None if commits.exact else zeros_like(like)
         self._next = None if commits.exact else empty_like(like)  # the residual, if the commit is accepted
         self._sent = None if commits.exact else empty(commits.nbytes(like.size, like.dtype), "u1", like)
@@ -168,9 +171,12 @@ class EncodedEnd(WorkerEnd):
     def _encoded(self, commit: Commit) -> Commit:
         if commit.payload is None or self._sent is None:
             return commit
-        good = self.commits.encode(commit.payload, self._sent, residual=self._residual, new_residual=self._next)
+        o, k = commit.origin or (None, 1)
+        good = self.commits.encode(
+            commit.payload, self._sent, residual=self._residual, new_residual=self._next, origin=o, divisor=k
+        )
         flags = commit.flags if good else commit.flags | NOT_FINITE
-        return commit._replace(payload=self._sent, encoding=self.commits.number, flags=flags)
+        return commit._replace(payload=self._sent, origin=None, encoding=self.commits.number, flags=flags)
 
     def finish(self, reply: Reply, committed: bool, out: Array | None) -> None:
         """An exchange is done: keep its residual if its delta was applied; decode its pull into `out`, if any."""

@@ -47,6 +47,7 @@ class P2PCenter(CenterEnd):
     """
 
     in_flight_deltas = 0
+    longest_sleep = 5e-3  # a message wakes it with one look; each costs tens of µs of the core
 
     def __init__(
         self, comm: MPI.Comm, c: Array, message_buffers: int = 4, wire: str = "staged", pull_encoding: str = "float32",
@@ -89,7 +90,7 @@ class P2PCenter(CenterEnd):
     @property
     def spares(self) -> list[int]:
         """As `CenterEnd.spares`."""
-        return [peer.index for peer in self._peers.at(State.SPARE)]
+        return [peer.index for peer in self._peers.all if peer.commit.requests & SPARE and peer.state is not State.LOST]
 
     @property
     def progress(self) -> int:
@@ -187,8 +188,7 @@ class P2PCenter(CenterEnd):
 
     def change(self, change: Callable[[Array], None]) -> bool:
         """As `CenterEnd.change`: once no reply reads c, or it is copied."""
-        lent, lent_with_center = self._lent(), len(self._used_by_silent())
-        if not self._vectors.may_serve(Commit(0, nbytes=self.c.nbytes), lent, lent_with_center):
+        if not self._vectors.may_serve(Commit(0, nbytes=self.c.nbytes), self._lent(), len(self._used_by_silent())):
             return False
         change(self.c)
         return True
@@ -255,7 +255,7 @@ class P2PCenter(CenterEnd):
         begin = time.perf_counter()
         self._listen()
         self._receive()
-        self._flush()
+        self.flush()
         end = time.perf_counter()
         self._poll_at = end + max(_PAUSE, 10 * (end - begin))
 
@@ -338,11 +338,12 @@ class P2PCenter(CenterEnd):
         self._try(peer, partial(delta.extend, ALL))
         return True
 
-    def _flush(self) -> bool:
-        """Make progress on replies; whether all are sent, but for those to silent workers."""
+    def flush(self) -> bool:
+        """As `CenterEnd.flush`."""
         for peer in self._peers.at(State.ANSWERING):
             self._push(peer)
-        return all(peer.index in self.silent for peer in self._peers.at(State.ANSWERING) if peer.answer)
+        awaited = [peer for peer in self._peers.at(State.ANSWERING) if peer.answer and not peer.commit.requests & SPARE]
+        return all(peer.index in self.silent for peer in awaited)
 
     # Workers that leave, become silent, return or die.
 
@@ -351,12 +352,11 @@ class P2PCenter(CenterEnd):
         self._call_spares()
         if self.live or self._leave_reply is None:
             return
-        leave_reply, self._leave_reply = self._leave_reply, None
-        replies = {State.LEFT: leave_reply, State.SPARE: leave_reply._replace(control=UNCALLED)}
-        for peer, reply in [(peer, replies[state]) for state in replies for peer in self._peers.at(state)]:
+        reply, self._leave_reply = self._leave_reply, None
+        for peer in [*self._peers.at(State.LEFT), *self._peers.at(State.SPARE)]:
             self._peers.move(peer, State.ANSWERING)
-            self._answer(peer, reply)
-        wait_until(self._flush)
+            self._answer(peer, reply._replace(control=UNCALLED) if peer.commit.requests & SPARE else reply)
+        wait_until(lambda: not self.while_waiting() and self.flush())
 
     def _call_spares(self) -> None:
         """Let spares that wait take the places of workers that are lost, or that nobody waits for."""
@@ -376,7 +376,7 @@ class P2PCenter(CenterEnd):
 
     def stop_waiting_for(self, worker: int) -> None:
         """Wait for this silent worker no longer; it takes part again when it sends something."""
-        if worker not in self._expected:
+        if worker not in {*self._expected, *self.spares}:
             return
         # Its messages keep their buffers; the others get as many extra.
         self._expected.discard(worker)

@@ -7,7 +7,6 @@ end, or with --report alone. --check repeats three finished cells, drawn at rand
 """
 
 import argparse
-import random
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ sys.path.extend(str(Path(__file__).resolve().parent.parent / folder) for folder 
 
 import drawings
 import scenarios
-from resumable import finish, load, simulated
+from resumable import check, finish, load, simulated
 from scenarios import Cell, Size
 
 HERE = Path(__file__).resolve().parent
@@ -27,18 +26,6 @@ def run_cell(cell: Cell, size: Size, data: str) -> dict:
     del row["staleness"]["histogram"]
     speed = row["samples"] / row["virtual"]["seconds"] / scenarios.fastest(cell, size)
     return {**cell._asdict(), **row, "speed": speed, "size": size._asdict()}
-
-
-def check(rows: list[dict], count: int, size: Size, data: str) -> bool:
-    """Repeat `count` of the finished cells, drawn at random; whether they give the same numbers."""
-    same = True
-    for row in random.sample(rows, count):
-        cell = Cell(*(row[name] for name in Cell._fields))
-        again = run_cell(cell, size, data)
-        differ = [key for key in row if key != "seconds" and row[key] != again[key]]
-        print(f"{cell}: {'DIFFERS in ' + ', '.join(differ) if differ else 'the same'}", flush=True)
-        same = same and not differ
-    return same
 
 
 def main() -> None:
@@ -53,7 +40,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file, given = args.out / "cells.jsonl", (scenarios.SIZE, str(Path(args.data).resolve()))
     if args.check:
-        sys.exit(0 if check(load(file), 3, *given) else 1)
+        sys.exit(0 if check(load(file), 3, Cell, run_cell, given) else 1)
     if not args.report:
         finish(scenarios.cells(), run_cell, given, file, args.jobs)
     drawings.write(args.out, load(file))

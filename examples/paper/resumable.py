@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +20,11 @@ def load(file: Path) -> list[dict]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def simulated(config, timing) -> dict:
-    """Simulate a run; returns what a report needs. `config`: without a directory, which is made and removed."""
+def simulated(config, timing, metric: str = "accuracy") -> dict:
+    """Simulate a run; returns what a report needs, an accuracy in %.
+
+    `config`: without a directory, which is made and removed; `metric`: of its problem.
+    """
     from dataclasses import replace
 
     from agnmpi.simulation import simulate
@@ -33,9 +37,9 @@ def simulated(config, timing) -> dict:
     return {
         **kept,
         "dropped": result.get("dropped", 0),
-        "accuracy": 100 * result["metrics"]["accuracy"],
-        "curve": [  # virtual seconds, epoch, validation accuracy, training loss
-            [round(e["virtual_seconds"], 4), e["epoch"], e["metrics"]["accuracy"], e["loss"]]
+        metric: result["metrics"][metric] * (100 if metric == "accuracy" else 1),
+        "curve": [  # virtual seconds, epoch, the metric of the center, training loss
+            [round(e["virtual_seconds"], 4), e["epoch"], e["metrics"][metric], e["loss"]]
             for e in events
             if e["event"] == "evaluation"
         ],
@@ -66,9 +70,28 @@ def finish(cells: Sequence, work: Callable, given: tuple, file: Path, jobs: int)
                 to_go = (time.monotonic() - started) / count * (len(left) - count)
                 cell = " ".join(f"{name}={value}" for name, value in futures[future]._asdict().items())
                 print(
-                    f"{count}/{len(left)}  {cell}: {row['accuracy']:.2f} %  ({row['seconds']} s; {to_go:.0f} s left)",
+                    f"{count}/{len(left)}  {cell}: {_said(row)}  ({row['seconds']} s; {to_go:.0f} s left)",
                     flush=True,
                 )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _said(row: dict) -> str:
+    return f"{row['accuracy']:.2f} %" if "accuracy" in row else f"loss {row['loss']:.4f}"
+
+
+def check(rows: Sequence[dict], count: int, cell_type: type, work: Callable, given: tuple) -> bool:
+    """Repeat `count` of the finished cells, drawn at random; whether they give the same numbers.
+
+    Prints of each cell in what it differs; the time that it took may.
+    """
+    same = True
+    for row in random.sample(rows, count):
+        cell = cell_type(*(row[name] for name in cell_type._fields))
+        again = json.loads(json.dumps(work(cell, *given)))
+        differ = [key for key in row if key != "seconds" and row[key] != again[key]]
+        print(f"{cell}: {'DIFFERS in ' + ', '.join(differ) if differ else 'the same'}", flush=True)
+        same = same and not differ
+    return same

@@ -28,7 +28,9 @@ def test_the_others_go_on(comm, standard, monkeypatch):
     center = Center(rules.agn(), np.zeros(1), workers)
     role = WorkerRole(center, [], workers)
     if comm.rank == 0:
-        role = CenterRole(center, workers, SimpleNamespace(silent={workers - 1}, lost=set()), True)  # the last rank
+        role = CenterRole(
+            center, workers, SimpleNamespace(silent={workers - 1}, lost=set(), spares=[], progress=0), True
+        )  # the last rank
     if comm.rank < comm.size - 1:
         living = silent_workers.leave_behind(comm, role, members, outlives_loss=False)
         assert (living.rank, living.size) == (comm.rank, comm.size - 1)

@@ -1,6 +1,6 @@
 """MNIST over slow links: agnmpi against plain PyTorch, on pseudo-hosts of this machine.
 
-python tests/support/duel.py MNIST [--rate 1gbit] [--rounds 3] [--steps 200] [--only SIDE …]
+python tests/support/duel.py MNIST [--rate 1gbit] [--rounds 3] [--steps 300] [--only SIDE …]
 
 MNIST: the directory of its IDX files. Two hosts train, each on one core, the MLP of arXiv:1710.02368 (4.8 M parameters)
 with Adam on batches of 128; agnmpi's center is on a third host, or in shards beside the two. Sides of a round take
@@ -11,9 +11,10 @@ turns, each in a launch of its own:
     ddp        PyTorch's DistributedDataParallel, gloo
     agnmpi …   AGNOptimizer(None, …), outer rate 1, λ = 10, the same model and step; with the options that are named
 
-Prints samples/s (medians over the rounds), the accuracy on the test set after the same number of samples, and the CPU
-time of all ranks over the steps. Needs
-root, PyTorch, and netlab.sh (AGNMPI_NETLAB, else ../shared/tools/netlab.sh).
+The model's parameters are views of one vector on all sides. The steps hold a run's beginning and end, too, where every
+rank gets the float32 center: the more steps, the less these count. Prints samples/s (medians over the rounds), the
+accuracy on the test set after the same number of samples, and the CPU time of all ranks over the steps. Needs root,
+PyTorch, and netlab.sh (AGNMPI_NETLAB, else ../shared/tools/netlab.sh).
 """
 
 import argparse
@@ -37,6 +38,7 @@ SIDES = {
     "local_sgd": ("h0,h1", None),
     "ddp": ("h0,h1", None),
     "agnmpi": ("h2,h0,h1", {}),
+    "agnmpi int4": ("h2,h0,h1", {"encoding": "int4", "pull_encoding": "int4"}),
     "agnmpi int8": ("h2,h0,h1", {"encoding": "int8", "pull_encoding": "int8"}),
     "agnmpi shards": ("h0,h1,h0,h1", {"centers": "hosts"}),
     "agnmpi shards int8": ("h0,h1,h0,h1", {"centers": "hosts", "encoding": "int8", "pull_encoding": "int8"}),
@@ -50,7 +52,10 @@ def model_of(torch):
     layers = []
     for i, o in pairwise(widths):
         layers += [torch.nn.Linear(i, o), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers[:-1])
+    model = torch.nn.Sequential(*layers[:-1])
+    parameters = list(model.parameters())
+    torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(parameters).detach(), parameters)
+    return model
 
 
 class Timer:
@@ -137,8 +142,9 @@ def train_agnmpi(task, options, comm, steps):
     params = {name: p.detach().numpy() for name, p in task.model.named_parameters()}
     rule = rules.weighted(rules.agn(), rules.outer_rate(1.0))
     opt = AGNOptimizer(
-        None, params, comm, communication_period=PERIOD, rule=rule, transport=transports.p2p(**options), overlap=True
-    )
+        None, params, comm, communication_period=PERIOD, rule=rule, transport=transports.p2p(**options), overlap=True,
+        copy=False,
+    )  # fmt: skip
     for number in opt.steps(2 * WARM_UP):
         opt.step(task.step(number))
     with Timer(comm) as timer:
@@ -185,7 +191,7 @@ def main():
     parser.add_argument("mnist", type=Path)
     parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200, help="of each worker")
+    parser.add_argument("--steps", type=int, default=300, help="of each worker")
     parser.add_argument("--only", nargs="+", choices=SIDES, default=list(SIDES))
     args = parser.parse_args()
     venv = Path(mpiexec_path()).parent.parent

@@ -285,7 +285,7 @@ def device(library):
     fake.zeros = lambda size, dtype=float: Vector(np.zeros(size, dtype), log)
     fake.array, fake.asarray, fake.copyto = array, array, copyto
     fake.empty = lambda size, dtype=float: Vector(np.empty(size, dtype), log)
-    fake.asnumpy = lambda x: x.memory.copy()
+    fake.asnumpy = lambda x: log.append("to host") or x.memory.copy()
     fake.zeros_like = lambda x: Vector(np.zeros_like(x.memory), log)
     fake.full_like = lambda x, value: Vector(np.full_like(x.memory, value), log)
     fake.full = lambda size, value, dtype=float: Vector(np.full(size, value, dtype), log)

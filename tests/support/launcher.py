@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -144,6 +145,20 @@ def words_of(process):
         return (process / "cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def ranks_of(run):
+    """The pids of the ranks that work on a run, by rank."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words, variables = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            continue
+        rank = re.search(rb"(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)", variables)
+        if str(run).encode() in words and rank:
+            found[int(rank[1])] = int(process.name)
+    return [found[rank] for rank in sorted(found)]
 
 
 def printed(text, n, *args, **options):

@@ -8,7 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conditions import until
-from launcher import PROBLEMS, Job, agnmpi, events_of, mpi_kind, progresses, result_of, started, words_of
+from launcher import (
+    PROBLEMS,
+    ROOT,
+    Job,
+    agnmpi,
+    events_of,
+    mpi_kind,
+    mpiexec,
+    progresses,
+    result_of,
+    started,
+    words_of,
+)
 
 from agnmpi.recovery.files import load
 
@@ -18,10 +30,10 @@ GIVEN = ["--rule", "downpour", "--optimizer", "sgd", "--rate", "1", "--batch", "
 mpich = pytest.mark.skipif(mpi_kind() != "mpich", reason="Open MPI 5.0 does not connect two mpiexec")
 
 
-def running(run, epochs, *options):
+def running(run, epochs, *options, problem=COUNTS):
     """A job of one worker."""
     given = ["--epochs", epochs, "--set", "options.slow=0.02", "--run-dir", run, *GIVEN, *options]
-    return started(lambda: progresses(run), 2, sys.executable, "-m", "agnmpi", "train", COUNTS, *given)
+    return started(lambda: progresses(run), 2, sys.executable, "-m", "agnmpi", "train", problem, *given)
 
 
 def joining(run):
@@ -44,10 +56,11 @@ def kinds(run):
 
 
 def check(job, run, epochs):
-    """It ends, with every sample counted once an epoch."""
+    """It ends, with every sample counted once an epoch; returns what it has printed."""
     code, output = job.finish(LIMIT)
     assert code == 0, output
     np.testing.assert_array_equal(load(run / "center.safetensors")[0]["count"], np.full(240, epochs))
+    return output
 
 
 @mpich
@@ -79,6 +92,76 @@ def test_who_has_joined_and_dies_costs_what_it_had_not_committed(tmp_path):
     code, output = guest.finish(LIMIT)
     assert code == 0, output
     check(job, run, 12)
+
+
+HOST = """
+import sys
+import agnmpi
+from problems import Counts
+
+class Mine(Counts):
+    pass
+
+if __name__ == "__main__":
+    result = agnmpi.train(
+        Mine, joinable=True, dylu=sys.argv[2] == "dylu", run_dir=sys.argv[1], epochs=8, rule="downpour",
+        optimizer="sgd", rate=1.0, batch=4, period=3, options={"slow": 0.02},
+    )
+    print("trained", result and result["workers"])
+"""
+GUEST = """
+import sys
+import agnmpi
+from host import Mine
+
+agnmpi.join(sys.argv[1], problem=Mine)
+print("joined")
+"""
+
+
+@mpich
+@pytest.mark.parametrize("option", ["", pytest.param("dylu", marks=pytest.mark.long)])
+def test_join_from_python(tmp_path, option):
+    run = tmp_path / "run"
+    (tmp_path / "host.py").write_text(HOST)
+    (tmp_path / "guest.py").write_text(GUEST)
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support"}
+    job = started(lambda: progresses(run), 2, sys.executable, tmp_path / "host.py", run, option, env=env)
+    code, output = mpiexec(2, sys.executable, tmp_path / "guest.py", run, env=env, timeout=LIMIT)
+    assert code == 0, output
+    assert output.count("joined\n") == 2
+    assert "trained" in check(job, run, 8)
+    assert kinds(run).count("joined") == 2
+
+
+DIES = """
+import os, signal, sys, time
+import agnmpi
+from agnmpi.core.worker import Worker
+from mpi4py import MPI
+
+def die(self):  # it has left: once that has been sent
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        MPI.COMM_SELF.Iprobe()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Worker.settle = die
+agnmpi.join(sys.argv[1])
+"""
+
+
+@mpich
+def test_who_dies_when_it_has_left_holds_up_nobody(tmp_path):
+    """The final center, which is long, is on its way to it."""
+    run = tmp_path / "run"
+    job = running(run, 8, "--set", "options.unused=1000000", problem=f"{PROBLEMS}:Quadratic")
+    (tmp_path / "dies.py").write_text(DIES)
+    code, output = mpiexec(1, sys.executable, tmp_path / "dies.py", run, timeout=LIMIT)
+    assert code != 0, output
+    code, output = job.finish(LIMIT)
+    assert code == 0, output
+    assert kinds(run).count("lost") == 1
 
 
 @pytest.mark.long

@@ -6,8 +6,8 @@ from itertools import combinations
 import pytest
 from schedules import FAULTS, MOMENTS, TRANSPORTS, WAYS, can_run, draw, is_good, main, run
 
-# Of some seconds each: two of MPICH, and of Open MPI one without ULFM and two with it.
-CI = [seed for seed in (1002, 1033, 1004, 1025, 1027) if can_run(draw(seed))]
+# Of some seconds each (no int8 with MPICH: numba compiles): two of MPICH, of Open MPI one without ULFM, two with it.
+CI = [seed for seed in (1002, 1029, 1004, 1025, 1027) if can_run(draw(seed))]
 
 
 def test_a_thousand_seeds_have_every_pair_of_factors():

@@ -1,14 +1,12 @@
 """Signals and forks: what asks a run to stop, and what is none of its business."""
 
 import os
-import re
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from launcher import PROBLEMS, agnmpi, progresses, result_of, started
+from launcher import PROBLEMS, agnmpi, progresses, ranks_of, result_of, started
 
 from agnmpi.recovery.checkpoint import newest
 from agnmpi.recovery.files import load
@@ -39,26 +37,12 @@ def test_a_signal_does_not_end_what_a_problem_has_forked(tmp_path):
     assert code == 75, output
 
 
-def ranks(run):
-    """Pids of the ranks that work on a run, by rank."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words, variables = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except OSError:
-            continue
-        rank = re.search(rb"(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)", variables)
-        if str(run).encode() in words and rank:
-            found[int(rank[1])] = int(process.name)
-    return [found[rank] for rank in sorted(found)]
-
-
 @pytest.mark.parametrize("who", ["a worker", "all and the launcher"])
 def test_a_signal_stops_the_run_whoever_gets_it(tmp_path, who):
     run = tmp_path / "run"
     given = train("Quadratic", run, "--steps", "1000000", "--set", "options.slow=0.005")
     job = started(lambda: progresses(run), 3, sys.executable, *given)
-    pids = ranks(run)
+    pids = ranks_of(run)
     assert len(pids) == 3
     for pid in [pids[2]] if who == "a worker" else [*pids, job.process.pid]:
         os.kill(pid, signal.SIGUSR1)

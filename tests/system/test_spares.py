@@ -1,10 +1,26 @@
 """Spares take the places of lost ranks: the number of workers stays, and every sample is counted once an epoch."""
 
+import os
 import resource
+import signal
+import sys
 
 import numpy as np
 import pytest
-from launcher import PROBLEMS, QUADRATIC, ULFM, agnmpi, events_of, has_ulfm, result_of
+from launcher import (
+    PROBLEMS,
+    QUADRATIC,
+    ULFM,
+    agnmpi,
+    events_of,
+    has_ulfm,
+    left_behind,
+    mpiexec,
+    progresses,
+    ranks_of,
+    result_of,
+    started,
+)
 
 from agnmpi.recovery.files import load
 
@@ -57,6 +73,62 @@ def test_a_spare_takes_the_place_of_a_worker_that_hangs(tmp_path):
     assert code == 76, output
     assert output.count("is silent for") == 1, "a spare is expected to be silent"
     check(run, 1)
+
+
+@ulfm
+@pytest.mark.parametrize(
+    ("problem", "options"),
+    [(COUNTS, []), pytest.param(QUADRATIC, ["--set", "options.unused=3000000"], marks=LONG)],
+    ids=["short", "long"],
+)
+def test_a_parked_spare_that_hangs_holds_up_nobody(tmp_path, problem, options):
+    run = tmp_path / "run"
+    given = [*GIVEN, "--spares", "1", "--set", "options.slow=0.01", "--run-dir", run, *options]
+    job = started(lambda: progresses(run), 4, sys.executable, "-m", "agnmpi", "train", problem, *given, launcher=ULFM)
+    os.kill(ranks_of(run)[3], signal.SIGSTOP)
+    code, output = job.finish(LIMIT)
+    assert code == 76, output
+    assert "does not answer, and is left behind" in output
+    assert result_of(run)["lost"] == [3]
+    assert not left_behind(run, job)
+    if problem == COUNTS:
+        check(run, 0)
+
+
+LOOPS = """
+import mpi4py, os, signal, sys, threading, time
+mpi4py.rc.thread_level = "funneled"
+import numpy as np
+from mpi4py import MPI
+from agnmpi import AGNOptimizer, sgd, transports
+
+rank = MPI.COMM_WORLD.rank
+opt = AGNOptimizer(sgd(0.1), {"w": np.zeros(int(sys.argv[1]))}, MPI.COMM_WORLD, 5, transport=transports.p2p(spares=1))
+if rank == 3:  # the others compute until it has parked
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+for total in (60, 40):
+    for step in opt.steps(total):
+        time.sleep(0.05)
+        opt.minimize(lambda p: (1.0, {"w": -np.ones_like(p["w"])}))
+opt.comm.Barrier()
+opt.close()
+sys.stdout.write(f"rank {rank}: {opt.taken} {opt.center['w'].mean():.3f}\\n")
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@LONG
+@ulfm
+@pytest.mark.parametrize("size", [10, 300_000])
+def test_loops_go_on_without_a_spare_that_hangs(tmp_path, size):
+    script = tmp_path / "loops.py"
+    script.write_text(LOOPS)
+    code, output = mpiexec(4, sys.executable, script, size, timeout=LIMIT, launcher=ULFM)
+    assert code == 0, output
+    assert "rank 3 did not answer at the end, and the others went on" in output
+    for rank in range(3):
+        assert f"rank {rank}: 100 2.000" in output
 
 
 @LONG

@@ -85,6 +85,21 @@ def test_who_dies_after_all_is_written_holds_up_nobody(tmp_path):
     nothing_is_left(run)
 
 
+@pytest.mark.long
+@ulfm
+def test_a_launcher_that_does_not_return_is_ended(tmp_path):
+    run = tmp_path / "run"
+    given = ["train", f"{PROBLEMS}:Quadratic", "--steps", "200", "--set", "options.slow=0.05", "--run-dir", run]
+    job = started(
+        lambda: progresses(run), 3, sys.executable, "-m", "agnmpi", *given, launcher=ULFM, env={"AGNMPI_WATCHDOG": "3"}
+    )
+    os.kill(job.process.pid, signal.SIGSTOP)  # as one that has locked itself
+    code, output = job.finish(LIMIT)
+    assert code == -signal.SIGKILL, output
+    assert result_of(run)["steps"] == 200
+    nothing_is_left(run)
+
+
 @ulfm
 def test_windows_are_refused_under_ulfm(tmp_path):
     code, output = agnmpi(3, *arguments(tmp_path, QUADRATIC, "--transport", "rma"), launcher=ULFM, timeout=LIMIT)

@@ -112,6 +112,44 @@ def test_a_checkpoint_during_an_exchange_holds_the_residual_of_before_or_after_i
     assert any((arrays["residual"] == whole).all() for whole in (before, end.residual))
 
 
+def trained(rule, divided, overlap):
+    """x, c and the residual after six commits, the fourth of which is infinite; of one or two centers."""
+    c = np.zeros(2 * N, "f4")
+    spans = [slice(0, N), slice(N, 2 * N)] if divided else [slice(0, 2 * N)]
+    ends, centers = [], []
+    for span in spans:
+        centers.append(center := Center(rule, c[span], 1))
+        center.leases = None if span.start else Leases(total=None, period=2)  # the first grants the work
+        ends.append(encode(LocalCenter(c[span], 1, center.apply, "bf16").worker_end(0), c[span], "int8", "bf16"))
+    end = ShardedWorker(ends, spans) if divided else ends[0]
+    end = ThreadedEnd(end, c) if overlap else end
+    worker, rng = Worker(np.zeros(2 * N, "f4"), rule, None, end, 0, overlap=overlap), np.random.default_rng(2)
+    worker.begin()
+    for step in range(12):
+        worker.x += np.inf if step == 7 else rng.normal(size=2 * N).astype("f4")
+        worker.step(None)
+        worker.x += rng.normal(size=2 * N).astype("f4")  # while the exchange may be under way
+        worker.finish_exchange()
+    end.close()
+    assert worker.refusals == 1
+    assert {center.refused for center in centers} == {1}
+    return worker.x, c, end.residual
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("rule", [rules.agn(), rules.dynsgd()], ids=["agn", "dynsgd"])
+def test_a_delta_that_is_formed_with_its_encoding_is_the_same(rule, divided, overlap):
+    def adopt(x, sent, delta, c):
+        rule.adopt(x, sent, delta, c)
+
+    assert rule.divisor(2)
+    other = rule._replace(adopt=adopt)  # may need the delta
+    assert other.divisor(2) is None
+    for formed, before in zip(trained(rule, divided, overlap), trained(other, divided, overlap)):
+        np.testing.assert_array_equal(formed, before)
+
+
 def test_a_worker_of_several_centers_saves_and_restores_the_residual_of_all():
     c = np.zeros(2 * N, "f4")
     spans = [slice(0, N), slice(N, 2 * N)]

@@ -553,6 +553,31 @@ def test_numba_and_the_device_give_numpys_bytes(library, name, other, x, key, fi
         np.testing.assert_array_equal(there, here)
 
 
+@pytest.mark.parametrize("divisor", [1, 3])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("library", ["numpy", "numba"])
+def test_a_displacement_is_encoded_as_if_it_were_formed_before(library, name, dtype, divisor, monkeypatch):
+    if library == "numba":
+        require_numba()
+    side, encoding = host_side(library, monkeypatch), get(name)
+    monkeypatch.setattr(kernels, "PIECE", 1 << 15)
+    x, o, residual = (mixed(70_013, dtype, seed) for seed in range(3))
+    for bad in (0, np.inf, np.nan):
+        x[69_000] += bad
+        with np.errstate(invalid="ignore"):
+            expected = encode(side, name, (x - o) / x.dtype.type(divisor), residual)
+        data, new = np.zeros_like(expected[1]), np.zeros_like(x)
+        finite = encoding.encode(x, data, residual=residual, new_residual=new, origin=o, divisor=divisor)
+        assert finite == expected[0] == (bad == 0)
+        np.testing.assert_array_equal(data, expected[1])
+        np.testing.assert_array_equal(new, expected[2])
+    for other in (get("float32"), encoding):
+        data = np.empty(other.nbytes(x.size, x.dtype), np.uint8)
+        with pytest.raises(ValueError, match="with a residual, on the host"):
+            other.encode(x, data, origin=o)
+
+
 @pytest.mark.parametrize("name", ["numpy", "numba"])
 def test_threads_do_not_share_scratch(name, monkeypatch):
     if name == "numba":

@@ -90,7 +90,7 @@ def test_the_driver(tmp_path, monkeypatch, capsys):
     size = scenarios.Size([4], 4, 2.0, 1, 0.5)
     mine = [
         scenarios.Cell(method, "1 to 16 times")
-        for method in ("synchronous, λ = 10", "r = 1", "r = 1, R = n", "K = 4, η = 1, apart")
+        for method in ("synchronous, λ = 10", "r = 1", "r = 1, R = n", "K = 4, apart, rate 0.004")
     ]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(scenarios, "SIZE", size)
@@ -156,7 +156,8 @@ def test_the_cells_of_the_defaults():
 
 def test_what_is_compared():
     cells = scenarios.cells()
-    assert len(set(cells)) == len(cells) == len(scenarios.METHODS) * len(scenarios.SCENES) * scenarios.SIZE.seeds
+    count = len(scenarios.SPEEDS) * len(scenarios.SCENES) + len(scenarios.QUORUMS)
+    assert len(set(cells)) == len(cells) == count * scenarios.SIZE.seeds
     for cell in (cell for cell in cells if not cell.seed):
         scenarios.config(cell, scenarios.SIZE, "mnist").complete()
         assert scenarios.timing(cell).factors(16).size == 16

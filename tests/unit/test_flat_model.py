@@ -101,6 +101,19 @@ def test_few_digits_lose_nothing_at_the_center(dtype):
     np.testing.assert_allclose(vector.x - before, 1.0, rtol=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_that_were_loaded_are_what_they_are(dtype):
+    """What rounding had added to the numbers before is not taken from much smaller ones."""
+    model = nn.Linear(16, 16, bias=False).to(dtype)
+    vector = flat(model, torch.optim.SGD(model.parameters(), 0.1))
+    vector.x += 1e-4
+    vector.unpack()
+    small = (torch.linspace(-1, 1, 256).view(16, 16) * 2.0**-13).to(dtype)
+    model.load_state_dict({"weight": small})
+    vector.pack()
+    np.testing.assert_array_equal(vector.x[:256].reshape(16, 16), small.float().numpy())
+
+
 def test_double_stays_double():
     model = nn.Linear(2, 2).double()
     assert flat(model, torch.optim.SGD(model.parameters(), 0.1)).x.dtype == np.float64

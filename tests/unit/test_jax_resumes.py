@@ -86,3 +86,17 @@ def test_another_state_is_refused(tmp_path):
     assert list(run.turns(15)) == []
     with pytest.raises(ValueError, match="of another opt_state or key: leaf"):
         next(run.turns(15))
+
+
+def test_numbers_that_were_loaded_are_what_they_are():
+    """Between two loops: what rounding had added to the numbers before is not taken from much smaller ones."""
+    given = {"w": jnp.full(64, 0.5, jnp.bfloat16)}
+    run = agnmpi.jax.Run(given, None, MPI.COMM_SELF, period=3, transport="local", outer_rate=0.3)
+    small = jnp.linspace(-1, 1, 64).astype(jnp.bfloat16) * 2.0**-13
+    for _ in run.batches([jnp.ones(1)], steps=3):
+        run.update({"w": run.params["w"] * 1.01})
+    run.params = {"w": small}
+    for _ in run.batches([jnp.ones(1)], steps=3):
+        run.update(run.params)
+    run.close()
+    np.testing.assert_array_equal(np.asarray(run.params["w"]), np.asarray(small))

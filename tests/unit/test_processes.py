@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from agnmpi.core.backoff import limit, wait_until
+from agnmpi.core import backoff
+from agnmpi.core.backoff import Backoff, limit, wait_until
 from agnmpi.recovery.processes import Process, command
 from agnmpi.recovery.watchdog import Watchdog, calling
 
@@ -81,3 +82,24 @@ def test_the_limit(monkeypatch):
         monkeypatch.setenv("AGNMPI_WATCHDOG", text)
         with pytest.raises(ValueError, match="AGNMPI_WATCHDOG must be a number of seconds"):
             limit()
+
+
+@pytest.mark.parametrize(("longest", "last", "looks"), [(0.0, 1e-3, 450), (5e-3, 5e-3, 180)])
+def test_the_longer_nothing_comes_the_more_seldom_one_looks(monkeypatch, longest, last, looks):
+    """In 0.4 s; no sleep is more than an eighth of the time so far, none beyond the cap more than a 32nd."""
+    now, slept = [10.0], []
+
+    def sleep(seconds):
+        slept.append((seconds, now[0] - 10))
+        now[0] += seconds + 60e-6  # until it runs again
+
+    monkeypatch.setattr(backoff.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(backoff.time, "sleep", sleep)
+    monkeypatch.setattr(backoff.os, "sched_yield", lambda: sleep(0))
+    waits = Backoff(longest=longest)
+    while now[0] < 10.4:
+        waits.wait()
+    assert len(slept) < looks
+    assert slept[-1][0] == last
+    assert all(seconds <= idle / 8 for seconds, idle in slept)
+    assert all(seconds <= max(1e-3, idle / 32) for seconds, idle in slept)

@@ -1,0 +1,155 @@
+"""Recognised data and models: a CNN on Fashion-MNIST, a GPT on Shakespeare's characters; asynchronous, in virtual time.
+
+python examples/evidence/benchmarks.py --shakespeare FILE     (pip install '.[torch]', and '.[paper]' for the pictures)
+
+Finished cells are kept in OUT/benchmarks.jsonl and skipped when it is started again; tables and pictures are made at
+the end, or with --report alone. --check repeats three finished cells, drawn at random, and compares all their numbers.
+An experiment whose data is not there is left out.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.extend(str(Path(__file__).resolve().parent.parent / folder) for folder in ("", "paper"))
+
+from resumable import check, finish, load, simulated
+
+ONE, DEFAULT = "one process", "default"
+DIVIDED = "batch divided by 4"  # of Adam the rate grows with the root of what divides the batch
+STEP = {"step_distribution": "normal", "step_spread": 0.3}
+# Bytes a second, each way. What the center's link brings in and takes out is its service.
+LINKS = {name: {"bandwidth": b, "service_bandwidth": 2 * b, "latency": 1e-3} for name, b in
+         {"1 Gbit/s": 125e6, "50 Mbit/s": 6.25e6}.items()} | {"": {}}  # fmt: skip
+
+
+class Experiment(NamedTuple):
+    """Rules on one problem at equal samples."""
+
+    problem: str
+    data: str  # where it is by default
+    metric: str
+    parameters: int
+    workers: int
+    common: dict  # of the configuration
+    timing: dict  # of a step with the batch of `common`; it is in proportion to that
+    methods: dict[str, dict]  # what differs in the configuration
+    options: dict = {}  # of the problem
+
+    def step_time(self, method: str) -> float:
+        """Seconds of a step, in proportion to its batch."""
+        batch = self.common["batch"]
+        return self.timing["step_time"] * self.methods[method].get("batch", batch) / batch
+
+
+_SMALL = {"optimizer": "adam", "batch": 64, "epochs": 5.0, "evaluate_every": 1.0, "schedule": "cosine"}
+_GPT = {
+    "optimizer": "adamw", "optimizer_options": {"beta2": 0.99}, "weight_decay": 0.1, "clip": 1.0, "batch": 12,
+    "steps": 2000, "schedule": "cosine", "evaluate_every": 250 * 12 / 1_003_790,
+}  # fmt: skip
+_DIVIDED = {"batch": 3, "steps": 8000, "outer_rate": 1.0, "rate": 0.002, "warmup": 400}
+EXPERIMENTS = {
+    "Fashion-MNIST": Experiment(
+        "fashion:FashionCNN",
+        "/usr/share/datasets/fashion-mnist",
+        "accuracy",
+        80_602,
+        8,
+        _SMALL,
+        {"step_time": 0.02, "start_jitter": 0.2},
+        {
+            ONE: {"workers": 1},
+            DEFAULT: {},
+            "synchronous, λ = 1": {"rule": "synchronous", "period": 1, "rate": 0.008, "warmup": 256},
+            "DiLoCo": {"rule": "diloco", "optimizer": "adamw", "rate": 0.001},
+            "AEASGD": {"rule": "aeasgd", "rate": 0.001, "rho": 100.0},  # α = 0.1
+            "AGN as published": {"outer_rate": "published", "rate": 0.001},
+        },
+    ),
+    "Shakespeare": Experiment(
+        "shakespeare:Shakespeare",
+        "input.txt",
+        "loss",
+        805_248,
+        4,
+        _GPT,
+        {"step_time": 0.1, "start_jitter": 1.0},
+        {
+            ONE: {"workers": 1, "rate": 0.001, "warmup": 100},
+            DIVIDED: _DIVIDED,
+            f"{DIVIDED}, int8": _DIVIDED | {"encoding": "int8", "pull_encoding": "int8"},
+            DEFAULT: {},
+            "DiLoCo": {"rule": "diloco", "period": 25, "rate": 0.001, "warmup": 100},
+        },
+    ),
+}
+
+
+class Cell(NamedTuple):
+    """A run; `seed` is that of the parameters, the order of samples and the times."""
+
+    experiment: str
+    method: str
+    link: str
+    seed: int
+
+
+def cells(found: list[str]) -> list[Cell]:
+    """All runs of the experiments `found`: first those that decide."""
+    fashion, shakespeare = EXPERIMENTS["Fashion-MNIST"].methods, EXPERIMENTS["Shakespeare"].methods
+    mine = [Cell("Fashion-MNIST", method, "", seed) for seed in range(5) for method in (ONE, DEFAULT)]
+    mine += [Cell("Fashion-MNIST", method, "", 0) for method in fashion if method not in (ONE, DEFAULT)]
+    for seed in range(3):
+        mine += [Cell("Shakespeare", method, "" if method == ONE else "50 Mbit/s", seed) for method in shakespeare]
+        mine.append(Cell("Shakespeare", DEFAULT, "1 Gbit/s", seed))
+    return [cell for cell in mine if cell.experiment in found]
+
+
+def run_cell(cell: Cell, data: dict[str, str]) -> dict:
+    """Simulate a cell; returns what the report needs."""
+    from agnmpi.simulation.timing import Timing
+    from agnmpi.training.config import Config
+
+    mine = EXPERIMENTS[cell.experiment]
+    numbers = {"workers": mine.workers, "period": 10} | mine.common | mine.methods[cell.method]
+    options = mine.options | {"path": data[cell.experiment]}
+    config = Config(problem=mine.problem, options=options, transport="local", seed=cell.seed, device="cpu", **numbers)
+    timing = STEP | mine.timing | LINKS[cell.link] | {"step_time": mine.step_time(cell.method)}
+    row = simulated(config, Timing(time_seed=cell.seed, **timing), mine.metric)
+    del row["staleness"]["histogram"]
+    return {**cell._asdict(), **row}
+
+
+def _option(experiment: str) -> str:
+    return f"--{experiment.split('-')[0].lower()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, experiment in EXPERIMENTS.items():
+        parser.add_argument(_option(name), default=experiment.data, help=f"data of {name} [{experiment.data}]")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results", help="of the results")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a core each")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--report", action="store_true", help="only tables and pictures, from the cells there are")
+    only.add_argument("--check", action="store_true", help="only repeat three of the finished cells")
+    args = parser.parse_args()
+    data = {name: getattr(args, _option(name)[2:]) for name in EXPERIMENTS}
+    data = {name: str(Path(path).resolve()) for name, path in data.items() if Path(path).exists()}
+    import benchmark_drawings
+
+    file = args.out / "benchmarks.jsonl"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.check:
+        rows = [row for row in load(file) if row["experiment"] in data]
+        sys.exit(0 if check(rows, min(3, len(rows)), Cell, run_cell, (data,)) else 1)
+    if not args.report:
+        args.out.mkdir(parents=True, exist_ok=True)
+        finish(cells(list(data)), run_cell, (data,), file, args.jobs)
+    benchmark_drawings.write(args.out, load(file))
+
+
+if __name__ == "__main__":
+    main()
