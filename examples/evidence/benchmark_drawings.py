@@ -150,6 +150,10 @@ def shakespeare(plt, groups: Groups):
         axis.set_xlabel("virtual seconds" if link else "thousands of samples, over all workers")
         if link:
             axis.set_xscale("log")
+            low, high = axis.get_xlim()
+            ticks = [tick for tick in (20, 50, 100, 200, 500, 1000, 2000) if low < tick < high]
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.minorticks_off()
     axes[0].set_ylim(1.88, 2.6)
     axes[0].set_ylabel("held-out loss of the center")
     figure.legend(handles.values(), handles.keys(), ncol=5, loc="upper left", bbox_to_anchor=(0.01, 0.02))
