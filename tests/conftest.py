@@ -7,6 +7,9 @@ from hypothesis import settings
 
 sys.path[:0] = [str(Path(__file__).parent / "support"), str(Path(__file__).parent.parent / "examples")]
 
+# Some containers set it, and each of the thousands of ranks that tests start would compile the package anew: 0.3 s.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 collect_ignore = ["support"]  # what tests share, and scripts that they start: some do something when imported
 
 settings.register_profile("agnmpi", deadline=None)  # machines are noisy
