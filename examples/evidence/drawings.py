@@ -29,13 +29,14 @@ def group(rows: list[dict]) -> Groups:
     return groups
 
 
-def reached(row: dict, target: float) -> float | None:
-    """Virtual seconds until the center's validation accuracy is `target`, between evaluations by a straight line."""
+def reached(row: dict, target: float, falls: bool = False) -> float | None:
+    """Virtual seconds until the center's metric is `target`, between evaluations by a straight line."""
     before = (0.0, 0.0)
-    for time, _, accuracy, _ in row["curve"]:
-        if accuracy >= target:
-            return before[0] + (time - before[0]) * (target - before[1]) / (accuracy - before[1])
-        before = time, accuracy
+    for time, _, value, _ in row["curve"]:
+        if value <= target if falls else value >= target:
+            share = (target - before[1]) / (value - before[1])
+            return before[0] + share * (time - before[0])
+        before = time, value
     return None
 
 
@@ -157,7 +158,7 @@ def write(out: Path, rows: list[dict]) -> None:
     write_all(out, rows, write_csv, tables, pictures, group)
 
 
-def _title(figure, text: str) -> None:
+def title(figure, text: str) -> None:
     figure.tight_layout()
     figure.suptitle(text, x=0.01, y=1.0, ha="left", va="bottom", fontsize=13, fontweight="bold", color=DARK)
 
@@ -183,7 +184,7 @@ def speed(plt, groups: Groups):
         axis.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].invert_yaxis()
-    _title(figure, "Samples per second: who waits")
+    title(figure, "Samples per second: who waits")
     return figure
 
 
@@ -208,7 +209,7 @@ def over_time(plt, groups: Groups):
         axis.set_xlabel("virtual time, s")
     axes[0].set_ylabel("validation accuracy of the center")
     figure.legend(handles.values(), handles.keys(), ncol=4, loc="upper left", bbox_to_anchor=(0.01, 0.02))
-    _title(figure, "Validation accuracy of the center over virtual time")
+    title(figure, "Validation accuracy of the center over virtual time")
     return figure
 
 
@@ -223,20 +224,20 @@ def cap(plt, groups: Groups):
         "accuracy at equal samples, %": lambda found: [row["accuracy"] for row in found],
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4))
-    for axis, (title, values_of) in zip(axes, panels.items(), strict=True):
+    for axis, (heading, values_of) in zip(axes, panels.items(), strict=True):
         for x, (name, method) in enumerate(names.items()):
             if values := values_of(groups.get((scene, method), [])):
                 color = GREEN if method == RECOMMENDED else BLUE
                 axis.vlines(x, min(values), max(values), color=color, lw=3, alpha=0.4)
                 axis.plot(x, mean(values), "o", color=color, ms=8, mec="white", label=name)
-        axis.set_title(title)
+        axis.set_title(heading)
         axis.set_xticks(range(len(names)), names, fontsize=9)
         axis.set_xlim(-0.5, len(names) - 0.5)
         axis.grid(axis="x", visible=False)
     axes[0].set_ylim(0, 105)
     axes[1].set_ylim(0, axes[1].get_ylim()[1] * 1.1)
     axes[2].set_ylim(94.5, 96.5)
-    _title(figure, f"Commits staler than R are dropped: {TITLES[scene]}")
+    title(figure, f"Commits staler than R are dropped: {TITLES[scene]}")
     return figure
 
 
@@ -261,5 +262,5 @@ def quorum(plt, groups: Groups):
     axis.set_xlabel("rate of Adam at the workers")
     axis.set_ylabel("test accuracy at equal samples, %")
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _title(figure, "A quorum of K commits: direction and length together, or apart")
+    title(figure, "A quorum of K commits: direction and length together, or apart")
     return figure
