@@ -100,9 +100,10 @@ class Failover:
         assert self.worker is not None
         report, agreed = SurvivorReport.of(self.worker, self.members.ranks[self.comm.rank]), 1
         try:
-            reports = [SurvivorReport.read(text) for text in allgather(comm, json.dumps(report))]
-            winner = elect(reports)
-            reordered: MPI.Intracomm = comm.Split(0, 0 if comm.rank == winner else comm.rank + 1)  # type: ignore[assignment]
+            with calling("MPI_Comm_split", ranks):
+                reports = [SurvivorReport.read(text) for text in allgather(comm, json.dumps(report))]
+                winner = elect(reports)
+                reordered: MPI.Intracomm = comm.Split(0, 0 if comm.rank == winner else comm.rank + 1)  # type: ignore[assignment]
         except MPI.Exception:
             comm.Revoke()
             agreed = 0

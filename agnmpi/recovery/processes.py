@@ -23,16 +23,26 @@ class Process(NamedTuple):
     @property
     def is_gone(self) -> bool:
         """Whether it has surely ended; false for one of another machine, of which nothing is known here."""
-        if not self.namespace or self.namespace != _namespace():
-            return False
-        state, started = _stat(self.pid)
-        return started != self.started or state in "ZX"
+        return self._state in ("Z", "X")
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it surely is stopped, as by SIGSTOP; false for one of another machine."""
+        return self._state == "T"
 
     def end(self) -> None:
         """Kill it, if it surely is a process of this machine that has not ended."""
-        if self.namespace == _namespace() != "" and not self.is_gone:
+        if self._state not in ("", "Z", "X"):
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+
+    @property
+    def _state(self) -> str:
+        """As in /proc, "X" if it has ended; empty for one of another machine, of which nothing is known here."""
+        if not self.namespace or self.namespace != _namespace():
+            return ""
+        state, started = _stat(self.pid)
+        return state if started == self.started else "X"
 
 
 @cache

@@ -72,17 +72,26 @@ class Watchdog:
         gone = [rank for rank in awaited if self.peers[rank].is_gone]
         return f"rank {gone[0]}, process {self.peers[gone[0]].pid}, has ended" if gone else ""
 
+    def _stopped(self, awaited: Iterable[int]) -> set[int]:
+        return {rank for rank in awaited if self.peers[rank].is_stopped}
+
     @contextmanager
     def calling(self, name: str, awaited: Sequence[int]) -> Iterator[None]:
-        """A blocking MPI call, which waits for the ranks `awaited`."""
+        """A blocking MPI call, which waits for the ranks `awaited`, and fails or goes on if one dies.
+
+        Those that are stopped as long, on this host, are killed: it would wait for them as long as they are.
+        """
         returned = threading.Event()
 
         def look() -> None:
-            if returned.wait(self._seconds):
-                return
-            while not returned.wait(1.0):
+            stopped = self._stopped(awaited)
+            while not returned.wait(self._seconds):
                 if who := self._missing(awaited):
                     self._end(f"has been in {name} for more than {self._seconds:g} s, and {who}")
+                before, stopped = stopped, self._stopped(awaited)
+                for rank in before & stopped:
+                    sys.stderr.write(f"agnmpi: rank {rank} is stopped, and holds up {name}: it is killed\n")
+                    self.peers[rank].end()
 
         threading.Thread(target=look, name="watchdog", daemon=True).start()
         try:

@@ -5,6 +5,7 @@ import signal
 import threading
 
 import pytest
+from conditions import until
 
 from agnmpi.core import backoff
 from agnmpi.core.backoff import Backoff, limit, wait_until
@@ -71,6 +72,23 @@ def test_a_call_that_waits_for_the_dead_ends(dead):
     with calling("MPI_Comm_shrink", [0]):
         assert not threading.Event().wait(1.5)
     assert not said
+
+
+def test_a_call_that_waits_for_the_stopped_kills_it(capsys):
+    child = os.fork()
+    if not child:
+        signal.pause()
+    process = Process.this()._replace(pid=child, started=started(child))
+    assert not process.is_stopped
+    os.kill(child, signal.SIGSTOP)
+    os.waitid(os.P_PID, child, os.WSTOPPED)
+    assert process.is_stopped
+    assert not process._replace(namespace="another machine").is_stopped, "not known"
+    Watchdog([Process.this(), process], list, 0.1, end).start()
+    with calling("MPI_Comm_shrink", [0, 1]):
+        until(lambda: process.is_gone, "it is not killed")
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert "rank 1 is stopped, and holds up MPI_Comm_shrink: it is killed" in capsys.readouterr().err
 
 
 def test_the_limit(monkeypatch):
