@@ -343,7 +343,7 @@ class Job:
     def _end(self) -> Result | None:
         """Free communicators and ends. Returns the result on rank 0."""
         session, members, duties = self.session, self.session.members, self.observer.duties
-        session.end_hung()
+        session.end_lost()
         abort = bool(members.hung) and session.failover is None
         if self._all_lost():
             self.observer.say(f"all workers are lost, ranks {members.lost}; resume with --resume {self.directory}")

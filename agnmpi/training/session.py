@@ -142,15 +142,18 @@ class Session:
         """Whether this rank serves, its work is not done, and all its workers are lost."""
         return isinstance(self.role, CenterRole) and self.role.end.deserted
 
-    def end_hung(self) -> None:
-        """Kill the ranks of this host that were left behind, with ULFM; else MPI_Abort does it, with our exit code."""
+    def end_lost(self) -> None:
+        """Kill those of this host that were left behind, or given up for dead, with ULFM.
+
+        Else MPI_Abort does it, with our exit code.
+        """
         if self.failover is not None and self._watchdog is not None:
-            for rank in self.members.hung:
+            for rank in self.members.lost:
                 self._watchdog.peers[rank].end()
 
     def close(self) -> None:
         """Free ends and communicators; collective, so not where a rank was lost: it would not return."""
-        self.end_hung()
+        self.end_lost()
         if not self.members.lost:
             self.role.close()
         if self._watchdog is not None:  # it goes on, and keeps nothing of this session
