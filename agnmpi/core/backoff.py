@@ -1,5 +1,6 @@
 """Waiting that yields the core: with more ranks than cores, spinning takes time from other ranks; periodic events."""
 
+import math
 import os
 import threading
 import time
@@ -39,7 +40,7 @@ def on_long_wait(call: Callable[[float], None]) -> None:
 
 
 def limit() -> float:
-    """Seconds without progress after which a rank looks who is gone: AGNMPI_WATCHDOG, 60 by default; 0: never."""
+    """Seconds without progress after which a rank looks who is gone or hangs: AGNMPI_WATCHDOG, default 60; 0: never."""
     text = os.environ.get("AGNMPI_WATCHDOG") or "60"
     try:
         seconds = float(text)
@@ -113,6 +114,24 @@ def wait_until(
             seen = now
             backoff.reset()
         backoff.wait()
+
+
+class StandsStill:
+    """Whether a count of progress has not changed for AGNMPI_WATCHDOG seconds.
+
+    >>> StandsStill()(0)
+    False
+    """
+
+    def __init__(self) -> None:
+        self._seen, self._since = -math.inf, 0.0
+
+    def __call__(self, progress: int) -> bool:
+        """Whether `progress` has been the same since so long ago; call it again and again."""
+        now = time.monotonic()
+        if progress != self._seen:
+            self._seen, self._since = progress, now
+        return now - self._since >= (limit() or math.inf)
 
 
 class Every:

@@ -122,6 +122,8 @@ class CenterEnd(ABC):
 
     lost: AbstractSet[int] = frozenset()  # workers that have died
     silent: AbstractSet[int] = frozenset()  # workers that nobody waits for, until they send something
+    # Spares that were not called, and who has joined: the end waits for them no longer than AGNMPI_WATCHDOG seconds.
+    dispensable: AbstractSet[int] = frozenset()
 
     @property
     def caveat(self) -> str:

@@ -21,6 +21,7 @@ class SurvivorReport(NamedTuple):
     sequence: int  # of the commit without a reply, 0 for none
     under_way: list[Lease]  # the steps of that commit
     held: list[Lease]  # further leases
+    spare: bool = False  # it was not called
 
     @classmethod
     def of(cls, worker: Worker, rank: int) -> "SurvivorReport":
@@ -30,7 +31,7 @@ class SurvivorReport(NamedTuple):
         sent = list(commit.leases) if commit and commit.steps and not commit.flags & NOT_FINITE else []
         served, sequence = (snapshot.served if snapshot else -1), (commit.sequence if commit else 0)
         held = [lease for lease in worker.held.leases if lease.steps]
-        return cls(rank, worker.index, worker.session, worker.clock, served, sequence, sent, held)
+        return cls(rank, worker.index, worker.session, worker.clock, served, sequence, sent, held, worker.spare)
 
     @classmethod
     def read(cls, text: str) -> "SurvivorReport":

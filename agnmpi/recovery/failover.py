@@ -157,7 +157,7 @@ class Failover:
             state = checkpointed
         elif worker.spare and not worker.last_reply:  # it holds no model
             raise RuntimeError("the center and all workers are lost before the first checkpoint: start the run again")
-        role = self._connector.alone(state.c, worker) if self.comm.size == 1 else self._serving(state.c)
+        role = self._connector.alone(state.c, worker) if self.comm.size == 1 else self._serving(state.c, reports[1:])
         arrays, facts, source = with_slots(state, role.center.optimizer, role.center.state, saved)
         role.resume(arrays, {**facts, "leases": Leases(None, 1).state(), "applied": ()})
         role.session = before.session - 1
@@ -172,10 +172,12 @@ class Failover:
             self._train_within(role, worker)
         return role, source
 
-    def _serving(self, c: Array) -> CenterRole:
+    def _serving(self, c: Array, workers: Sequence[SurvivorReport]) -> CenterRole:
         assert self.worker is not None
         on_device = self._connector.setup.transport.center_device == "gpu"
-        return self._connector.center(self.comm, bring(c, self.worker.x) if on_device else c)
+        role = self._connector.center(self.comm, bring(c, self.worker.x) if on_device else c)
+        role.end.dispensable = {i for i, report in enumerate(workers) if report.spare}
+        return role
 
     def _apply_own_commit(self, role: Role, index: int) -> None:
         """Apply this rank's commit that was under way when the center died, as that of worker `index`."""

@@ -12,12 +12,11 @@ from mpi4py import MPI
 
 from ..cluster.role import Role
 from ..cluster.roles import CenterRole
-from ..core.backoff import Backoff, Every, wait_until
+from ..core.backoff import Backoff, Every, StandsStill, wait_until
 from ..core.ends import CenterEnd
 from ..core.membership import Membership
 
 _REMAINING, _HERE = 9, 10  # tags: the ranks that continue; a spare that was not called has left
-_PATIENCE = 10.0  # seconds without any progress until a spare that says nothing is left behind
 _LIVING = "agnmpi.living"  # their communicator
 
 
@@ -130,8 +129,8 @@ def _send_remaining(comm: MPI.Intracomm, role: Role, members: Membership, outliv
 def _await_spares(comm: MPI.Intracomm, end: CenterEnd, members: Membership) -> None:
     """Wait until the spares that were not called have left; those that do not move any more are silent from now on."""
     late = {members.ranks.index(members.rank_of(worker)): worker for worker in end.spares if worker not in end.silent}
-    backoff, moved, seen = Backoff(), time.monotonic(), 0
-    while late and time.monotonic() - moved < _PATIENCE:
+    backoff, stands_still = Backoff(), StandsStill()
+    while late and not stands_still(end.progress - len(late)):
         end.flush()
         for rank in list(late):
             with suppress(MPI.Exception):  # it has died: whoever shrinks the communicator notices
@@ -139,8 +138,6 @@ def _await_spares(comm: MPI.Intracomm, end: CenterEnd, members: Membership) -> N
                     continue
                 comm.Recv(bytearray(), rank, _HERE)
             del late[rank]
-        if seen != (seen := end.progress - len(late)):
-            moved = time.monotonic()
         backoff.wait()
     for worker in late.values():
         end.stop_waiting_for(worker)

@@ -7,13 +7,13 @@ from functools import partial
 
 from mpi4py import MPI
 
-from ..arrays.backend import Array, to_host
+from ..arrays.backend import Array
 from ..arrays.encodings import get
-from ..core.backoff import wait_until
+from ..core.backoff import StandsStill, wait_until
 from ..core.ends import Apply, CenterEnd
 from ..core.messages import ENCODED, LEAVE, MISFIT, PULL, SPARE, UNCALLED, Commit, Reply
 from .chunks import ALL, INLINE, Ticks
-from .peers import REPLY, Answer, Buffer, Listener, Peer, Peers, State, Vectors, peer_failed
+from .peers import Answer, Buffer, Listener, Peer, Peers, State, Vectors, peer_failed
 
 CENTER = 0  # rank
 _PAUSE = 2e-4  # least time between polls while a commit is applied, in seconds
@@ -39,6 +39,7 @@ class P2PCenter(CenterEnd):
     Attributes:
         lost: Workers that have died, with `on_loss` alone; else the error is raised.
         silent: Workers that nobody waits for, until they send something.
+        dispensable: As of `CenterEnd`.
         on_loss: Called with each worker that has died, between two messages.
         on_join: Called with each spare that takes its place.
         on_whole: Called with each message when it is complete, possibly during an apply.
@@ -64,6 +65,8 @@ class P2PCenter(CenterEnd):
         self._leave_reply: Reply | None = None  # the reply to workers that have left
         self._left = 0  # workers that have left this session
         self._kept = kept
+        self.dispensable: set[int] = set(range(kept or len(ranks), len(ranks)))
+        self._stands_still = StandsStill()
         self._dying: deque[Peer] = deque()  # lost, but not reported yet
         self._serving: Peer | None = None  # whose message is being applied
         self._ticks = Ticks()
@@ -115,6 +118,7 @@ class P2PCenter(CenterEnd):
         peer = self._peers.admit(comm)
         self._listeners.append(Listener(comm, [peer], self.c))
         self._expected.add(peer.index)
+        self.dispensable.add(peer.index)
         return peer.index
 
     def bury(self, worker: int) -> None:
@@ -184,6 +188,7 @@ class P2PCenter(CenterEnd):
             answered = True
         # Work may also become free without a message (a lost worker), and all may be asked to stop.
         self._retry_at = time.perf_counter() + _RETRY
+        self._go_on_without(self._expected)
         return answered
 
     def change(self, change: Callable[[Array], None]) -> bool:
@@ -199,19 +204,8 @@ class P2PCenter(CenterEnd):
 
     def _answer(self, peer: Peer, reply: Reply) -> None:
         """Begin a reply, with c if requested."""
-
-        def begin() -> bool:
-            header, source = reply.encode(), self._vectors.pulled(peer.commit, reply.clock, self._lent())
-            if peer.commit.requests & PULL and source.x.nbytes <= INLINE:
-                header = to_host(source.x).tobytes() + header
-            elif peer.commit.requests & PULL:
-                peer.send(source, source.x.size, self._ticks)
-            request = peer.comm.Isend(header, peer.rank, REPLY)
-            peer.answer, peer.out = Answer(header, request, peer.out, source), None
-            source.readers += peer.answer.stream is not None
-            return True
-
-        if self._try(peer, begin):
+        source = self._vectors.pulled(peer.commit, reply.clock, self._lent())
+        if self._try(peer, partial(peer.reply, reply, source, self._ticks)):
             self._push(peer)
 
     def _push(self, peer: Peer) -> None:
@@ -266,11 +260,8 @@ class P2PCenter(CenterEnd):
                 while message := listener.poll():
                     self._received(*message)
         except MPI.Exception as error:
-            if self.on_loss is None or not peer_failed(error):
-                raise
-            dead = self._listeners[0].dead()
-            if not dead:  # revoked
-                raise
+            if self.on_loss is None or not peer_failed(error) or not (dead := self._listeners[0].dead()):
+                raise  # with nobody dead it is revoked
             for peer in dead:
                 self._bury(peer)
 
@@ -342,8 +333,7 @@ class P2PCenter(CenterEnd):
         """As `CenterEnd.flush`."""
         for peer in self._peers.at(State.ANSWERING):
             self._push(peer)
-        awaited = [peer for peer in self._peers.at(State.ANSWERING) if peer.answer and not peer.commit.requests & SPARE]
-        return all(peer.index in self.silent for peer in awaited)
+        return self._peers.unanswered <= self.silent
 
     # Workers that leave, become silent, return or die.
 
@@ -356,7 +346,7 @@ class P2PCenter(CenterEnd):
         for peer in [*self._peers.at(State.LEFT), *self._peers.at(State.SPARE)]:
             self._peers.move(peer, State.ANSWERING)
             self._answer(peer, reply._replace(control=UNCALLED) if peer.commit.requests & SPARE else reply)
-        wait_until(lambda: not self.while_waiting() and self.flush())
+        wait_until(lambda: not self.while_waiting() and (self.flush() or self._go_on_without(self._peers.unanswered)))
 
     def _call_spares(self) -> None:
         """Let spares that wait take the places of workers that are lost, or that nobody waits for."""
@@ -364,6 +354,7 @@ class P2PCenter(CenterEnd):
         workers = len(self._peers.all) - len(self.lost | self.silent) - len(spares)
         for peer in spares[: max(0, self._kept - workers)]:
             self._expected.add(peer.index)
+            self.dispensable.discard(peer.index)
             peer.commit = peer.commit._replace(requests=peer.commit.requests & ~SPARE)
             self._peers.move(peer, State.READY)
             if self.on_join is not None:
@@ -383,6 +374,16 @@ class P2PCenter(CenterEnd):
         self.silent.add(worker)
         self._answer_left()
         self._report_lost()
+
+    def _go_on_without(self, awaited: set[int]) -> bool:
+        """Wait for these no longer, if nothing moves, and they hold up the end: spares that hang, or have joined."""
+        late = awaited - self.silent
+        if not late or not late <= self.dispensable or not self._stands_still(self.progress):
+            return False
+        leave_behind = self.stop_waiting_for if self._kept else self.bury  # no job has both
+        for worker in late:
+            leave_behind(worker)
+        return True
 
     def _try(self, peer: Peer, call: Callable[[], bool | None]) -> bool:
         """Make an MPI call that involves one worker; if that is dead, discard its messages, and go on without."""

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from ..arrays.backend import Array, bring, empty
+from ..arrays.backend import Array, bring, empty, to_host
 from ..arrays.encodings import Encoding, encode_pull, sizes
-from ..core.messages import COMMIT_BYTES, ENCODED, MISFIT, Commit
+from ..core.messages import COMMIT_BYTES, ENCODED, MISFIT, PULL, SPARE, Commit, Reply
 from .chunks import INLINE, PIECE, Stream, Ticks, discarded
 from .staging import Wire, cut, make_wire
 
@@ -224,6 +224,17 @@ class Peer:
             self.out = Stream(post, source.outgoing(), c.size, ticks, limit=0)
         self.out.extend(stop if stop == c.size else stop - stop % (PIECE // c.dtype.itemsize))
 
+    def reply(self, reply: Reply, source: Buffer, ticks: Ticks) -> None:
+        """Answer the current message, with c in `source` if requested."""
+        header, pulls = reply.encode(), self.commit.requests & PULL
+        if pulls and source.x.nbytes <= INLINE:
+            header = to_host(source.x).tobytes() + header
+        elif pulls:
+            self.send(source, source.x.size, ticks)
+        request = self.comm.Isend(header, self.rank, REPLY)
+        self.answer, self.out = Answer(header, request, self.out, source), None
+        source.readers += self.answer.stream is not None
+
     @property
     def buffers_in_use(self) -> set[Buffer]:
         """The vectors that wait for this worker."""
@@ -265,6 +276,11 @@ class Peers:
     def at(self, state: State) -> list[Peer]:
         """Those in this state; the list does not change when they do."""
         return list(self._by_state[state])
+
+    @property
+    def unanswered(self) -> set[int]:
+        """Workers to which a reply is on its way; not spares that were not called."""
+        return {peer.index for peer in self.at(State.ANSWERING) if peer.answer and not peer.commit.requests & SPARE}
 
 
 class Listener:

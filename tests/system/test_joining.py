@@ -30,10 +30,10 @@ GIVEN = ["--rule", "downpour", "--optimizer", "sgd", "--rate", "1", "--batch", "
 mpich = pytest.mark.skipif(mpi_kind() != "mpich", reason="Open MPI 5.0 does not connect two mpiexec")
 
 
-def running(run, epochs, *options, problem=COUNTS):
+def running(run, epochs, *options, problem=COUNTS, env=None):
     """A job of one worker."""
     given = ["--epochs", epochs, "--set", "options.slow=0.02", "--run-dir", run, *GIVEN, *options]
-    return started(lambda: progresses(run), 2, sys.executable, "-m", "agnmpi", "train", problem, *given)
+    return started(lambda: progresses(run), 2, sys.executable, "-m", "agnmpi", "train", problem, *given, env=env)
 
 
 def joining(run):
@@ -134,32 +134,44 @@ def test_join_from_python(tmp_path, option):
     assert kinds(run).count("joined") == 2
 
 
-DIES = """
+ENDS = """
 import os, signal, sys, time
 import agnmpi
 from agnmpi.core.worker import Worker
 from mpi4py import MPI
 
-def die(self):  # it has left: once that has been sent
-    until = time.monotonic() + 1
-    while time.monotonic() < until:
-        MPI.COMM_SELF.Iprobe()
-    os.kill(os.getpid(), signal.SIGKILL)
+moment, with_signal = sys.argv[2:]
 
-Worker.settle = die
+def end(self):
+    until = time.monotonic() + 1
+    while time.monotonic() < until:  # what has been sent arrives
+        MPI.COMM_SELF.Iprobe()
+    os.kill(os.getpid(), getattr(signal, with_signal))
+
+setattr(Worker, moment, end)
 agnmpi.join(sys.argv[1])
 """
 
 
 @mpich
-def test_who_dies_when_it_has_left_holds_up_nobody(tmp_path):
-    """The final center, which is long, is on its way to it."""
+@pytest.mark.parametrize(
+    ("moment", "with_signal"),
+    [
+        ("settle", "SIGKILL"),  # the final center, which is long, is on its way to it
+        pytest.param("settle", "SIGSTOP", marks=pytest.mark.long),
+        pytest.param("leave", "SIGSTOP", marks=pytest.mark.long),  # its work is done
+    ],
+)
+def test_who_dies_or_hangs_in_the_farewell_holds_up_nobody(tmp_path, moment, with_signal):
     run = tmp_path / "run"
-    job = running(run, 8, "--set", "options.unused=1000000", problem=f"{PROBLEMS}:Quadratic")
-    (tmp_path / "dies.py").write_text(DIES)
-    code, output = mpiexec(1, sys.executable, tmp_path / "dies.py", run, timeout=LIMIT)
-    assert code != 0, output
+    options = "--set", "options.unused=1000000"
+    job = running(run, 8, *options, problem=f"{PROBLEMS}:Quadratic", env={"AGNMPI_WATCHDOG": "4"})
+    (tmp_path / "ends.py").write_text(ENDS)
+    guest = Job(1, sys.executable, tmp_path / "ends.py", run, moment, with_signal)
     code, output = job.finish(LIMIT)
+    if with_signal == "SIGSTOP":  # it does not end by itself
+        kill(moment.encode(), run)
+    assert guest.finish(LIMIT)[0] != 0
     assert code == 0, output
     assert kinds(run).count("lost") == 1
 

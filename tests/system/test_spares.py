@@ -4,9 +4,11 @@ import os
 import resource
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
+from conditions import until
 from launcher import (
     PROBLEMS,
     QUADRATIC,
@@ -22,6 +24,7 @@ from launcher import (
     started,
 )
 
+from agnmpi.recovery.checkpoint import folder
 from agnmpi.recovery.files import load
 
 LIMIT = 90
@@ -83,8 +86,7 @@ def test_a_spare_takes_the_place_of_a_worker_that_hangs(tmp_path):
 )
 def test_a_parked_spare_that_hangs_holds_up_nobody(tmp_path, problem, options):
     run = tmp_path / "run"
-    given = [*GIVEN, "--spares", "1", "--set", "options.slow=0.01", "--run-dir", run, *options]
-    job = started(lambda: progresses(run), 4, sys.executable, "-m", "agnmpi", "train", problem, *given, launcher=ULFM)
+    job = running(run, "-m", "agnmpi", problem=problem, options=options)
     os.kill(ranks_of(run)[3], signal.SIGSTOP)
     code, output = job.finish(LIMIT)
     assert code == 76, output
@@ -93,6 +95,76 @@ def test_a_parked_spare_that_hangs_holds_up_nobody(tmp_path, problem, options):
     assert not left_behind(run, job)
     if problem == COUNTS:
         check(run, 0)
+
+
+def running(run, *program, problem=COUNTS, options=(), watchdog="4"):
+    """A run of two workers and a spare, which are rank 3's."""
+    given = ["--spares", "1", "--set", "options.slow=0.01", "--run-dir", run, *options]
+    command, env = [sys.executable, *program, "train", problem, *GIVEN, *given], {"AGNMPI_WATCHDOG": watchdog}
+    return started(lambda: progresses(run), 4, *command, env=env, launcher=ULFM)
+
+
+STOPS = """
+import os, signal, sys
+from agnmpi.cli.main import main
+from agnmpi.core.worker import Worker
+from agnmpi.recovery.resend import ResendingEnd
+
+def stop(*_):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+if os.environ["OMPI_COMM_WORLD_RANK"] == "3":
+    MOMENT = stop
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+@ulfm
+def test_a_spare_that_hangs_before_it_is_parked_holds_up_nobody(tmp_path):
+    run, script = tmp_path / "run", tmp_path / "stops.py"
+    script.write_text(STOPS.replace("MOMENT", "Worker.waits_to_begin"))
+    job = running(run, script)
+    code, output = job.finish(LIMIT)
+    assert code == 76, output
+    assert "does not answer, and is left behind" in output
+    assert not left_behind(run, job)
+    check(run, 0)
+
+
+@LONG
+@ulfm
+@pytest.mark.parametrize("moment", ["parked", "followed"])
+def test_a_spare_that_hangs_holds_up_no_election(tmp_path, moment):
+    """Before it, or when it is to follow the new center."""
+    run, script = tmp_path / "run", tmp_path / "stops.py"
+    script.write_text(STOPS.replace("MOMENT", "ResendingEnd.replace"))
+    job = running(run, *([script] if moment == "followed" else ["-m", "agnmpi"]))
+    center, *_, spare = ranks_of(run)
+    if moment == "parked":
+        os.kill(spare, signal.SIGSTOP)
+    os.kill(center, signal.SIGKILL)
+    code, output = job.finish(LIMIT)
+    assert code == 76, output
+    assert result_of(run)["lost"] == [0, 3]
+    assert not left_behind(run, job)
+    check(run, 0)
+
+
+@LONG
+@ulfm
+def test_a_spare_that_is_only_late_is_not_left_behind(tmp_path):
+    """The end waits for it 60 s."""
+    run = tmp_path / "run"
+    job = running(run, "-m", "agnmpi", watchdog="")
+    spare = ranks_of(run)[3]
+    os.kill(spare, signal.SIGSTOP)
+    until(folder(run, 480).exists, "the workers have not left")
+    time.sleep(12)
+    os.kill(spare, signal.SIGCONT)
+    code, output = job.finish(LIMIT)
+    assert code == 0, output
+    check(run, 0)
 
 
 LOOPS = """
@@ -124,7 +196,7 @@ os._exit(0)
 def test_loops_go_on_without_a_spare_that_hangs(tmp_path, size):
     script = tmp_path / "loops.py"
     script.write_text(LOOPS)
-    code, output = mpiexec(4, sys.executable, script, size, timeout=LIMIT, launcher=ULFM)
+    code, output = mpiexec(4, sys.executable, script, size, env={"AGNMPI_WATCHDOG": "4"}, timeout=LIMIT, launcher=ULFM)
     assert code == 0, output
     assert "rank 3 did not answer at the end, and the others went on" in output
     for rank in range(3):

@@ -1,6 +1,7 @@
 """A p2p center and its workers, fakes in one process: what more workers cost, who waits, who is lost."""
 
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -397,6 +398,60 @@ def test_spares_that_are_not_called_are_told_when_all_have_left():
             0: 0, 1: 0, 2: UNCALLED,
         }  # fmt: skip
     assert served.joined == []
+
+
+@pytest.mark.parametrize("watchdog", ["0.2", "0"])
+def test_the_end_waits_for_a_spare_that_has_not_come_no_longer_than_the_watchdog(monkeypatch, watchdog):
+    monkeypatch.setenv("AGNMPI_WATCHDOG", watchdog)
+    served = Served(4, kept=2)
+    served.ask(3, WORK | PULL | SPARE)
+    for worker in (0, 1):
+        served.run()
+        assert served.end.live == 3 - worker, "those who train, and the spare 2"
+        served.ask(worker, LEAVE | PULL)
+    served.run()
+    assert (served.end.live, served.peers.sent) == (1, {})
+    end = time.monotonic() + 1
+    while served.end.live and time.monotonic() < end:
+        served.run(1)
+    assert (served.end.live, served.end.silent) == ((1, set()) if watchdog == "0" else (0, {2}))
+    assert sorted(served.peers.sent) == ([] if watchdog == "0" else [0, 1, 3])
+
+
+def test_the_end_waits_for_who_has_joined_no_longer_than_the_watchdog(monkeypatch):
+    """Whether it has not left, or does not receive the final center."""
+    monkeypatch.setenv("AGNMPI_WATCHDOG", "0.2")
+    for leaves in (False, True):
+        served, job = Served(1), Guest()
+        assert served.end.admit(job) == 1
+        job.hanging.add(0)
+        if leaves:
+            job.send(Commit(1, requests=LEAVE | PULL))
+        served.run()
+        served.ask(0, LEAVE | PULL)
+        end = time.monotonic() + 1
+        while served.end.live and time.monotonic() < end:
+            served.run(1)
+        served.run()
+        assert (served.end.live, served.lost, sorted(served.peers.sent)) == (0, [1], [0])
+
+
+class Guest(FakePeers):
+    """The communicator with a rank of another job, which is worker 1."""
+
+    def __init__(self):
+        super().__init__(1)
+
+    def send(self, commit):
+        super().send(commit._replace(worker=0))
+
+    def Improbe(self, source, tag, status):
+        message = super().Improbe(source, tag, status)
+        status.Set_source(0)
+        return message
+
+    def Isend(self, buffer, dest, tag):
+        return super().Isend(buffer, dest + 1, tag)
 
 
 def test_a_session_begins_anew_with_what_has_come_early():
