@@ -84,12 +84,13 @@ class Watchdog:
         returned = threading.Event()
 
         def look() -> None:
-            stopped = self._stopped(awaited)
+            gone, stopped = self._missing(awaited), self._stopped(awaited)
             while not returned.wait(self._seconds):
-                if who := self._missing(awaited):
-                    self._end(f"has been in {name} for more than {self._seconds:g} s, and {who}")
-                before, stopped = stopped, self._stopped(awaited)
-                for rank in before & stopped:
+                before, gone = gone, self._missing(awaited)
+                if before and gone:  # MPI has had the time to notice
+                    self._end(f"has been in {name} for more than {self._seconds:g} s, and {gone}")
+                since, stopped = stopped, self._stopped(awaited)
+                for rank in since & stopped:
                     sys.stderr.write(f"agnmpi: rank {rank} is stopped, and holds up {name}: it is killed\n")
                     self.peers[rank].end()
 

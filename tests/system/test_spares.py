@@ -97,13 +97,17 @@ def test_a_parked_spare_that_hangs_holds_up_nobody(tmp_path, problem, options):
         check(run, 0)
 
 
-def running(run, *program, problem=COUNTS, options=(), watchdog="4"):
+def running(run, *program, problem=COUNTS, options=(), watchdog="4", launcher=ULFM):
     """A run of two workers and a spare, which are rank 3's."""
     given = ["--spares", "1", "--set", "options.slow=0.01", "--run-dir", run, *options]
     command, env = [sys.executable, *program, "train", problem, *GIVEN, *given], {"AGNMPI_WATCHDOG": watchdog}
-    return started(lambda: progresses(run), 4, *command, env=env, launcher=ULFM)
+    return started(lambda: progresses(run), 4, *command, env=env, launcher=launcher)
 
 
+DETECTOR = [
+    *("--mca", "mpi_ft_detector", "true", "--mca", "mpi_ft_detector_period", "1"),
+    *("--mca", "mpi_ft_detector_timeout", "8", "--mca", "mpi_ft_propagator_with_rbcast", "true"),
+]
 STOPS = """
 import os, signal, sys
 from agnmpi.cli.main import main
@@ -134,14 +138,15 @@ def test_a_spare_that_hangs_before_it_is_parked_holds_up_nobody(tmp_path):
 
 @LONG
 @ulfm
-@pytest.mark.parametrize("moment", ["parked", "followed"])
+@pytest.mark.parametrize("moment", ["parked", "taken for dead", "followed"])
 def test_a_spare_that_hangs_holds_up_no_election(tmp_path, moment):
-    """Before it, or when it is to follow the new center."""
+    """Before it, without and with MPI's detector, or when it is to follow the new center."""
     run, script = tmp_path / "run", tmp_path / "stops.py"
     script.write_text(STOPS.replace("MOMENT", "ResendingEnd.replace"))
-    job = running(run, *([script] if moment == "followed" else ["-m", "agnmpi"]))
+    how = {"launcher": (*ULFM, *DETECTOR), "watchdog": ""} if moment == "taken for dead" else {}
+    job = running(run, *([script] if moment == "followed" else ["-m", "agnmpi"]), **how)
     center, *_, spare = ranks_of(run)
-    if moment == "parked":
+    if moment != "followed":
         os.kill(spare, signal.SIGSTOP)
     os.kill(center, signal.SIGKILL)
     code, output = job.finish(LIMIT)

@@ -84,7 +84,7 @@ def test_a_call_that_waits_for_the_stopped_kills_it(capsys):
     os.waitid(os.P_PID, child, os.WSTOPPED)
     assert process.is_stopped
     assert not process._replace(namespace="another machine").is_stopped, "not known"
-    Watchdog([Process.this(), process], list, 0.1, end).start()
+    Watchdog([Process.this(), process], list, 1.0, end).start()
     with calling("MPI_Comm_shrink", [0, 1]):
         until(lambda: process.is_gone, "it is not killed")
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
