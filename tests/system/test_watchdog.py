@@ -42,7 +42,7 @@ def arguments(run, problem, *options):
     ("problem", "options", "text"),
     [
         ("Raises", [], "this gradient went wrong"),  # MPI_Abort alone spares the others
-        ("ExitsAtOnce", ["--set", "options.n=30"], "the watchdog ends it"),
+        ("ExitsAtOnce", ["--set", "options.n=30", "--epochs", "300"], "the watchdog ends it"),
         pytest.param(
             "ExitsAtOnce", ["--set", "options.n=0"], "the watchdog ends it", marks=pytest.mark.long
         ),  # loading
