@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 from mpi4py import MPI
 
-from ..arrays.encodings import get
 from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..transport.agreement import ConfigError
-from ..transport.registry import Transport, names_with, p2p, refusals_of_going_on
+from ..transport.registry import Transport, names_with, p2p, refusals_of_encodings, refusals_of_going_on
 from .placement import Place, fault_tolerant, hosts, node_centers, one_center_per_host, place
 
 LEVELS = {
@@ -157,11 +156,7 @@ def _refusals(
             f"buffers are averaged, but {adds_only}: use transport {names_with('single_commits')}; or layers without "
             "buffers (GroupNorm for BatchNorm)",
         ),
-        (
-            bool(rule.buffers) and not (get(transport.encoding).exact and get(transport.pull_encoding).exact),
-            "buffers must arrive exactly: leave encoding and pull_encoding, or use layers without buffers (GroupNorm "
-            "for BatchNorm)",
-        ),
+        *refusals_of_encodings(rule, transport.encoding, transport.pull_encoding),
         (
             setup.dylu and (caps.together or not caps.single_commits),
             f"dylu needs a center that grants the work, which transport {name!r} has not",
@@ -186,10 +181,6 @@ def _refusals(
         (
             optimizer is None and rule.accumulates,
             "variant 'gradient' needs the gradients: give an optimizer, or use 'displacement'",
-        ),
-        (
-            rule.pulls == "before" and not (get(transport.encoding).exact and get(transport.pull_encoding).exact),
-            f"rule {rule.name} takes from x what it adds to c, so both must be exact: leave encoding and pull_encoding",
         ),
         (
             outlives_loss(transport) and transport.pull_encoding in ("int8", "int4"),

@@ -28,7 +28,7 @@ from ..training.outputs import conclude, dropped_lines, headline, repeatable, ru
 from ..training.problem import evaluate, gradient_of, plan_of, prepare
 from ..transport.composed import EncodedHandle, encode
 from ..transport.local import LocalCenter
-from ..transport.registry import refusals_of_going_on
+from ..transport.registry import refusals_of_encodings, refusals_of_going_on
 from ..version import __version__
 from .network import Agenda, Meeting, MeetingWorker, Station, VirtualHandle, VirtualWorker
 from .timing import Timing, results, timing_only
@@ -57,8 +57,10 @@ class Stage:
         self.config = config = config.complete()
         centers = _number_of_centers(config)
         self.rule, n = config.make_rule(), config.workers
-        for refused, message in refusals_of_going_on(self.rule, config.make_transport()):
-            if refused and not config.wait:
+        refusals = refusals_of_encodings(self.rule, config.encoding, config.pull_encoding)
+        refusals += [] if config.wait else refusals_of_going_on(self.rule, config.make_transport())
+        for refused, message in refusals:
+            if refused:
                 raise ValueError(message)
         if self.rule.allreduce and (config.dylu or config.record or centers > 1):
             raise ValueError(f"rule {self.rule.name} has no center: leave out dylu, record and centers")

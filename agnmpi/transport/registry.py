@@ -373,3 +373,19 @@ def refusals_of_going_on(rule: Rule, transport: Transport) -> list[tuple[bool, s
             f"meanwhile; {remedy}",
         ),
     ]
+
+
+def refusals_of_encodings(rule: Rule, *encodings: str) -> list[tuple[bool, str]]:
+    """What cannot be with encodings of commits or pulls: each with whether it is so here."""
+    exact = all(get(name).exact for name in encodings)
+    return [
+        (
+            bool(rule.buffers) and not exact,
+            "buffers must arrive exactly: leave encoding and pull_encoding, or use layers without buffers (GroupNorm "
+            "for BatchNorm)",
+        ),
+        (
+            rule.pulls == "before" and not exact,
+            f"rule {rule.name} takes from x what it adds to c, so both must be exact: leave encoding and pull_encoding",
+        ),
+    ]

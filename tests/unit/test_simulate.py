@@ -270,6 +270,7 @@ def test_what_cannot_be_simulated_is_refused(tmp_path):
     for options, timing, text in (
         ({"rule": "diloco", "dylu": True}, {}, "rule diloco has no center: leave out dylu"),
         ({"rule": "synchronous", "encoding": "int8"}, {}, "rule synchronous and 1 centers are not simulated"),
+        ({"rule": "aeasgd", "encoding": "int8"}, {}, "rule aeasgd takes from x what it adds to c, so both"),
         ({"centers": 7}, {}, "7 centers for a model of 6 numbers"),
     ):
         with pytest.raises(ValueError, match=text):
