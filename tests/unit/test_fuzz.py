@@ -1,7 +1,12 @@
-"""Ten thousand broken messages, checkpoints and configurations: a clear error or a right load, and no code is run."""
+"""Thousands of broken messages, checkpoints, run directories and configurations: a clear error, or a right load.
 
+With AGNMPI_LONG=1 more than 10⁵ of each but run directories and files. No code is run.
+"""
+
+import os
 import random
 import re
+import shutil
 import tomllib
 from dataclasses import fields
 
@@ -16,8 +21,10 @@ from agnmpi.core.center import Center
 from agnmpi.core.leases import NONE, Lease, Leases
 from agnmpi.core.messages import DUPLICATE, MISFIT, REFUSED, WORK, Commit, Reply
 from agnmpi.recovery import facts as schema
-from agnmpi.recovery.checkpoint import seal, unseal
+from agnmpi.recovery.checkpoint import center_file, folder, newest, seal, unseal
 from agnmpi.training.config import Config, load
+
+often = pytest.mark.parametrize("times", [1, pytest.param(20, marks=[pytest.mark.long, pytest.mark.timeout(3000)])])
 
 
 def mutate(rng, content):
@@ -39,11 +46,12 @@ def mutate(rng, content):
     return bytes(content)
 
 
-def test_messages():
+@often
+def test_messages(times):
     """Whatever a header says, a center that takes it in checks it first; c stays finite."""
-    rng, refused, taken = random.Random(0), [], 0
+    rng, refused, taken = random.Random(times), [], 0
     good = Commit(1, 5, steps=3, first_step=6, clock=2, requests=WORK, nbytes=24, loss=0.5)
-    for _ in range(5000):
+    for _ in range(5000 * times):
         c = np.zeros(3)
         center = Center(rules.agn(), c, 2)
         center.clock, center.leases = 2, Leases(40, 3)
@@ -70,13 +78,14 @@ def test_messages():
     assert taken > 100
 
 
-def test_checkpoints(tmp_path):
+@often
+def test_checkpoints(tmp_path, times):
     """Only what carries its checksum is read, and then it is what was written."""
-    rng, path = random.Random(1), tmp_path / "center-0.safetensors"
+    rng, path = random.Random(times), tmp_path / "center-0.safetensors"
     arrays, facts = {"c": np.arange(6, dtype="f4"), "slot/m": np.ones(6)}, {"clock": 3, "leases": {"free": [[1, 2]]}}
     seal(path, arrays, facts)
     content, refused = path.read_bytes(), []
-    for _ in range(3000):
+    for _ in range(3000 * times):
         path.write_bytes(mutate(rng, content))
         try:
             found, said = unseal(path)
@@ -88,6 +97,70 @@ def test_checkpoints(tmp_path):
             np.testing.assert_array_equal(found[name], x)
     assert len(refused) > 2000
     assert all(str(path) in text for text in refused)
+
+
+def write_run(run):
+    """Two checkpoints of two centers each; c holds the number of steps."""
+    for steps in (100, 200):
+        for center in range(2):
+            facts = {
+                "centers": 2,
+                "workers": 1,
+                "clock": steps,
+                "steps": steps,
+                "applied": [9],
+                "refused": 0,
+                "dropped": 0,
+            }
+            facts |= {"layout": {"names": ["w"], "shapes": [[6]], "offsets": [0, 6], "dtype": "float64"}}
+            facts |= {"staleness": [0, 0], "leases": None, "center_optimizer": "add", "center_optimizer_step": 0}
+            facts |= {"samples": steps, "seconds": 1.0}
+            path = center_file(folder(run, steps), center)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            seal(path, {"c": np.full(3, float(steps))}, facts)
+
+
+def damage(rng, run):
+    """Do something to a file or directory of it."""
+    path = rng.choice(sorted(run.rglob("*")))
+    if path.is_file() and rng.random() < 0.4:
+        path.write_bytes(mutate(rng, path.read_bytes()))
+        return
+    there = path.with_name(
+        rng.choice(["step-x", "step-" + "9" * 20, "step-000000000150", "center-0.safetensors", "é\n"])
+    )
+    what = rng.randrange(4)
+    if what == 0 and not there.exists():
+        path.rename(there)
+        return
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if what == 1:
+        path.mkdir()
+    elif what == 2:
+        os.mkfifo(path)
+    elif what == 3:
+        path.symlink_to(rng.choice([path, run, "/dev/zero", "/nowhere", center_file(folder(run, 100))]))
+
+
+@often
+def test_run_directories(tmp_path, times):
+    """The newest whole checkpoint, as it was written, whatever else lies there; each other one is named."""
+    rng, found, lost = random.Random(times), {100: 0, 200: 0}, 0
+    for i in range(300 * times):
+        run, said = tmp_path / str(i), []
+        write_run(run)
+        for _ in range(rng.randint(1, 3)):
+            if any(run.rglob("*")):
+                damage(rng, run)
+        if (checkpoint := newest(run, said.append)) is None:
+            lost += 1
+        else:
+            _, arrays, facts = checkpoint
+            np.testing.assert_array_equal(arrays["c"], np.full(6, float(facts["steps"])))
+            found[facts["steps"]] += 1
+        assert all("is left out: " in text for text in said)
+        shutil.rmtree(run)
+    assert min(lost, *found.values()) > 20 * times
 
 
 COUNTS = st.integers(-2, 30)
@@ -147,16 +220,18 @@ def test_facts(changes, special):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3000)
 @settings(max_examples=100_000, suppress_health_check=list(HealthCheck))
 @given(CHANGES, SPECIAL)
 def test_very_many_facts(changes, special):
     check_facts(changes, special)
 
 
-def test_configurations(tmp_path):
-    rng, path = random.Random(2), tmp_path / "config.toml"
+@often
+def test_configurations(tmp_path, times):
+    rng, path = random.Random(times), tmp_path / "config.toml"
     content, refused, good = Config(problem="m:P", options={"hidden": 3}).to_toml().encode(), [], 0
-    for _ in range(3000):
+    for _ in range(3000 * times):
         path.write_bytes(mutate(rng, content))
         try:
             config = load(str(path))
