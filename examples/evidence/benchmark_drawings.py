@@ -11,7 +11,7 @@ from report import draw, markdown, spread
 PURPLE = "#8c6bb1"
 PARALLEL = "data parallel"
 COLORS = {ONE: GREY, DEFAULT: BLUE, DIVIDED: GREEN, PARALLEL: RED, "synchronous, λ = 1": RED}
-COLORS |= {"DiLoCo": ORANGE, "AEASGD": PURPLE, f"{DIVIDED}, int8": "#0c5f4d"}
+COLORS |= {"DiLoCo": ORANGE, "AEASGD": PURPLE}
 TARGETS = {"Fashion-MNIST": 0.88, "Shakespeare": 2.2}  # the times to reach them are compared
 Groups = dict[tuple[str, str, str], list[dict]]
 
