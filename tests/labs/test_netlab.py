@@ -180,14 +180,17 @@ def test_a_center_on_each_host(bed, tmp_path, placed, serve, transport):
 
 
 def test_a_node_center_spares_the_link_between_hosts(bed):
-    """Two hosts with 4 workers each: a sum of 4 commits, or more, crosses instead of each; int8 is of these sums."""
+    """Two hosts with 4 workers each: sums cross instead of each commit; int8 is of these sums.
+
+    Of 4 commits or more where the workers keep pace, which a busy machine does not let them: then of 2 at least.
+    """
     placed = ["-H", "h0,h1", "-n", "5", "ompi" if OPENMPI else "mpich"]
     said = bed.run(ROOT / "tests/support/bytes_between_hosts.py", 300_000, 30, placed=placed, timeout=120)
     found = json.loads(said[said.index('{"flat') : said.rindex("}") + 1])
     flat, float32, int8 = (found[layout][0] for layout in ("flat", "node", "node int8"))
     assert flat > 30 * 4 * 2 * 1_200_000, "each commit, and each pull"
-    assert float32 <= 0.26 * flat
-    assert int8 <= 0.07 * flat
+    assert float32 <= 0.5 * flat
+    assert int8 <= 0.14 * flat
     assert found["flat"][1] == found["node"][1] == 8 * 30
     assert abs(found["node int8"][1] - 8 * 30) < 0.5
 
