@@ -60,7 +60,8 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
 MinJobAge=3600
-SlurmdTimeout=60
+SlurmdTimeout=120
+MessageTimeout=60
 UnkillableStepTimeout=30
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=2
 GresTypes=gpu
