@@ -1,6 +1,6 @@
 """Thousands of broken messages, checkpoints, run directories and configurations: a clear error, or a right load.
 
-With AGNMPI_LONG=1 more than 10⁵ of each but run directories and files. No code is run.
+With AGNMPI_LONG=1 four hundred thousand. No code is run.
 """
 
 import os
