@@ -102,22 +102,14 @@ def test_checkpoints(tmp_path, times):
 def write_run(run):
     """Two checkpoints of two centers each; c holds the number of steps."""
     for steps in (100, 200):
-        for center in range(2):
-            facts = {
-                "centers": 2,
-                "workers": 1,
-                "clock": steps,
-                "steps": steps,
-                "applied": [9],
-                "refused": 0,
-                "dropped": 0,
-            }
-            facts |= {"layout": {"names": ["w"], "shapes": [[6]], "offsets": [0, 6], "dtype": "float64"}}
-            facts |= {"staleness": [0, 0], "leases": None, "center_optimizer": "add", "center_optimizer_step": 0}
-            facts |= {"samples": steps, "seconds": 1.0}
-            path = center_file(folder(run, steps), center)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            seal(path, {"c": np.full(3, float(steps))}, facts)
+        center, c = Center(rules.agn(), np.zeros(3), 1), np.full(3, float(steps))
+        center.clock = center.steps = steps
+        arrays, facts = center.save(c)
+        facts |= {"centers": 2, "workers": 1, "samples": steps, "seconds": 1.0}
+        facts["layout"] = {"names": ["w"], "shapes": [[6]], "offsets": [0, 6], "dtype": "float64"}
+        folder(run, steps).mkdir(parents=True)
+        for i in range(2):
+            seal(center_file(folder(run, steps), i), arrays, facts)
 
 
 def damage(rng, run):

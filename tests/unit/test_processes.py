@@ -21,18 +21,23 @@ def end(why):
     raise Ended(why)
 
 
-@pytest.fixture
-def dead():
-    """A process that has ended, and whose parent knows."""
+def asleep():
+    """A child of this process that sleeps."""
     child = os.fork()
     if not child:
         signal.pause()
-    process = Process.this()._replace(pid=child, started=started(child))
+    return Process.this()._replace(pid=child, started=started(child))
+
+
+@pytest.fixture
+def dead():
+    """A process that has ended, and whose parent knows."""
+    process = asleep()
     assert not process.is_gone
-    os.kill(child, signal.SIGKILL)
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert process.is_gone, "a zombie"
-    os.waitpid(child, 0)
+    os.waitpid(process.pid, 0)
     assert process.is_gone
     return process
 
@@ -75,19 +80,16 @@ def test_a_call_that_waits_for_the_dead_ends(dead):
 
 
 def test_a_call_that_waits_for_the_stopped_kills_it(capsys):
-    child = os.fork()
-    if not child:
-        signal.pause()
-    process = Process.this()._replace(pid=child, started=started(child))
+    process = asleep()
     assert not process.is_stopped
-    os.kill(child, signal.SIGSTOP)
-    os.waitid(os.P_PID, child, os.WSTOPPED)
+    os.kill(process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
     assert process.is_stopped
     assert not process._replace(namespace="another machine").is_stopped, "not known"
     Watchdog([Process.this(), process], list, 1.0, end).start()
     with calling("MPI_Comm_shrink", [0, 1]):
         until(lambda: process.is_gone, "it is not killed")
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert os.WTERMSIG(os.waitpid(process.pid, 0)[1]) == signal.SIGKILL
     assert "rank 1 is stopped, and holds up MPI_Comm_shrink: it is killed" in capsys.readouterr().err
 
 
