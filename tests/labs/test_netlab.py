@@ -179,7 +179,10 @@ def test_a_center_on_each_host(bed, tmp_path, placed, serve, transport):
     assert "3 hosts with several ranks: with --centers hosts each holds a part of the center" in report
 
 
-def test_a_node_center_spares_the_link_between_hosts(bed):
+@pytest.mark.parametrize(
+    "most", [(0.5, 0.14), pytest.param((0.26, 0.07), marks=pytest.mark.long)], ids=["busy", "idle"]
+)
+def test_a_node_center_spares_the_link_between_hosts(bed, most):
     """Two hosts with 4 workers each: sums cross instead of each commit; int8 is of these sums.
 
     Of 4 commits or more where the workers keep pace, which a busy machine does not let them: then of 2 at least.
@@ -189,8 +192,8 @@ def test_a_node_center_spares_the_link_between_hosts(bed):
     found = json.loads(said[said.index('{"flat') : said.rindex("}") + 1])
     flat, float32, int8 = (found[layout][0] for layout in ("flat", "node", "node int8"))
     assert flat > 30 * 4 * 2 * 1_200_000, "each commit, and each pull"
-    assert float32 <= 0.5 * flat
-    assert int8 <= 0.14 * flat
+    assert float32 <= most[0] * flat
+    assert int8 <= most[1] * flat
     assert found["flat"][1] == found["node"][1] == 8 * 30
     assert abs(found["node int8"][1] - 8 * 30) < 0.5
 
