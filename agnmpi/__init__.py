@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .core import rules, schedules
-from .core.optimizers import Optimizer, adagrad, adam, adamw, momentum, nesterov, rmsprop, sgd
+from .core.optimizers import Optimizer, adagrad, adam, adamw, momentum, nesterov, optimistic, rmsprop, sgd
 from .core.rules import Rule
 from .version import __version__
 
@@ -51,6 +51,7 @@ __all__ = [
     "join",
     "momentum",
     "nesterov",
+    "optimistic",
     "rmsprop",
     "rules",
     "schedules",

@@ -46,7 +46,7 @@ KERNELS = {
     # Optimizers: as the functions of these names in `core.optimizers`, with the same scalars in the same order.
     "sgd": _step("", "T eta", "x = y - eta * d;"),
     "momentum": _step("T m", "T eta, T beta", "const T u = beta * m + d; m = u; x = y - eta * u;"),
-    "nesterov": _step("T m", "T eta, T beta", "const T u = beta * m + d; m = u; x = y - eta * (beta * u + d);"),
+    "nesterov": _step("T m", "T eta, T beta, T look", "const T u = beta * m + d; m = u; x = y - eta * (look * u + d);"),
     "adagrad": _step("T v", "T eta, T epsilon", "const T u = v + d * d; v = u; x = y - eta * d / (sqrt(u) + epsilon);"),
     "rmsprop": _step(
         "T v",

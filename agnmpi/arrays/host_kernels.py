@@ -36,11 +36,13 @@ def _momentum(x: Array, g: Array, slots: Sequence[Array], s: Array, _r: Array, e
     x -= np.multiply(m, eta, out=s)
 
 
-def _nesterov(x: Array, g: Array, slots: Sequence[Array], s: Array, _r: Array, eta: Array, beta: Array) -> None:
+def _nesterov(
+    x: Array, g: Array, slots: Sequence[Array], s: Array, _r: Array, eta: Array, beta: Array, look: Array
+) -> None:
     (m,) = slots
     m *= beta
     m += g
-    np.multiply(m, beta, out=s)
+    np.multiply(m, look, out=s)
     s += g
     s *= eta
     x -= s

@@ -7,7 +7,7 @@ Letters, here and below: x parameters, g gradient, η rate, w weight decay, each
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import sqrt
+from math import inf, sqrt
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -204,7 +204,7 @@ def sgd(rate: float | Schedule, weight_decay: float = 0.0, clip: float = 0.0) ->
 
 
 class MomentumState(NamedTuple):
-    """State of `momentum` and `nesterov`."""
+    """State of `momentum`, `nesterov` and `optimistic`."""
 
     step: int
     momentum: Array
@@ -234,7 +234,10 @@ def momentum(rate: float | Schedule, beta: float = 0.9, weight_decay: float = 0.
     >>> x, state.momentum
     (array([-2.5]), array([1.5]))
     """
-    return _momentum_like("momentum", rate, beta, weight_decay, clip)
+    _fraction(beta=beta)
+    return _make(
+        "momentum", "momentum", MomentumState, lambda eta, _t, _dtype: (eta, beta), rate, weight_decay, clip, beta=beta
+    )
 
 
 def nesterov(rate: float | Schedule, beta: float = 0.9, weight_decay: float = 0.0, clip: float = 0.0) -> Optimizer:
@@ -261,16 +264,60 @@ def nesterov(rate: float | Schedule, beta: float = 0.9, weight_decay: float = 0.
     >>> x, state.momentum
     (array([-3.25]), array([1.5]))
     """
-    return _momentum_like("nesterov", rate, beta, weight_decay, clip)
-
-
-def _momentum_like(name: str, rate: float | Schedule, beta: float, weight_decay: float, clip: float) -> Optimizer:
     _fraction(beta=beta)
+    return _make(
+        "nesterov", "nesterov", MomentumState, lambda eta, _t, _dtype: (eta, beta, beta), rate, weight_decay, clip,
+        beta=beta,
+    )  # fmt: skip
+
+
+def optimistic(
+    rate: float | Schedule, span: float = 4.0, strength: float = 1.0, weight_decay: float = 0.0, clip: float = 0.0
+) -> Optimizer:
+    """Optimistic descent: x ← x − η(g + γ(g − ḡ)), then ḡ ← ḡ + (g − ḡ)/T, the running mean.
+
+    x is ηγTḡ ahead of where plain steps would have brought it. For the center of asynchronous workers, with the rate 1
+    and T = n: a commit meets a center that has moved by n − 1 others meanwhile, and with γ = 1 what a worker pulls is
+    where the center will be a round later. For short periods, and with a schedule that ends near 0: there ḡ vanishes,
+    and x is ahead of itself no more.
+
+    Args:
+        rate: η, a positive number or a schedule; see `sgd`.
+        span: T, in steps, above 1 (default 4): how many the running mean is of.
+        strength: γ, at least 0 (default 1); 0 is `sgd`.
+        weight_decay: w, at least 0 (default 0); adds wx to g, and so to ḡ.
+        clip: Largest ‖g‖₂, of g before it enters ḡ (default 0: no clipping).
+
+    Returns:
+        An Optimizer with the slot `momentum`, Tḡ (n,), which starts at 0.
+
+    Raises:
+        ValueError: For a span of 1 or less, a negative strength, and as `sgd`.
+
+    Source: Daskalakis, Ilyas, Syrgkanis, Zeng 2018, arXiv:1711.00141 (T = 1: ḡ is the last g); the running mean is
+    ours. It is a momentum below 0, as Mitliagkas, Zhang, Hadjis, Ré 2016, arXiv:1605.09774, recommend against
+    asynchrony.
+
+    >>> x, opt = np.zeros(1), optimistic(1.0, span=2.0)
+    >>> state = opt.init(x)
+    >>> for _ in range(3):
+    ...     state = opt.update(np.ones(1), state, x)
+    ...     print(float(x[0]))
+    -2.0
+    -3.5
+    -4.75
+    """
+    if not (1 < span < inf and 0 <= strength < inf):
+        raise ValueError(f"span must be above 1, strength at least 0, both finite, not {span!r} and {strength!r}")
+    behind = strength / (span - 1)  # g + γ(g − ḡ) = (1 + γ + b)g − bm, with m = Tḡ after g has entered it
+    ahead = 1 + strength + behind
 
     def scalars(eta: float, _t: int, _dtype: np.dtype[Any]) -> Sequence[float]:
-        return eta, beta
+        return eta * ahead, 1 - 1 / span, -behind / ahead
 
-    return _make(name, name, MomentumState, scalars, rate, weight_decay, clip, beta=beta)
+    return _make(
+        "optimistic", "nesterov", MomentumState, scalars, rate, weight_decay, clip, span=span, strength=strength
+    )
 
 
 class AdagradState(NamedTuple):
@@ -463,5 +510,5 @@ def adamw(
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    f.__name__: f for f in (sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw)
+    f.__name__: f for f in (sgd, momentum, nesterov, optimistic, adagrad, rmsprop, adam, adamw)
 }

@@ -8,9 +8,10 @@ from itertools import count
 from math import inf, nextafter
 
 from ..arrays.backend import Array, full_like
+from ..arrays.encodings import NAMES, Encoding, get
 from ..core.ends import Apply, WorkerEnd
 from ..core.leases import NONE, Lease
-from ..core.messages import LEAVE, NOT_FINITE, PULL, STOP, WORK, Commit, Reply
+from ..core.messages import ENCODED, LEAVE, NOT_FINITE, PULL, STOP, WORK, Commit, Reply
 from ..transport.local import LocalCenter, LocalHandle
 from .timing import Timing
 
@@ -43,6 +44,7 @@ class Station:
 
     def __init__(self, agenda: Agenda, center: LocalCenter, timing: Timing) -> None:
         self._agenda, self._center, self._timing = agenda, center, timing
+        self.pull_encoding = center.pull_encoding
         self._queue: deque[tuple[float, LocalHandle]] = deque()
         self._serving = False
         self._in_flight: dict[int, float] = {}  # arrival time of a worker's last message, while that is in flight
@@ -125,6 +127,13 @@ class VirtualHandle:
             self.then()
 
 
+def _piece(x: Array | None, part: slice, encoding: Encoding) -> Array | None:
+    """The numbers `part` of a vector, or their bytes: whole blocks."""
+    if x is None or encoding.exact:
+        return x if x is None else x[part]
+    return x[encoding.nbytes(part.start) : encoding.nbytes(part.stop)]
+
+
 class VirtualWorker(WorkerEnd):
     """A worker's end with one or several stations, each of which holds a slice of the center variable.
 
@@ -133,7 +142,7 @@ class VirtualWorker(WorkerEnd):
 
     def __init__(self, worker: int, stations: list[Station], parts: list[slice]) -> None:
         self._worker, self._stations = worker, stations
-        self._parts = parts if len(parts) > 1 else [slice(None)]  # bytes, where they are encoded
+        self._parts = parts
         self._clocks = [0] * len(parts)  # of each center when this worker last pulled
 
     def exchange(self, commit: Commit, out: Array | None) -> VirtualHandle:
@@ -141,10 +150,11 @@ class VirtualWorker(WorkerEnd):
         exchange = VirtualHandle(len(self._parts))
         for i, (station, part) in enumerate(zip(self._stations, self._parts)):
             piece = commit._replace(
-                payload=None if commit.payload is None else commit.payload[part],
+                payload=_piece(commit.payload, part, get(NAMES[commit.encoding])),
                 clock=self._clocks[i] if i else commit.clock,
             )
-            out_part = None if out is None else out[part]
+            pulled = station.pull_encoding if commit.requests & ENCODED else get("float32")
+            out_part = _piece(out, part, pulled)
             exchange.pieces.append(station.send(piece, out_part, partial(self._answered, exchange, i)))
         return exchange
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.backend import Array, full_like
+from ..arrays.encodings import get
 from ..cluster.machine import blas_threads
 from ..cluster.role import Role
 from ..core.center import Center
@@ -68,15 +69,20 @@ class Stage:
         self.layout = layout
         self.plan = plan_of(self.problem, config)
         encodings = config.encoding, config.pull_encoding
-        if (centers > 1 or self.rule.allreduce) and encodings != ("float32", "float32"):
+        if self.rule.allreduce and encodings != ("float32", "float32"):
             raise ValueError(
-                f"encodings {encodings} with rule {self.rule.name} and {centers} centers are not simulated: take one "
-                "center, and a rule that has one"
+                f"encodings {encodings} with rule {self.rule.name} are not simulated: take a rule that has a center"
             )
-        if centers > layout.size:
-            raise ValueError(f"{centers} centers for a model of {layout.size} numbers: each needs at least one")
+        block = max(get(name).block for name in encodings)
+        blocks = -(-layout.size // block)
+        if centers > blocks:
+            raise ValueError(
+                f"{centers} centers for a model of {layout.size} numbers: each needs at least one"
+                + (f" block of {block} encoded numbers" if block > 1 else "")
+            )
         self.c = full_like(self.x, self.x)
-        self.parts = list(parts(layout.size, centers))
+        cut = parts(blocks, centers)
+        self.parts = [slice(part.start * block, min(part.stop * block, layout.size)) for part in cut]
         optimizer = config.make_center_optimizer(self.plan.steps)
         self.centers = [Center(self.rule, self.c[part], n, optimizer) for part in self.parts]
         self.leases = Leases(self.plan.steps, config.period)

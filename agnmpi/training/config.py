@@ -18,6 +18,7 @@ from .run_options import RunOptions
 _KNOWN_WITH = {"downpour": "sgd", "dynsgd": "sgd", "aeasgd": "sgd", "eamsgd": "nesterov", "diloco": "adamw"}
 # The default rate grows with the number of workers, up to this one, and is reached after so many steps of each.
 _GROWS_TO, _RISES = 8, 32
+_MOVED_BY = ("add", "optimistic")  # these move the center as far as the commits say
 
 
 @documented
@@ -51,30 +52,33 @@ class Config(RunOptions):
         optimizer = self.optimizer or _KNOWN_WITH.get(self.rule, "adam")
         rate = self.rate or (0.001 if optimizer.startswith("adam") else 0.01)
         overlap = self.overlap or not self.wait
-        complete = replace(self, optimizer=optimizer, rate=rate, overlap=overlap)._with_center_optimizer()
+        complete = replace(self, optimizer=optimizer, rate=rate, overlap=overlap)
+        complete = complete._with_center_optimizer(workers or self.workers)
         complete = replace(complete, transport=complete.make_transport().name)._with_outer_rate()
         complete = complete._with_rate_of(workers or self.workers, given=self.rate)
         refuse(complete, (*_REFUSALS_OF_COMPLETE, *_TRANSPORT_RULES))
         complete.make_rule(), complete.make_optimizer(1000), complete.make_center_optimizer(1000)
         return complete
 
-    def _with_center_optimizer(self) -> "Config":
+    def _with_center_optimizer(self, workers: int) -> "Config":
         """The configuration with defaults of the center's optimizer and its numbers."""
         center, rate, options = self.center_optimizer, self.center_rate, self.center_options
         if center is None and self.rule == "diloco":
             center, rate, options = "nesterov", rate or 0.7, {"beta": 0.9} | options
         elif center is None and self.variant == "gradient":
             center, options = self.optimizer, self.optimizer_options | options
+        elif center == "optimistic":
+            options = {"span": max(workers, 2)} | options
         center = center or "add"
         if center != "add":
-            rate = rate or self.rate
+            rate = rate or (1.0 if center == "optimistic" else self.rate)
         return replace(self, center_optimizer=center, center_rate=rate, center_options=options)
 
     def _with_outer_rate(self) -> "Config":
         """The configuration with the default of the outer rate: 1, but where nobody can weigh single displacements."""
         if self.rule != "agn" or self.outer_rate is not None:
             return self
-        plain = self.variant == "displacement" and self.center_optimizer == "add"
+        plain = self.variant == "displacement" and self.center_optimizer in _MOVED_BY
         return replace(self, outer_rate=1.0 if plain and self._capabilities.single_commits else "published")
 
     def _with_rate_of(self, workers: int, given: float | None) -> "Config":
@@ -84,7 +88,7 @@ class Config(RunOptions):
         """
         assert self.rate is not None
         assert self.optimizer is not None
-        averages = self.outer_rate == 1 and self.center_optimizer == "add" and workers > 1
+        averages = self.outer_rate == 1 and self.center_optimizer in _MOVED_BY and workers > 1
         if given is not None or not averages or not self.optimizer.startswith("adam"):
             return replace(self, warmup=self.warmup or 0)
         rises = _RISES * workers if self.warmup is None else self.warmup

@@ -137,7 +137,11 @@ class RunOptions:
         None, "optimizer", "the center's [default: add, or what the rule is known with]", choices=["add", *OPTIMIZERS]
     )
     center_rate: float | None = option(
-        None, "optimizer", "learning rate of the center's optimizer", float, positive=True
+        None,
+        "optimizer",
+        "learning rate of the center's optimizer [default: the workers'; 1 of optimistic]",
+        float,
+        positive=True,
     )
     center_options: dict[str, Any] = option({}, "optimizer", "further numbers of the center's optimizer, such as beta")
 

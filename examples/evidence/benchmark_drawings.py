@@ -4,14 +4,14 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from benchmarks import DEFAULT, DIVIDED, EXPERIMENTS, LINKS, ONE
+from benchmarks import DEFAULT, DIVIDED, EXPERIMENTS, LATENCY, LINKS, ONE, OPTIMISTIC
 from drawings import BLUE, GREEN, GREY, ORANGE, RED, reached, title
 from report import draw, markdown, spread
 
 PURPLE = "#8c6bb1"
 PARALLEL = "data parallel"
-COLORS = {ONE: GREY, DEFAULT: BLUE, DIVIDED: GREEN, PARALLEL: RED, "synchronous, λ = 1": RED}
-COLORS |= {"DiLoCo": ORANGE, "AEASGD": PURPLE}
+COLORS = {ONE: GREY, DEFAULT: BLUE, OPTIMISTIC: GREEN, PARALLEL: RED, "synchronous, λ = 1": RED}
+COLORS |= {"DiLoCo": ORANGE, "AEASGD": PURPLE, DIVIDED: "#8fbf9f"}
 TARGETS = {"Fashion-MNIST": 0.88, "Shakespeare": 2.2}  # the times to reach them are compared
 Groups = dict[tuple[str, str, str], list[dict]]
 
@@ -40,7 +40,7 @@ def moved(row: dict, link: str) -> dict:
     experiment = EXPERIMENTS[row["experiment"]]
     numbers = experiment.common | experiment.methods[row["method"]]
     in_a_round = experiment.workers * numbers.get("period", 10) * numbers["batch"]
-    a, b = (1 / LINKS[name]["bandwidth"] for name in (row["link"], link))
+    a, b = (1 / LINKS[name] for name in (row["link"], link))
     longer, samples = 2 * 4 * experiment.parameters * (b - a), row["samples"] / row["curve"][-1][1]
     curve = [
         [time + -(-round(epoch * samples) // in_a_round) * longer, epoch, *rest] for time, epoch, *rest in row["curve"]
@@ -57,7 +57,7 @@ def parallel(row: dict, link: str) -> dict:
     experiment = EXPERIMENTS[row["experiment"]]
     steps = row["samples"] / experiment.common["batch"] / row["curve"][-1][1]  # of an epoch
     seconds = experiment.timing["step_time"] / experiment.workers
-    seconds += 2 * (4 * experiment.parameters / LINKS[link]["bandwidth"] + LINKS[link]["latency"])
+    seconds += 2 * (4 * experiment.parameters / LINKS[link] + LATENCY)
     curve = [[epoch * steps * seconds, epoch, *rest] for _, epoch, *rest in row["curve"]]
     return row | {"method": PARALLEL, "link": link, "curve": curve}
 

@@ -42,7 +42,7 @@ class FashionCNN(TorchProblem):
     epochs = 10
 
     def __init__(
-        self, xp=np, path="/usr/share/datasets/fashion-mnist", samples=0, channels=(16, 32), hidden=48, flip=True
+        self, xp=np, path="/usr/share/datasets/fashion-mnist", samples=0, channels=(24, 48), hidden=32, flip=True
     ):
         self.channels, self.hidden, self.flip = channels, hidden, flip
         (x, y), (x_test, y_test) = read_set(path, "train"), read_set(path, "t10k")

@@ -210,6 +210,7 @@ def test_without_locking_rma_is_accumulate(tmp_path):
         ({"transport": "accumulate"}, "published"),
         ({"variant": "gradient"}, "published"),
         ({"center_optimizer": "momentum"}, "published"),
+        ({"center_optimizer": "optimistic"}, 1.0),
         ({"rule": "downpour"}, None),
     ],
 )
@@ -230,6 +231,7 @@ def test_the_outer_rate_is_1_where_the_center_adds_single_displacements(options,
         ({"outer_rate": "published"}, [0.001] * 4),
         ({"outer_rate": 0.5}, [0.001] * 4),
         ({"outer_rate": 1.0, "center_optimizer": "momentum"}, [0.001] * 4),
+        ({"center_optimizer": "optimistic"}, [0.001, 0.003, 0.008, 0.008]),
         ({"transport": "accumulate"}, [0.001] * 4),
         ({"rule": "downpour", "optimizer": "adam"}, [0.001] * 4),
     ],
@@ -244,6 +246,19 @@ def test_the_default_rate_grows_with_the_workers_that_are_averaged(options, rate
     assert all(c.complete(5) == c for c in complete), "it is the run's, whatever ranks there are when it is resumed"
     local = Config(**options | {"transport": "local", "workers": 3})
     assert local.complete() == local.complete(3)
+
+
+def test_the_optimistic_center_moves_as_far_as_commits_say_and_looks_back_a_round():
+    config = Config(center_optimizer="optimistic")
+    for workers, span in ((1, 2), (2, 2), (5, 5)):
+        complete = config.complete(workers)
+        assert (complete.center_rate, complete.center_options) == (1.0, {"span": span})
+        assert complete.complete(9) == complete, "it is the run's, whatever ranks there are when it is resumed"
+    own = Config(center_optimizer="optimistic", center_rate=0.5, center_options={"span": 3.5, "strength": 0.5})
+    assert (own.complete(5).center_rate, own.complete(5).center_options) == (0.5, {"span": 3.5, "strength": 0.5})
+    assert own.complete(5).make_center_optimizer(1).numbers.endswith("span 3.5, strength 0.5")
+    with pytest.raises(ValueError, match="span must be above 1"):
+        Config(center_optimizer="optimistic", center_options={"span": 1}).complete()
 
 
 def test_a_problem_may_name_its_epochs():

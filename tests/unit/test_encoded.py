@@ -221,7 +221,19 @@ def test_in_virtual_time_an_encoded_exchange_takes_the_time_of_its_bytes(tmp_pat
     assert small["metrics"]["distance"] < 0.6
 
 
-def test_several_centers_are_not_simulated_with_encodings(tmp_path):
-    given = config(tmp_path / "run", 2, encoding="int8", centers=2)
-    with pytest.raises(ValueError, match="and 2 centers are not simulated: take one center"):
-        simulate.run(given, Timing())
+@pytest.mark.parametrize("pull_encoding", ["float32", "int8"])
+def test_in_virtual_time_each_of_several_centers_gets_whole_blocks(tmp_path, pull_encoding):
+    """With one worker the numbers are those of one center; 2,004 numbers are 8 blocks of int8, the last a short one."""
+    options = {"encoding": "int8", "pull_encoding": pull_encoding, "options": {"unused": 2000}}
+    timing, ends = Timing(step_time=1.0, latency=0.0, bandwidth=1000.0, service=0.0), {}
+    for centers in (1, 3):
+        given = config(tmp_path / f"run-{centers}", 1, centers=centers, **options)
+        result = ends[centers] = simulate.run(given, timing)()
+        result["sent"] = result["virtual"]["seconds"] - result["steps"]
+    assert ends[3]["clock"] == ends[1]["clock"]
+    assert ends[3]["sent"] < 0.4 * ends[1]["sent"], "at most 3 of 8 blocks travel to each"
+    near = 0 if pull_encoding == "float32" else 0.01
+    assert ends[3]["metrics"]["distance"] == pytest.approx(ends[1]["metrics"]["distance"], abs=near)
+    too_many = config(tmp_path / "run", 1, centers=9, **options)
+    with pytest.raises(ValueError, match=r"9 centers .* at least one block of 256 encoded numbers"):
+        simulate.run(too_many, timing)

@@ -64,7 +64,7 @@ def require_equal(there, here, dtype):
 
 
 def kernel_of(name):
-    return "adam" if name == "adamw" else name
+    return {"adamw": "adam", "optimistic": "nesterov"}.get(name, name)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

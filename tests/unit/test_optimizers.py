@@ -6,7 +6,7 @@ from agnmpi.schedules import constant, cosine, step_decay, warmup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agnmpi import Optimizer, adagrad, adam, adamw, momentum, nesterov, rmsprop, sgd
+from agnmpi import Optimizer, adagrad, adam, adamw, momentum, nesterov, optimistic, rmsprop, sgd
 from agnmpi.arrays import backend
 from agnmpi.arrays.kernels import global_norm
 from agnmpi.core.optimizers import OPTIMIZERS
@@ -29,6 +29,8 @@ def plain(name, x, gradients, rate, w=0.0):
         elif name in ("momentum", "nesterov"):
             m = 0.9 * m + g
             x = x - rate * (m if name == "momentum" else g + 0.9 * m)
+        elif name == "optimistic":  # v: the running mean
+            x, v = x - rate * (g + (g - v)), v + (g - v) / 4
         elif name == "adagrad":
             v = v + g**2
             x = x - rate * g / (np.sqrt(v) + 1e-10)
@@ -138,6 +140,49 @@ def test_a_state_that_is_no_named_tuple_with_a_step_is_named():
         own.slots(own.init(np.zeros(2)))
 
 
+def test_optimistic_is_ahead_of_plain_steps_by_its_mean():
+    """x = (what sgd has) − ηγTḡ, whatever the gradients; a strength of 0 is sgd, a span near 1 takes the last g."""
+    rng, eta, span, strength = np.random.default_rng(3), 0.3, 5.0, 0.7
+    gradients = rng.normal(size=(20, 6))
+    ends = {}
+    for name, optimizer in [
+        ("plain", sgd(eta)), ("zero", optimistic(eta, span, strength=0.0)), ("ahead", optimistic(eta, span, strength)),
+        ("last", optimistic(eta, 1 + 1e-9)),
+    ]:  # fmt: skip
+        x = np.zeros(6)
+        state = optimizer.init(x)
+        for g in gradients:
+            state = optimizer.update(g, state, x)
+        ends[name] = x, state
+    plain, _ = ends["plain"]
+    np.testing.assert_allclose(ends["zero"][0], plain, atol=1e-12)
+    x, state = ends["ahead"]
+    np.testing.assert_allclose(x, plain - eta * strength * state.momentum, atol=1e-12)
+    np.testing.assert_allclose(ends["last"][0], plain - eta * gradients[-1], atol=1e-5)
+
+
+def test_optimistic_is_stable_at_rates_at_which_late_steps_with_momentum_are_not():
+    """A quadratic of curvature 1, four workers in turn with a heavy ball, each gradient of what was pulled last.
+
+    The largest eigenvalue of a round of the linear map passes 1 at a rate of 2.6, with optimistic at one of 7.1.
+    """
+
+    def end(optimizer, eta, workers=4, beta=0.9):
+        c, pulled, moved = np.ones(1), np.ones(workers), np.zeros(workers)
+        state = optimizer.init(c)
+        for k in range(2000):
+            i = k % workers
+            moved[i] = beta * moved[i] + (1 - beta) * pulled[i]
+            state = optimizer.update(eta / workers * moved[i : i + 1], state, c)
+            pulled[i] = c[0]
+        return max(abs(pulled))
+
+    assert end(sgd(1.0), 2.2) < 0.1
+    assert end(sgd(1.0), 3.1) > 10
+    assert end(optimistic(1.0, span=4), 6.5) < 0.1
+    assert end(optimistic(1.0, span=4), 7.8) > 10
+
+
 def test_no_full_size_temporaries():
     import tracemalloc
 
@@ -145,7 +190,7 @@ def test_no_full_size_temporaries():
     x, g = np.zeros(n, "f4"), np.ones(n, "f4")
     for make in OPTIMIZERS.values():
         optimizer = make(0.1, weight_decay=0.1, clip=1.0)
-        state = optimizer.init(x)
+        state = optimizer.update(g, optimizer.init(x), x)  # compiled now, where numba is there
         tracemalloc.start()
         optimizer.update(g, state, x)
         _, peak = tracemalloc.get_traced_memory()
@@ -182,7 +227,8 @@ def test_schedules():
         lambda: sgd(0.1, weight_decay=-1), lambda: momentum(0.1, beta=1.0), lambda: nesterov(0.1, beta=-0.1),
         lambda: adam(0.1, beta2=1), lambda: adamw(0.1, epsilon=0), lambda: rmsprop(0.1, decay=2),
         lambda: adagrad(0.1, epsilon=-1), lambda: cosine(1, 0), lambda: step_decay(1, 0),
-        lambda: warmup(constant(1), 0),
+        lambda: warmup(constant(1), 0), lambda: optimistic(0.1, span=1), lambda: optimistic(0.1, strength=-1),
+        lambda: optimistic(0.1, span=float("inf")),
     ],
 )  # fmt: skip
 def test_bad_numbers_are_refused(make):

@@ -269,9 +269,10 @@ def test_bad_times_are_refused(options, text):
 def test_what_cannot_be_simulated_is_refused(tmp_path):
     for options, timing, text in (
         ({"rule": "diloco", "dylu": True}, {}, "rule diloco has no center: leave out dylu"),
-        ({"rule": "synchronous", "encoding": "int8"}, {}, "rule synchronous and 1 centers are not simulated"),
+        ({"rule": "synchronous", "encoding": "int8"}, {}, "rule synchronous are not simulated"),
         ({"rule": "aeasgd", "encoding": "int8"}, {}, "rule aeasgd takes from x what it adds to c, so both"),
-        ({"centers": 7}, {}, "7 centers for a model of 6 numbers"),
+        ({"centers": 7}, {}, "7 centers for a model of 6 numbers: each needs at least one$"),
+        ({"centers": 2, "encoding": "int4"}, {}, "2 centers for a model of 6 numbers: .* one block of 64 encoded"),
     ):
         with pytest.raises(ValueError, match=text):
             simulate.run(config(tmp_path / "run", 2, **options), Timing(**timing))
