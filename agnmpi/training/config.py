@@ -71,7 +71,7 @@ class Config(RunOptions):
             options = {"span": max(workers, 2)} | options
         center = center or "add"
         if center != "add":
-            rate = rate or (1.0 if center == "optimistic" else self.rate)
+            rate = rate or (1.0 if center == "optimistic" and self.variant == "displacement" else self.rate)
         return replace(self, center_optimizer=center, center_rate=rate, center_options=options)
 
     def _with_outer_rate(self) -> "Config":

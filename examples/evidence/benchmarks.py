@@ -51,6 +51,10 @@ _GPT = {
 }  # fmt: skip
 _INT8 = {"encoding": "int8", "pull_encoding": "int8"}
 _OPTIMISTIC = {"period": 1, "outer_rate": 1.0, "center_optimizer": "optimistic"}
+_FREQUENT = {
+    "batch": 3, "steps": 8000, "period": 1, "outer_rate": 1.0, "rate": 0.002, "warmup": 400, "centers": 4,
+    "encoding": "int4", "pull_encoding": "int8",
+}  # fmt: skip
 EXPERIMENTS = {
     "Fashion-MNIST": Experiment(
         "fashion:FashionCNN",
@@ -82,16 +86,8 @@ EXPERIMENTS = {
         {
             ONE: {"workers": 1, "rate": 0.001, "warmup": 100},
             DIVIDED: {"batch": 3, "steps": 8000, "outer_rate": 1.0, "rate": 0.002, "warmup": 400, **_INT8},
-            OPTIMISTIC: {
-                "batch": 3,
-                "steps": 8000,
-                "rate": 0.002,
-                "warmup": 400,
-                "centers": 4,
-                "encoding": "int4",
-                "pull_encoding": "int8",
-                **_OPTIMISTIC,
-            },
+            OPTIMISTIC: _FREQUENT | _OPTIMISTIC,
+            "batch divided, λ = 1": _FREQUENT,
             DEFAULT: {},
             "DiLoCo": {"rule": "diloco", "period": 25, "rate": 0.001, "warmup": 100},
         },
@@ -116,7 +112,7 @@ def cells(found: list[str]) -> list[Cell]:
     mine += [Cell("Fashion-MNIST", method, "", 0) for method in fashion if method not in first]
     for seed in range(3):
         mine += [Cell("Shakespeare", method, "" if method == ONE else "50 Mbit/s", seed) for method in shakespeare]
-        mine.append(Cell("Shakespeare", DEFAULT, "1 Gbit/s", seed))
+        mine += [Cell("Shakespeare", method, "1 Gbit/s", seed) for method in (OPTIMISTIC, DEFAULT)]
     return [cell for cell in mine if cell.experiment in found]
 
 

@@ -9,7 +9,8 @@ turns, each in a launch of its own:
     alone      two processes that exchange with nobody: what the machine can do
     local_sgd  PyTorch, gloo: the mean of the parameters by all_reduce each λ = 10 steps
     ddp        PyTorch's DistributedDataParallel, gloo
-    agnmpi …   AGNOptimizer(None, …), outer rate 1, λ = 10, the same model and step; with the options that are named
+    agnmpi …   AGNOptimizer(None, …), outer rate 1, λ = 10 or the number that is named, the same model and step; with
+               the options that are named
 
 The model's parameters are views of one vector on all sides. The steps hold a run's beginning and end, too, where every
 rank gets the float32 center: the more steps, the less these count. Prints samples/s (medians over the rounds), the
@@ -32,7 +33,7 @@ from launcher import ROOT, mpi_kind, mpiexec_path
 
 NETLAB = Path(os.environ.get("AGNMPI_NETLAB") or ROOT.parent / "shared/tools/netlab.sh")
 BATCH, PERIOD, WARM_UP = 128, 10, 20  # steps of each worker that are not timed: compilers, connections
-# Side -> hosts of its ranks, and options of the transport; no options: it is not agnmpi's.
+# Side -> hosts of its ranks, and options of the transport, and λ; no options: it is not agnmpi's.
 SIDES = {
     "alone": ("h0,h1", None),
     "local_sgd": ("h0,h1", None),
@@ -40,6 +41,8 @@ SIDES = {
     "agnmpi": ("h2,h0,h1", {}),
     "agnmpi int4": ("h2,h0,h1", {"encoding": "int4", "pull_encoding": "int4"}),
     "agnmpi int8": ("h2,h0,h1", {"encoding": "int8", "pull_encoding": "int8"}),
+    "agnmpi int8 5": ("h2,h0,h1", {"period": 5, "encoding": "int8", "pull_encoding": "int8"}),
+    "agnmpi int4 5": ("h2,h0,h1", {"period": 5, "encoding": "int4", "pull_encoding": "int4"}),
     "agnmpi shards": ("h0,h1,h0,h1", {"centers": "hosts"}),
     "agnmpi shards int8": ("h0,h1,h0,h1", {"centers": "hosts", "encoding": "int8", "pull_encoding": "int8"}),
 }
@@ -141,9 +144,10 @@ def train_agnmpi(task, options, comm, steps):
 
     params = {name: p.detach().numpy() for name, p in task.model.named_parameters()}
     rule = rules.weighted(rules.agn(), rules.outer_rate(1.0))
+    options = {"period": PERIOD} | options
     opt = AGNOptimizer(
-        None, params, comm, communication_period=PERIOD, rule=rule, transport=transports.p2p(**options), overlap=True,
-        copy=False,
+        None, params, comm, communication_period=options.pop("period"), rule=rule, transport=transports.p2p(**options),
+        overlap=True, copy=False,
     )  # fmt: skip
     for number in opt.steps(2 * WARM_UP):
         opt.step(task.step(number))

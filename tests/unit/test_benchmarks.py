@@ -66,6 +66,13 @@ def test_the_sizes_of_the_models(data):
     assert experiments["Fashion-MNIST"].parameters < 100_000
 
 
+def test_a_center_beside_a_worker_has_half_of_its_link():
+    alone, beside = benchmarks.travel(100.0, 1), benchmarks.travel(100.0, 4)
+    assert (alone["bandwidth"], alone["service_bandwidth"]) == (100, 200), "what comes in and what goes out"
+    assert (beside["bandwidth"], beside["service_bandwidth"]) == (100, 100)
+    assert benchmarks.travel(0.0, 1) == {}
+
+
 def test_no_position_sees_a_later_one():
     torch.manual_seed(0)
     model, text = GPT(7, 8, 16, 2, 2), torch.arange(8)[None] % 7

@@ -257,6 +257,8 @@ def test_the_optimistic_center_moves_as_far_as_commits_say_and_looks_back_a_roun
     own = Config(center_optimizer="optimistic", center_rate=0.5, center_options={"span": 3.5, "strength": 0.5})
     assert (own.complete(5).center_rate, own.complete(5).center_options) == (0.5, {"span": 3.5, "strength": 0.5})
     assert own.complete(5).make_center_optimizer(1).numbers.endswith("span 3.5, strength 0.5")
+    gradients = Config(center_optimizer="optimistic", variant="gradient", rate=0.2).complete(5)
+    assert gradients.center_rate == 0.2, "there a commit is a gradient"
     with pytest.raises(ValueError, match="span must be above 1"):
         Config(center_optimizer="optimistic", center_options={"span": 1}).complete()
 
