@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from mpi4py import MPI
 
 from ..arrays.backend import Array, empty
+from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..loops.agn_optimizer import AGNOptimizer
 from ..loops.monitoring import Monitoring
@@ -39,8 +40,9 @@ class Run(AnyRun):
         comm: any communicator; it is duplicated.
         period: λ, steps between exchanges; default 10.
         key: of `jax.random`, of which each worker gets one of its own. Default: none.
-        rule, outer_rate, transport, overlap, wait, dylu, checkpoint, resume, checkpoint_every, checkpoint_workers: as
-            of `AGNOptimizer`. Checkpoints hold, of each worker, opt_state, key, and the place in the data.
+        rule, center_optimizer, outer_rate, transport, overlap, wait, dylu, checkpoint, resume, checkpoint_every,
+            checkpoint_workers: as of `AGNOptimizer`. Checkpoints hold, of each worker, opt_state, key, and the place in
+            the data.
         monitor: as of `AGNOptimizer`: what `agnmpi train` shows and writes. Its `evaluate` is given the center as such
             a tree.
 
@@ -61,6 +63,7 @@ class Run(AnyRun):
         period: int = 10,
         *,
         rule: Rule | None = None,
+        center_optimizer: Optimizer | None = None,
         outer_rate: float | None = None,
         transport: str | Transport = "auto",
         overlap: bool = False,
@@ -85,8 +88,9 @@ class Run(AnyRun):
         # What rounding has added to the numbers last unpacked, where leaves have fewer digits than x.
         self._error = np.zeros_like(self._x) if rounds else None
         opt = AGNOptimizer(
-            None, self._x, comm, period, name="agnmpi.jax.Run", copy=False, rule=rule, outer_rate=outer_rate,
-            transport=transport, overlap=overlap, wait=wait, dylu=dylu, on_commit=self._pack, on_pull=self._unpack,
+            None, self._x, comm, period, name="agnmpi.jax.Run", copy=False, rule=rule,
+            center_optimizer=center_optimizer, outer_rate=outer_rate, transport=transport, overlap=overlap, wait=wait,
+            dylu=dylu, on_commit=self._pack, on_pull=self._unpack,
             on_refused=self._refused, checkpoint=checkpoint, resume=resume, checkpoint_every=checkpoint_every,
             checkpoint_workers=checkpoint_workers, state=self._state, load_state=self._resumed_with,
             monitor=self._monitoring(monitor),

@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from ..arrays import kernels
 from ..arrays.backend import Array
+from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..loops.agn_optimizer import AGNOptimizer
 from ..loops.monitoring import Monitoring
@@ -41,8 +42,8 @@ class Run(AnyRun):
         scheduler: of the rate by the step, moved by the steps of all workers; its own `step()` does nothing meanwhile.
         stateful: other objects with `state_dict` and `load_state_dict`, such as a GradScaler, that checkpoints hold of
             each worker beside the optimizer, the scheduler, random generators and the place in the data.
-        rule, outer_rate, transport, overlap, wait, dylu, checkpoint, resume, checkpoint_every, checkpoint_workers: as
-            of `AGNOptimizer`. Where a run has ended there is `checkpoint`/model.pt, too:
+        rule, center_optimizer, outer_rate, transport, overlap, wait, dylu, checkpoint, resume, checkpoint_every,
+            checkpoint_workers: as of `AGNOptimizer`. Where a run has ended there is `checkpoint`/model.pt, too:
             `model.load_state_dict(torch.load("ckpt/model.pt"))`.
         monitor: as of `AGNOptimizer`: what `agnmpi train` shows and writes. Its `evaluate` is given the model, which
             holds the center.
@@ -65,6 +66,7 @@ class Run(AnyRun):
         *,
         scheduler: Any = None,
         rule: Rule | None = None,
+        center_optimizer: Optimizer | None = None,
         outer_rate: float | None = None,
         transport: str | Transport = "auto",
         overlap: bool = False,
@@ -89,7 +91,8 @@ class Run(AnyRun):
         parts = self._flat.parts()
         opt = AGNOptimizer(
             None, parts, comm, period, name="agnmpi.torch.Run", copy=False, buffers=sorted(set(parts) - {"parameters"}),
-            rule=rule, outer_rate=outer_rate, transport=transport, overlap=overlap, wait=wait, dylu=dylu,
+            rule=rule, center_optimizer=center_optimizer, outer_rate=outer_rate, transport=transport, overlap=overlap,
+            wait=wait, dylu=dylu,
             on_commit=self._read, on_pull=self._pulled, on_refused=self._refused,
             checkpoint=checkpoint, resume=resume, checkpoint_every=checkpoint_every,
             checkpoint_workers=checkpoint_workers, state=self._state, load_state=self._resumed_with,

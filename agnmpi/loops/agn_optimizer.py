@@ -52,7 +52,8 @@ class AGNOptimizer:
         rule: another rule of exchange than AGN, or one that weighs commits, such as
             `rules.weighted(rules.agn(), rules.outer_rate(1.0))`.
         variant: of AGN: "displacement" (default), or "gradient" as TensorFlow did.
-        center_optimizer: steps the center, with −delta as gradient; None (default) adds.
+        center_optimizer: steps the center, with −delta as gradient; None (default) adds. `optimistic(1.0, span=n)`,
+            with a period of 1 or 2 and outer_rate 1, undoes most of what lateness costs.
         transport: made by `agnmpi.transports`, such as `transports.p2p(message_buffers=8)`, or its name; "auto"
             (default) depends on the rule.
         overlap: compute while an exchange is under way; default False.

@@ -9,7 +9,7 @@ import optax
 from mpi4py import MPI
 
 import agnmpi.jax
-from agnmpi import AGNOptimizer
+from agnmpi import AGNOptimizer, optimistic
 
 COMM = MPI.COMM_WORLD
 TARGET = {"w": np.arange(6.0).reshape(2, 3), "b": np.array([-1.0, 1.0])}
@@ -39,18 +39,18 @@ def equal_everywhere(tree):
     return len({x.tobytes() for x in COMM.allgather(flat(tree))}) == 1
 
 
-def same_numbers():
+def same_numbers(**options):
     """As the loop written by hand with AGNOptimizer, with one worker."""
     part = COMM.Split(0 if COMM.rank < 2 else MPI.UNDEFINED, COMM.rank)
     if part == MPI.COMM_NULL:
         return
     params, state, step, _ = made()
-    with agnmpi.jax.Run(params, state, part, period=4) as run:
+    with agnmpi.jax.Run(params, state, part, period=4, **options) as run:
         for scale in run.batches([1.0, 0.5], steps=22):
             run.update(*step(run.params, run.opt_state, scale))
     params, state, step, _ = made()
     own = {name: np.array(leaf) for name, leaf in params.items()}
-    with AGNOptimizer(None, own, part, 4) as opt:
+    with AGNOptimizer(None, own, part, 4, **options) as opt:
         for number in opt.steps(22):
             params = {name: jnp.array(x.copy()) for name, x in own.items()}
             params, state = step(params, state, [1.0, 0.5][number % 2])
@@ -60,6 +60,10 @@ def same_numbers():
     for name, x in own.items():
         np.testing.assert_allclose(run.params[name], x, rtol=1e-6)
     assert len({x.tobytes() for x in part.allgather(flat(run.params))}) == 1
+
+
+def same_numbers_with_a_center_optimizer():
+    same_numbers(center_optimizer=optimistic(1.0, span=2), outer_rate=1.0)
 
 
 def learns():

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import agnmpi.torch
-from agnmpi import AGNOptimizer, rules
+from agnmpi import AGNOptimizer, optimistic, rules
 
 COMM = MPI.COMM_WORLD
 
@@ -62,7 +62,7 @@ def epoch(model, optimizer, batches, spoil=lambda turn: None):
         optimizer.step()
 
 
-def same_numbers():
+def same_numbers(**options):
     """As the same loop written by hand with AGNOptimizer: bit by bit, with one worker."""
     part = COMM.Split(0 if COMM.rank < 2 else MPI.UNDEFINED, COMM.rank)
     if part == MPI.COMM_NULL:
@@ -75,7 +75,7 @@ def same_numbers():
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
         if by_hand:
             own = {name: p.detach().numpy() for name, p in model.named_parameters()}
-            with AGNOptimizer(None, own, part, 5) as opt:
+            with AGNOptimizer(None, own, part, 5, **options) as opt:
                 for step in opt.steps(33):
                     x, y = data[step % 16]
                     optimizer.zero_grad()
@@ -83,11 +83,15 @@ def same_numbers():
                     optimizer.step()
                     opt.step()
         else:
-            with agnmpi.torch.Run(model, optimizer, part, period=5) as run:
+            with agnmpi.torch.Run(model, optimizer, part, period=5, **options) as run:
                 epoch(model, optimizer, run.batches(data, steps=33))
         found.append(digest(model))
     assert found[0] == found[1]
     assert len(set(part.allgather(found[0]))) == 1
+
+
+def same_numbers_with_a_center_optimizer():
+    same_numbers(center_optimizer=optimistic(1.0, span=2), outer_rate=1.0)
 
 
 def batch_norm():

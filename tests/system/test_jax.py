@@ -11,7 +11,7 @@ optax = pytest.importorskip("optax")
 
 
 def test_numbers_and_refusals():
-    checks = ["same_numbers", "learns", "bad_gradient"]
+    checks = ["same_numbers", "same_numbers_with_a_center_optimizer", "learns", "bad_gradient"]
     code, output = mpiexec(3, sys.executable, ROOT / "tests/support/jax_runs.py", *checks, timeout=150)
     assert code == 0, output[-8000:]
     assert [f"{check} holds" for check in checks] == [x for x in output.splitlines() if x.endswith(" holds")], output

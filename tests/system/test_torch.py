@@ -21,7 +21,8 @@ def holds(*checks, n=3, needs=("torch",), timeout=280):
 
 
 def test_numbers_buffers_refusals_schedules():
-    holds("same_numbers", "batch_norm", "bad_gradient", "schedule", "few_digits", "own_data", "evaluation", "dealt")
+    checks = ["same_numbers", "same_numbers_with_a_center_optimizer", "batch_norm", "bad_gradient", "schedule"]
+    holds(*checks, "few_digits", "own_data", "evaluation", "dealt")
 
 
 def test_loaders_with_processes():
