@@ -47,8 +47,10 @@ def _add_flag(group: Any, name: str, f: Field[Any], text: str) -> None:
         group.add_argument(f"--{flag}", dest=dest, action="store_true", help=shown[True])
         group.add_argument(f"--no-{flag}", dest=dest, action="store_false", help=shown[False])
     elif meta["choices"]:
-        canonical = partial(_canonical, meta["aliases"])
-        group.add_argument(f"--{flag}", dest=dest, type=canonical, choices=meta["choices"], help=text)
+        canonical, names, metavar = partial(_canonical, meta["aliases"]), ",".join(meta["choices"]), None
+        if len(f"  --{flag} {{{names}}}") > 80 and text is not argparse.SUPPRESS:
+            metavar, text = "NAME", f"{text}: {names.replace(',', ', ')}"
+        group.add_argument(f"--{flag}", dest=dest, type=canonical, choices=meta["choices"], metavar=metavar, help=text)
     else:
         metavar = {int: "N", float: "X"}.get(meta["kind"], "DIR" if dest in ("run_dir", "resume") else "TEXT")
         value = partial(_value, meta["kind"], meta["words"])

@@ -73,6 +73,10 @@ class Keeper:
         facts = resume(session.comm, role, self._layout, None, {}, run, required, self._say)
         if facts is None:
             return None
+        if self._checkpoints is not None and self._kept is not None:
+            # Savers that were made before would take it for a new one, and write a later state into it.
+            self._checkpoints.finish()
+            self._checkpoints = self._set_up(self._kept)
         checkpoint = Path(facts["checkpoint"])
         self._before, self._resuming = [0, *map(int, facts.get("ends", []))], True
         self.skip = role.session = len(self._before) - 1
