@@ -129,9 +129,9 @@ class VirtualHandle:
 
 def _piece(x: Array | None, part: slice, encoding: Encoding) -> Array | None:
     """The numbers `part` of a vector, or their bytes: whole blocks."""
-    if x is None or encoding.exact:
-        return x if x is None else x[part]
-    return x[encoding.nbytes(part.start) : encoding.nbytes(part.stop)]
+    if x is None:
+        return None
+    return x[part] if encoding.exact else x[encoding.nbytes(part.start) : encoding.nbytes(part.stop)]
 
 
 class VirtualWorker(WorkerEnd):

@@ -73,7 +73,7 @@ class Stage:
             raise ValueError(
                 f"encodings {encodings} with rule {self.rule.name} are not simulated: take a rule that has a center"
             )
-        block = max(get(name).block for name in encodings)
+        block = max(get(name).block for name in encodings)  # a multiple of the other: each is a power of 2
         blocks = -(-layout.size // block)
         if centers > blocks:
             raise ValueError(
