@@ -83,7 +83,8 @@ class Commit(NamedTuple):
 
     def encode(self) -> bytes:
         """The header, as it is sent."""
-        return _COMMIT.pack(*self[:-3], len(self.parts)) + _int64s(n for part in self.parts for n in part)
+        header = _COMMIT.pack(*self[:-3], len(self.parts))
+        return header + _int64s(n for part in self.parts for n in part) if self.parts else header
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Commit":
@@ -191,7 +192,9 @@ class Reply(NamedTuple):
             snapshot = None
         intervals = -1 if snapshot is None else len(snapshot.open)
         fixed = (self.clock, self.status, self.control, *self.work, self.steps, self.checkpoint, self.period)
-        header = _REPLY.pack(*fixed, len(self.applied), intervals) + _int64s(self.applied)
+        header = _REPLY.pack(*fixed, len(self.applied), intervals)
+        if self.applied:
+            header += _int64s(self.applied)
         if snapshot is None:
             return header
         return header + _SNAPSHOT.pack(*snapshot[:-1]) + _int64s(n for lease in snapshot.open for n in lease)

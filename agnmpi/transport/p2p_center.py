@@ -224,7 +224,7 @@ class P2PCenter(CenterEnd):
             self._vectors.done_reading(answer.buffer, self._lent())
 
     def _used_by_silent(self) -> set[Buffer]:
-        return set[Buffer]().union(*(self._peers.all[worker].buffers_in_use for worker in self.silent))
+        return set[Buffer]().union(*(self._peers.all[i].buffers_in_use for i in self.silent)) if self.silent else set()
 
     def _lent(self) -> int:
         """Message buffers in use by silent workers, as `Vectors` says."""
@@ -249,9 +249,9 @@ class P2PCenter(CenterEnd):
         begin = time.perf_counter()
         self._listen()
         self._receive()
-        self.flush()
-        end = time.perf_counter()
-        self._poll_at = end + max(_PAUSE, 10 * (end - begin))
+        if self._peers.any(State.ANSWERING):
+            self.flush()
+        self._poll_at = (end := time.perf_counter()) + max(_PAUSE, 10 * (end - begin))
 
     def _listen(self) -> None:
         """Receive the headers that have arrived."""
