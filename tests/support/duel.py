@@ -9,13 +9,14 @@ turns, each in a launch of its own:
     alone      two processes that exchange with nobody: what the machine can do
     local_sgd  PyTorch, gloo: the mean of the parameters by all_reduce each λ = 10 steps
     ddp        PyTorch's DistributedDataParallel, gloo
-    agnmpi …   AGNOptimizer(None, …), outer rate 1, λ = 10 or the number that is named, the same model and step; with
-               the options that are named
+    agnmpi …   AGNOptimizer(None, …), overlap, outer rate 0.7, λ = 10 or the number that is named, the same model and
+               step; with the options that are named
 
 The model's parameters are views of one vector on all sides. The steps hold a run's beginning and end, too, where every
-rank gets the float32 center: the more steps, the less these count. Prints samples/s (medians over the rounds), the
-accuracy on the test set after the same number of samples, and the CPU time of all ranks over the steps. Needs root,
-PyTorch, and netlab.sh (AGNMPI_NETLAB, else ../shared/tools/netlab.sh).
+rank gets the float32 center: the more steps, the less these count. Each round has a seed, of the parameters and of the
+order of samples. Prints samples/s (medians over the rounds), the accuracy on the test set after the same number of
+samples (means), and the CPU time of all ranks over the steps. Needs root, PyTorch, and netlab.sh (AGNMPI_NETLAB, else
+../shared/tools/netlab.sh).
 """
 
 import argparse
@@ -41,6 +42,7 @@ SIDES = {
     "agnmpi": ("h2,h0,h1", {}),
     "agnmpi int4": ("h2,h0,h1", {"encoding": "int4", "pull_encoding": "int4"}),
     "agnmpi int8": ("h2,h0,h1", {"encoding": "int8", "pull_encoding": "int8"}),
+    "agnmpi int4 8": ("h2,h0,h1", {"period": 8, "encoding": "int4", "pull_encoding": "int4"}),
     "agnmpi int8 5": ("h2,h0,h1", {"period": 5, "encoding": "int8", "pull_encoding": "int8"}),
     "agnmpi int4 5": ("h2,h0,h1", {"period": 5, "encoding": "int4", "pull_encoding": "int4"}),
     "agnmpi shards": ("h0,h1,h0,h1", {"centers": "hosts"}),
@@ -48,9 +50,9 @@ SIDES = {
 }
 
 
-def model_of(torch):
+def model_of(torch, seed):
     """The MLP, the same on every rank."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     widths = [784, 1000, 2000, 1000, 10]
     layers = []
     for i, o in pairwise(widths):
@@ -79,7 +81,7 @@ class Timer:
 class Task:
     """Model, optimizer and data of a rank."""
 
-    def __init__(self, path):
+    def __init__(self, path, seed):
         import torch
 
         sys.path.insert(0, str(ROOT / "examples"))
@@ -91,8 +93,8 @@ class Task:
             images, labels = (read_idx(path, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
             x = torch.from_numpy(images.reshape(len(images), -1).copy()).float() / 255
             self.sets[part] = x, torch.from_numpy(labels.copy()).long()
-        self.order = torch.randperm(60000, generator=torch.Generator().manual_seed(1))
-        self.model = model_of(torch)
+        self.order = torch.randperm(60000, generator=torch.Generator().manual_seed(seed + 1))
+        self.model = model_of(torch, seed)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3)
 
     def step(self, number, model=None):
@@ -143,7 +145,7 @@ def train_agnmpi(task, options, comm, steps):
     from agnmpi import AGNOptimizer, rules, transports
 
     params = {name: p.detach().numpy() for name, p in task.model.named_parameters()}
-    rule = rules.weighted(rules.agn(), rules.outer_rate(1.0))
+    rule = rules.weighted(rules.agn(), rules.outer_rate(0.7))
     options = {"period": PERIOD} | options
     opt = AGNOptimizer(
         None, params, comm, communication_period=options.pop("period"), rule=rule, transport=transports.p2p(**options),
@@ -158,12 +160,12 @@ def train_agnmpi(task, options, comm, steps):
     return timer
 
 
-def rank(side, path, steps, out):
+def rank(side, path, steps, seed, out):
     """What one rank of a launch does."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    task = Task(path)
+    task = Task(path, seed)
     if SIDES[side][1] is None:
         timer = train_pytorch(task, side, comm, steps)
     else:
@@ -174,14 +176,14 @@ def rank(side, path, steps, out):
         Path(out).write_text(json.dumps({"rate": rate, "accuracy": task.accuracy(), "busy": busy / (2 * steps)}))
 
 
-def measure(side, mnist, steps, where, environment):
+def measure(side, mnist, steps, seed, where, environment):
     """One launch of a side: samples/s and accuracy."""
     out = Path(where) / "out.json"
     out.unlink(missing_ok=True)
     kind = "ompi" if mpi_kind() == "openmpi" else "mpich"
     command = [str(NETLAB), "run", "-H", SIDES[side][0], kind, sys.executable, __file__, "rank", side]
     done = subprocess.run(
-        [*command, str(mnist), str(steps), str(out)], env=environment, stdin=subprocess.DEVNULL, text=True,
+        [*command, str(mnist), str(steps), str(seed), str(out)], env=environment, stdin=subprocess.DEVNULL, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
     )  # fmt: skip
     subprocess.run([NETLAB, "clean"], env=environment, check=False)
@@ -207,9 +209,10 @@ def main():
         }  # fmt: skip
         subprocess.run([NETLAB, "up", "3", "--rate", args.rate], env=environment, check=True)
         try:
-            for _ in range(args.rounds):
+            for seed in range(args.rounds):
                 for side, results in found.items():
-                    results.append(measure(side, args.mnist.resolve(), args.steps, where, environment))
+                    results.append(measure(side, args.mnist.resolve(), args.steps, seed, where, environment))
+                    print(f"{side}: {results[-1]}", file=sys.stderr, flush=True)
         finally:
             subprocess.run([NETLAB, "down"], env=environment, check=False)
     print(f"{mpi_kind()}, {args.rate}, {args.rounds} rounds of {args.steps} steps on each of 2 workers")
@@ -217,13 +220,13 @@ def main():
         rates, accuracies, busy = ([r[key] for r in results] for key in ("rate", "accuracy", "busy"))
         print(
             f"{side:>20}  {statistics.median(rates):6.0f} samples/s ({min(rates):.0f}-{max(rates):.0f})"
-            f"   accuracy {statistics.median(accuracies):.4f} ({min(accuracies):.4f}-{max(accuracies):.4f})"
+            f"   accuracy {statistics.mean(accuracies):.4f} ({min(accuracies):.4f}-{max(accuracies):.4f})"
             f"   CPU {1e3 * statistics.median(busy):.1f} ms a step"
         )
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["rank"]:
-        rank(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+        rank(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
     else:
         main()
