@@ -11,7 +11,7 @@ from report import draw, markdown, spread
 PURPLE = "#8c6bb1"
 PARALLEL = "data parallel"
 COLORS = {ONE: GREY, DEFAULT: BLUE, OPTIMISTIC: GREEN, PARALLEL: RED, "synchronous, λ = 1": RED}
-COLORS |= {"DiLoCo": ORANGE, "AEASGD": PURPLE, DIVIDED: "#8fbf9f"}
+COLORS |= {"DiLoCo": ORANGE, "AEASGD": PURPLE, DIVIDED: "#8fbf9f", "AGN as published": "#9c7347"}
 TARGETS = {"Fashion-MNIST": 0.88, "Shakespeare": 2.0}  # the times to reach them are compared
 Groups = dict[tuple[str, str, str], list[dict]]
 
@@ -107,17 +107,24 @@ def fashion(plt, groups: Groups):
         ends.plot(mean(values), y, "|", color=color, ms=18, mew=2.5)
         ends.text(max(values) + 0.06, y, f"{mean(values):.2f}", va="center", fontsize=9)
         curve = np.mean([[(time, 100 * accuracy) for time, _, accuracy, _ in row["curve"]] for row in mine[method]], 0)
-        curves.plot(*curve[1:].T, color=color, lw=2, label=method)
+        curves.plot(*curve[1:].T, color=color, lw=2)
     ends.set_yticks(range(len(methods)), [f"{method} ({len(mine[method])})" for method in methods])
     ends.invert_yaxis()
     ends.margins(x=0.12)
     ends.set_title("test accuracy at equal samples, % (seeds)")
-    curves.set_title("over virtual time, s")
-    curves.set_xscale("log")
+    curves.set_title("over virtual time, s (the same colors)")
+    _log_seconds(curves)
     curves.set_ylim(bottom=84)
-    curves.legend(fontsize=8, loc="lower right")
     title(figure, "Fashion-MNIST, a CNN, 8 workers")
     return figure
+
+
+def _log_seconds(axis) -> None:
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in (5, 10, 20, 50, 100, 200, 500, 1000, 2000) if low < tick < high]
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.minorticks_off()
 
 
 def shakespeare(plt, groups: Groups):
@@ -139,11 +146,7 @@ def shakespeare(plt, groups: Groups):
         axis.set_title(f"over virtual time, {link}" if link else "at equal samples")
         axis.set_xlabel("virtual seconds" if link else "thousands of samples, over all workers")
         if link:
-            axis.set_xscale("log")
-            low, high = axis.get_xlim()
-            ticks = [tick for tick in (20, 50, 100, 200, 500, 1000, 2000) if low < tick < high]
-            axis.set_xticks(ticks, map(str, ticks))
-            axis.minorticks_off()
+            _log_seconds(axis)
     axes[0].set_ylim(1.88, 2.6)
     axes[0].set_ylabel("held-out loss of the center")
     figure.legend(handles.values(), handles.keys(), ncol=5, loc="upper left", bbox_to_anchor=(0.01, 0.02))
