@@ -25,6 +25,9 @@ SCENES = {
     "equal": _TIME,
     # The published server was saturated: here it can serve 200 commits a second, half of what 40 workers want.
     "saturated": _TIME | {"service": 0.005},
+    "saturated, λ = 20": _TIME | {"service": 0.01},  # or with 20 workers and λ = 10
+    # The published workers were started by a scheduler: here over a quarter of the quick run of n = 20.
+    "spread starts": _TIME | {"start_jitter": 0.5},
     "stragglers": _TIME | {"stragglers": 0.2, "straggler_factor": 4.0},  # one worker in five is four times as slow
 }
 
@@ -50,6 +53,7 @@ class Cell(NamedTuple):
 
 QUICK, LONG = Size([200, 200], 8.0, 3, 1.0), Size([200, 200], 40.0, 1, 2.0)
 FULL = Size([1000, 2000, 1000], 40.0, 1, 1.0)
+LARGE = FULL._replace(epochs=10.0, seeds=3)
 PAPER, PAIRS = ("AGN", "AEASGD", "DOWNPOUR"), [(4, 10), (10, 10), (20, 20), (40, 10), (40, 40)]
 
 
@@ -65,6 +69,7 @@ def quick() -> list[Cell]:
     runs += [("AGN stale", n, period) for n, period in ((4, 10), (40, 10))]
     scenes = [("AGN", 40, 10, "saturated"), ("AGN r=1", 40, 10, "saturated")]
     scenes += [(method, 10, 10, "stragglers") for method in ("AGN", "AGN DyLU")]
+    scenes += [("AGN", n, n // 2, scene) for scene in ("saturated, λ = 20", "spread starts") for n in (20, 40)]
     return [
         cell
         for seed in range(QUICK.seeds)
@@ -79,13 +84,22 @@ def long() -> list[Cell]:
     return [Cell(*run, seed) for run in runs for seed in range(LONG.seeds)]
 
 
+GRID = [(n, period) for n in range(10, 41, 5) for period in range(10, 41, 5)]  # as published
+
+
+def large() -> list[Cell]:
+    """The published cells for AGN and AEASGD where n/λ is 1, 2 or 4, seed by seed: first the edge, n/λ = 2."""
+    pairs = sorted((pair for pair in GRID if pair[0] / pair[1] in (1, 2, 4)), key=lambda pair: pair[0] == pair[1])
+    runs = [("alone", 1, 1), *((method, n, period) for n, period in pairs for method in ("AGN", "AEASGD"))]
+    return [Cell(*run, seed) for seed in range(LARGE.seeds) for run in runs]
+
+
 def full() -> list[Cell]:
     """The published 49 cells for AGN and AEASGD, DOWNPOUR where it says something, and the outer rate."""
-    grid = [(n, period) for n in range(10, 41, 5) for period in range(10, 41, 5)]
     runs = [("alone", 1, 1)]
-    runs += [(method, n, period) for n, period in grid for method in ("AGN", "AEASGD")]
+    runs += [(method, n, period) for n, period in GRID for method in ("AGN", "AEASGD")]
     runs += [("DOWNPOUR", 10, 1), *(("DOWNPOUR", n, 10) for n in (10, 20, 40))]
-    runs += [("AGN r=1", n, period) for n, period in grid if n != period]
+    runs += [("AGN r=1", n, period) for n, period in GRID if n != period]
     return [Cell(*run, seed) for run in runs for seed in range(FULL.seeds)]
 
 

@@ -232,11 +232,14 @@ def over_ratio(plt, groups):
     for i, method in enumerate(methods):
         at = sorted((n / period, n, period) for scene, m, n, period in groups if (scene, m) == ("equal", method))
         shift = 2 ** (0.07 * (i - (len(methods) - 1) / 2))
+        named: list[tuple[float, float]] = []
         for j, (ratio, n, period) in enumerate(at):
             ends = np.array([row["accuracy"] / 100 for row in groups["equal", method, n, period]])
             middle, low, high = stretched(ends.mean()), stretched(ends.min()), stretched(ends.max())
             axis.vlines(ratio * shift, low, high, color=COLORS[method], lw=2.5, alpha=0.55)
-            if i == 0 and sum(other == ratio for other, _, _ in at) > 1:
+            crowded = any(ratio == other and abs(middle - value) < 0.05 for other, value in named)
+            if i == 0 and sum(other == ratio for other, _, _ in at) > 1 and not crowded:
+                named.append((ratio, float(middle)))
                 axis.text(
                     ratio * shift / 1.04, middle, f"n = {n}", ha="right", va="center", fontsize=8, color="#5f6368"
                 )
@@ -246,7 +249,7 @@ def over_ratio(plt, groups):
             )  # fmt: skip
     known = [(n / period, value / 100) for (method, n, period), value in PUBLISHED.items() if method == "AGN"]
     x, y = np.array(sorted(known)).T
-    axis.plot(x, stretched(y), "s", color="#c4c9cf", ms=7, zorder=1, label="AGN, published (larger MLP, 40 epochs)")
+    axis.plot(x, stretched(y), "s", color="#c4c9cf", ms=7, zorder=1, label="AGN, published (large MLP, 40 epochs)")
     if alone := groups.get(("equal", "alone", 1, 1)):
         best = stretched(mean(row["accuracy"] for row in alone) / 100)
         axis.axhline(best, color=COLORS["alone"], ls=(0, (4, 3)), lw=1.2, label="one process")

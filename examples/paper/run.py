@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import report
-from cells import FULL, LONG, METHODS, QUICK, SCENES, Cell, Size, full, long, quick
+from cells import FULL, LARGE, LONG, METHODS, QUICK, SCENES, Cell, Size, full, large, long, quick
 from resumable import finish, load, simulated
 
 MNIST = f"{Path(__file__).resolve().parent.parent}/mnist_mlp.py:Mnist"
@@ -49,6 +49,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="784-200-200-10, 8 epochs, 3 seeds: a quarter of an hour")
     which.add_argument("--long", action="store_true", help="40 epochs of some of these cells, 1 seed: ten minutes")
+    which.add_argument("--large", action="store_true", help="784-1000-2000-1000-10, 10 epochs, 11 pairs: hours")
     which.add_argument("--full", action="store_true", help="784-1000-2000-1000-10, 40 epochs, 49 cells: days on a CPU")
     parser.add_argument("--data", default="mnist", help="directory of MNIST's four IDX files")
     parser.add_argument("--out", type=Path, help="directory of the results [default: results/ beside this file]")
@@ -56,8 +57,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time, a core each")
     parser.add_argument("--report", action="store_true", help="only tables and pictures, from the cells there are")
     args = parser.parse_args()
-    name = "full" if args.full else "long" if args.long else "quick"
-    size, cells = {"quick": (QUICK, quick()), "long": (LONG, long()), "full": (FULL, full())}[name]
+    sizes = {"quick": (QUICK, quick), "long": (LONG, long), "large": (LARGE, large), "full": (FULL, full)}
+    name = next((name for name in sizes if getattr(args, name)), "quick")
+    size, cells = sizes[name][0], sizes[name][1]()
     out = args.out or Path(__file__).parent / "results" / name
     out.mkdir(parents=True, exist_ok=True)
     file = out / "cells.jsonl"

@@ -14,7 +14,7 @@ FOLDERS = sorted(p.parent for p in ROOT.glob("agnmpi/*/__init__.py"))
 FOREIGN = {
     "--with-ft", "--mca", "--mpi", "--nodes", "--time", "--signal", "--gpus-per-task", "--gpu-bind", "--no-binary",
     "--force-reinstall", "--with-mpi", "--shm-size", "--long", "--quick", "--full", "--data", "--picture", "--ranks",
-    "--check", "--mnist", "--fashion", "--map-by", "--mode", "--shakespeare",
+    "--check", "--large", "--mnist", "--fashion", "--map-by", "--mode", "--shakespeare",
 }  # fmt: skip
 HIDDEN = ["--inject-faults", "--no-use-locking", "--slots=4"]  # of train; not in its help
 

@@ -50,6 +50,14 @@ def test_the_grids():
     for method in ("AGN", "AEASGD"):
         assert sum(cell.method == method for cell in full) == 49
     assert {cell.method for cell in quick + full} <= set(cells.METHODS) == set(report.COLORS)
+    assert {cell.scene for cell in quick} == set(cells.SCENES)
+
+
+def test_the_large_mlp_has_the_published_pairs_whose_ratio_is_1_2_or_4():
+    large = cells.large()
+    assert len(set(large)) == len(large) == 3 * (1 + 2 * 11)
+    assert {cell.workers / cell.period for cell in large if cell.method != "alone"} == {1, 2, 4}
+    assert {cell._replace(seed=0) for cell in large} <= set(cells.full())
 
 
 def test_temporal_efficiency():
@@ -59,3 +67,14 @@ def test_temporal_efficiency():
     assert report.efficiency(a, b) == pytest.approx(1.0 / 0.6)
     assert report.efficiency(a, a) == 1
     assert report.spread([1.0, 2.0]) == "1.50 (1.00–2.00)"
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "said", "same"),
+    [(91.25, "the same", True), (91.25000001, "the same to six digits", True), (91.26, "DIFFERS in curve", False)],
+)
+def test_a_check_tells_another_rounding_from_other_numbers(capsys, accuracy, said, same):
+    row = {**cells.Cell("AGN", 4, 2)._asdict(), "seconds": 1.0, "curve": [[0.5, 1, accuracy]]}
+    again = row | {"seconds": 2.0, "curve": [[0.5, 1, 91.25]]}
+    assert resumable.check([row], 1, cells.Cell, lambda _: again, ()) is same
+    assert capsys.readouterr().out.strip().endswith(f": {said}")
