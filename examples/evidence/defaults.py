@@ -25,6 +25,8 @@ METHODS = {  # a function of n
     "r = 1, λ = 10": lambda _: {"outer_rate": 1.0},
     "r = 1, λ = 10, rate · √n": lambda n: {"outer_rate": 1.0, "rate": ADAM * n**0.5},
     "AGN, λ = n": lambda n: {"outer_rate": "published", "period": n},
+    "default, overlap": lambda _: {"rate": None, "outer_rate": None, "overlap": True},
+    "the same, r = 0.7": lambda n: {"rate": ADAM * min(n, 8), "warmup": 32 * n, "outer_rate": 0.7, "overlap": True},
 }
 # MLPs with one hidden layer; 2,700 steps of 32 samples over all workers, or 2,820; with all images 18,750.
 PROBLEMS = {

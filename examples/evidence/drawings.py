@@ -261,6 +261,7 @@ def quorum(plt, groups: Groups):
     axis.minorticks_off()
     axis.set_xlabel("rate of Adam at the workers")
     axis.set_ylabel("test accuracy at equal samples, %")
+    axis.set_ylim(bottom=max(axis.get_ylim()[0], 86))  # what is below is in the table
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     title(figure, "A quorum of K commits: direction and length together, or apart")
     return figure

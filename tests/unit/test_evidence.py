@@ -156,8 +156,9 @@ def test_the_cells_of_the_defaults():
 
 def test_what_is_compared():
     cells = scenarios.cells()
-    count = len(scenarios.SPEEDS) * len(scenarios.SCENES) + len(scenarios.QUORUMS)
-    assert len(set(cells)) == len(cells) == count * scenarios.SIZE.seeds
+    speeds = len(scenarios.SPEEDS) * len(scenarios.SCENES) * scenarios.SIZE.seeds
+    assert len(set(cells)) == len(cells) == speeds + len(scenarios.QUORUMS) + 2 * 4
+    assert {cell.method for cell in cells} == set(scenarios.METHODS)
     for cell in (cell for cell in cells if not cell.seed):
         scenarios.config(cell, scenarios.SIZE, "mnist").complete()
         assert scenarios.timing(cell).factors(16).size == 16
