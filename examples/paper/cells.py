@@ -25,7 +25,7 @@ SCENES = {
     "equal": _TIME,
     # The published server was saturated: here it can serve 200 commits a second, half of what 40 workers want.
     "saturated": _TIME | {"service": 0.005},
-    "saturated, λ = 20": _TIME | {"service": 0.01},  # or with 20 workers and λ = 10
+    "busy center": _TIME | {"service": 0.01},  # likewise with n = 20, λ = 10, and with n = 40, λ = 20
     # The published workers were started by a scheduler: here over a quarter of the quick run of n = 20.
     "spread starts": _TIME | {"start_jitter": 0.5},
     "stragglers": _TIME | {"stragglers": 0.2, "straggler_factor": 4.0},  # one worker in five is four times as slow
@@ -69,7 +69,7 @@ def quick() -> list[Cell]:
     runs += [("AGN stale", n, period) for n, period in ((4, 10), (40, 10))]
     scenes = [("AGN", 40, 10, "saturated"), ("AGN r=1", 40, 10, "saturated")]
     scenes += [(method, 10, 10, "stragglers") for method in ("AGN", "AGN DyLU")]
-    scenes += [("AGN", n, n // 2, scene) for scene in ("saturated, λ = 20", "spread starts") for n in (20, 40)]
+    scenes += [("AGN", n, n // 2, scene) for scene in ("busy center", "spread starts") for n in (20, 40)]
     return [
         cell
         for seed in range(QUICK.seeds)
