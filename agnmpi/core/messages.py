@@ -83,8 +83,7 @@ class Commit(NamedTuple):
 
     def encode(self) -> bytes:
         """The header, as it is sent."""
-        header = _COMMIT.pack(*self[:-3], len(self.parts))
-        return header + _int64s(n for part in self.parts for n in part) if self.parts else header
+        return _COMMIT.pack(*self[:-3], len(self.parts)) + _int64s(n for part in self.parts for n in part)
 
     @classmethod
     def decode(cls, header: bytes | bytearray) -> "Commit":
@@ -192,9 +191,7 @@ class Reply(NamedTuple):
             snapshot = None
         intervals = -1 if snapshot is None else len(snapshot.open)
         fixed = (self.clock, self.status, self.control, *self.work, self.steps, self.checkpoint, self.period)
-        header = _REPLY.pack(*fixed, len(self.applied), intervals)
-        if self.applied:
-            header += _int64s(self.applied)
+        header = _REPLY.pack(*fixed, len(self.applied), intervals) + _int64s(self.applied)
         if snapshot is None:
             return header
         return header + _SNAPSHOT.pack(*snapshot[:-1]) + _int64s(n for lease in snapshot.open for n in lease)
@@ -220,7 +217,7 @@ class Reply(NamedTuple):
 
 def _int64s(numbers: Iterable[int]) -> bytes:
     numbers = tuple(numbers)
-    return struct.pack(f"<{len(numbers)}q", *numbers)
+    return struct.pack(f"<{len(numbers)}q", *numbers) if numbers else b""  # most headers carry none
 
 
 def reply_bytes(workers: int, replicates_state: bool) -> int:

@@ -228,7 +228,7 @@ class P2PCenter(CenterEnd):
 
     def _lent(self) -> int:
         """Message buffers in use by silent workers, as `Vectors` says."""
-        return len(self._used_by_silent() - {self._vectors.center}) if self.silent else 0
+        return len(self._used_by_silent() - {self._vectors.center})
 
     # Polling: receives headers and deltas, sends replies. It applies and reports nothing and does not change c: so it
     # may run during an apply.
