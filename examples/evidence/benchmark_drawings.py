@@ -23,7 +23,7 @@ def group(rows: list[dict]) -> Groups:
     """
     groups: Groups = {}
     for row in sorted(rows, key=lambda row: row["seed"]):
-        rounds = EXPERIMENTS[row["experiment"]].methods[row["method"]].get("rule") in ("synchronous", "diloco")
+        rounds = EXPERIMENTS[row["experiment"]].numbers(row["method"]).get("rule") in ("synchronous", "diloco")
         for link in LINKS if row["link"] and rounds else [row["link"]]:
             if link or not row["link"]:
                 groups.setdefault((row["experiment"], row["method"], link), []).append(moved(row, link))
@@ -38,8 +38,8 @@ def moved(row: dict, link: str) -> dict:
     if row["link"] == link:
         return row
     experiment = EXPERIMENTS[row["experiment"]]
-    numbers = experiment.common | experiment.methods[row["method"]]
-    in_a_round = experiment.workers * numbers.get("period", 10) * numbers["batch"]
+    numbers = experiment.numbers(row["method"])
+    in_a_round = experiment.workers * numbers["period"] * numbers["batch"]
     a, b = (1 / LINKS[name] for name in (row["link"], link))
     longer, samples = 2 * 4 * experiment.parameters * (b - a), row["samples"] / row["curve"][-1][1]
     curve = [
@@ -78,7 +78,7 @@ def tables(rows: list[dict]) -> str:
             continue
         digits = 2 if experiment.metric == "accuracy" else 3
         lines = []
-        for method in (*experiment.methods, PARALLEL):
+        for method in (*experiment.methods, PARALLEL, *experiment.variants):
             for link in LINKS:
                 if not (found := mine.get((method, link))):
                     continue

@@ -36,12 +36,16 @@ class Experiment(NamedTuple):
     common: dict  # of the configuration
     timing: dict  # of a step with the batch of `common`; it is in proportion to that
     methods: dict[str, dict]  # what differs in the configuration
+    variants: dict[str, dict] = {}  # the same, of runs that say why: with one seed, and in no picture
     options: dict = {}  # of the problem
+
+    def numbers(self, method: str) -> dict:
+        """The configuration of a method or a variant."""
+        return {"workers": self.workers, "period": 10} | self.common | (self.methods | self.variants)[method]
 
     def step_time(self, method: str) -> float:
         """Seconds of a step, in proportion to its batch."""
-        batch = self.common["batch"]
-        return self.timing["step_time"] * self.methods[method].get("batch", batch) / batch
+        return self.timing["step_time"] * self.numbers(method)["batch"] / self.common["batch"]
 
 
 _SMALL = {"optimizer": "adam", "batch": 64, "epochs": 10.0, "evaluate_every": 1.0, "schedule": "cosine"}
@@ -55,6 +59,8 @@ _FREQUENT = {
     "batch": 3, "steps": 8000, "period": 1, "outer_rate": 1.0, "rate": 0.002, "warmup": 400, "centers": 4,
     "encoding": "int4", "pull_encoding": "int8",
 }  # fmt: skip
+_PLAIN = _FREQUENT | {"centers": 1, "encoding": "float32", "pull_encoding": "float32"}
+_OTHER_RULE = _PLAIN | {"outer_rate": None}
 EXPERIMENTS = {
     "Fashion-MNIST": Experiment(
         "fashion:FashionCNN",
@@ -67,12 +73,16 @@ EXPERIMENTS = {
         {
             ONE: {"workers": 1, "rate": 0.004, "warmup": 300},
             DEFAULT: {},
-            DIVIDED: {"batch": 8, "outer_rate": 1.0, "rate": 0.006, "warmup": 2000, **_INT8},
             OPTIMISTIC: {"batch": 8, "rate": 0.011, "warmup": 2400, **_OPTIMISTIC},
             "synchronous, λ = 1": {"rule": "synchronous", "period": 1, "rate": 0.008, "warmup": 256},
             "DiLoCo": {"rule": "diloco", "optimizer": "adamw", "rate": 0.001},
             "AEASGD": {"rule": "aeasgd", "rate": 0.001, "rho": 100.0},  # α = 0.1
             "AGN as published": {"outer_rate": "published", "rate": 0.001},
+        },
+        {
+            DIVIDED: {"batch": 8, "outer_rate": 1.0, "rate": 0.006, "warmup": 2000, **_INT8},
+            "one process, without a warmup": {"workers": 1, "rate": 0.004},
+            "batch 16, optimistic, λ = 1": {"batch": 16, "rate": 0.011, "warmup": 1200, **_OPTIMISTIC},
         },
     ),
     "Shakespeare": Experiment(
@@ -91,6 +101,13 @@ EXPERIMENTS = {
             DEFAULT: {},
             "DiLoCo": {"rule": "diloco", "period": 25, "rate": 0.001, "warmup": 100},
         },
+        {
+            "optimistic, float32, one center": _PLAIN | _OPTIMISTIC,
+            "optimistic, int4 both ways": _FREQUENT | _OPTIMISTIC | {"pull_encoding": "int4"},
+            "synchronous, batch 3, λ = 1": _OTHER_RULE | {"rule": "synchronous"},
+            "synchronous, batch 3, λ = 10": _OTHER_RULE | {"rule": "synchronous", "period": 10},
+            "AEASGD, batch 3, λ = 1": _OTHER_RULE | {"rule": "aeasgd", "rho": 125.0},  # α = 0.25
+        },
     ),
 }
 
@@ -106,13 +123,14 @@ class Cell(NamedTuple):
 
 def cells(found: list[str]) -> list[Cell]:
     """All runs of the experiments `found`: first those that decide."""
-    fashion, shakespeare = EXPERIMENTS["Fashion-MNIST"].methods, EXPERIMENTS["Shakespeare"].methods
-    first = ONE, OPTIMISTIC, DEFAULT
-    mine = [Cell("Fashion-MNIST", method, "", seed) for seed in range(5) for method in first]
-    mine += [Cell("Fashion-MNIST", method, "", 0) for method in fashion if method not in first]
+    fashion, shakespeare = EXPERIMENTS.values()
+    mine = [Cell("Fashion-MNIST", method, "", seed) for seed in range(5) for method in fashion.methods]
     for seed in range(3):
-        mine += [Cell("Shakespeare", method, "" if method == ONE else "50 Mbit/s", seed) for method in shakespeare]
+        for method in shakespeare.methods:
+            mine.append(Cell("Shakespeare", method, "" if method == ONE else "50 Mbit/s", seed))
         mine += [Cell("Shakespeare", method, "1 Gbit/s", seed) for method in (OPTIMISTIC, DEFAULT)]
+    mine += [Cell("Fashion-MNIST", method, "", 0) for method in fashion.variants]
+    mine += [Cell("Shakespeare", method, "50 Mbit/s", 0) for method in shakespeare.variants]
     return [cell for cell in mine if cell.experiment in found]
 
 
@@ -131,9 +149,9 @@ def run_cell(cell: Cell, data: dict[str, str]) -> dict:
     from agnmpi.training.config import Config
 
     mine = EXPERIMENTS[cell.experiment]
-    numbers = {"workers": mine.workers, "period": 10} | mine.common | mine.methods[cell.method]
     options = mine.options | {"path": data[cell.experiment]}
-    config = Config(problem=mine.problem, options=options, transport="local", seed=cell.seed, device="cpu", **numbers)
+    numbers = mine.numbers(cell.method) | {"options": options, "seed": cell.seed}
+    config = Config(problem=mine.problem, transport="local", device="cpu", **numbers)
     timing = STEP | mine.timing | travel(LINKS[cell.link], config.centers) | {"step_time": mine.step_time(cell.method)}
     row = simulated(config, Timing(time_seed=cell.seed, **timing), mine.metric)
     del row["staleness"]["histogram"]
