@@ -11,6 +11,7 @@ turns, each in a launch of its own:
     ddp        PyTorch's DistributedDataParallel, gloo
     agnmpi …   AGNOptimizer(None, …), overlap, outer rate 0.7, λ = 10 or the number that is named, the same model and
                step; with the options that are named
+    numpy …    the same model and batches in NumPy (examples/mnist_mlp.py), with agnmpi's Adam: alone, or as agnmpi
 
 The model's parameters are views of one vector on all sides. The steps hold a run's beginning and end, too, where every
 rank gets the float32 center: the more steps, the less these count. Each round has a seed, of the parameters and of the
@@ -34,7 +35,7 @@ from launcher import ROOT, mpi_kind, mpiexec_path
 
 NETLAB = Path(os.environ.get("AGNMPI_NETLAB") or ROOT.parent / "shared/tools/netlab.sh")
 BATCH, PERIOD, WARM_UP = 128, 10, 20  # steps of each worker that are not timed: compilers, connections
-# Side -> hosts of its ranks, and options of the transport, and λ; no options: it is not agnmpi's.
+# Side -> hosts of its ranks, and options of the transport, and λ; None: two that do not exchange by agnmpi.
 SIDES = {
     "alone": ("h0,h1", None),
     "local_sgd": ("h0,h1", None),
@@ -45,6 +46,8 @@ SIDES = {
     "agnmpi int4 8": ("h2,h0,h1", {"period": 8, "encoding": "int4", "pull_encoding": "int4"}),
     "agnmpi int8 5": ("h2,h0,h1", {"period": 5, "encoding": "int8", "pull_encoding": "int8"}),
     "agnmpi int4 5": ("h2,h0,h1", {"period": 5, "encoding": "int4", "pull_encoding": "int4"}),
+    "numpy alone": ("h0,h1", None),
+    "numpy int4": ("h2,h0,h1", {"encoding": "int4", "pull_encoding": "int4"}),
     "agnmpi shards": ("h0,h1,h0,h1", {"centers": "hosts"}),
     "agnmpi shards int8": ("h0,h1,h0,h1", {"centers": "hosts", "encoding": "int8", "pull_encoding": "int8"}),
 }
@@ -113,6 +116,28 @@ class Task:
             return float((self.model(x).argmax(1) == y).float().mean())
 
 
+class NumpyTask:
+    """The same in NumPy: agnmpi's optimizer takes the steps."""
+
+    def __init__(self, path, seed):
+        import numpy as np
+
+        sys.path.insert(0, str(ROOT / "examples"))
+        from mnist_mlp import Mnist
+
+        self.problem = Mnist(path=path)
+        self.params = self.problem.init(np.random.default_rng(seed))
+        self.order = np.random.default_rng(seed + 1).permutation(60000)
+
+    def loss(self, number):
+        """Of batch `number`, a function of the parameters."""
+        rows = self.order.take(range(number * BATCH, (number + 1) * BATCH), mode="wrap")
+        return lambda params: self.problem.gradient(params, rows)
+
+    def accuracy(self):
+        return self.problem.evaluate(self.params)["accuracy"]
+
+
 def train_pytorch(task, side, comm, steps):
     """Train `steps` steps on each of two ranks; returns the seconds."""
     import torch.distributed as dist
@@ -141,22 +166,35 @@ def train_pytorch(task, side, comm, steps):
 
 
 def train_agnmpi(task, options, comm, steps):
-    """Train on two workers, 2 × `steps` timed steps."""
-    from agnmpi import AGNOptimizer, rules, transports
+    """Train on two workers, 2 × `steps` timed steps; without `options` each alone."""
+    from mpi4py import MPI
 
-    params = {name: p.detach().numpy() for name, p in task.model.named_parameters()}
-    rule = rules.weighted(rules.agn(), rules.outer_rate(0.7))
-    options = {"period": PERIOD} | options
+    from agnmpi import AGNOptimizer, adam, rules, transports
+
+    numpy, alone = isinstance(task, NumpyTask), options is None
+    options = {"period": PERIOD} | (options or {})
+    params = task.params if numpy else {name: p.detach().numpy() for name, p in task.model.named_parameters()}
+    rule = rules.weighted(rules.agn(), rules.outer_rate(1.0 if alone else 0.7))
     opt = AGNOptimizer(
-        None, params, comm, communication_period=options.pop("period"), rule=rule, transport=transports.p2p(**options),
-        overlap=True, copy=False,
+        adam(1e-3) if numpy else None, params, MPI.COMM_SELF if alone else comm, options.pop("period"), rule=rule,
+        transport="local" if alone else transports.p2p(**options), overlap=not alone, copy=numpy,
     )  # fmt: skip
-    for number in opt.steps(2 * WARM_UP):
-        opt.step(task.step(number))
+    workers, first, apart = (1, comm.rank, comm.size) if alone else (2, 0, 1)
+
+    def train(begin, count):
+        for i in opt.steps(workers * count):
+            number = (workers * begin + i) * apart + first
+            if numpy:
+                opt.minimize(task.loss(number))
+            else:
+                opt.step(task.step(number))
+
+    train(0, WARM_UP)
     with Timer(comm) as timer:
-        for number in opt.steps(2 * steps):
-            opt.step(task.step(2 * WARM_UP + number))
+        train(WARM_UP, steps)
     opt.close()
+    if numpy:
+        task.params = opt.params
     return timer
 
 
@@ -165,8 +203,9 @@ def rank(side, path, steps, seed, out):
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    task = Task(path, seed)
-    if SIDES[side][1] is None:
+    numpy = side.startswith("numpy")
+    task = NumpyTask(path, seed) if numpy else Task(path, seed)
+    if SIDES[side][1] is None and not numpy:
         timer = train_pytorch(task, side, comm, steps)
     else:
         timer = train_agnmpi(task, SIDES[side][1], comm, steps)
