@@ -123,7 +123,9 @@ def node_centers(hosts: Sequence[object]) -> list[tuple[int, ...]]:
 
 
 def check_world(comm: MPI.Comm, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a world of one rank where the launcher started several."""
+    """Refuse what is no intracommunicator, and a world of one rank where the launcher started several."""
+    if not isinstance(comm, MPI.Intracomm):
+        raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
     if MPI.COMM_WORLD.size > 1 or comm.size > 1:
         return
     # Under mpiexec the tasks of the step are its daemons, one on each node.

@@ -95,6 +95,7 @@ class FlatModel:
         x: (n,) the numbers, on the host: float64 if all that are trained are, else float32.
         buffers: how many at the end of x are buffers.
         counters: the tensors num_batches_tracked.
+        tensors: what lies in x, in order: shape and strides by name.
     """
 
     def __init__(self, model: Any, optimizer: Any, comm: MPI.Comm) -> None:
@@ -108,6 +109,10 @@ class FlatModel:
         for tensor in (*kinds.constant.values(), *kinds.averaged.values(), *kinds.counters.values()):
             _broadcast(comm, tensor)
         self.counters = list(kinds.counters.values())
+        self.tensors = {
+            name.replace("_orig_mod.", ""): f"{tuple(t.shape)}, strides {_strides(t)}"  # torch.compile's
+            for name, t in (kinds.trained | kinds.averaged).items()
+        }
         parameters = {name for name, _ in model.named_parameters()}
         self._frozen = {name: t for name, t in kinds.constant.items() if name in parameters}
         self._local = {name: t for name, t in kinds.constant.items() if name not in parameters}

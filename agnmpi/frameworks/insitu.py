@@ -127,8 +127,6 @@ class Run:
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(comm, MPI.Intracomm):
-            raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
         check_world(comm)
         self._comm, self._rank = comm.Dup(), comm.rank
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)  # of ours alone: an error is an exception, whatever the solver has

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from mpi4py import MPI
 
 from ..arrays.backend import Array, empty
+from ..cluster.placement import check_world
 from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..loops.agn_optimizer import AGNOptimizer
@@ -55,6 +56,8 @@ class Run(AnyRun):
         ValueError: for trees that differ between ranks, or hold no floating numbers.
     """
 
+    _steps_by = "run.update()"
+
     def __init__(
         self,
         params: Tree,
@@ -78,6 +81,7 @@ class Run(AnyRun):
     ) -> None:
         self.params, self.opt_state, self.key = params, opt_state, key
         self._first_state = _copied(opt_state)
+        check_world(comm)
         ours = comm.Dup()
         try:
             vector = raise_on_all(ours, lambda: _vector(params))
@@ -93,7 +97,7 @@ class Run(AnyRun):
             dylu=dylu, on_commit=self._pack, on_pull=self._unpack,
             on_refused=self._refused, checkpoint=checkpoint, resume=resume, checkpoint_every=checkpoint_every,
             checkpoint_workers=checkpoint_workers, state=self._state, load_state=self._resumed_with,
-            monitor=self._monitoring(monitor),
+            monitor=self._monitoring(monitor), tensors={name: str(leaf.shape) for name, leaf in _leaves(params)},
         )  # fmt: skip
         super().__init__(opt, period, checkpoint)
         if key is not None and opt.worker > 0:

@@ -1,5 +1,7 @@
 """What a run is in every framework: batches on workers, service and evaluation at the center, the end."""
 
+import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -22,6 +24,7 @@ from . import randomness
 from .sampler import Dealt, Sampler, ahead
 
 Batch = TypeVar("Batch")
+_MANY_TURNS = 100  # without a step: gradients accumulate over fewer
 
 
 class _Place(NamedTuple):
@@ -43,10 +46,12 @@ class Run(ABC):
     """
 
     _saved: Mapping[str, Array] | None = None  # of this worker, until the script is where that was saved
+    _steps_by: str  # the call that is one
 
     def __init__(self, opt: AGNOptimizer, period: int, checkpoint: str | Path | None) -> None:
         self._opt, self._period, self._checkpoint = opt, period, checkpoint
-        self._taken, self._loss = True, nan  # the step of this turn, and its loss
+        self._taken, self._loss, self._untaken = True, nan, 0  # the step of this turn, its loss, turns without one
+        self._held = threading.RLock()  # by the one that lets what is trained hold another center
         self._place = _Place(0, 1, 0, 0)
         self._loader: Any = None  # of the last pass of this loop
         self._pass_began: dict[str, Array] = {}  # the random generators at the beginning of that pass
@@ -150,7 +155,7 @@ class Run(ABC):
                     self._taken = False
                     yield before + number
                     if not self._taken:
-                        self._opt.skip()
+                        self._skip()
         except Interrupted:
             assert self._checkpoint is not None
             self._write(self._checkpoint)
@@ -159,6 +164,14 @@ class Run(ABC):
             self._place = self._place._replace(ended=1)
         self._finish()
         self._go_on()
+
+    def _skip(self) -> None:
+        """A turn ends without a step."""
+        self._opt.skip()
+        self._untaken += 1
+        if self._untaken == _MANY_TURNS:
+            turns = f"rank {self._opt.comm.rank}: {_MANY_TURNS} turns of the loop without a step"
+            warnings.warn(f"{turns}: does it call {self._steps_by}?", RuntimeWarning, stacklevel=4)
 
     def _finish(self) -> None:
         """Wait for the other workers, and take the final center."""
@@ -245,12 +258,12 @@ class Run(ABC):
 
     def _step(self) -> None:
         """Count the step that was taken, and exchange when λ are done."""
-        loss, self._taken, self._loss = self._loss, True, nan
+        loss, self._taken, self._loss, self._untaken = self._loss, True, nan, 0
         self._opt.step(loss)
 
     def tell(self, loss: Any) -> None:
         """Tell the loss of the step that is about to be counted, for `status` and `monitor`; waits for a GPU."""
-        self._loss = float(loss)
+        self._loss = float(loss.detach() if hasattr(loss, "detach") else loss)
 
     def _monitoring(self, given: Monitoring | str | Path | None) -> Monitoring | str | Path | None:
         """As `given`, but what it evaluates is what is trained, and holds the center meanwhile."""
@@ -277,8 +290,11 @@ class Run(ABC):
         with self._holding_parts({name: arrays[name] for name in own}) as held:
             yield held
 
-    def _holding_parts(self, center: Mapping[str, Array]) -> AbstractContextManager[Any]:
-        return self._holding(np.concatenate(list(center.values())))
+    @contextmanager
+    def _holding_parts(self, center: Mapping[str, Array]) -> Generator[Any, None, None]:
+        # `evaluate` and what `monitor` evaluates have a thread each.
+        with self._held, self._holding(np.concatenate(list(center.values()))) as held:
+            yield held
 
     @abstractmethod
     def _holding(self, x: Array) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from ..arrays import kernels
 from ..arrays.backend import Array
+from ..cluster.placement import check_world
 from ..core.optimizers import Optimizer
 from ..core.rules import Rule
 from ..loops.agn_optimizer import AGNOptimizer
@@ -21,7 +22,7 @@ from ..transport.registry import Transport
 from .flat_model import FlatModel
 from .launcher import hide_launcher_from_children
 from .run import Run as AnyRun
-from .torch_optimizer import Schedule, packed, reset_of, unpacked, unwrapped, was_skipped
+from .torch_optimizer import Schedule, check_kinds, packed, reset_of, unpacked, unwrapped, was_skipped
 
 hide_launcher_from_children()
 
@@ -57,6 +58,8 @@ class Run(AnyRun):
     refused: its worker goes on from the center, with an optimizer that has forgotten its moments.
     """
 
+    _steps_by = "optimizer.step()"
+
     def __init__(
         self,
         model: Any,
@@ -80,9 +83,11 @@ class Run(AnyRun):
         monitor: Monitoring | str | Path | None = None,
     ) -> None:
         self.model, self.optimizer = model, unwrapped(optimizer, "optimizer")
+        check_world(comm)
         ours = comm.Dup()
         try:
-            self._schedule = raise_on_all(ours, lambda: scheduler and Schedule(scheduler))
+            raise_on_all(ours, lambda: check_kinds(model, self.optimizer))
+            self._schedule = raise_on_all(ours, lambda: scheduler and Schedule(scheduler, self.optimizer))
             self._flat = FlatModel(model, self.optimizer, ours)
             self._stateful = raise_on_all(ours, lambda: _checked(stateful))
         finally:
@@ -96,7 +101,7 @@ class Run(AnyRun):
             on_commit=self._read, on_pull=self._pulled, on_refused=self._refused,
             checkpoint=checkpoint, resume=resume, checkpoint_every=checkpoint_every,
             checkpoint_workers=checkpoint_workers, state=self._state, load_state=self._resumed_with,
-            monitor=self._monitoring(monitor),
+            monitor=self._monitoring(monitor), tensors=self._flat.tensors,
         )  # fmt: skip
         super().__init__(opt, period, checkpoint)
         self._threads = torch.get_num_threads()
@@ -122,9 +127,12 @@ class Run(AnyRun):
     def _finish(self) -> None:
         super()._finish()
         self._flat.count(self._opt.taken)
+        # Else a scheduler that the script steps next warns on ranks where others have taken the steps.
+        self.optimizer._opt_called = True
 
     def _own_state(self) -> dict[str, Array]:
         states = {
+            "kind": type(self.optimizer).__name__,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self._schedule and self._schedule.state(),
             "stateful": [each.state_dict() for each in self._stateful],
@@ -139,6 +147,9 @@ class Run(AnyRun):
                 f"the checkpoint holds {len(states['stateful'])} objects that were given as `stateful`, but there are "
                 f"{len(self._stateful)} now"
             )
+        kind = type(self.optimizer).__name__
+        if (saved_kind := states.get("kind", kind)) != kind:
+            raise ValueError(f"the checkpoint's optimizer is {saved_kind}, not {kind}: what it has stored does not fit")
         self._flat.set_local(states["local"])
         if not within and not self._schedule:  # the script itself has changed the rates between loops, and does again
             states["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]

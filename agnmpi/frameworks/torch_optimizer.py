@@ -19,6 +19,14 @@ def unwrapped(wrapper: Any, inner: str) -> Any:
     return wrapper
 
 
+def check_kinds(model: Any, optimizer: Any) -> None:
+    """Raise TypeError for what is not torch's."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if not hasattr(optimizer, "register_step_post_hook"):
+        raise TypeError(f"optimizer must be one of torch.optim, not {type(optimizer).__name__}")
+
+
 def reset_of(optimizer: Any) -> Callable[[], None]:
     """What gives `optimizer` the state back that it has now: none, where it makes its state at its first step."""
     if not optimizer.state:
@@ -37,11 +45,16 @@ class Schedule:
     """A scheduler of torch, moved by the steps of the run. Its own `step` does nothing meanwhile.
 
     Raises:
-        TypeError: for a scheduler that follows a metric.
+        TypeError: for no scheduler, or one that follows a metric.
+        ValueError: for one of another optimizer.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, optimizer: Any) -> None:
         self.scheduler = unwrapped(scheduler, "scheduler")
+        if hasattr(self.scheduler, "param_groups") or not hasattr(self.scheduler, "step"):
+            raise TypeError(f"scheduler must be one of torch.optim.lr_scheduler, not {type(scheduler).__name__}")
+        if unwrapped(getattr(self.scheduler, "optimizer", optimizer), "optimizer") is not optimizer:
+            raise ValueError("scheduler moves the rate of another optimizer than the one that is given")
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise TypeError("ReduceLROnPlateau follows a metric, not steps: leave it out, and call its step(metric)")
         self._step, self.at = self.scheduler.step, 0

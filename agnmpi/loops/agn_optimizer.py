@@ -22,7 +22,7 @@ from ..training.evaluations import Point
 from ..transport.agreement import ConfigError, raise_on_all
 from ..transport.registry import Transport
 from .arguments import Arguments
-from .gradients import Gradients, by_name, fill
+from .gradients import Gradients, by_name, fill, value_and_gradients
 from .hook import Hook
 from .loop import Loop
 from .monitoring import LoopMonitor, Monitoring
@@ -80,6 +80,8 @@ class AGNOptimizer:
         resume: "auto": from the newest checkpoint in `checkpoint`, if there is one; else a directory that has one.
         state, load_state: arrays of yours on this rank, such as moments, that checkpoints hold; called with them.
         monitor: `agnmpi.Monitoring(…)`, or its directory alone: what `agnmpi train` shows and writes, of your loop.
+        tensors: what lies in a vector of yours, by name, in order, in any words, such as shapes: a checkpoint of a run
+            where that was otherwise is refused. Default: the parameters' shapes alone.
 
     Raises:
         TypeError: for what is not an array or optimizer.
@@ -127,16 +129,16 @@ class AGNOptimizer:
         state: Callable[[], Mapping[str, Array]] = dict,
         load_state: Callable[[Mapping[str, Array]], object] = bool,
         monitor: Monitoring | str | Path | None = None,
+        tensors: Mapping[str, str] | None = None,
     ) -> None:
-        if not isinstance(comm, MPI.Intracomm):
-            raise TypeError(f"comm must be an mpi4py intracommunicator, not {type(comm).__name__}")
         check_world(comm)
         warn_of_threads(name)
         self._kept, self._caller_state = Kept.of(checkpoint, checkpoint_every, checkpoint_workers), (state, load_state)
         self._comm, self._name, self._optimizer, self.loss = comm.Dup(), name, optimizer, nan
         self._hook = AbortOnException(self._comm)
-        self._on_commit, self._on_pull, self._on_refused = on_commit, on_pull, on_refused
+        self._on_commit, self._on_pull, self._on_refused, self._tensors = on_commit, on_pull, on_refused, tensors
         try:
+            raise_on_all(self._comm, lambda: self._kept and self._comm.rank == 0 and self._kept.make())
             arguments = Arguments(
                 optimizer, center_optimizer, params, communication_period, rule, variant, transport, buffers,
                 outer_rate, copy,
@@ -191,10 +193,11 @@ class AGNOptimizer:
         wire = choose_wire(comm, self._x, setup.transport)
         setup = setup._replace(transport=replace(setup.transport, wire=wire))
         self._sharded = len(setup.center_ranks) > 1
-        caller = Caller(self._pack, self._pulled, self._refused, *self._caller_state)
+        caller = Caller(self._pack, self._pulled, self._refused, *self._caller_state, self._tensors or {})
         options = facts | {"rule": rule.name, "transport": transport.name, "period": period}
+        del options["communication_period"]  # the command line's name of it is period
         where = self._kept and self._kept.directory
-        given = Monitoring(monitor) if isinstance(monitor, str | Path) else monitor
+        given = Monitoring.of(monitor)
         self._monitor = LoopMonitor(given, comm, where, resumes, options, layout, self._x) if given else None
         loop = Loop(
             comm, rule, self._x, optimizer, center_optimizer, setup, period, self._name, caller, layout, self._kept,
@@ -358,7 +361,7 @@ class AGNOptimizer:
         a variable without one. `var_list`: names or variables to return, all if None. The value is in `self.loss`.
         """
         self._loop.check()
-        value, gradients = loss(self.params)
+        value, gradients = value_and_gradients(loss(self.params), self._comm.rank)
         named = by_name(gradients, self._layout)
         self.loss = float(value)
         selected = self._layout.names if var_list is None else [self._name_of(v) for v in var_list]

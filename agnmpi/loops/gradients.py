@@ -9,6 +9,18 @@ from ..core.params import Layout
 Gradients: TypeAlias = Mapping[str, Any] | Sequence[Any]
 
 
+def value_and_gradients(returned: Any, rank: int) -> tuple[Any, Gradients]:
+    """Both of what a loss has returned; raises TypeError, with the rank, for anything else."""
+    if not isinstance(returned, tuple | list) or len(returned) != 2 or isinstance(returned[0], Mapping | list | tuple):
+        raise TypeError(f"rank {rank}: the loss must return (value, gradients), in this order, not {_told(returned)}")
+    return returned[0], returned[1]
+
+
+def _told(value: Any) -> str:
+    kind = type(value).__name__
+    return f"a {kind} of {', '.join(type(x).__name__ for x in value)}" if isinstance(value, tuple | list) else kind
+
+
 def by_name(gradients: Gradients, layout: Layout) -> dict[str, Any]:
     """The gradient of each parameter, None where there is none. Raises ValueError for others than those of `layout`."""
     if isinstance(gradients, Mapping):

@@ -13,7 +13,7 @@ from ..core.params import Layout
 from ..core.worker import Phase
 from ..recovery.center_state import Saved
 from ..recovery.checkpoint import newest, read_caller, read_span
-from ..recovery.restore import resume
+from ..recovery.restore import check_tensors, resume
 from ..recovery.saver import workers_saved
 from ..training.abort import abort
 from ..training.exits import Interrupted, Signals
@@ -73,6 +73,7 @@ class Keeper:
         facts = resume(session.comm, role, self._layout, None, {}, run, required, self._say)
         if facts is None:
             return None
+        check_tensors(caller.tensors, facts, facts["checkpoint"])
         if self._checkpoints is not None and self._kept is not None:
             # Savers that were made before would take it for a new one, and write a later state into it.
             self._checkpoints.finish()

@@ -125,6 +125,7 @@ class Loop(Warner):
         return {
             "samples": self.session.role.center.steps,
             "seconds": time.monotonic() - self._began[0],
+            **({"tensors": list(self._caller.tensors.items())} if self._caller.tensors else {}),
             **self._keeper.progress(between),
             **(self._monitor.facts if self._monitor else {}),
         }

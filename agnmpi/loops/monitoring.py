@@ -58,6 +58,13 @@ class Monitoring:
     writers: str = ""
     on_event: OnEvent = None
 
+    @classmethod
+    def of(cls, given: "Monitoring | str | Path | None") -> "Monitoring | None":
+        """What is given, or its directory alone; raises TypeError for anything else."""
+        if not isinstance(given, Monitoring | str | Path | None):
+            raise TypeError(f"monitor must be agnmpi.Monitoring(…) or a directory, not {given!r}")
+        return cls(given) if isinstance(given, str | Path) else given
+
     def config(self, period: int) -> Config:
         """What of it `agnmpi train` has an option for. Raises ValueError for bad values."""
         if self.every < 1:

@@ -1,5 +1,6 @@
 """What a program, its AGNOptimizer and the loop of that give each other."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,7 @@ class Caller(NamedTuple):
     refused: Callable[[], None]  # then, if this worker's commit was refused
     state: Callable[[], Mapping[str, Array]]  # a worker's arrays that checkpoints hold, beside its own
     restore: Callable[[Mapping[str, Array]], object]  # called with the same, when resumed
+    tensors: Mapping[str, str]  # what lies in x: a checkpoint of another is refused; empty: not known
 
 
 class Kept(NamedTuple):
@@ -47,10 +49,18 @@ class Kept(NamedTuple):
 
     @classmethod
     def of(cls, directory: str | Path | None, every: float, workers: str) -> "Kept | None":
-        """None without a directory; raises ValueError for other `workers`."""
+        """None without a directory; raises ValueError for bad values."""
         if workers not in ("all", "end", "none", "auto"):
             raise ValueError(f"checkpoint_workers must be auto, all, end or none, not {workers!r}")
+        if not every >= 0:
+            raise ValueError(f"checkpoint_every must be a number of seconds of at least 0, not {every!r}")
         return None if directory is None else cls(Path(directory), every, workers)
+
+    def make(self) -> None:
+        """Make the directory; raises OSError where nothing can be written there."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.directory, os.W_OK):
+            raise PermissionError(f"checkpoint: {self.directory} cannot be written to")
 
 
 class Asked(NamedTuple):

@@ -46,6 +46,14 @@ def _is_layout(value: Any) -> bool:
     return named and not offsets[0] and offsets[-1] > 0 and sizes == list(map(prod, shapes))
 
 
+def _are_named_texts(value: Any) -> bool:
+    """Whether they are pairs of strings, with different names."""
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        return False
+    strings = all(isinstance(text, str) for pair in value for text in pair)
+    return strings and len({name for name, _ in value}) == len(value)
+
+
 def _is_leases(value: Any) -> bool:
     """Whether each step before `next` is committed, given up, or in one free lease."""
     if value is None:  # the work is divided elsewhere
@@ -92,6 +100,7 @@ _OPTIONAL: Mapping[str, Check] = {
     "served": _is_count,
     "session": _is_count,
     "ranks": _are_counts,
+    "tensors": _are_named_texts,
 }
 _WORKER: Mapping[str, Check] = {
     "worker": _is_count,

@@ -172,3 +172,19 @@ def check_model(layout: Layout, facts: Mapping[str, Any], name: str) -> None:
         differ.append(f"the order is {', '.join(saved)} there and {', '.join(shapes)} here")
     if differ:
         raise ValueError(f"{name} is of another model: {'; '.join(differ[:5])}")
+
+
+def check_tensors(tensors: Mapping[str, str], facts: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError, with the differences, where other tensors lie in the vector, if both are known."""
+    saved = dict(facts.get("tensors", ()))
+    if not tensors or not saved or list(saved.items()) == list(tensors.items()):
+        return
+    differ = [
+        f"{n!r} is {saved.get(n, 'missing')} there and {tensors.get(n, 'missing')} here"
+        for n in dict.fromkeys([*saved, *tensors])
+        if saved.get(n) != tensors.get(n)
+    ]
+    if not differ:
+        there, here = next((a, b) for a, b in zip(saved, tensors) if a != b)
+        differ = [f"in the order of its tensors {there!r} there stands where {here!r} stands here"]
+    raise ValueError(f"{name} is of another model: {'; '.join(differ[:5])}")

@@ -320,7 +320,13 @@ def newest_config(directory: Path) -> Path:
 
 def load_run(directory: Path, given: Mapping[str, Any] | None = None, sets: Sequence[str] = ()) -> Config:
     """Read the configuration that the run in `directory` had last; arguments and errors as of `load`."""
-    config = load(str(newest_config(directory)), given, sets)
+    path = newest_config(directory)
+    if "dtypes" in (written := read_toml(str(path))):  # by a LoopMonitor
+        raise ValueError(
+            f"{directory} is the run of a loop of its own, in {written['problem']}: start that script again (with "
+            "resume), or load best.safetensors there"
+        )
+    config = load(str(path), given, sets)
     if config.rule == "agn" and config.outer_rate is None:
         return replace(config, outer_rate="published")  # of agnmpi 0.4, where nothing else was the default
     return config

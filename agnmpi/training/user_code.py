@@ -58,7 +58,7 @@ def blamed(what: str) -> Iterator[None]:
 
 def where(function: Callable[..., Any]) -> str:
     """The name of a function, and where it is written."""
-    name = getattr(function, "__qualname__", repr(function))
+    name, function = getattr(function, "__qualname__", repr(function)), inspect.unwrap(function)
     try:
         return f"{name} ({inspect.getsourcefile(function)}, line {inspect.getsourcelines(function)[1]})"
     except (OSError, TypeError):

@@ -462,6 +462,11 @@ def test_misuse_is_refused(comm):
             for kind, text, gradients in bad:
                 with pytest.raises(kind, match=text):
                     opt.minimize(lambda p, gradients=gradients: (0.0, gradients))
+            for returned in (0.0, ({"w": np.zeros((2, 3))}, 0.0), {"w": 0.0}):
+                with pytest.raises(
+                    TypeError, match=r"rank \d+: the loss must return \(value, gradients\), in this order"
+                ):
+                    opt.minimize(lambda p, returned=returned: returned)
             with pytest.raises(TypeError, match="no variable"):
                 opt.apply_gradients([(np.zeros((2, 3)), np.zeros((2, 3)))])
             with pytest.raises(RuntimeError, match="has an optimizer"):

@@ -13,6 +13,7 @@ from agnmpi.core import rules
 from agnmpi.recovery.files import load
 from agnmpi.reporting.page import page
 from agnmpi.reporting.runs import read
+from agnmpi.training.config import load_run
 from agnmpi.transport import registry
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -194,3 +195,10 @@ def test_with_several_centers_and_in_one_process(comm, directory):
         assert run.result["steps"] == 240
         assert run.result["best"]["value"] < 0.5
         assert of(run, "evaluation")[-1]["metrics"] == distance(opt.center)
+
+
+def test_its_run_is_none_of_the_command_lines(comm, directory):
+    with made(comm, directory / "run") as opt:
+        train(opt, loops=1, steps=20)
+    with pytest.raises(ValueError, match=r"is the run of a loop of its own, in .*: start that script again"):
+        load_run(directory / "run")

@@ -287,6 +287,7 @@ def test_the_outer_rate_is_an_argument(comm):
         assert opt.center["0"][0] == pytest.approx(opt.clock * 0.5 / n * 4)
     for options, text in [
         ({"outer_rate": 0.0}, "positive"),
+        ({"outer_rate": "published"}, "outer_rate must be a number, or None for the published n/λ, not 'published'"),
         ({"rule": rules.aeasgd(0.1), "outer_rate": 1.0}, "weights"),
     ]:
         with pytest.raises(ValueError, match=text):

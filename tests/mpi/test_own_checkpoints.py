@@ -13,6 +13,7 @@ from agnmpi import AGNOptimizer, Interrupted, adam, schedules, sgd
 from agnmpi.core import rules
 from agnmpi.recovery.checkpoint import folder, folders
 from agnmpi.transport import registry
+from agnmpi.transport.agreement import ConfigError
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -216,6 +217,11 @@ def test_what_cannot_be_is_refused(comm, directory):
         AGNOptimizer(sgd(0.1), np.zeros(4), comm, resume="auto")
     with pytest.raises(ValueError, match="checkpoint_workers must be auto, all, end or none, not 'some'"):
         AGNOptimizer(sgd(0.1), np.zeros(4), comm, checkpoint=directory, checkpoint_workers="some")
+    with pytest.raises(ValueError, match=r"checkpoint_every must be .* at least 0, not -1.0"):
+        AGNOptimizer(sgd(0.1), np.zeros(4), comm, checkpoint=directory, checkpoint_every=-1.0)
+    (directory / "file").touch()
+    with pytest.raises(ConfigError, match=r"file' \(rank 0\)$"):
+        AGNOptimizer(sgd(0.1), np.zeros(4), comm, checkpoint=directory / "file")
     with pytest.raises(ValueError, match="no whole checkpoint"):
         AGNOptimizer(sgd(0.1), np.zeros(4), comm, resume=directory / "none")
     with AGNOptimizer(sgd(0.1), np.zeros(4), comm, checkpoint=directory) as opt:

@@ -1,5 +1,7 @@
 """A PyTorch model in one flat vector, and a run of one process: what moves, what is kept, what is refused."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from agnmpi.frameworks.flat_model import FlatModel  # noqa: E402
 from agnmpi.frameworks.launcher import hide_launcher  # noqa: E402
 from agnmpi.transport.agreement import ConfigError  # noqa: E402
 
-nn = torch.nn
+nn, StepLR = torch.nn, torch.optim.lr_scheduler.StepLR
 
 
 def net(dtype=None):
@@ -149,6 +151,49 @@ def test_what_cannot_be_trained_is_refused(make, says):
     model = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match=says):
         alone(model, make(model))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"model": len}, "model must be a torch.nn.Module, not builtin_function_or_method"),
+        ({"optimizer": "adam"}, "optimizer must be one of torch.optim, not str"),
+        ({"optimizer": agnmpi.sgd(0.1)}, "optimizer must be one of torch.optim, not Optimizer"),
+        ({"scheduler": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, "scheduler must be one of .*, not SGD"),
+        ({"scheduler": StepLR(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), 3)}, "of another optimizer"),
+    ],
+)
+def test_what_is_not_of_torch_or_not_of_this_model_is_refused(given, says):
+    model = nn.Linear(2, 2)
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1)} | given
+    with pytest.raises(ConfigError, match=says):
+        agnmpi.torch.Run(comm=MPI.COMM_SELF, **given)
+
+
+def test_a_loop_that_takes_no_step_is_warned_of():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = alone(model, optimizer)
+
+    def train():
+        for turn, _ in enumerate(run.turns(3)):
+            if turn >= 250:
+                optimizer.step()
+
+    with pytest.warns(RuntimeWarning, match=r"rank 0: 100 turns .* does it call optimizer.step\(\)\?") as warned:
+        train()
+    assert len(warned) == 1
+
+
+def test_a_scheduler_by_the_epoch_may_be_stepped_between_two_loops():
+    """Without torch's warning, on a rank that has taken no step."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler, run = StepLR(optimizer, 1), alone(model, optimizer)
+    list(run.turns(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
 
 
 def test_dtensors_are_refused():

@@ -88,6 +88,14 @@ def test_another_state_is_refused(tmp_path):
         next(run.turns(15))
 
 
+def test_other_parameters_are_refused(tmp_path):
+    script(21, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"of another model: .*\(3, 2\) there and \(2, 3\) here"):
+        agnmpi.jax.Run(
+            {"w": jnp.zeros((2, 3)), "b": jnp.zeros(2)}, jnp.zeros(3), MPI.COMM_SELF, transport="local", resume=tmp_path
+        )
+
+
 def test_numbers_that_were_loaded_are_what_they_are():
     """Between two loops: what rounding had added to the numbers before is not taken from much smaller ones."""
     given = {"w": jnp.full(64, 0.5, jnp.bfloat16)}

@@ -1,5 +1,9 @@
 """Runs of PyTorch and JAX that are shown and written as a run of `agnmpi train` is, in one process."""
 
+import threading
+import time
+import warnings
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -71,6 +75,32 @@ def test_what_is_trained_holds_the_center_while_it_is_evaluated(tmp_path, capsys
 
 
 @pytest.mark.parametrize("made", [torch_run, jax_run])
+def test_two_threads_hold_a_center_one_after_the_other(tmp_path, made):
+    """As those of `evaluate` and of what `monitor` evaluates."""
+    run, step, value = made(tmp_path)
+    for _ in run.turns(90):
+        step()
+    run.close()
+    own, seen, holds = value(run.model if hasattr(run, "model") else run.params), [], threading.Event()
+
+    def look():
+        with run.center(tmp_path / "best.safetensors") as held:
+            seen.append(value(held))
+            holds.set()
+            time.sleep(0.2)
+            seen.append(value(held))
+
+    other = threading.Thread(target=look)
+    other.start()
+    holds.wait(10)
+    with run.center() as held:
+        other.join(10)
+        assert value(held) == pytest.approx(3.0)
+    assert seen[0] == seen[1] == pytest.approx(BEST)
+    assert value(run.model if hasattr(run, "model") else run.params) == own == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("made", [torch_run, jax_run])
 def test_a_target_ends_its_loops(tmp_path, made):
     run, step, value = made(tmp_path, stop_at=1.0)
     taken = sum(1 for _ in run.turns(200) if step() is None)
@@ -80,6 +110,18 @@ def test_a_target_ends_its_loops(tmp_path, made):
         assert abs(value(held) - BEST) <= 1.0
     assert 10 <= taken < 200
     assert read(tmp_path).result["steps"] == taken
+
+
+def test_a_loss_is_told_as_it_is(tmp_path):
+    """With its graph: torch would warn."""
+    torch = pytest.importorskip("torch")
+    run, step, _ = torch_run(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in run.turns(5):
+            run.tell((run.model.weight**2).sum() + torch.ones(()))
+            step()
+    run.close()
 
 
 def test_a_directory_is_enough_and_the_model_is_its_own_again(tmp_path):

@@ -203,6 +203,44 @@ def test_what_does_not_fit_is_refused(tmp_path):
         next(run.turns(20))
 
 
+def layers(a=(3, 4), b=(4, 3), names="ab"):
+    made = {"a": nn.Linear(*a), "b": nn.Linear(*b)}
+    return nn.ModuleDict({name: made[name] for name in names})
+
+
+def briefly(model, kind=torch.optim.SGD, end=None, **options):
+    """A run of 4 steps, which is interrupted in step `end`."""
+    optimizer = kind(model.parameters(), 0.1)
+    with agnmpi.torch.Run(model, optimizer, MPI.COMM_SELF, transport="local", **options) as run:
+        for number in run.turns(4):
+            optimizer.zero_grad()
+            model["b"](model["a"](torch.ones(2, 3))).sum().backward()
+            optimizer.step()
+            if number == end:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (layers(b=(4, 4)), r"'b.weight' is \(3, 4\), .* there and \(4, 4\), .* here"),  # as long, with what pads it
+        (layers(names="ba"), "in the order of its tensors 'a.weight' there stands where 'b.weight' stands here"),
+    ],
+)
+def test_another_model_is_refused(tmp_path, other, says):
+    briefly(layers(), checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=says):
+        briefly(other, checkpoint=tmp_path, resume="auto")
+    briefly(torch.compile(layers()), checkpoint=tmp_path, resume="auto")  # the same: its loop is complete
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        briefly(layers(), checkpoint=tmp_path, end=2)
+    with pytest.raises(ValueError, match="the checkpoint's optimizer is SGD, not Adam"):
+        briefly(layers(), torch.optim.Adam, checkpoint=tmp_path, resume="auto")
+
+
 def test_a_model_that_cannot_be_written_costs_no_run(tmp_path):
     (tmp_path / "model.pt").mkdir()  # which no file replaces
     with pytest.warns(RuntimeWarning, match=r"model.pt could not be written: .*directory"):

@@ -1,6 +1,7 @@
 """Errors in a problem show its own frames, whatever their type; what it returns wrongly says what to return."""
 
 import functools
+import json
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ from agnmpi.cli.arguments import ArgumentsRefused, parse
 from agnmpi.core.batches import Plan
 from agnmpi.core.params import Layout
 from agnmpi.training.problem import evaluate, gradient_of, prepare
-from agnmpi.training.user_code import UserCodeError, remarks
+from agnmpi.training.user_code import UserCodeError, remarks, where
 
 PLAN = Plan(8, 4, steps=2)
 
@@ -206,3 +207,8 @@ def test_a_function_may_be_one_too():
     assert remarks(lambda params, indices: params) == []
     assert remarks(lambda params, indices: indices)
     assert remarks(functools.partial(int)) == []
+
+
+def test_a_function_that_is_wrapped_is_where_it_is_written():
+    wrapped = functools.wraps(Returns.gradient)(json.dumps)
+    assert where(wrapped) == where(Returns.gradient)
