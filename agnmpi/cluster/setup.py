@@ -144,12 +144,12 @@ def _refusals(
         (rule.allreduce != caps.together, f"rule {rule.name} cannot use transport {name!r}; use {suitable}, or 'auto'"),
         (
             rule.weighs and not caps.single_commits,
-            f"rule {rule.name} weighs commits, but {adds_only}: use transport {names_with('single_commits')}"
-            + (", or outer_rate 'published'" if rule.name == "agn" else ""),
+            f"rule {rule.name} weighs commits here, but {adds_only}: use transport p2p or rma, or leave out what "
+            "weighs them (staleness_cap, staleness_power, an outer_rate that is a number)",
         ),
         (
             (center_optimizer is not None or rule.accumulates) and not caps.single_commits,
-            f"{adds_only}: no center optimizer; leave use_locking on",
+            f"{adds_only}: no center optimizer, and no variant 'gradient'; use transport p2p or rma",
         ),
         (
             bool(rule.buffers) and not caps.single_commits,

@@ -205,7 +205,7 @@ class AGNOptimizer:
         )  # fmt: skip
         self._restore_blas = limit_blas(loop.session.threads)
         if comm.rank == 0 and not (arguments.rule and arguments.rule.weighs):  # a weight of the caller's is not called
-            advise(self._name, rule, loop.session.role.count, period)
+            advise(self._name, rule, loop.session.role.count, period, center_optimizer is None)
         for text in (setup.unthreaded, loop.session.role.caveat):
             if text and comm.rank == 0:
                 warnings.warn(f"{self._name}: {text}", RuntimeWarning, stacklevel=4)

@@ -171,8 +171,8 @@ def warn_of_threads(name: str) -> None:
         )
 
 
-def advise(name: str, rule: Rule, workers: int, period: int) -> None:
+def advise(name: str, rule: Rule, workers: int, period: int, adds: bool) -> None:
     """Log the advice about n/λ: what is only slow as information, which Python does not show by default."""
-    for line in advice(rule, workers, period):
+    for line in advice(rule, workers, period, adds):
         text = line.removeprefix("WARNING: ")
         logging.getLogger("agnmpi").log(logging.INFO if text == line else logging.WARNING, "%s: %s", name, text)

@@ -3,8 +3,10 @@
 from ..core.rules import CommitInfo, Rule
 
 
-def advice(rule: Rule, workers: int, period: int) -> list[str]:
+def advice(rule: Rule, workers: int, period: int, adds: bool = True) -> list[str]:
     """Advice about n/λ, or the effective outer rate instead, for this run; empty for other rules than agn.
+
+    `adds`: the center adds commits; where an optimizer steps it, a round is no number of mean displacements.
 
     Source: arXiv:1710.02368, section 4 (unstable above 2); slow where a round moves the center by less than a mean
     displacement: ours, in virtual time.
@@ -13,8 +15,14 @@ def advice(rule: Rule, workers: int, period: int) -> list[str]:
         return []
     ratio = workers / period
     lines = [f"n/λ = {workers}/{period} = {ratio:.3g} (workers / communication period)"]
+    if rule.accumulates or not adds:
+        return lines
     if rule.weighs:
-        ratio *= rule.weight(CommitInfo(workers - 1, 1, period, workers))
+        weight = rule.weight(CommitInfo(workers - 1, 1, period, workers))
+        if not weight:
+            late = f"with {workers} workers a commit is {workers - 1} others late"
+            return [*lines, f"WARNING: {late}, and the rule drops it: such steps are taken again"]
+        ratio *= weight
         lines.append(f"effective outer rate {ratio:.3g}: what a round of {workers} ordinary commits counts")
     if ratio > 2:
         lines.append(

@@ -221,7 +221,7 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
     ),
     (
         lambda c: c.record and c.resume is not None,
-        "a record begins with the run: leave out record, or resume {resume!r}",
+        "a record begins with the run: leave out record (--no-record), or resume {resume!r}",
     ),
     (
         lambda c: c.resume == "auto" and c.run_dir is None,
@@ -249,7 +249,7 @@ _REFUSALS_OF_COMPLETE: tuple[Refusal[Config], ...] = (
 _TRANSPORT_RULES: tuple[Refusal[Config], ...] = (
     (
         lambda c: c.workers != 1 and (c._capabilities.center_ranks or c._capabilities.together),
-        "workers = {workers} is for --transport local; else the ranks are counted",
+        "workers = {workers} is for --transport local; else the ranks are counted: give --workers 1",
     ),
     (
         lambda c: c.drop_stalled and (not c._capabilities.silent_workers or c.centers != 1),
@@ -321,6 +321,8 @@ def newest_config(directory: Path) -> Path:
 def load_run(directory: Path, given: Mapping[str, Any] | None = None, sets: Sequence[str] = ()) -> Config:
     """Read the configuration that the run in `directory` had last; arguments and errors as of `load`."""
     path = newest_config(directory)
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no run: there is no config.toml")
     if "dtypes" in (written := read_toml(str(path))):  # by a LoopMonitor
         raise ValueError(
             f"{directory} is the run of a loop of its own, in {written['problem']}: start that script again (with "

@@ -359,7 +359,7 @@ def refusals_of_going_on(rule: Rule, transport: Transport) -> list[tuple[bool, s
     remedy = "leave wait on (no --no-wait)"
     return [
         (
-            transport.capabilities.together,
+            rule.allreduce,
             f"wait = False, but rule {rule.name} exchanges on all ranks at once: {remedy}",
         ),
         (

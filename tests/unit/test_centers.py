@@ -251,6 +251,9 @@ def test_advice_goes_by_the_effective_outer_rate():
     assert "effective outer rate 1" in lines[1]
     assert len(lines) == 2
     assert not any("note" in line for line in advice(weighted, 4, 10))
+    lines = advice(rules.weighted(rules.agn(), rules.outer_rate(1.0), rules.staleness_cap(1)), 4, 10)
+    assert lines[1].startswith("WARNING: with 4 workers a commit is 3 others late, and the rule drops it")
+    assert len(advice(rules.agn("gradient"), 3, 10)) == len(advice(rules.agn(), 30, 10, adds=False)) == 1
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_schedule_of_the_optimizer():
         ({"staleness_cap": -1}, "staleness_cap must be at least 0, not -1"),
         ({"staleness_cap": 3, "centers": 2}, "staleness_cap with centers = 2"),
         ({"record": True, "overlap": True}, "record with overlap cannot be replayed"),
-        ({"record": True, "resume": "x"}, "leave out record, or resume 'x'"),
+        ({"record": True, "resume": "x"}, r"leave out record \(--no-record\), or resume 'x'"),
         ({"drop_stalled": True}, "give that, too"),
         ({"resume": "auto"}, "name it with run_dir"),
         ({"checkpoint_workers": "some"}, "one of auto, all, end, none"),

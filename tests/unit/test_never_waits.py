@@ -275,5 +275,7 @@ def test_where_exchanges_take_no_time_and_where_a_run_is_recorded_it_is_refused(
         Config(record=True, wait=False)
     with pytest.raises(ValueError, match="takes two exchanges"):
         simulate.run(config(tmp_path / "run", 2, rule="aeasgd", wait=False), Timing())
+    with pytest.raises(ValueError, match="exchanges on all ranks at once"):
+        simulate.run(config(tmp_path / "run", 2, rule="synchronous", wait=False), Timing())
     with pytest.raises(ValueError, match="leave --no-wait"):
         simulate.network(config(tmp_path / "run", 2, wait=False), Timing())
