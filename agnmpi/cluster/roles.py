@@ -8,7 +8,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring, empty_like, host_copy, to_host
 from ..core.backoff import wait_until
 from ..core.center import Center, serve
-from ..core.ends import CenterEnd, Handle, WorkerEnd, all_done
+from ..core.ends import CenterEnd, Handle, Summed, WorkerEnd, all_done
 from ..core.leases import Leases, Shares
 from ..core.worker import Worker
 from ..transport.allreduce import AllreduceEnd
@@ -79,7 +79,8 @@ class CenterRole(HoldingRole):
         """As `HoldingRole.resume`."""
         super().resume(arrays, facts)
         center = self.center
-        self.end.resume(center.clock, center.steps, (center.staleness_sum, center.staleness_max), center.refused)
+        summed = Summed(center.refused, center.staleness_sum, center.staleness_max, center.given_up)
+        self.end.resume(center.clock, center.steps, summed)
 
     def start_from(self, x: Array) -> None:
         """As `Role.start_from`."""

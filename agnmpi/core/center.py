@@ -367,7 +367,7 @@ class SummedCenter(Center):
         self._in_a_row = 0 if commit.commits else self._in_a_row + summed.refused - self.refused
         if self._in_a_row >= self.patience * self.workers:  # all fail: one that does leaves after `patience` of them
             raise RuntimeError(f"{self._in_a_row} commits in a row were refused: they hold NaN or infinity")
-        self.refused, self.staleness_sum, self.staleness_max = summed
+        self.refused, self.staleness_sum, self.staleness_max, self.given_up = summed
         self.clock, self.steps = self.clock + commit.commits, self.steps + commit.steps
         self.observer.committed(commit, c)
         return Reply(self.clock)

@@ -60,8 +60,12 @@ class Division(NamedTuple):
         left = None if self.total is None else self.total - self.start - k * self.period
         return fair(wanted, left, self.period, workers)
 
-    def state(self, granted: int, undone: Iterable[Lease], workers: int = 1) -> dict[str, Any]:
-        """As `Leases.state`: after so many rounds of a lease for each of `workers`, of which `undone` is not done."""
+    def state(self, granted: int, undone: Iterable[Lease], workers: int = 1, given_up: int = 0) -> dict[str, Any]:
+        """As `Leases.state`: after so many rounds of a lease for each of `workers`, of which `undone` is not done.
+
+        `given_up`: steps of these rounds that are never granted again.
+        """
+        given_up += self.given_up
         rounds_of_free = -(-sum(map(self._pieces, self.free)) // workers)
         next_step = self.start + max(0, granted - rounds_of_free) * workers * self.period
         if self.total is not None:
@@ -71,12 +75,12 @@ class Division(NamedTuple):
             taken = min(pieces * self.period, lease.steps)
             pieces = max(0, pieces - self._pieces(lease))
             free += [Lease(lease.first + taken, lease.steps - taken)] if taken < lease.steps else []
-        committed = next_step - sum(lease.steps for lease in free) - self.given_up
+        committed = next_step - sum(lease.steps for lease in free) - given_up
         return {
             "next": next_step,
             "free": [*map(list, sorted(free))],
             "committed": committed,
-            "given_up": self.given_up,
+            "given_up": given_up,
         }
 
 

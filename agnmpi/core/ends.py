@@ -101,6 +101,7 @@ class Summed(NamedTuple):
     refused: int = 0  # commits that their workers did not sum, since they were not finite
     staleness_sum: int = 0
     staleness_max: int = 0
+    given_up: int = 0  # steps of the refused ones
 
 
 class Cut(NamedTuple):
@@ -108,6 +109,7 @@ class Cut(NamedTuple):
 
     clock: int
     steps: int
+    given_up: int
     leases: Mapping[str, Any] | None  # as of `Leases.state`
 
 
@@ -179,8 +181,8 @@ class CenterEnd(ABC):
     def begin(self, total: int | None, period: int, work: Leases) -> None:
         """Begin a session, as `WorkerEnd.begin`; collective."""
 
-    def resume(self, clock: int, steps: int, staleness: tuple[int, int], refused: int) -> None:
-        """Restore the counts of a checkpoint; `staleness`: sum and maximum."""
+    def resume(self, clock: int, steps: int, summed: Summed) -> None:
+        """Restore the counts of a checkpoint."""
 
     @property
     def summed(self) -> Summed:

@@ -179,7 +179,7 @@ def summarize(result: Mapping[str, Any], monitor: Monitor, has_loss: bool = True
     if result["refused"]:
         monitor.say(f"WARNING: {result['refused']} commits were refused: not finite, or not of this model")
     if result["given_up"]:
-        monitor.say(f"WARNING: {result['given_up']} steps were given up: their commits were refused again and again")
+        monitor.say(f"WARNING: {result['given_up']} steps were given up: their commits were refused")
     if result["failed_evaluations"]:
         monitor.say(f"WARNING: {result['failed_evaluations']} evaluations failed")
     if result["lost"]:

@@ -27,6 +27,7 @@ from .windows import (
     CLOCK,
     CONTROL,
     COUNTS,
+    GIVEN_UP,
     LEFT,
     LOSS,
     LOSSES,
@@ -100,7 +101,7 @@ class AccumulateWorker(WindowsWorker):
         elif commit.payload is not None:  # the center cannot refuse it
             status, self._failed = REFUSED, self._failed + 1
             windows.add(REFUSALS, 1)
-            windows.add(STEPS, commit.steps)
+            windows.add(GIVEN_UP, commit.steps)
             self._settle(commit)
         if commit.requests & STOP_ALL:
             windows.add(CONTROL, STOP, MPI.REPLACE)
@@ -182,7 +183,8 @@ class AccumulateCenter(WindowsCenter):
         self._lock = ReadersLock(ControlWord(self.windows, READERS))
         self._division: Division | None = None  # of the last session
         self._left = self._sessions = 0
-        self._seen = [0, 0]  # clock and steps already reported to `apply`
+        self._seen = [0, 0, 0]  # clock, steps and those given up that were already reported to `apply`
+        self._given_up = 0  # steps before this session
         self._start: Array | None = None  # what the next session starts from, if not from c as it is
         self._losses = 0.0, 0.0  # their sum and number, at the last call
         self._announced = (CONTINUE, -1)  # control, checkpoint
@@ -194,12 +196,12 @@ class AccumulateCenter(WindowsCenter):
 
     @property
     def summed(self) -> Summed:
-        """Refused commits, sum and maximum of the staleness of all."""
-        return Summed(*(self.windows.read(word) for word in (REFUSALS, STALENESS, STALEST)))
+        """Refused commits and their steps, sum and maximum of the staleness of all."""
+        return Summed(*(self.windows.read(word) for word in (REFUSALS, STALENESS, STALEST, GIVEN_UP)))
 
     def begin(self, total: int | None, period: int, work: Leases) -> None:
         """As `CenterEnd.begin`."""
-        self._division = Division.of(work)
+        self._division, self._given_up = Division.of(work), self.windows.read(GIVEN_UP)
         self.windows.words[[NEXT, CONTROL]] = 0, CONTINUE  # NEXT counts leases
         self._announced = (CONTINUE, -1)
         self.windows.sync()
@@ -211,7 +213,8 @@ class AccumulateCenter(WindowsCenter):
         wait_until(self._locked)
         self.windows.sync()
         try:
-            yield Cut(self.windows.read(CLOCK), self.windows.read(STEPS), self._leases())
+            clock, steps, given_up = (self.windows.read(word) for word in (CLOCK, STEPS, GIVEN_UP))
+            yield Cut(clock, steps, given_up, self._leases())
         finally:
             self._lock.unlock()
 
@@ -228,7 +231,7 @@ class AccumulateCenter(WindowsCenter):
             if count > _HELD:
                 raise OSError(f"worker {worker} holds {count} leases, but the center can know of {_HELD}")
             held += [Lease(*numbers[2 * i : 2 * i + 2]) for i in range(count)]
-        return self._division.state(windows.read(NEXT), held)
+        return self._division.state(windows.read(NEXT), held, given_up=windows.read(GIVEN_UP) - self._given_up)
 
     def start_from(self, c: Array) -> None:
         """Let the next session start from `c`, once all have read the final center of the last."""
@@ -247,10 +250,10 @@ class AccumulateCenter(WindowsCenter):
             words[[CONTROL, CHECKPOINT]] = max(control, int(words[CONTROL])), checkpoint
             self.windows.sync()
 
-    def resume(self, clock: int, steps: int, staleness: tuple[int, int], refused: int) -> None:
-        """Restore the counts of a checkpoint; `staleness`: sum and maximum."""
-        self.windows.words[[CLOCK, STEPS]] = self._seen = [clock, steps]
-        self.windows.words[[STALENESS, STALEST, REFUSALS]] = *staleness, refused
+    def resume(self, clock: int, steps: int, summed: Summed) -> None:
+        """Restore the counts of a checkpoint."""
+        self.windows.words[[CLOCK, STEPS, GIVEN_UP]] = self._seen = [clock, steps, summed.given_up]
+        self.windows.words[[REFUSALS, STALENESS, STALEST]] = summed[:3]
         self.windows.sync()
 
     def open(self) -> None:
@@ -264,11 +267,11 @@ class AccumulateCenter(WindowsCenter):
         if not windows.shared and windows.read(READERS):
             self.progress += 1
         left = windows.read(LEFT)  # before the clock: who has left has committed
-        clock, steps = windows.read(CLOCK), windows.read(STEPS)
-        commits, done = clock - self._seen[0], steps - self._seen[1]
-        if commits or done:
+        seen = [windows.read(word) for word in (CLOCK, STEPS, GIVEN_UP)]
+        commits, done, given_up = (now - before for now, before in zip(seen, self._seen))
+        if commits or done or given_up:
             windows.sync()
-            first, self._seen = self._seen[1], [clock, steps]
+            first, self._seen = self._seen[1], seen
             loss, losses = map(float, windows.words.view(np.float64)[LOSS : LOSSES + 1])  # not of these steps alone
             mean = (loss - self._losses[0]) / (losses - self._losses[1]) if losses > self._losses[1] else float("nan")
             self._losses = loss, losses

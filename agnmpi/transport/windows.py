@@ -28,7 +28,8 @@ _AWAY = (0.002, 0.004, 0.008, 0.016, 0.02)  # seconds out of MPI, in turn: a bus
 
 # Words (int64) of the control window: COUNTS of them that all read together; then for each worker the number of its
 # last posted message, and, adjacent, the number of its last served message and how far c is done; then the headers.
-READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, CONTROL, CHECKPOINT, REFUSALS, LOSS, LOSSES, COUNTS = range(13)
+READERS, CLOCK, STEPS, LEFT, NEXT, STALENESS, STALEST, CONTROL, CHECKPOINT, REFUSALS, GIVEN_UP = range(11)
+LOSS, LOSSES, COUNTS = range(11, 14)
 COMMIT_WORDS, REPLY_WORDS = COMMIT_BYTES // 8, len(Reply(0).encode()) // 8
 
 

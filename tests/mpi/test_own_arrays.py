@@ -318,3 +318,14 @@ def test_ranks_share_the_cores_also_among_blas_threads(comm, monkeypatch):
     with AGNOptimizer(sgd(1.0), np.zeros(2), comm):
         assert blas_threads() == (1 if comm.rank == 0 else 2)
     assert blas_threads() == before
+
+
+@pytest.mark.parametrize("name", ["p2p", "rma", "accumulate"])
+def test_refused_steps_are_not_among_those_taken(comm, name):
+    """NaN in one step: the center holds one for each step that counts, and the others are given up."""
+    n, broken = comm.size - 1, 7
+    with AGNOptimizer(sgd(1.0), np.zeros(2), comm, 5, transport=name, rule=rules.downpour()) as opt:
+        for step in opt.steps(20 * n):
+            opt.minimize(lambda p, step=step: (0.0, [np.full(2, np.nan if step == broken else -1.0)]))
+        assert opt.center["0"].tolist() == comm.bcast([float(opt.status.step)] * 2)
+        assert 0 < 20 * n - opt.center["0"][0] <= 5
