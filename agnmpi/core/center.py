@@ -225,7 +225,7 @@ class Center:
         leases = self.leases
         self.refused += 1
         if self.rule.allreduce:  # all ranks refuse alike, and go on to the next round
-            self.steps += commit.steps
+            self.given_up += commit.steps
             self._refused_in_a_row.add(self.refused)
         elif commit.steps:  # a period that fails repeatedly counts once; without steps another one has failed
             self._refused_in_a_row.add(commit.leases[0].first)

@@ -22,7 +22,7 @@ from ..core.backoff import wait_until
 from ..core.division import Division, rounds
 from ..core.ends import Apply, Done, Handle, WorkerEnd
 from ..core.leases import NONE, Lease, Leases
-from ..core.messages import CONTINUE, NOT_FINITE, OK, STOP, WORK, Commit, Reply
+from ..core.messages import CONTINUE, NOT_FINITE, OK, REFUSED, STOP, WORK, Commit, Reply
 from ..version import mpi_library
 from .agreement import ConfigError, allgather, format_ranks, require_equal_total
 from .chunks import Stream, Ticks
@@ -58,20 +58,24 @@ class AllreduceEnd(WorkerEnd):
         self.stopped = False  # a rank has left before the last round
         self._due = deque[Lease]()  # of the rounds that this rank has a lease for and has not started
         self._division = Division(None, 1, 0, [])
-        self._finished = 0  # rounds
+        self._finished = self._given_up = 0  # rounds; steps of those that were refused
         self._undone: list[Lease] = []  # what those who left in the last round had not done of their leases
 
     def begin(self, total: int | None, period: int, work: Leases) -> None:
         """As `WorkerEnd.begin`; raises ValueError, on all ranks, if they differ in `total`."""
         require_equal_total(self.comm, total)
         self.rounds = rounds(total, period, self.comm.rank, self.comm.size, work.next, work.free)
-        self.stopped, self._division, self._finished = False, Division.of(work), 0
+        self.stopped, self._division, self._finished, self._given_up = False, Division.of(work), 0, 0
         self._due.clear()
         self._undone.clear()
 
     def state(self) -> dict[str, Any]:
         """The work of this session after the rounds that are finished, as `Leases.state`."""
-        return self._division.state(self._finished, self._undone, self.comm.size)
+        return self._division.state(self._finished, self._undone, self.comm.size, self._given_up)
+
+    def give_up(self, steps: int) -> None:
+        """A round of so many steps was refused."""
+        self._given_up += steps
 
     def finished(self, undone: Lease | None, leaving: bool) -> None:
         """A round is finished. If ranks have left in it all exchange what they have not done: `undone`, of this one."""
@@ -210,6 +214,8 @@ class Round:
             reply = end.apply(summed, end.c)
             assert reply is not None  # a round is never postponed
             end.clock, end.steps, end.checkpoint, status = reply.clock, reply.steps, reply.checkpoint, reply.status
+            if status == REFUSED:
+                end.give_up(int(steps))
         if self._out is not None:
             self._out[...] = end.c
         control = STOP if leaving else CONTINUE

@@ -4,7 +4,7 @@ import fake_device
 import numpy as np
 import pytest
 
-from agnmpi import nesterov, sgd
+from agnmpi import AGNOptimizer, nesterov, sgd
 from agnmpi.cluster.connect import connect
 from agnmpi.cluster.setup import Setup
 from agnmpi.core import rules
@@ -201,3 +201,12 @@ def test_what_is_sent_stays_alive_until_the_round_is_done(comm, monkeypatch):
     handle.wait()
     del handle
     assert events == ["done", "freed"]
+
+
+def test_the_steps_of_a_refused_round_are_not_among_those_taken(comm):
+    """NaN on one rank: the round is refused on all, and the center holds the other three."""
+    with AGNOptimizer(sgd(1.0), np.zeros(2), comm, 5, rule=rules.synchronous()) as opt:
+        for step in opt.steps(20 * comm.size):
+            opt.minimize(lambda p, step=step: (0.0, [np.full(2, np.nan if step == 7 else -1.0)]))
+        assert opt.center["0"].tolist() == [15, 15]
+        assert opt.status.step == 15 * comm.size
