@@ -322,10 +322,10 @@ def load_run(directory: Path, given: Mapping[str, Any] | None = None, sets: Sequ
     """Read the configuration that the run in `directory` had last; arguments and errors as of `load`."""
     path = newest_config(directory)
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} holds no run: there is no config.toml")
+        raise FileNotFoundError(f"{str(directory)!r} holds no run: there is no config.toml")
     if "dtypes" in (written := read_toml(str(path))):  # by a LoopMonitor
         raise ValueError(
-            f"{directory} is the run of a loop of its own, in {written['problem']}: start that script again (with "
+            f"{str(directory)!r} is the run of a loop of its own, in {written['problem']!r}: start that script again (with "
             "resume), or load best.safetensors there"
         )
     config = load(str(path), given, sets)
