@@ -325,8 +325,8 @@ def load_run(directory: Path, given: Mapping[str, Any] | None = None, sets: Sequ
         raise FileNotFoundError(f"{str(directory)!r} holds no run: there is no config.toml")
     if "dtypes" in (written := read_toml(str(path))):  # by a LoopMonitor
         raise ValueError(
-            f"{str(directory)!r} is the run of a loop of its own, in {written['problem']!r}: start that script again (with "
-            "resume), or load best.safetensors there"
+            f"{str(directory)!r} is the run of a loop of its own, in {written['problem']!r}: start that script again "
+            "(with resume), or load best.safetensors there"
         )
     config = load(str(path), given, sets)
     if config.rule == "agn" and config.outer_rate is None:
