@@ -109,7 +109,7 @@ class Plan:
             )
         self.steps = round(wanted)
         if self.steps < 1:
-            raise ValueError(f"the run has no steps: epochs {epochs}, steps {steps}")
+            raise ValueError(f"the run has no steps (epochs {epochs}, steps {steps}): give more epochs or steps")
         self._epoch, self._order = 0, Permutation(samples, (seed, 0))
         self._kept: Integers | None = None  # the epoch, whole, if it is short
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ class Config(RunOptions):
         try:
             return OPTIMIZERS[name](rate, **options)
         except TypeError as error:
-            raise ValueError(f"optimizer {name}: {error}") from error
+            takes = ", ".join(list(signature(OPTIMIZERS[name]).parameters)[1:])
+            raise ValueError(f"optimizer {name}: {error}; its options are {takes}") from error
 
     def to_toml(self) -> str:
         """The configuration as a file that `load` reads."""
