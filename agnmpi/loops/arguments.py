@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Collection
+from numbers import Real
 from typing import Any, NamedTuple
 
 from ..core.optimizers import Optimizer
@@ -51,7 +52,7 @@ class Arguments(NamedTuple):
             one_vector(self.params, layout)
         rule = (self.rule or agn(self.variant))._replace(buffers=layout.buffers)
         if self.outer_rate is not None:
-            if not isinstance(self.outer_rate, int | float):
+            if not isinstance(self.outer_rate, Real):
                 raise TypeError(f"outer_rate must be a number, or None for the published n/λ, not {self.outer_rate!r}")
             rule = weighted(rule, outer_rate(self.outer_rate))
         return rule, layout, period, resolve(self.transport, rule.allreduce, use_locking)
