@@ -15,7 +15,7 @@ def advice(rule: Rule, workers: int, period: int, adds: bool = True) -> list[str
         return []
     ratio = workers / period
     lines = [f"n/λ = {workers}/{period} = {ratio:.3g} (workers / communication period)"]
-    if rule.accumulates or not adds:
+    if rule.accumulates:
         return lines
     if rule.weighs:
         weight = rule.weight(CommitInfo(workers - 1, 1, period, workers))
@@ -24,6 +24,8 @@ def advice(rule: Rule, workers: int, period: int, adds: bool = True) -> list[str
             return [*lines, f"WARNING: {late}, and the rule drops it: such steps are taken again"]
         ratio *= weight
         lines.append(f"effective outer rate {ratio:.3g}: what a round of {workers} ordinary commits counts")
+    if not adds:
+        return lines
     if ratio > 2:
         lines.append(
             "WARNING: above 2 AGN becomes unstable: expect worse accuracy or divergence; "
