@@ -73,6 +73,7 @@ EXPERIMENTS = {
         {
             ONE: {"workers": 1, "rate": 0.004, "warmup": 300},
             DEFAULT: {},
+            DIVIDED: {"batch": 8, "outer_rate": 1.0, "rate": 0.006, "warmup": 2000, **_INT8},
             OPTIMISTIC: {"batch": 8, "rate": 0.011, "warmup": 2400, **_OPTIMISTIC},
             "synchronous, λ = 1": {"rule": "synchronous", "period": 1, "rate": 0.008, "warmup": 256},
             "DiLoCo": {"rule": "diloco", "optimizer": "adamw", "rate": 0.001},
@@ -80,7 +81,6 @@ EXPERIMENTS = {
             "AGN as published": {"outer_rate": "published", "rate": 0.001},
         },
         {
-            DIVIDED: {"batch": 8, "outer_rate": 1.0, "rate": 0.006, "warmup": 2000, **_INT8},
             "one process, without a warmup": {"workers": 1, "rate": 0.004},
             "batch 16, optimistic, λ = 1": {"batch": 16, "rate": 0.011, "warmup": 1200, **_OPTIMISTIC},
         },
