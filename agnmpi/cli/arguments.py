@@ -19,8 +19,9 @@ from .offline import add_capi, add_join, add_models, add_reports
 
 _TRANSPORTS = [entry.name for entry in entries() if entry.floor]
 # Fixed values of options of `train`: in a simulation, and where a problem is measured, with each transport.
-SIMULATED = {"transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False}
-SIMULATED |= {"spares": 0, "joinable": False}
+SIMULATED = {
+    "transport": "local", "resume": None, "stall_limit": 0.0, "drop_stalled": False, "spares": 0, "joinable": False,
+}  # fmt: skip
 BENCHED = SIMULATED | {"transport": "auto", "workers": 1, "wait": True, "overlap": False, "dylu": False}
 BENCHED |= {"record": False}
 _UTILISATION = """\

@@ -139,17 +139,17 @@ def _refusals(
     suitable = names_with("together") if rule.allreduce else names_with("center_ranks")
     in_one_process = not (caps.center_ranks or caps.together)
     ranks = "1 rank" if size == 1 else f"{size} ranks"
-    adds_only = f"transport {name!r} adds commits as they are"
+    adds_only, locking = f"transport {name!r} adds commits as they are", names_with("single_commits", "center_ranks")
     return [
         (rule.allreduce != caps.together, f"rule {rule.name} cannot use transport {name!r}; use {suitable}, or 'auto'"),
         (
             rule.weighs and not caps.single_commits,
-            f"rule {rule.name} weighs commits here, but {adds_only}: use transport p2p or rma, or leave out what "
+            f"rule {rule.name} weighs commits here, but {adds_only}: use transport {locking}, or leave out what "
             "weighs them (staleness_cap, staleness_power, an outer_rate that is a number)",
         ),
         (
             (center_optimizer is not None or rule.accumulates) and not caps.single_commits,
-            f"{adds_only}: no center optimizer, and no variant 'gradient'; use transport p2p or rma",
+            f"{adds_only}: no center optimizer, and no variant 'gradient'; use transport {locking}",
         ),
         (
             bool(rule.buffers) and not caps.single_commits,

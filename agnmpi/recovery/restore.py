@@ -161,11 +161,7 @@ def check_model(layout: Layout, facts: Mapping[str, Any], name: str) -> None:
     other = facts["layout"]
     shapes = dict(zip(layout.names, layout.shapes))
     saved = {n: tuple(shape) for n, shape in zip(other["names"], other["shapes"])}
-    differ = [
-        f"{n!r} is {saved.get(n, 'missing')} there and {shapes.get(n, 'missing')} here"
-        for n in dict.fromkeys([*saved, *shapes])
-        if saved.get(n) != shapes.get(n)
-    ]
+    differ = _differences(saved, shapes)
     if other["dtype"] != layout.dtype:
         differ.append(f"dtype is {other['dtype']} there and {layout.dtype} here")
     if not differ and list(saved) != list(shapes):
@@ -179,12 +175,16 @@ def check_tensors(tensors: Mapping[str, str], facts: Mapping[str, Any], name: st
     saved = dict(facts.get("tensors", ()))
     if not tensors or not saved or list(saved.items()) == list(tensors.items()):
         return
-    differ = [
-        f"{n!r} is {saved.get(n, 'missing')} there and {tensors.get(n, 'missing')} here"
-        for n in dict.fromkeys([*saved, *tensors])
-        if saved.get(n) != tensors.get(n)
-    ]
+    differ = _differences(saved, tensors)
     if not differ:
         there, here = next((a, b) for a, b in zip(saved, tensors) if a != b)
         differ = [f"in the order of its tensors {there!r} there stands where {here!r} stands here"]
     raise ValueError(f"{name} is of another model: {'; '.join(differ[:5])}")
+
+
+def _differences(there: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
+    return [
+        f"{name!r} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    ]

@@ -159,8 +159,7 @@ class Stage:
             f"{headline(config, layout, plan)}; rule {config.rule}, {config.workers} workers, period "
             f"{config.period}, {config.optimizer} {config.rate:g}, center {config.center_optimizer}"
         )
-        adds = config.center_optimizer in (None, "add")
-        for line in lines + advice(self.rule, config.workers, config.period, adds):
+        for line in lines + advice(self.rule, config.workers, config.period, config.adds):
             monitor.say(line)
         self._monitor = monitor
         monitor.start(self.c)

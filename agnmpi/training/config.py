@@ -151,9 +151,14 @@ class Config(RunOptions):
         assert self.optimizer is not None
         return self._make(self.optimizer, self.make_schedule(steps), self.optimizer_options)
 
+    @property
+    def adds(self) -> bool:
+        """Whether the center adds commits; else an optimizer steps it."""
+        return self.center_optimizer in (None, "add")
+
     def make_center_optimizer(self, steps: int) -> Optimizer | None:
         """The center's optimizer, None to add; with variant "gradient" its rate follows the schedule."""
-        if self.center_optimizer in (None, "add"):
+        if self.center_optimizer is None or self.adds:
             return None
         assert self.center_rate is not None
         if self.variant == "gradient":
@@ -304,7 +309,13 @@ def load(path: str | None = None, given: Mapping[str, Any] | None = None, sets: 
         ValueError: for an unknown option or a bad value.
         OSError: if there is no such file.
     """
-    values = _layer({} if path is None else read_toml(path))
+    written = {} if path is None else read_toml(path)
+    if "dtypes" in written:  # by a LoopMonitor
+        raise ValueError(
+            f"{path!r}: this is the run of a loop of its own, in {written['problem']!r}: start that script again "
+            "(with resume), or load best.safetensors there"
+        )
+    values = _layer(written)
     values.pop("simulation", None)  # of `simulate`, which reads it itself
     overrides = _layer(given or {})
     values |= overrides
@@ -325,11 +336,6 @@ def load_run(directory: Path, given: Mapping[str, Any] | None = None, sets: Sequ
     path = newest_config(directory)
     if not path.is_file():
         raise FileNotFoundError(f"{str(directory)!r} holds no run: there is no config.toml")
-    if "dtypes" in (written := read_toml(str(path))):  # by a LoopMonitor
-        raise ValueError(
-            f"{str(directory)!r} is the run of a loop of its own, in {written['problem']!r}: start that script again "
-            "(with resume), or load best.safetensors there"
-        )
     config = load(str(path), given, sets)
     if config.rule == "agn" and config.outer_rate is None:
         return replace(config, outer_rate="published")  # of agnmpi 0.4, where nothing else was the default

@@ -245,7 +245,7 @@ def introduction(
         f"{config.optimizer} {config.rate:g}{f' (warmup {config.warmup})' * bool(config.warmup)}, center "
         f"{config.center_optimizer}, transport {config.transport}, {mpi_library()}",
         *([centers_line(centers)] if len(centers) > 1 or config.centers == "hosts" else ()),
-        *advice(config.make_rule(), workers, config.period, config.center_optimizer in (None, "add")),
+        *advice(config.make_rule(), workers, config.period, config.adds),
         *([f"note: {setup.unthreaded}"] if setup.unthreaded else ()),
         *(unused_devices(device_count()) if config.device == "auto" else ()),
         *node_centers_lines(config, [(name(node), len(of)) for node, *of in setup.nodes]),

@@ -58,24 +58,21 @@ class AllreduceEnd(WorkerEnd):
         self.stopped = False  # a rank has left before the last round
         self._due = deque[Lease]()  # of the rounds that this rank has a lease for and has not started
         self._division = Division(None, 1, 0, [])
-        self._finished = self._given_up = 0  # rounds; steps of those that were refused
+        self._finished = 0  # rounds
+        self.given_up = 0  # steps of this session's rounds that were refused
         self._undone: list[Lease] = []  # what those who left in the last round had not done of their leases
 
     def begin(self, total: int | None, period: int, work: Leases) -> None:
         """As `WorkerEnd.begin`; raises ValueError, on all ranks, if they differ in `total`."""
         require_equal_total(self.comm, total)
         self.rounds = rounds(total, period, self.comm.rank, self.comm.size, work.next, work.free)
-        self.stopped, self._division, self._finished, self._given_up = False, Division.of(work), 0, 0
+        self.stopped, self._division, self._finished, self.given_up = False, Division.of(work), 0, 0
         self._due.clear()
         self._undone.clear()
 
     def state(self) -> dict[str, Any]:
         """The work of this session after the rounds that are finished, as `Leases.state`."""
-        return self._division.state(self._finished, self._undone, self.comm.size, self._given_up)
-
-    def give_up(self, steps: int) -> None:
-        """A round of so many steps was refused."""
-        self._given_up += steps
+        return self._division.state(self._finished, self._undone, self.comm.size, self.given_up)
 
     def finished(self, undone: Lease | None, leaving: bool) -> None:
         """A round is finished. If ranks have left in it all exchange what they have not done: `undone`, of this one."""
@@ -215,7 +212,7 @@ class Round:
             assert reply is not None  # a round is never postponed
             end.clock, end.steps, end.checkpoint, status = reply.clock, reply.steps, reply.checkpoint, reply.status
             if status == REFUSED:
-                end.give_up(int(steps))
+                end.given_up += int(steps)
         if self._out is not None:
             self._out[...] = end.c
         control = STOP if leaving else CONTINUE

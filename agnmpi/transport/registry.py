@@ -224,13 +224,14 @@ def names() -> list[str]:
     return ["auto", *_ENTRIES]
 
 
-def names_with(capability: str) -> str:
-    """The transports with `capability`, as text for a message.
+def names_with(*capabilities: str) -> str:
+    """The transports with all of `capabilities`, as text for a message.
 
-    >>> names_with("together")
-    'allreduce'
+    >>> names_with("together"), names_with("single_commits", "center_ranks")
+    ('allreduce', 'p2p or rma')
     """
-    return " or ".join(entry.name for entry in _ENTRIES.values() if getattr(entry.capabilities, capability))
+    found = (entry for entry in _ENTRIES.values() if all(getattr(entry.capabilities, name) for name in capabilities))
+    return " or ".join(entry.name for entry in found)
 
 
 def resolve(

@@ -99,6 +99,7 @@ class Task:
         self.order = torch.randperm(60000, generator=torch.Generator().manual_seed(seed + 1))
         self.model = model_of(torch, seed)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3)
+        self.params = {name: p.detach().numpy() for name, p in self.model.named_parameters()}
 
     def step(self, number, model=None):
         """Train on batch `number` of the whole run."""
@@ -109,6 +110,10 @@ class Task:
         loss.backward()
         self.optimizer.step()
         return float(loss.detach())
+
+    def step_of(self, opt, number):
+        """Take it with an AGNOptimizer."""
+        opt.step(self.step(number))
 
     def accuracy(self):
         x, y = self.sets["t10k"]
@@ -129,10 +134,10 @@ class NumpyTask:
         self.params = self.problem.init(np.random.default_rng(seed))
         self.order = np.random.default_rng(seed + 1).permutation(60000)
 
-    def loss(self, number):
-        """Of batch `number`, a function of the parameters."""
+    def step_of(self, opt, number):
+        """Train on batch `number` with an AGNOptimizer."""
         rows = self.order.take(range(number * BATCH, (number + 1) * BATCH), mode="wrap")
-        return lambda params: self.problem.gradient(params, rows)
+        opt.minimize(lambda params: self.problem.gradient(params, rows))
 
     def accuracy(self):
         return self.problem.evaluate(self.params)["accuracy"]
@@ -173,28 +178,22 @@ def train_agnmpi(task, options, comm, steps):
 
     numpy, alone = isinstance(task, NumpyTask), options is None
     options = {"period": PERIOD} | (options or {})
-    params = task.params if numpy else {name: p.detach().numpy() for name, p in task.model.named_parameters()}
     rule = rules.weighted(rules.agn(), rules.outer_rate(1.0 if alone else 0.7))
     opt = AGNOptimizer(
-        adam(1e-3) if numpy else None, params, MPI.COMM_SELF if alone else comm, options.pop("period"), rule=rule,
+        adam(1e-3) if numpy else None, task.params, MPI.COMM_SELF if alone else comm, options.pop("period"), rule=rule,
         transport="local" if alone else transports.p2p(**options), overlap=not alone, copy=numpy,
     )  # fmt: skip
     workers, first, apart = (1, comm.rank, comm.size) if alone else (2, 0, 1)
 
     def train(begin, count):
         for i in opt.steps(workers * count):
-            number = (workers * begin + i) * apart + first
-            if numpy:
-                opt.minimize(task.loss(number))
-            else:
-                opt.step(task.step(number))
+            task.step_of(opt, (workers * begin + i) * apart + first)
 
     train(0, WARM_UP)
     with Timer(comm) as timer:
         train(WARM_UP, steps)
     opt.close()
-    if numpy:
-        task.params = opt.params
+    task.params = opt.params
     return timer
 
 
