@@ -163,7 +163,13 @@ class Stage:
             monitor.say(line)
         self._monitor = monitor
         monitor.start(self.c)
-        drive()
+        try:
+            if monitor.failure:
+                raise RuntimeError(monitor.stop_reason)
+            drive()
+        except Exception:
+            monitor.stop("failed", ranks=[0])
+            raise
         if self._recorder is not None:
             self._recorder.close()
         extra = {"transport": "virtual", "centers": len(self.parts), **json_safe(extra_results())}
@@ -209,6 +215,7 @@ def simulate(config: Config, timing: Timing = Timing()) -> dict[str, Any]:  # no
 
     Raises:
         ValueError: before anything is written, for an invalid configuration.
+        RuntimeError: if the first evaluation fails.
     """
     return run(config, timing)()
 

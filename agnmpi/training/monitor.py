@@ -161,7 +161,8 @@ class Monitor:
         done[0] += commit.steps
         done[1] += commit.commits
         self._samples += sum(map(self._plan.count, commit.leases))
-        self.evaluations.committed(c, self._point(), self._center.settled >= self.total)
+        last = self._center.settled >= self.total or bool(self.stop_reason)
+        self.evaluations.committed(c, self._point(), last)
         self.tick()
 
     def tick(self) -> None:

@@ -78,6 +78,26 @@ def test_a_first_evaluation_that_fails_ends_the_run(tmp_path):
     assert newest(run, print) is not None
 
 
+def test_nothing_is_evaluated_after_a_first_evaluation_that_fails(tmp_path):
+    options = ["--transport", "local", "--workers", "3", "--epochs", "9", "--evaluate-every", "0.001"]
+    code, output = agnmpi(1, "train", f"{PROBLEMS}:EvaluationRaises", *options, "--run-dir", tmp_path, timeout=LIMIT)
+    assert code == 1, output
+    assert output.count("ArithmeticError: this evaluation went wrong") == 1, output
+    assert events_of(tmp_path)[-1]["step"] == 3, "each worker has taken a step, at most"
+
+
+@pytest.mark.parametrize(
+    ("problem", "why"), [("EvaluationRaises", "the first evaluation"), ("Raises", "this gradient")]
+)
+def test_a_simulation_that_fails_says_so(tmp_path, problem, why):
+    """In its error, on which the command exits with code 1, and in its events."""
+    with pytest.raises((RuntimeError, ArithmeticError), match=why):
+        main(["simulate", f"{PROBLEMS}:{problem}", "--workers", "3", "--epochs", "9", "--run-dir", str(tmp_path)])
+    events = [event["event"] for event in events_of(tmp_path)]
+    assert events.count("evaluation_failed") == (problem == "EvaluationRaises")
+    assert (events[-1], (tmp_path / "result.json").exists()) == ("failed", False)
+
+
 def test_the_initial_parameters_are_evaluated(tmp_path):
     run = tmp_path / "run"
     code, output = agnmpi(2, "train", QUADRATIC, "--epochs", "2", "--run-dir", run, timeout=LIMIT)
