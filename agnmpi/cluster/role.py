@@ -76,6 +76,12 @@ class Role:
         for worker in self.workers:
             worker.sequence = max(worker.sequence, *facts["applied"], 0)  # new commits differ from applied ones
 
+    def reopen(self, done: int, given_up: int) -> None:
+        """The next session is the one that was complete in the checkpoint, with more steps than the `done` ones."""
+        assert self._resumed is not None
+        leases = {"next": done, "free": [], "given_up": given_up}
+        self._resumed, self.session = {**self._resumed, "between": False, "leases": leases}, self.session - 1
+
     def start_from(self, x: Array) -> None:
         """Let the next session start from rank 0's `x` (n,); collective over those that hold any of the center."""
 

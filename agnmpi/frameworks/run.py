@@ -150,7 +150,7 @@ class Run(ABC):
         try:
             with closing(self._opt.steps(steps, *self._evaluation, ahead)) as numbers:
                 for number in numbers:
-                    self._go_on()
+                    self._go_on(within=True)
                     self._turn(before + number)
                     self._taken = False
                     yield before + number
@@ -222,13 +222,13 @@ class Run(ABC):
         """Keep what `_state` returned, until the script is where it was: what it does before would change it."""
         self._saved = saved if "place" in saved else None
 
-    def _go_on(self) -> None:
-        """Put back what was saved here, if anything was."""
+    def _go_on(self, within: bool = False) -> None:
+        """Put back what was saved here, or at the end of the loop that has more steps now and is gone on `within`."""
         if (saved := self._saved) is None:
             return
         place = _Place(*map(int, saved["place"]))
         loops, ended = self._place[:2]
-        if (loops, ended) >= place[:2]:
+        if (loops, ended or within) >= place[:2]:
             self._saved, self._place = None, place._replace(loops=loops, ended=ended)
             self._pass_resumed = saved if not ended and _under("begin", saved) else None
             self._set_own_state(_under("own", saved), within=not place.ended)

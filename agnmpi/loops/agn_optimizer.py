@@ -345,7 +345,8 @@ class AGNOptimizer:
         """Continue from the newest checkpoint in `directory`; collective, before the first loop.
 
         The loops that were complete then yield nothing, and the one that was not goes on where it was: a script is
-        started again as it is. Raises ValueError if there is no checkpoint, or one of another model.
+        started again as it is. Where it asks for more steps now, the last of the complete ones goes on, too. Raises
+        ValueError if there is no checkpoint, or one of another model.
         """
         self._loop.restore(Path(directory), required=True)
 

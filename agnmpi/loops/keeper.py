@@ -49,6 +49,7 @@ class Keeper:
         self.skip = 0  # loops that were complete when the run was resumed, and are still to come
         self._before = [0]  # steps before each session, also the next one
         self._resuming = False  # resumed, and none has begun since
+        self._complete: int | None = None  # steps of the last loop, if it has taken or given up all that it was asked
         self.done_before = 0  # steps of the next session that were taken or given up before the run was resumed
         self._saved_at = -1  # steps at the last `save`
         self._signals = Signals(partial(abort, session.comm)) if kept else None
@@ -81,6 +82,7 @@ class Keeper:
         checkpoint = Path(facts["checkpoint"])
         self._before, self._resuming = [0, *map(int, facts.get("ends", []))], True
         self.skip = role.session = len(self._before) - 1
+        self._complete = facts.get("complete")
         before = self._before[-1]
         if not facts.get("between"):
             self.done_before = int(facts["steps"]) - before + int((facts["leases"] or {}).get("given_up", 0))
@@ -98,17 +100,35 @@ class Keeper:
         """Steps before the next loop of a resumed run, whose complete loops are gone through; None: one has begun."""
         return self._before[-1 - self.skip] if self._resuming else None
 
+    def goes_on(self, total: int | None) -> bool:
+        """Whether the last of the complete loops of a resumed run, asked for `total` steps now, has had fewer."""
+        done, role = self._complete, self._session.role
+        if self.skip or done is None or total is None or total <= done:
+            return False
+        steps, before = self._before.pop(), self._before[-1]
+        role.reopen(done, given_up=done - (steps - before))
+        self.done_before = done
+        for worker in role.workers:
+            worker.before = before
+        return True
+
     def begins(self, steps: int) -> None:
         """A session is about to begin, after `steps` steps."""
+        self._complete = None
         if len(self._before) == self._session.role.session:
             self._before.append(steps)
         self._resuming = False
+
+    def ended(self, total: int | None, settled: int) -> None:
+        """A session of `total` steps has ended, when `settled` were taken or given up."""
+        self._complete = total if total == settled else None
 
     def progress(self, between: bool) -> dict[str, Any]:
         """Where the loop is, for a checkpoint."""
         steps, sessions = self._session.role.center.steps, self._session.role.session
         ends = [*self._before, steps][1 : sessions + between]
-        return {"ends": ends, "before": ends[-1] if ends else 0, "between": between, "states": self._when}
+        complete = {} if self._complete is None or not between else {"complete": self._complete}
+        return {"ends": ends, "before": ends[-1] if ends else 0, "between": between, "states": self._when, **complete}
 
     def save(self, directory: Path, between: bool) -> None:
         """Write a checkpoint, `between` two sessions or not; collective."""

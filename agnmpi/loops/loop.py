@@ -252,7 +252,8 @@ class Loop(Warner):
         self._asked, total = None, asked.total
         if self._keeper.skip:
             self._keeper.skip -= 1
-            return
+            if not self._keeper.goes_on(total):
+                return
         if self.closed:
             raise RuntimeError(f"{self._name} is closed")
         if self._running:
@@ -280,8 +281,10 @@ class Loop(Warner):
             self._at_center.settle()
         if self.session.deserted:
             raise RuntimeError(f"{self._name}: all workers are lost")
+        settled = self.session.role.center.settled - before
+        self._keeper.ended(total, settled)
         self._end_session()
-        self._report(total, self.session.role.center.settled - before, dropped)
+        self._report(total, settled, dropped)
 
     def _begin(self, asked: Asked) -> None:
         session, role = self.session, self.session.role

@@ -148,7 +148,7 @@ class LoopMonitor:
         self._total = inf if total is None else before + total
         if self.session.comm.rank == 0:
             if self._monitor is None:
-                self._open(total, initial=not before)
+                self._open(total, initial=not self.session.role.center.settled)
             else:
                 self._monitor.show()
                 self._monitor.total = self._total

@@ -99,6 +99,7 @@ _OPTIONAL: Mapping[str, Check] = {
     "given_up": _is_count,
     "served": _is_count,
     "session": _is_count,
+    "complete": _is_count,
     "ranks": _are_counts,
     "tensors": _are_named_texts,
 }

@@ -144,13 +144,7 @@ class Stage:
         write_atomic(directory / "config.toml", (repeatable(config).to_toml() + table).encode())
         role = _Whole(self.centers[0], config.workers, self.c)
         monitor = Monitor(
-            config,
-            plan,
-            role,
-            directory,
-            layout,
-            lambda c: evaluate(self.problem, layout.views(c)),
-            stamp,
+            config, plan, role, directory, layout, lambda c: evaluate(self.problem, layout.views(c)), stamp
         )
         if config.record:
             waits = self.centers[0].idle_workers_wait

@@ -190,12 +190,20 @@ _REFUSALS: tuple[Refusal[Config], ...] = (
     (lambda c: c.outer_rate is not None and c.rule != "agn", "outer_rate is of rule agn, not of {rule}"),
     (lambda c: c.variant != "displacement" and c.rule != "agn", "variant {variant!r} is of rule agn, not of {rule}"),
     (
+        lambda c: c.rho != Config.rho and c.rule not in ("aeasgd", "eamsgd"),
+        "rho is of rules aeasgd and eamsgd, not of {rule}",
+    ),
+    (
         lambda c: c.staleness_cap is not None and c.centers != 1,
         "staleness_cap with centers = {centers}: each has a clock of its own, and would drop alone; leave one of them",
     ),
     (
         lambda c: c.schedule == "step" and not c.decay_every > 0,
         "schedule 'step' needs decay_every > 0, not {decay_every!r}",
+    ),
+    (
+        lambda c: (c.decay_every, c.decay_factor) != (Config.decay_every, Config.decay_factor) and c.schedule != "step",
+        "decay_every and decay_factor are of schedule 'step', not of {schedule!r}",
     ),
     (
         lambda c: c.record and c.spares > 0,

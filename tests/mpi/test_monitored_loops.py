@@ -141,6 +141,18 @@ def test_a_loop_that_is_resumed_goes_on_in_its_files(comm, directory):
     assert of(run, "checkpoint") or json.dumps(run.result)
 
 
+def test_a_loop_that_is_resumed_within_its_first_session_goes_on_in_its_files(comm, directory):
+    for total in (40, 100):
+        opt = made(comm, Monitoring(None, distance, every=30, batch=4), checkpoint=directory, resume="auto")
+        train(opt, loops=1, steps=total)
+        opt.close()
+        comm.Barrier()
+    run = read(directory)
+    assert [event["step"] for event in of(run, "resume")] == [40]
+    assert [event["step"] for event in of(run, "evaluation")].count(0) == 1, "of the initial parameters"
+    assert (run.result["steps"], run.result["samples"]) == (100, 400)
+
+
 def test_only_what_is_asked_for_is_measured(comm, directory):
     opt = made(comm, directory)
     train(opt)

@@ -141,6 +141,24 @@ def test_each_step_is_taken_once_over_two_interruptions(comm, directory, transpo
         assert not [str(warning.message) for warning in recwarn if "steps were taken" in str(warning.message)]
 
 
+@pytest.mark.parametrize("transport", [*TRANSPORTS, None], ids=name)
+def test_a_complete_loop_that_is_asked_for_more_steps_goes_on(comm, directory, transport):
+    """The last one alone; asked for as many or for fewer, it yields nothing."""
+    options = {"rule": rules.synchronous()} if transport is None else {"transport": transport}
+    taken, totals = [], []
+    for asked in ([20, 13], [20, 13], [30, 60], [20, 60, 60], [20, 60, 40]):
+        opt = AGNOptimizer(adam(0.1), np.zeros(8), comm, 5, checkpoint=directory, resume="auto", **options)
+        for loop, total in enumerate(asked):
+            for step in opt.steps(total):
+                opt.minimize(lambda p: (0.0, p["0"] - 1))
+                taken.append((loop, step))
+        totals.append(opt.taken)
+        opt.close()
+    everyone = sorted(step for steps in comm.allgather(taken) for step in steps)
+    assert everyone == [(loop, step) for loop, steps in enumerate((20, 60, 60)) for step in range(steps)]
+    assert totals == [33, 33, 80, 140, 140]
+
+
 def test_a_checkpoint_between_two_loops_has_all(comm, directory):
     """Also moments of the caller's own, and arrays of it."""
     part = comm.Split(0 if comm.rank < 2 else 1, comm.rank)

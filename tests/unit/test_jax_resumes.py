@@ -25,8 +25,8 @@ class Shuffled:
             yield jnp.asarray(order[i : i + 8], jnp.float32) / 32
 
 
-def script(end=None, dtype=jnp.float32, key=jax.random.key, **options):
-    """Two loops; interrupted at turn `end`. Returns the losses, and the numbers at the end."""
+def script(end=None, dtype=jnp.float32, key=jax.random.key, last=15, **options):
+    """Two loops, of 15 and `last` steps; interrupted at turn `end`. Returns the losses, and the numbers at the end."""
     np.random.seed(2)  # noqa: NPY002 - as above
     params = {"w": jnp.full((3, 2), 0.5, dtype), "b": jnp.zeros(2, dtype)}
     optimizer = optax.chain(optax.add_noise(0.01, 0.5, key=jax.random.key(7)), optax.adamw(0.02))
@@ -47,8 +47,8 @@ def script(end=None, dtype=jnp.float32, key=jax.random.key, **options):
     )
     losses = []
     try:
-        for _ in range(2):
-            for x in run.batches(Shuffled(), steps=15):
+        for steps in (15, last):
+            for x in run.batches(Shuffled(), steps=steps):
                 run.key, own = jax.random.split(run.key)
                 value, *moved = step(run.params, run.opt_state, x, own)
                 losses.append(float(value))
@@ -74,6 +74,15 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, end, dtype, 
     first, _ = script(end, **options)
     second, found = script(**options)
     assert len(first) < 30
+    assert first + second == whole
+    assert found == numbers
+
+
+def test_a_complete_run_that_is_asked_for_more_steps_goes_on(tmp_path):
+    whole, numbers = script()
+    first, _ = script(last=9, checkpoint=tmp_path, resume="auto")
+    second, found = script(checkpoint=tmp_path, resume="auto")
+    assert (len(first), len(second)) == (24, 6)
     assert first + second == whole
     assert found == numbers
 

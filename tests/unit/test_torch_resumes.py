@@ -72,7 +72,7 @@ def dealt(run):
 class Script:
     """A script of three loops, with a generator that is drawn from between them. `end`: where it kills itself."""
 
-    def __init__(self, directory, loader=shuffled, end=None, at_epochs=False, frozen=1.0, loops=3, **options):
+    def __init__(self, directory, loader=shuffled, end=None, at_epochs=False, frozen=1.0, loops=3, last=20, **options):
         random.seed(1)
         np.random.seed(1)  # noqa: NPY002 - as scripts do
         self.model, self.losses, self.end, self.rates = network(frozen), [], end, []
@@ -94,7 +94,7 @@ class Script:
         data = loader(self.run)
         try:
             for i in range(loops):
-                self.loop(i, self.run.batches(data, steps=20))
+                self.loop(i, self.run.batches(data, steps=last if i == loops - 1 else 20))
                 if directory and i == 1:
                     self.run.save(directory)
                 self.between = torch.rand(1).item(), drawn(), random.random()  # an evaluation that draws
@@ -172,6 +172,17 @@ def test_what_was_saved_between_loops_goes_on_there(tmp_path, at_epochs):
     assert resumed.rates == whole.rates[-len(resumed.rates) :]
     assert resumed.between == whole.between
     assert same(resumed.numbers(), whole.numbers())
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_complete_run_that_is_asked_for_more_steps_goes_on(tmp_path, loader):
+    """All it has drawn since lies between: so the numbers are others. What is scheduled goes on, and the data do."""
+    whole, options = Script(None, loader), {"checkpoint": tmp_path, "resume": "auto"}
+    first, second = Script(None, loader, last=14, **options), Script(None, loader, **options)
+    assert first.losses == whole.losses[: len(first.losses)]
+    assert first.rates + second.rates == whole.rates
+    assert (first.run.status.step, second.run.status.step) == (54, 60)
+    assert Script(None, loader, **options).losses == []
 
 
 def test_restore_by_hand_and_plain_torch_loads_what_is_saved(tmp_path):
