@@ -354,6 +354,8 @@ class Loop(Warner):
         if self._at_center is not None:
             self._at_center.tick()
         self._keeper.waiting()
+        if self._silent is not None:
+            self._silent.tick()
         if (self._monitor is not None and self._monitor.tick()) or self._keeper.signalled:
             role.center.control = STOP
         if isinstance(role, CenterRole):

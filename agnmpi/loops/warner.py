@@ -15,11 +15,13 @@ from ..core.leases import Lease
 from ..core.messages import STOP, Commit, Reply
 from ..core.observer import Observer
 from ..core.rules import Rule
+from ..recovery.silent_workers import SilentWorkers
 from ..reporting.advice import advice
 from ..training.session import Session
 from ..transport.agreement import format_ranks
 
 WAIT = 30.0  # seconds after which a rank that waits for others to begin says so, once a session
+SILENCE = 60.0, 10.0  # a worker is named after so many seconds, and so many times the longest silence before
 
 
 class Warner(Observer):
@@ -34,6 +36,7 @@ class Warner(Observer):
     def __init__(self, name: str) -> None:
         self._name = name
         self._met = set[int]()  # workers that have begun this session
+        self._silent: SilentWorkers | None = None
 
     def _say(self, line: str) -> None:
         """Warn, or log what is no warning."""
@@ -49,10 +52,19 @@ class Warner(Observer):
         timer = threading.Timer(WAIT, self._say_who_is_missing, [self._heard])
         timer.daemon = True
         timer.start()
+        self._watch_workers()
         try:
             yield
         finally:
             timer.cancel()
+            self._silent = None
+
+    def _watch_workers(self) -> None:
+        """Where this rank serves them: name workers that send nothing for too long."""
+        session, role, (least, patience) = self.session, self.session.role, SILENCE
+        if isinstance(role, CenterRole) and session.single_commits and (not session.rank or isinstance(role, NodeRole)):
+            name = "rank {}".format
+            self._silent = SilentWorkers(role, session.members, least, False, name, self._say, patience)
 
     @property
     def _heard(self) -> int:
@@ -105,6 +117,8 @@ class Warner(Observer):
     def served(self, commit: Commit, _reply: Reply) -> None:
         """This worker has begun."""
         self._met.add(commit.worker)
+        if self._silent is not None:
+            self._silent.served(commit)
 
     def _note(self, event: str, **facts: Any) -> None:
         """An event to be written."""
@@ -149,6 +163,7 @@ class Warner(Observer):
         change = f"ranks {sorted(self.session.members.lost)} are lost, the center among them"
         if self.session.comm.rank == 0:
             change += f"; this rank {'serves' if self.session.role.serves else 'trains'} on, from {source}"
+            self._watch_workers()
         self._warn_of_loss(change)
 
     def _warn_of_loss(self, change: str) -> None:

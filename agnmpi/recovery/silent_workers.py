@@ -15,6 +15,7 @@ from ..cluster.roles import CenterRole
 from ..core.backoff import Backoff, Every, StandsStill, wait_until
 from ..core.ends import CenterEnd
 from ..core.membership import Membership
+from ..core.messages import LEAVE, Commit
 
 _REMAINING, _HERE = 9, 10  # tags: the ranks that continue; a spare that was not called has left
 _LIVING = "agnmpi.living"  # their communicator
@@ -30,25 +31,26 @@ class SilentWorkers:
         drop: whether the center then stops waiting for it.
         name: describes a rank.
         say: called with each message for the user.
+        patience: the limit is at least so many times the longest silence that a message has ended.
     """
 
     def __init__(
         self, role: CenterRole, members: Membership, limit: float, drop: bool,
-        name: Callable[[int], str], say: Callable[[str], None],
+        name: Callable[[int], str], say: Callable[[str], None], patience: float = 0.0,
     ) -> None:  # fmt: skip
         self._role, self._members, self._limit, self._drop = role, members, limit, drop
-        self._name, self._say = name, say
+        self._name, self._say, self._patience = name, say, patience
         self._last_seen = dict.fromkeys(role.numbers, time.monotonic())  # time of the last message, by worker
         self._reported = set[int]()
         self._check_due = Every(seconds=1.0)
 
-    def seen(self, worker: int) -> None:
-        """This worker has sent something."""
-        self._last_seen[worker] = time.monotonic()
-
-    def excused(self, worker: int) -> None:
-        """This worker has left: its silence is not reported."""
-        self._last_seen.pop(worker, None)
+    def served(self, commit: Commit) -> None:
+        """A worker has sent this. If it leaves, its silence is not reported."""
+        now = time.monotonic()
+        self._limit = max(self._limit, self._patience * (now - self._last_seen.get(commit.worker, now)))
+        self._last_seen[commit.worker] = now
+        if commit.requests & LEAVE:
+            del self._last_seen[commit.worker]
 
     def tick(self) -> None:
         """Report, once, the workers that have been silent for too long, and those that are back."""

@@ -10,7 +10,7 @@ from ..arrays.backend import Array
 from ..cluster.role import Role
 from ..cluster.roles import CenterRole, HoldingRole, NodeRole, ShardRole
 from ..core.batches import Plan
-from ..core.messages import LEAVE, STOP, Commit, Reply
+from ..core.messages import STOP, Commit, Reply
 from ..core.params import Layout
 from ..recovery.checkpoint import folder, prune
 from ..recovery.cut import ConsistentCut
@@ -96,9 +96,7 @@ class Duties:
     def served(self, commit: Commit, reply: Reply) -> None:
         """A message was served."""
         if self._silent is not None:
-            self._silent.seen(commit.worker)
-            if commit.requests & LEAVE:
-                self._silent.excused(commit.worker)
+            self._silent.served(commit)
         if self._recorder is not None:
             try:
                 self._recorder(commit, reply)

@@ -87,6 +87,26 @@ def test_rank_0_says_which_worker_is_missing(comm, transport, tmp_path, monkeypa
         assert said[1:] == [[]] * (comm.size - 1)
 
 
+@pytest.mark.parametrize("transport", WHOLE, ids=name)
+def test_rank_0_says_which_worker_sends_nothing_any_more(comm, transport, tmp_path, monkeypatch):
+    said_so = Path(comm.bcast(str(tmp_path))) / "said"
+    monkeypatch.setattr(warner, "SILENCE", (0.3, 2.0))
+    if comm.rank == 0:
+        touch_when_said(monkeypatch, said_so, "rank 1 is silent")
+    opt, taken = AGNOptimizer(sgd(1.0), np.zeros(2), comm, 2, transport=transport), 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in opt.steps(20 * comm.size):
+            if comm.rank == 1 and taken == 5:
+                until(said_so.exists, "nobody says anything")
+            opt.minimize(minus_one)
+            taken += 1
+        opt.close()
+    silent = [str(w.message) for w in caught if "is silent for" in str(w.message)]
+    assert all("rank 1 is silent" in line for line in silent)
+    assert bool(silent) == (comm.rank == 0)
+
+
 @pytest.mark.mpi(min_size=3)
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=name)
 def test_a_worker_that_always_fails_is_named_and_costs_the_others_nothing(comm, transport):
