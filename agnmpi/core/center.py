@@ -246,7 +246,7 @@ class Center:
             self.control = STOP
             return
         sender = "node center" if commit.worker in self.nodes else "worker"
-        raise RuntimeError(
+        self._fail(
             f"{in_a_row} commits in a row were refused, the last from {sender} {commit.worker} (steps from "
             f"{commit.leases[0].first}): "
             + (
@@ -256,6 +256,12 @@ class Center:
                 "these steps"
             )
         )
+
+    def _fail(self, message: str) -> None:
+        error = RuntimeError(message)
+        if not self.observer.ends_for(error):
+            raise error
+        self.control = STOP
 
     def worker_lost(self, worker: int) -> None:
         """A worker is lost, for good or for a while: its uncommitted steps are free for the others."""
@@ -366,7 +372,7 @@ class SummedCenter(Center):
         summed = self._end.summed
         self._in_a_row = 0 if commit.commits else self._in_a_row + summed.refused - self.refused
         if self._in_a_row >= self.patience * self.workers:  # all fail: one that does leaves after `patience` of them
-            raise RuntimeError(f"{self._in_a_row} commits in a row were refused: they hold NaN or infinity")
+            self._fail(f"{self._in_a_row} commits in a row were refused: they hold NaN or infinity")
         self.refused, self.staleness_sum, self.staleness_max, self.given_up = summed
         self.clock, self.steps = self.clock + commit.commits, self.steps + commit.steps
         self.observer.committed(commit, c)

@@ -54,6 +54,7 @@ class Run(ABC):
         self._held = threading.RLock()  # by the one that lets what is trained hold another center
         self._place = _Place(0, 1, 0, 0)
         self._loader: Any = None  # of the last pass of this loop
+        self._dealing: tuple[Sampler, int] | None = None  # in this loop, which began after so many steps
         self._pass_began: dict[str, Array] = {}  # the random generators at the beginning of that pass
         self._pass_resumed: Mapping[str, Array] | None = None  # the saved state, until its pass goes on
         self._evaluation: tuple[Callable[[Status], object] | None, int] = None, 1
@@ -128,23 +129,24 @@ class Run(ABC):
 
     def _dealt(self, loader: Any, sampler: Sampler, steps: int | None) -> Generator[Any, None, None]:
         """The batches of a loader with a `sampler`."""
-        self._opt.finish()
+        self._settle()  # after a break
         before, source = self._opt.taken, Dealt(loader, sampler, self._pass)
         total = sampler.plan.steps - sampler.start if steps is None else steps
-        try:
-            with closing(self.turns(total, ahead(loader, self._period))) as turns:
-                for number in turns:
-                    yield source.batch(number - before)
-        finally:
-            sampler.start += self._opt.taken - before
+        with closing(self._turns(total, ahead(loader, self._period), sampler)) as turns:
+            for number in turns:
+                yield source.batch(number - before)
 
     def turns(self, steps: int | None = None, ahead: int = 0) -> Generator[int, None, None]:
         """As `batches`, without a loader: yield the numbers of the steps, for a loop that fetches its own data.
 
         `ahead`: as of `AGNOptimizer.steps`.
         """
-        self._opt.finish()  # after a break
+        return self._turns(steps, ahead)
+
+    def _turns(self, steps: int | None, ahead: int, sampler: Sampler | None = None) -> Generator[int, None, None]:
+        self._settle()
         before = self._opt.taken
+        self._dealing = None if sampler is None else (sampler, before)
         self._place = self._place._replace(loops=self._place.loops + 1, ended=0, batches=0)
         self._loader, self._pass_began = None, {}
         try:
@@ -175,8 +177,16 @@ class Run(ABC):
 
     def _finish(self) -> None:
         """Wait for the other workers, and take the final center."""
-        self._opt.finish()
+        self._settle()
         self._turn(self._opt.taken)
+
+    def _settle(self) -> None:
+        """After a loop, also a `break`: all ranks know how many steps it has taken."""
+        self._opt.finish()
+        if self._dealing is not None:
+            sampler, before = self._dealing
+            sampler.start += self._opt.taken - before
+            self._dealing = None
 
     def _batches_of(self, loader: Iterable[Batch], endless: bool) -> Iterator[Batch]:
         """The batches of `loader`, once or again and again; its iterator begins with the first: never at a center."""
@@ -214,6 +224,8 @@ class Run(ABC):
 
     def _state(self) -> dict[str, Array]:
         """This worker's, for a checkpoint."""
+        if self._saved is not None:  # a resumed run, whose script has not come there yet
+            return dict(self._saved)
         states = {"begin": self._pass_began, "now": self._randomness(self._loader), "own": self._own_state()}
         named = {f"{what}/{name}": array for what, arrays in states.items() for name, array in arrays.items()}
         return {"place": np.array(self._place), **named}

@@ -49,6 +49,7 @@ class Keeper:
         self.skip = 0  # loops that were complete when the run was resumed, and are still to come
         self._before = [0]  # steps before each session, also the next one
         self._resuming = False  # resumed, and none has begun since
+        self._between = False  # what it was resumed from was saved between two sessions
         self._complete: int | None = None  # steps of the last loop, if it has taken or given up all that it was asked
         self.done_before = 0  # steps of the next session that were taken or given up before the run was resumed
         self._saved_at = -1  # steps at the last `save`
@@ -82,7 +83,7 @@ class Keeper:
         checkpoint = Path(facts["checkpoint"])
         self._before, self._resuming = [0, *map(int, facts.get("ends", []))], True
         self.skip = role.session = len(self._before) - 1
-        self._complete = facts.get("complete")
+        self._complete, self._between = facts.get("complete"), bool(facts.get("between"))
         before = self._before[-1]
         if not facts.get("between"):
             self.done_before = int(facts["steps"]) - before + int((facts["leases"] or {}).get("given_up", 0))
@@ -111,6 +112,11 @@ class Keeper:
         for worker in role.workers:
             worker.before = before
         return True
+
+    @property
+    def within(self) -> bool:
+        """Whether a resumed run has yet to come to the session that goes on: all it has is in a checkpoint."""
+        return self._resuming and not self._between
 
     def begins(self, steps: int) -> None:
         """A session is about to begin, after `steps` steps."""
@@ -157,15 +163,19 @@ class Keeper:
 
     @contextmanager
     def signals_installed(self) -> Iterator[None]:
-        """While in it, on the main thread: signals ask for an end."""
+        """While in it, on the main thread: signals ask for an end; USR1 and USR2 also behind it, of the next one."""
         signals = self._signals if threading.current_thread() is threading.main_thread() else None
-        if signals is not None:
-            signals.install()
+        if signals is None:
+            yield
+            return
+        signals.install()
         try:
             yield
+        except Interrupted:
+            signals.remove()
+            raise
         finally:
-            if signals is not None:
-                signals.remove()
+            signals.rest()
 
     def stepped(self) -> None:
         """A worker of this rank has taken a step."""
@@ -190,12 +200,14 @@ class Keeper:
     def finish(self) -> None:
         """For good: write what was done since the last checkpoint."""
         session = self._session
-        if self._kept is not None and session.role.session and not session.members.lost:
+        if self._kept is not None and session.role.session and not session.members.lost and not self._resuming:
             steps = int(allgather(session.comm, str(session.role.center.steps))[0])
             if steps != self._saved_at:
                 self.save(self._kept.directory, between=True)
         if self._checkpoints is not None:
             self._checkpoints.finish()
+        if self._signals is not None and threading.current_thread() is threading.main_thread():
+            self._signals.remove()
 
 
 def newest_state(kept: Kept | None, say: Callable[[str], None]) -> Saved | None:

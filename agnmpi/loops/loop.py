@@ -110,7 +110,8 @@ class Loop(Warner):
         if self._running:
             raise RuntimeError(f"{self._name}: save between two loops, not in one: rank 0 must take part")
         self.finish()
-        self._keeper.save(directory, between=True)
+        if not self._keeper.within:
+            self._keeper.save(directory, between=True)
 
     def restore(self, directory: Path, required: bool) -> None:
         """Continue from the newest checkpoint; collective, before the first session."""
@@ -231,6 +232,8 @@ class Loop(Warner):
 
     def _end_session(self) -> None:
         """All have left, each in its way; collective."""
+        if self._monitor is not None:
+            self._monitor.settle()
         self._copy_final_center()
         try:
             self._keeper.end_if_signalled()
@@ -338,12 +341,10 @@ class Loop(Warner):
     def committed(self, commit: Commit, c: Array) -> None:
         """Count, and call the caller's `at_center`."""
         self._loss.add(commit.loss, commit.steps)
-        if commit.requests & WORK or commit.steps >= self._period:
-            self._keeper.committed(
-                c
-            )  # else it has left, by an exception perhaps: no checkpoint has the part of a period
-        if self._monitor is not None:
+        if self._monitor is not None:  # counts first: what is saved then holds
             self._monitor.committed(commit, c)
+        if commit.requests & WORK or commit.steps >= self._period:
+            self._keeper.committed(c)  # else it has left, perhaps by an exception: no checkpoint has a part of a period
         if self._at_center is not None:
             self._at_center.committed(c, self.point, last=False)
             self._at_center.tick()

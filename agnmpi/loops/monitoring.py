@@ -119,6 +119,7 @@ class LoopMonitor:
         self._seconds = self._samples = 0.0  # before the loop was resumed
         self._began = time.monotonic()
         self._total = inf  # steps up to the end of this session
+        self._epoch: int | None = None  # steps of one, once that is known: a loop may have more when it is resumed
         self.stopped = ""  # why all loops have ended early, if they have; on every rank
 
     def _make(self, where: str | Path | None, resumes: bool) -> Path:
@@ -132,11 +133,14 @@ class LoopMonitor:
     def resumed(self, facts: Mapping[str, Any]) -> None:
         """The loop goes on from a checkpoint with these facts."""
         self._samples, self._seconds = float(facts.get("samples", 0)), float(facts.get("seconds", 0.0))
+        self._epoch = facts.get("epoch")
 
     @property
     def facts(self) -> Mapping[str, float]:
-        """For a checkpoint: samples and seconds so far."""
-        return {} if self._monitor is None else self._monitor.progress
+        """For a checkpoint: samples and seconds so far, and steps of an epoch."""
+        epoch = {"epoch": self._epoch} if self._epoch else {}
+        progress = {"samples": int(self._samples), "seconds": self._seconds}
+        return (self._monitor.progress if self._monitor else progress) | epoch
 
     def begins(self, total: int | None, before: int) -> None:
         """A session of `total` steps begins, after `before`. RuntimeError on all ranks if it cannot end early."""
@@ -155,7 +159,8 @@ class LoopMonitor:
 
     def _open(self, total: int | None, initial: bool) -> None:
         given, role = self._given, self.session.role
-        per_epoch = max(1, (total or given.every) if given.samples is None else -(-given.samples // given.batch))
+        one_loop = self._epoch or total or given.every
+        self._epoch = per_epoch = max(1, one_loop if given.samples is None else -(-given.samples // given.batch))
         plan = Plan(given.samples or per_epoch * given.batch, given.batch, steps=total or 1)
         evaluates = given.evaluate is not None
         config = replace(self._config, evaluate_every=given.every / plan.steps_per_epoch if evaluates else 0.0)
@@ -216,6 +221,11 @@ class LoopMonitor:
         """This rank, which serves, trains on alone."""
         if self._monitor is not None:
             self._monitor.evaluations.role = self.session.role
+
+    def settle(self) -> None:
+        """Wait for an evaluation under way: the caller's model may hold a center for it, and gets the final one next."""
+        if self._monitor is not None:
+            self._monitor.evaluations.wait()
 
     def ends(self) -> None:
         """A session has ended; raises RuntimeError on all ranks if the first evaluation has failed."""

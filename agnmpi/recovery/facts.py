@@ -100,6 +100,7 @@ _OPTIONAL: Mapping[str, Check] = {
     "served": _is_count,
     "session": _is_count,
     "complete": _is_count,
+    "epoch": _is_count,
     "ranks": _are_counts,
     "tensors": _are_named_texts,
 }

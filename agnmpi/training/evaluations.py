@@ -53,6 +53,10 @@ class Best:
             if facts.get("metric") == self.name:
                 self.value, self.steps = float(facts["value"]), int(facts["step"])
 
+    def forget(self) -> None:
+        """The run begins anew: what another left here was not its own."""
+        self.value, self.steps = float("nan"), 0
+
     def seen(self, point: Point, metrics: Mapping[str, float], c: Array) -> str:
         """An evaluation of `c` (n,): keep it if it is the best. Returns why the run is to stop, "" if it is not.
 
@@ -106,6 +110,8 @@ class Evaluations:
 
     def first(self, c: Array, point: Point) -> None:
         """Evaluate the initial `c` (n,), so that mistakes show at once."""
+        if self.best is not None:
+            self.best.forget()
         if not self.role.serves:
             self._done(self._measure(c, point))
             return
@@ -133,18 +139,21 @@ class Evaluations:
 
     def finish(self, c: Array, point: Point) -> None:
         """Evaluate the final `c`, after what is under way."""
-        if self._pending is not None:
-            self._collect()
+        self.wait()
         self._done(self._measure(c, point))
 
     def close(self) -> None:
         """End the thread, when its evaluation is done."""
         self._pool.shutdown(cancel_futures=True)
 
-    def settle(self) -> None:
-        """Wait for what is under way, if anything, and end."""
+    def wait(self) -> None:
+        """Wait for what is under way, if anything."""
         if self._pending is not None:
             self._collect()
+
+    def settle(self) -> None:
+        """As `wait`, and end."""
+        self.wait()
         self.close()
 
     def _collect(self) -> None:

@@ -92,8 +92,15 @@ class Signals:
     def install(self) -> None:
         """Install the handlers; from the main thread."""
         for number in _STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            if number not in self._previous:
+                self._previous[number] = signal.signal(number, self._handle)
         _Forks.signals = self
+
+    def rest(self) -> None:
+        """For a while nothing of ours runs: TERM and INT are the caller's again, and others are kept in mind."""
+        for number in _STOP_SIGNALS:
+            if number not in _USER_SIGNALS:
+                self._restore(number)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._over and number in _USER_SIGNALS:
@@ -124,9 +131,13 @@ class Signals:
     def remove(self) -> None:
         """Restore the previous handlers."""
         _Forks.signals = None
-        for number, previous in self._previous.items():
+        for number in _STOP_SIGNALS:
+            self._restore(number)
+
+    def _restore(self, number: signal.Signals) -> None:
+        previous = self._previous.pop(number, None)
+        if previous is not None and signal.getsignal(number) == self._handle:  # else another has taken it since
             signal.signal(number, previous)
-        self._previous.clear()
 
 
 class _Forks(threading.local):

@@ -20,6 +20,7 @@ from ..cluster.setup import Setup, check_setup
 from ..core.backoff import wait_until
 from ..core.drive import drive
 from ..core.drive import train as train_worker
+from ..core.messages import STOP
 from ..core.worker import Worker
 from ..recovery.center_state import Saved
 from ..recovery.checkpoint import newest
@@ -233,7 +234,7 @@ class Job:
                     break
                 yield step
         except Exception as error:
-            if error is not self.failure:
+            if error not in (self.failure, self.observer.failure):
                 raise
         batches.close()
         worker.settle()
@@ -306,16 +307,22 @@ class Job:
             duties.end_record()
         if duties is not None and duties.first and duties.monitor.failure:
             self.failure = self.failure or RuntimeError("the first evaluation has failed")
+        self.failure = self.failure or self.observer.failure
         failed = self.rank if self.failure else None
         dropped = role.center.dropped if isinstance(role, NodeRole) else 0  # rank 0 has not seen these
-        status = [role.center.steps, role.center.settled, self.signals.received, failed, dropped]
+        status = [role.center.steps, role.center.settled, self.signals.received, failed, dropped, self._fell_short()]
         statuses = [json.loads(text) for text in allgather(comm, json.dumps(status))]
-        steps, settled, *_ = statuses[0]
+        steps, settled, *_, fell_short = statuses[0]
         # Any rank may have received the signal.
         stopped_by = [name for _, _, name, *_ in statuses if name is not None]
-        self._failed = [rank for *_, rank, _ in statuses if rank is not None]
+        self._failed = [rank for *_, rank, _, _ in statuses if rank is not None]
+        if fell_short and not stopped_by and not self._failed:
+            self._failed = [self.session.members.alive[0]]
+            if comm.rank == 0:
+                self.failure = RuntimeError(fell_short)
+                self.observer.say(f"WARNING: {fell_short}")
         if self.rank == 0:
-            role.center.dropped += sum(dropped for *_, dropped in statuses)
+            role.center.dropped += sum(dropped for *_, dropped, _ in statuses)
         self.interrupted = bool(self._failed) or (bool(stopped_by) and settled < self.plan.steps)
         if not self.interrupted:
             self.signals.over()
@@ -326,6 +333,17 @@ class Job:
         if duties is not None:
             duties.prune()  # again: now the other centers have written theirs
         return written
+
+    def _fell_short(self) -> str:
+        """What is missing where the workers have left although nobody has asked them to: their commits were refused."""
+        center, total = self.session.role.center, self.plan.steps
+        if self.session.comm.rank or self.session.deserted or center.control == STOP:
+            return ""
+        if center.settled < total:
+            return f"the workers left after {center.settled} of {total} steps: their commits were refused"
+        if not center.steps:
+            return f"none of {total} steps could be committed: they gave NaN or infinity"
+        return ""
 
     def _write_result(self, monitor: Monitor) -> None:
         lost = sorted(self.session.members.lost)

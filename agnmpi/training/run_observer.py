@@ -41,6 +41,7 @@ class RunObserver(Observer):
         self._run: Run
         self._began = 0.0  # start time, less the duration before a resume
         self._door: Door | None = None  # where workers of another job come in
+        self.failure: RuntimeError | None = None  # of all commits
 
     def begin(
         self,
@@ -140,6 +141,14 @@ class RunObserver(Observer):
         """Report a spare that takes a lost rank's place."""
         self.say(f"{self.name(rank)}, a spare, takes a lost rank's place")
         self.note("joined", rank=rank, host=self.hosts[rank], workers=self.session.role.at_work)
+
+    def ends_for(self, error: RuntimeError) -> bool:
+        """Say so: what is good is saved before the run ends. With an allreduce rule all ranks raise it, in a round."""
+        if self.failure is None:
+            self.failure = error
+            if self.duties is not None:
+                self.say(f"WARNING: {error}")
+        return not self.session.rule.allreduce
 
     def given_up(self, lease: Lease) -> None:
         """Report steps that are given up."""

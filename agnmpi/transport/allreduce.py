@@ -22,7 +22,7 @@ from ..core.backoff import wait_until
 from ..core.division import Division, rounds
 from ..core.ends import Apply, Done, Handle, WorkerEnd
 from ..core.leases import NONE, Lease, Leases
-from ..core.messages import CONTINUE, NOT_FINITE, OK, REFUSED, STOP, WORK, Commit, Reply
+from ..core.messages import CONTINUE, NOT_FINITE, OK, STOP, WORK, Commit, Reply
 from ..version import mpi_library
 from .agreement import ConfigError, allgather, format_ranks, require_equal_total
 from .chunks import Stream, Ticks
@@ -208,11 +208,11 @@ class Round:
                 loss=loss / steps,
                 payload=end.sum,
             )
+            if bad:  # before it, as it may end the run
+                end.given_up += int(steps)
             reply = end.apply(summed, end.c)
             assert reply is not None  # a round is never postponed
             end.clock, end.steps, end.checkpoint, status = reply.clock, reply.steps, reply.checkpoint, reply.status
-            if status == REFUSED:
-                end.given_up += int(steps)
         if self._out is not None:
             self._out[...] = end.c
         control = STOP if leaving else CONTINUE

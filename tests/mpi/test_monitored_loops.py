@@ -1,6 +1,7 @@
 """Loops of one's own that are shown and written as a run of `agnmpi train` is."""
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mpi4py import MPI
 
 from agnmpi import AGNOptimizer, ConfigError, Monitoring, sgd, transports
 from agnmpi.core import rules
+from agnmpi.recovery.checkpoint import folders
 from agnmpi.recovery.files import load
 from agnmpi.reporting.page import page
 from agnmpi.reporting.runs import read
@@ -151,6 +153,41 @@ def test_a_loop_that_is_resumed_within_its_first_session_goes_on_in_its_files(co
     assert [event["step"] for event in of(run, "resume")] == [40]
     assert [event["step"] for event in of(run, "evaluation")].count(0) == 1, "of the initial parameters"
     assert (run.result["steps"], run.result["samples"]) == (100, 400)
+    assert of(run, "evaluation")[-1]["epoch"] == 2.5, "of 40 steps, as at first"
+
+
+def test_samples_are_those_of_the_steps_in_a_checkpoint(comm, directory):
+    for again in (False, True):
+        monitor = Monitoring(directory / "run", batch=4)
+        opt = made(comm, monitor, checkpoint=directory, checkpoint_every=1e-3, resume="auto")
+        stop = opt.stop
+        for _ in opt.steps(2000, at_center=lambda _: again or not folders(directory) or stop(), every=2):  # noqa: B023
+            opt.minimize(loss)
+        opt.close()
+        comm.Barrier()
+        if comm.rank == 0 and not again:  # as where it is killed: the last is one that was written meanwhile
+            shutil.rmtree(folders(directory)[0])
+        comm.Barrier()
+        if not folders(directory):
+            return
+    result = read(directory / "run").result
+    assert result["samples"] == 4 * result["steps"]
+
+
+def test_a_run_that_begins_anew_takes_no_best_of_another(comm, directory):
+    for steps in (120, 20):  # the second, whose checkpoints are gone, comes less far
+        opt = made(
+            comm, Monitoring(directory, distance, every=10, metric="error:min"), resume="auto", checkpoint=directory
+        )
+        train(opt, loops=1, steps=steps)
+        opt.close()
+        comm.Barrier()
+        best = read(directory).result["best"]
+        assert best["step"] <= steps
+        comm.Barrier()
+        if comm.rank == 0:
+            shutil.rmtree(directory / "checkpoints")
+        comm.Barrier()
 
 
 def test_only_what_is_asked_for_is_measured(comm, directory):

@@ -141,6 +141,42 @@ def test_each_step_is_taken_once_over_two_interruptions(comm, directory, transpo
         assert not [str(warning.message) for warning in recwarn if "steps were taken" in str(warning.message)]
 
 
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_run_that_is_opened_and_closed_leaves_its_checkpoint(comm, directory, saves):
+    """As by a script that ends, or saves what it has, before it comes to the loop that is to go on."""
+    opt, taken, interrupted = epochs(comm, directory, 32)
+    opt.close()
+    assert interrupted
+    opened = AGNOptimizer(adam(0.1), np.zeros(8), comm, 5, checkpoint=directory, resume="auto")
+    if saves:
+        assert list(opened.steps(60)) == []
+        opened.save(directory)
+    opened.close()
+    opt, more, _ = epochs(comm, directory)
+    everyone = sorted(step for steps in comm.allgather(taken + more) for step in steps)
+    assert everyone == [(epoch, step) for epoch in range(3) for step in range(60)]
+    assert opt.taken == 180
+    opt.close()
+
+
+def test_a_signal_between_two_loops_is_of_the_next(comm, directory):
+    for interrupts in (True, False):
+        opt, interrupted = AGNOptimizer(sgd(0.1), np.zeros(2), comm, 5, checkpoint=directory, resume="auto"), False
+        try:
+            for loop in range(2):
+                for _ in opt.steps(200):
+                    opt.minimize(lambda p: (0.0, p["0"] - 1))
+                if loop == 0 and interrupts:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        except Interrupted:
+            interrupted = True
+        assert interrupted is interrupts
+        assert opt.taken == 400 or (interrupts and 200 <= opt.taken < 400)
+        opt.close()
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
 @pytest.mark.parametrize("transport", [*TRANSPORTS, None], ids=name)
 def test_a_complete_loop_that_is_asked_for_more_steps_goes_on(comm, directory, transport):
     """The last one alone; asked for as many or for fewer, it yields nothing."""

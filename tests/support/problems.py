@@ -94,6 +94,17 @@ class Diverges(Quadratic):
         return float("nan"), super().gradient(params, indices)[1]
 
 
+class DivergesLater(Quadratic):
+    """Each rank's gradients are NaN after its first 24."""
+
+    calls = 0
+
+    def gradient(self, params, indices):
+        self.calls += 1
+        loss, g = super().gradient(params, indices)
+        return loss, {name: x * np.nan for name, x in g.items()} if self.calls > 24 else g
+
+
 class EvaluationRaises(Quadratic):
     def evaluate(self, params):
         raise ArithmeticError("this evaluation went wrong")

@@ -6,6 +6,8 @@ Several in one start, because the import of torch takes seconds. A check that fa
 import hashlib
 import os
 import sys
+import tempfile
+import time
 
 import numpy as np
 import torch
@@ -206,6 +208,51 @@ def dealt():
         counts = np.bincount([i for part in COMM.allgather(seen) for batch in part for i in batch], minlength=512)
         assert (counts >= 2).all(), "refused steps were computed again"
         assert counts.sum() <= 2 * 512 + 3 * 20, counts.sum()
+
+
+def left():
+    """A loop over dealt batches is left by `break`, on each rank after another step; the next takes the rest."""
+    model, taken = net(), 0
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with agnmpi.torch.Run(model, optimizer, COMM, period=3) as run:
+        loader = DataLoader(spread(), batch_sampler=run.sampler(spread(), batch=16, epochs=4))
+        for most in (5 + COMM.rank, 1000):
+            for turn, (x, y) in enumerate(run.batches(loader), 1):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                taken += 1
+                if turn == most:
+                    break
+    assert sum(COMM.allgather(taken)) == 4 * 32
+
+
+def late_evaluation():
+    """An evaluation that is under way when a loop ends sees what it was given, and the model is the center then."""
+    seen, moved, model = [], 0.0, nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+
+    def evaluate(held):
+        first = held.weight.item()
+        time.sleep(0.3)
+        seen.append((first, held.weight.item()))
+        return {"w": first}
+
+    directory = COMM.bcast(tempfile.mkdtemp())
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with agnmpi.torch.Run(model, optimizer, COMM, 5, monitor=agnmpi.Monitoring(directory, evaluate, every=20)) as run:
+        for loop in range(1, 3):
+            for _ in run.turns(60):
+                optimizer.zero_grad()
+                (-model.weight.sum()).backward()  # w grows by 0.01
+                optimizer.step()
+            time.sleep(0.5)  # of one's own, longer than the evaluation
+            w = COMM.allgather(model.weight.item())
+            assert len(set(w)) == 1, w
+            assert w[0] > moved, "what the loop has trained is gone"
+            moved = w[0]
+    assert [a for a, b in seen if a != b] == []
+    assert bool(seen) == run.is_center
 
 
 def own_data():

@@ -51,6 +51,32 @@ def test_a_gradient_that_fails_leaves_a_checkpoint_to_resume(tmp_path, ranks, op
     assert result_of(run)["steps"] > steps
 
 
+@pytest.mark.parametrize(
+    ("ranks", "options"), WAYS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_run_that_diverges_leaves_a_checkpoint_to_resume(tmp_path, ranks, options):
+    options = [*options, "--steps", "400", "--period", "4"]
+    code, output = agnmpi(ranks, "train", f"{PROBLEMS}:DivergesLater", *options, "--run-dir", tmp_path, timeout=LIMIT)
+    assert code == 1, output
+    assert re.search(r"WARNING: .*commits .*were refused", output)
+    assert f"--resume {tmp_path}" in output
+    assert events_of(tmp_path)[-1]["event"] == "failed"
+    assert not (tmp_path / "result.json").exists()
+    found = newest(tmp_path, print)
+    assert found is not None
+    assert 20 <= found[2]["steps"] < 400
+    arrays, _ = load(tmp_path / "center.safetensors")
+    assert all(np.isfinite(x).all() for x in arrays.values())
+
+
+@pytest.mark.parametrize("options", [["--transport", "accumulate"], ["--rule", "synchronous"], []])
+def test_a_run_that_commits_nothing_has_failed(tmp_path, options):
+    given = [*options, "--steps", "40", "--optimizer", "sgd", "--period", "10"]
+    code, output = agnmpi(3, "train", f"{PROBLEMS}:AlwaysNaN", *given, "--run-dir", tmp_path, timeout=LIMIT)
+    assert code == 1, output
+    assert events_of(tmp_path)[-1]["event"] == "failed"
+
+
 @pytest.mark.parametrize(("ranks", "options"), [(1, ["--transport", "local"]), (2, ["--rule", "synchronous"]), (2, [])])
 def test_an_evaluation_that_fails_is_reported_and_training_goes_on(tmp_path, ranks, options):
     run, problem = tmp_path / "run", f"{PROBLEMS}:SecondEvaluationRaises"

@@ -22,7 +22,7 @@ def holds(*checks, n=3, needs=("torch",), timeout=280):
 
 def test_numbers_buffers_refusals_schedules():
     checks = ["same_numbers", "same_numbers_with_a_center_optimizer", "batch_norm", "bad_gradient", "schedule"]
-    holds(*checks, "few_digits", "own_data", "evaluation", "dealt")
+    holds(*checks, "few_digits", "own_data", "evaluation", "dealt", "left", "late_evaluation")
 
 
 def test_loaders_with_processes():
