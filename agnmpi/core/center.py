@@ -242,25 +242,18 @@ class Center:
         others = leases.awaited(set(range(self.workers)) - self._released) - self._failing.keys() if leases else None
         if not nothing_is_left and (in_a_row < self.patience or others):
             return
-        if self._good and not nothing_is_left:  # the others are done: they keep what they have
-            self.control = STOP
-            return
-        sender = "node center" if commit.worker in self.nodes else "worker"
-        self._fail(
-            f"{in_a_row} commits in a row were refused, the last from {sender} {commit.worker} (steps from "
-            f"{commit.leases[0].first}): "
-            + (
-                f"it is no commit to this model: {commit.nbytes} bytes, the center has {nbytes}"
-                if commit.flags & MISFIT
-                else "they hold NaN or infinity; lower the rate, clip the gradients, or look at the samples of "
-                "these steps"
+        if nothing_is_left or not self._good:  # else the others are done: they keep what they have
+            sender = "node center" if commit.worker in self.nodes else "worker"
+            error = (
+                f"{in_a_row} commits in a row were refused, the last from {sender} {commit.worker} (steps from "
+                f"{commit.leases[0].first}): "
+                + (
+                    f"it is no commit to this model: {commit.nbytes} bytes, the center has {nbytes}"
+                    if commit.flags & MISFIT
+                    else "they hold NaN or infinity; lower the rate, clip the gradients, or look at these samples"
+                )
             )
-        )
-
-    def _fail(self, message: str) -> None:
-        error = RuntimeError(message)
-        if not self.observer.ends_for(error):
-            raise error
+            self.observer.diverged(RuntimeError(error))
         self.control = STOP
 
     def worker_lost(self, worker: int) -> None:
@@ -372,7 +365,8 @@ class SummedCenter(Center):
         summed = self._end.summed
         self._in_a_row = 0 if commit.commits else self._in_a_row + summed.refused - self.refused
         if self._in_a_row >= self.patience * self.workers:  # all fail: one that does leaves after `patience` of them
-            self._fail(f"{self._in_a_row} commits in a row were refused: they hold NaN or infinity")
+            self.observer.diverged(RuntimeError(f"{self._in_a_row} commits in a row were refused: NaN or infinity"))
+            self.control = STOP
         self.refused, self.staleness_sum, self.staleness_max, self.given_up = summed
         self.clock, self.steps = self.clock + commit.commits, self.steps + commit.steps
         self.observer.committed(commit, c)

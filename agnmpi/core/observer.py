@@ -40,9 +40,9 @@ class Observer:
     def failing(self, worker: int, refusals: int) -> None:
         """The last commits of this worker, `refusals` of them, were refused; at the center, at 5, 50, … of them."""
 
-    def ends_for(self, error: RuntimeError) -> bool:
-        """All commits fail, as `error` says: whether the workers are to leave in order; else the center raises it."""
-        return False
+    def diverged(self, error: RuntimeError) -> None:
+        """All commits fail, as `error` says. It is raised, or, where this returns, the workers are told to leave."""
+        raise error
 
     def alone(self) -> None:
         """This rank was elected, has lost all of its workers, and trains on alone."""

@@ -11,8 +11,7 @@ from ..arrays.backend import Array, bring
 from ..core.backoff import wait_until
 from ..core.params import Layout
 from ..core.worker import Phase
-from ..recovery.center_state import Saved
-from ..recovery.checkpoint import newest, read_caller, read_span
+from ..recovery.checkpoint import read_caller, read_span
 from ..recovery.restore import check_tensors, resume
 from ..recovery.saver import workers_saved
 from ..training.abort import abort
@@ -208,9 +207,3 @@ class Keeper:
             self._checkpoints.finish()
         if self._signals is not None and threading.current_thread() is threading.main_thread():
             self._signals.remove()
-
-
-def newest_state(kept: Kept | None, say: Callable[[str], None]) -> Saved | None:
-    """What the newest checkpoint that this rank can read holds; None: there is none."""
-    checkpoint = None if kept is None else newest(kept.directory, say)
-    return checkpoint and checkpoint[1:]

@@ -5,7 +5,6 @@ import time
 import weakref
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from ..core.optimizers import Optimizer
 from ..core.params import Layout
 from ..core.rules import Rule
 from ..core.worker import Worker
+from ..recovery.checkpoint import newest_state
 from ..recovery.saver import state_bytes
 from ..reporting.events import RecentMean
 from ..training.evaluations import AtCenter, Point
 from ..training.exits import Interrupted
 from ..training.session import Session
-from .keeper import Keeper, newest_state
+from .keeper import Keeper
 from .monitoring import LoopMonitor
 from .terms import Asked, Caller, Kept
 from .warner import Warner
@@ -55,7 +55,7 @@ class Loop(Warner):
         layout: Layout, kept: Kept | None, monitor: LoopMonitor | None = None,
     ) -> None:  # fmt: skip
         super().__init__(name)
-        saved = partial(newest_state, kept, self._say)
+        saved = (lambda: newest_state(kept.directory, self._say)) if kept else lambda: None
         self.session = Session(comm, rule, x, optimizer, center_optimizer, setup, self, saved)
         self.closed = self._running = self._stepped = False
         self._x, self._period, self._caller = x, period, caller

@@ -223,7 +223,7 @@ class LoopMonitor:
             self._monitor.evaluations.role = self.session.role
 
     def settle(self) -> None:
-        """Wait for an evaluation under way: the caller's model may hold a center for it, and gets the final one next."""
+        """Wait for an evaluation under way: the caller's model may hold a center for it; it gets the final one next."""
         if self._monitor is not None:
             self._monitor.evaluations.wait()
 

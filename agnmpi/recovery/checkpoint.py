@@ -14,6 +14,7 @@ from ..arrays.backend import Array
 from ..arrays.kernels import all_finite
 from ..core.params import parts
 from . import facts
+from .center_state import Saved
 from .files import Shapes, chunks, load, load_facts, save, signature
 
 
@@ -166,6 +167,12 @@ def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Array
         except (OSError, ValueError) as error:
             say(left_out(candidate, error))
     return None
+
+
+def newest_state(run: Path, say: Callable[[str], None]) -> Saved | None:
+    """What it holds."""
+    checkpoint = newest(run, say)
+    return checkpoint and checkpoint[1:]
 
 
 def left_out(candidate: Path, why: object) -> str:

@@ -20,10 +20,8 @@ from ..cluster.setup import Setup, check_setup
 from ..core.backoff import wait_until
 from ..core.drive import drive
 from ..core.drive import train as train_worker
-from ..core.messages import STOP
 from ..core.worker import Worker
-from ..recovery.center_state import Saved
-from ..recovery.checkpoint import newest
+from ..recovery.checkpoint import newest_state
 from ..recovery.lock import unlock_all
 from ..recovery.restore import resume
 from ..recovery.saver import WorkerSaver, state_bytes, workers_saved
@@ -165,7 +163,7 @@ class Job:
             self.world, self.rule, self.x, config.make_optimizer(plan.steps),
             config.make_center_optimizer(plan.steps),
             self.setup._replace(transport=replace(self.setup.transport, wire=wire)),
-            self.observer, self._newest, config.drop_stalled,
+            self.observer, lambda: newest_state(self.directory, self.observer.say), config.drop_stalled,
         )  # fmt: skip
         self.observer.session = session
         try:
@@ -198,10 +196,6 @@ class Job:
         path = raise_on_all(self.world, lambda: str(run_directory(config).resolve()) if self.rank == 0 else "")
         self.directory = Path(allgather(self.world, path)[0])
         return resumed
-
-    def _newest(self) -> Saved | None:
-        checkpoint = newest(self.directory, self.observer.say)
-        return checkpoint and checkpoint[1:]
 
     def _steps(self, worker: Worker, saver: WorkerSaver) -> Iterator[int]:
         """The loop of a worker: saves its state with the center, and stops on a signal where no center rank would."""
@@ -303,14 +297,13 @@ class Job:
     def _last_checkpoint(self) -> bool:
         """Save the final state, and find out whether the run was asked to stop; whether all of it is written here."""
         comm, role, duties = self.session.comm, self.session.role, self.observer.duties
+        center = role.center
         if duties is not None:
             duties.end_record()
-        if duties is not None and duties.first and duties.monitor.failure:
-            self.failure = self.failure or RuntimeError("the first evaluation has failed")
         self.failure = self.failure or self.observer.failure
+        dropped = center.dropped if isinstance(role, NodeRole) else 0  # rank 0 has not seen these
         failed = self.rank if self.failure else None
-        dropped = role.center.dropped if isinstance(role, NodeRole) else 0  # rank 0 has not seen these
-        status = [role.center.steps, role.center.settled, self.signals.received, failed, dropped, self._fell_short()]
+        status = [center.steps, center.settled, self.signals.received, failed, dropped, self.observer.fell_short]
         statuses = [json.loads(text) for text in allgather(comm, json.dumps(status))]
         steps, settled, *_, fell_short = statuses[0]
         # Any rank may have received the signal.
@@ -322,7 +315,7 @@ class Job:
                 self.failure = RuntimeError(fell_short)
                 self.observer.say(f"WARNING: {fell_short}")
         if self.rank == 0:
-            role.center.dropped += sum(dropped for *_, dropped, _ in statuses)
+            center.dropped += sum(dropped for *_, dropped, _ in statuses)
         self.interrupted = bool(self._failed) or (bool(stopped_by) and settled < self.plan.steps)
         if not self.interrupted:
             self.signals.over()
@@ -333,17 +326,6 @@ class Job:
         if duties is not None:
             duties.prune()  # again: now the other centers have written theirs
         return written
-
-    def _fell_short(self) -> str:
-        """What is missing where the workers have left although nobody has asked them to: their commits were refused."""
-        center, total = self.session.role.center, self.plan.steps
-        if self.session.comm.rank or self.session.deserted or center.control == STOP:
-            return ""
-        if center.settled < total:
-            return f"the workers left after {center.settled} of {total} steps: their commits were refused"
-        if not center.steps:
-            return f"none of {total} steps could be committed: they gave NaN or infinity"
-        return ""
 
     def _write_result(self, monitor: Monitor) -> None:
         lost = sorted(self.session.members.lost)

@@ -13,7 +13,7 @@ from ..cluster.placement import leave_without_finalize
 from ..cluster.roles import CenterRole
 from ..cluster.setup import Setup
 from ..core.leases import Lease
-from ..core.messages import Commit, Reply
+from ..core.messages import STOP, Commit, Reply
 from ..core.observer import Observer
 from .duties import Duties, Run
 from .exits import Signals
@@ -41,7 +41,7 @@ class RunObserver(Observer):
         self._run: Run
         self._began = 0.0  # start time, less the duration before a resume
         self._door: Door | None = None  # where workers of another job come in
-        self.failure: RuntimeError | None = None  # of all commits
+        self._failure: RuntimeError | None = None  # of all commits
 
     def begin(
         self,
@@ -142,13 +142,31 @@ class RunObserver(Observer):
         self.say(f"{self.name(rank)}, a spare, takes a lost rank's place")
         self.note("joined", rank=rank, host=self.hosts[rank], workers=self.session.role.at_work)
 
-    def ends_for(self, error: RuntimeError) -> bool:
+    def diverged(self, error: RuntimeError) -> None:
         """Say so: what is good is saved before the run ends. With an allreduce rule all ranks raise it, in a round."""
-        if self.failure is None:
-            self.failure = error
+        if self._failure is None:
+            self._failure = error
             if self.duties is not None:
                 self.say(f"WARNING: {error}")
-        return not self.session.rule.allreduce
+        if self.session.rule.allreduce:
+            raise error
+
+    @property
+    def failure(self) -> RuntimeError | None:
+        """Why the run has failed, as this rank has seen, if it has: the first evaluation, or all commits."""
+        if self.monitor is not None and self.monitor.failure:
+            return RuntimeError(self.monitor.stop_reason)
+        return self._failure
+
+    @property
+    def fell_short(self) -> str:
+        """At the center: what is missing where workers have left although nobody has asked them to; "" if nothing."""
+        center, total, session = self.session.role.center, self._run.plan.steps, self.session
+        if session.comm.rank or session.deserted or center.control == STOP:
+            return ""
+        if center.settled < total:
+            return f"the workers left after {center.settled} of {total} steps: their commits were refused"
+        return "" if center.steps else f"none of {total} steps could be committed: they gave NaN or infinity"
 
     def given_up(self, lease: Lease) -> None:
         """Report steps that are given up."""

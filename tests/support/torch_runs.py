@@ -241,7 +241,7 @@ def late_evaluation():
     directory = COMM.bcast(tempfile.mkdtemp())
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     with agnmpi.torch.Run(model, optimizer, COMM, 5, monitor=agnmpi.Monitoring(directory, evaluate, every=20)) as run:
-        for loop in range(1, 3):
+        for _loop in range(2):
             for _ in run.turns(60):
                 optimizer.zero_grad()
                 (-model.weight.sum()).backward()  # w grows by 0.01
