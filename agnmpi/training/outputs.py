@@ -112,12 +112,15 @@ def conclude(
     monitor: Monitor,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write the final center, evaluate it, and write the result, with `extra` fields; returns it."""
-    failure: OSError | None = None
+    """Write the final center, evaluate it, and write the result, with `extra` fields; returns it.
+
+    Raises OSError where it cannot be written; a center that cannot leaves no result, which would be one of another.
+    """
     try:
         save_center(directory, options["rule"], layout, role)
-    except OSError as error:  # raised when all else is done
-        failure = error
+    except OSError:
+        monitor.stop("failed", ranks=[0])
+        raise
     result = {
         **{name: options[name] for name in ("problem", "rule", "variant", "transport", "period")},
         "workers": role.count,
@@ -130,8 +133,6 @@ def conclude(
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
     write_result(directory, result)
-    if failure is not None:
-        raise failure
     return result
 
 

@@ -109,6 +109,13 @@ def test_directories_in_the_place_of_files(tmp_path):
     assert code == 74, output
     assert "the result could not be written" in output
     assert load(run / "center.safetensors")
+    without = tmp_path / "without"
+    job = running(without, "--steps", "600")
+    (without / "center.safetensors").mkdir()
+    code, output = job.finish(LIMIT)
+    assert code == 74, output
+    assert not (without / "result.json").exists(), "a result of a center that is not there"
+    assert events_of(without)[-1]["event"] == "failed"
     other = tmp_path / "other"
     (other / "events.jsonl").mkdir(parents=True)
     code, output = agnmpi(3, *GIVEN[2:], "--run", other, timeout=LIMIT)
