@@ -231,6 +231,15 @@ def test_a_commit_that_never_arrives_is_made_again(tmp_path):
 
 
 @ulfm
+@pytest.mark.parametrize("options", [["--centers", "2"], ["--rule", "synchronous"]], ids=" ".join)
+def test_a_run_that_needs_all_ranks_says_which_one_died(tmp_path, options):
+    code, output = train(tmp_path / "run", 4, "kill:2@30", *options)
+    assert code != 0
+    assert "ends the job: rank 2 died, and it needs all of its ranks; resume it" in output
+    assert "Traceback" not in output
+
+
+@ulfm
 def test_all_workers_die(tmp_path):
     run = tmp_path / "run"
     code, output = train(run, 3, "kill:1@40,kill:2@50")
