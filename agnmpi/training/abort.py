@@ -29,7 +29,7 @@ def say(comm: MPI.Comm, error: BaseException) -> None:
     """Print the error with this rank's name in one write; where it is the loss of others, that alone."""
     text = f"failed, ending the job:\n{''.join(traceback.format_exception(error))}"
     if isinstance(error, MPI.Exception) and (lost := _lost(comm)):
-        text = f"ends the job: {format_ranks(lost)} died, and it needs all of its ranks; resume it from its checkpoint\n"
+        text = f"ends the job: {format_ranks(lost)} died, and it needs all of its ranks; resume it\n"
     sys.stdout.flush()
     sys.stderr.write(f"agnmpi: rank {comm.rank} on {MPI.Get_processor_name()} {text}")
     sys.stderr.flush()
