@@ -121,6 +121,7 @@ class LoopMonitor:
         self._total = inf  # steps up to the end of this session
         self._epoch: int | None = None  # steps of one, once that is known: a loop may have more when it is resumed
         self.stopped = ""  # why all loops have ended early, if they have; on every rank
+        self._since_best = 0  # evaluations, before the loop was resumed
 
     def _make(self, where: str | Path | None, resumes: bool) -> Path:
         named = f":{Path(script()).stem}"
@@ -134,13 +135,25 @@ class LoopMonitor:
         """The loop goes on from a checkpoint with these facts."""
         self._samples, self._seconds = float(facts.get("samples", 0)), float(facts.get("seconds", 0.0))
         self._epoch = facts.get("epoch")
+        if facts.get("criteria") == self._criteria:  # else it may go on
+            self.stopped, self._since_best = facts.get("stopped", ""), facts.get("since_best", 0)
 
     @property
-    def facts(self) -> Mapping[str, float]:
-        """For a checkpoint: samples and seconds so far, and steps of an epoch."""
-        epoch = {"epoch": self._epoch} if self._epoch else {}
-        progress = {"samples": int(self._samples), "seconds": self._seconds}
-        return (self._monitor.progress if self._monitor else progress) | epoch
+    def facts(self) -> Mapping[str, Any]:
+        """For a checkpoint: samples and seconds so far, steps of an epoch, and what ends all loops or has."""
+        facts: dict[str, Any] = {"samples": int(self._samples), "seconds": self._seconds}
+        if self._monitor is not None:
+            facts |= self._monitor.progress
+            best = self._monitor.evaluations.best
+            self._since_best = best.since if best else 0
+        if self._given.ends_loops:
+            facts |= {"criteria": self._criteria, "stopped": self.stopped, "since_best": self._since_best}
+        return facts | ({"epoch": self._epoch} if self._epoch else {})
+
+    @property
+    def _criteria(self) -> str:
+        """What ends all loops, in words."""
+        return f"{self._given.metric}, patience {self._given.patience}, stop_at {self._given.stop_at}"
 
     def begins(self, total: int | None, before: int) -> None:
         """A session of `total` steps begins, after `before`. RuntimeError on all ranks if it cannot end early."""
@@ -168,6 +181,8 @@ class LoopMonitor:
             config, plan, role, self.directory, self._layout, self._evaluate, on_event=given.on_event
         )
         self._monitor.total = self._total
+        if (best := self._monitor.evaluations.best) is not None and not initial:
+            best.since = self._since_best
         self._monitor.start(self._x if initial and evaluates else None)
         if not initial:
             self._monitor.resume(int(self._samples), self._seconds)

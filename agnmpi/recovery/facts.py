@@ -101,6 +101,8 @@ _OPTIONAL: Mapping[str, Check] = {
     "session": _is_count,
     "complete": _is_count,
     "epoch": _is_count,
+    "since_best": _is_count,
+    "stopped": lambda value: isinstance(value, str),
     "ranks": _are_counts,
     "tensors": _are_named_texts,
 }

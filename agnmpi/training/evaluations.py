@@ -47,7 +47,7 @@ class Best:
         self.name, self.sign = config.monitored
         self._config, self._layout, self._path = config, layout, directory / BEST
         self.value, self.steps = float("nan"), 0
-        self._since = 0  # evaluations since the best
+        self.since = 0  # evaluations since the best
         if self._path.is_file():
             facts = load_facts(self._path)
             if facts.get("metric") == self.name:
@@ -65,15 +65,15 @@ class Best:
         if self.name not in metrics:
             raise ValueError(f"--monitor {self.name}: evaluate returns {', '.join(metrics) or 'nothing'}")
         value, config = metrics[self.name], self._config
-        self._since += 1
+        self.since += 1
         if value == value and not self.sign * value <= self.sign * self.value:  # self.value is NaN at first
-            self.value, self.steps, self._since = value, point.steps, 0
+            self.value, self.steps, self.since = value, point.steps, 0
             facts = {"metric": self.name, "value": repr(value), "step": str(point.steps), "clock": str(point.clock)}
             save(self._path, self._layout.views(to_host(c)), facts)
         if config.stop_at is not None and self.sign * value >= self.sign * config.stop_at:
             return f"{self.name} is {value:.4g}: stop_at {config.stop_at:g}"
-        if config.patience is not None and self._since >= config.patience:
-            return f"{self.name} was not better in {self._since} evaluations than {self.value:.4g} at step {self.steps}"
+        if config.patience is not None and self.since >= config.patience:
+            return f"{self.name} was not better in {self.since} evaluations than {self.value:.4g} at step {self.steps}"
         return ""
 
     def result(self) -> dict[str, Any]:

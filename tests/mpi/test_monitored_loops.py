@@ -174,6 +174,31 @@ def test_samples_are_those_of_the_steps_in_a_checkpoint(comm, directory):
     assert result["samples"] == 4 * result["steps"]
 
 
+def test_what_has_ended_all_loops_ends_those_of_a_run_that_is_resumed(comm, directory):
+    taken = []
+    for stop_at in (0.5, 0.5, 0.2):
+        monitor = Monitoring(directory, distance, every=20, metric="error:min", stop_at=stop_at)
+        opt = made(comm, monitor, checkpoint=directory, resume="auto")
+        train(opt, steps=2000)
+        assert f"stop_at {stop_at}" in opt.stopped
+        taken.append(comm.bcast(opt.taken))
+        opt.close()
+        comm.Barrier()
+    assert 0 < taken[0] == taken[1] < taken[2] < 4000
+
+
+def test_patience_counts_on_in_a_run_that_is_resumed(comm, directory):
+    """A metric that never gets better than at first, in parts of one or two evaluations each."""
+    for part in range(1, 20):
+        monitor = Monitoring(directory, lambda _: {"error": 1.0}, every=20, metric="error:min", patience=8)
+        opt = made(comm, monitor, checkpoint=directory, resume="auto")
+        train(opt, loops=part, steps=30)
+        opt.close()
+        if opt.stopped:
+            break
+    assert "not better in 8 evaluations" in opt.stopped
+
+
 def test_a_run_that_begins_anew_takes_no_best_of_another(comm, directory):
     for steps in (120, 20):  # the second, whose checkpoints are gone, comes less far
         opt = made(
