@@ -67,6 +67,7 @@ class SilentWorkers:
             if stalled != (worker in self._reported):
                 self._reported ^= {worker}
                 change = f"is silent for {silent:.1f} s" if stalled else "is back"
+                change += ", and is waited for: no other worker is left" if stalled and self._drop else ""
             if stalled and self._drop and self._wait_no_longer(worker):
                 change = f"is silent for {silent:.1f} s and is dropped: what it had not committed goes to the others"
             if change:

@@ -224,6 +224,15 @@ def test_a_dropped_worker_may_come_back(tmp_path, options):
     )
 
 
+def test_the_last_worker_that_stalls_is_waited_for(tmp_path):
+    code, output = train(
+        tmp_path / "run", 3, "stall:1@20:5,stall:2@20:5", "--stall-limit", "2", "--drop-stalled", launcher=()
+    )
+    assert code in (0, 76), output
+    assert "and is dropped" in output
+    assert "and is waited for: no other worker is left" in output
+
+
 def test_a_commit_that_never_arrives_is_made_again(tmp_path):
     run = tmp_path / "run"
     code, output = train(run, 4, "drop:1@5,drop:2@8", launcher=())
