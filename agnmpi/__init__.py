@@ -19,8 +19,8 @@ from .core.rules import Rule
 from .version import __version__
 
 if TYPE_CHECKING:
+    from . import insitu
     from .cli.join import join
-    from .frameworks import insitu
     from .loops.agn_optimizer import AGNOptimizer
     from .loops.monitoring import Monitoring
     from .simulation.simulate import simulate
@@ -72,7 +72,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "Monitoring": (".loops.monitoring", "Monitoring"),
     "Unwritten": (".training.exits", "Unwritten"),
     "Problem": (".training.problem", "Problem"),
-    "insitu": (".frameworks.insitu", None),
+    "insitu": (".insitu", None),
     "jax": (".jax", None),
     "join": (".cli.join", "join"),
     "simulate": (".simulation.simulate", "simulate"),

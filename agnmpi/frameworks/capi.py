@@ -228,8 +228,10 @@ def stop() -> None:
 
 
 @_call
-def save(path: str) -> None:
+def save(path: str | None) -> None:
     """Write the center as this rank has it."""
+    if not path:
+        raise ValueError("path is NULL, or empty")
     _opened().save(path)
 
 

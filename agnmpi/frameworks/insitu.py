@@ -22,7 +22,6 @@ from ..core.backoff import wait_until
 from ..core.drive import Unblocking
 from ..core.optimizers import Optimizer
 from ..core.params import Layout
-from ..core.worker import Worker
 from ..recovery.files import save
 from ..training.abort import AbortOnException
 from ..training.user_code import pack_gradients
@@ -30,7 +29,7 @@ from ..transport.agreement import allgather, raise_on_all, require_equal
 from ..transport.p2p import CENTER
 from ..version import __version__
 from .budget import OFTEN, Budget, Question
-from .insitu_center import Members, Place, parts
+from .insitu_center import Members, Place, Resting, parts
 from .insitu_model import Surrogate as Surrogate
 from .insitu_model import checked
 from .samples import Receiver, Reservoir, Samples, Sender
@@ -215,6 +214,10 @@ class Run:
         if these are longer: a sum over the ranks that was under way meanwhile, and is looked at each 0.1 s. On ranks
         that only read, or feed: whether nobody trains any more. On ranks that train on what others feed alone, also
         whether these have all called `close`.
+
+        Here a rank that holds steps, and has taken none for 2 s, gives them to the others: nothing was put on it, or
+        `learn` is not called there, or has no budget. It is given others once it can take one. Where no rank takes
+        steps, nobody is done.
         """
         if self._reader is not None and (self._sender is None or self.closed):
             return self._reader.done or self.closed
@@ -295,7 +298,10 @@ class Run:
     def save(self, path: "str | Path") -> None:
         """Write the center as this rank has it to a safetensors file."""
         facts = {"agnmpi": __version__, "clock": str(self.status.clock)}
-        save(Path(path), self._layout.views(self._center()), facts)
+        try:
+            save(Path(path), self._layout.views(self._center()), facts)
+        except OSError as error:  # names a temporary file, or none
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
     def close(self, save: "str | Path | None" = None) -> None:
         """Commit what is done, wait for all ranks, and take the final center; collective.
@@ -306,6 +312,7 @@ class Run:
         if self.closed:
             return
         if self._training is not None:
+            self._worker.leaves = True
             self._training.leave()
         if self._sender is not None:
             self._sender.end()
@@ -347,7 +354,11 @@ class Run:
         return self._training
 
     def _is_due(self, training: Unblocking) -> bool:
-        return training.is_due() and self._reservoir.seen >= self._batch
+        """Whether to take a step now; else, where one could be taken, work was asked for."""
+        self._worker.ready = self._reservoir.seen >= self._batch
+        due = training.is_due()
+        self._worker.ready = False
+        return due
 
     def _step(self, training: Unblocking) -> None:
         training.worker.samples = self._reservoir.seen
@@ -362,8 +373,9 @@ class Run:
         return (self._reader or self._worker).o
 
     @property
-    def _worker(self) -> Worker:
+    def _worker(self) -> Resting:
         assert self._training is not None
+        assert isinstance(self._training.worker, Resting)
         return self._training.worker
 
     def _poll(self) -> None:
@@ -383,6 +395,7 @@ class Run:
             self._reader.look()
             return not self._reader.done
         training = self._trainer("done")
+        self._worker.look()
         training.is_due()
         no_more_comes = self._receiver is not None and self._receiver.ended and not self._has_put
         return not (training.finished or no_more_comes)

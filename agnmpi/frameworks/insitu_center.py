@@ -1,9 +1,10 @@
-"""The center of a run in situ: served beside a solver that computes, or by nobody; and a rank that only reads it."""
+"""The center of a run in situ: served beside a solver that computes, or by nobody; and who trains, or only reads it."""
 
 import threading
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple, Self, TypeAlias
 
 import numpy as np
@@ -14,9 +15,9 @@ from ..arrays.kernels import run
 from ..cluster.placement import fault_tolerant
 from ..core.center import Center
 from ..core.drive import Unblocking
-from ..core.ends import Handle, WorkerEnd
-from ..core.leases import Leases
-from ..core.messages import LEAVE, REFUSED, STOP, Commit, Reply
+from ..core.ends import Done, Handle, Polled, Waits, WorkerEnd, awaited
+from ..core.leases import NONE, Lease, Leases
+from ..core.messages import IDLE, LEAVE, REFUSED, STOP, WAIT, WORK, Commit, Reply
 from ..core.observer import Observer
 from ..core.optimizers import Optimizer
 from ..core.rules import CommitInfo, Rule, Weight, agn, weighted
@@ -24,11 +25,12 @@ from ..core.worker import Worker
 from ..transport.accumulate import AccumulateWorker
 from ..transport.p2p import CENTER, P2PWorker
 from ..transport.p2p_center import P2PCenter
-from ..transport.windows import CLOCK, CONTROL
+from ..transport.windows import CLOCK, CONTROL, GIVEN_UP, STEPS
 from .samples import Reservoir
 
 Place: TypeAlias = Literal["solver", "rank", "thread", "none"]  # that serves it
 _PATIENCE = 1 << 60  # refused commits in a row: a network that fails must not end the solver
+RESTS_AFTER = 2.0  # seconds without a step after which a rank gives back what it holds, at first
 _SHORT, _LONG = 5e-4, 5e-2  # seconds between two looks of a thread that serves, beside a solver that computes
 
 
@@ -105,8 +107,16 @@ class Served(Observer):
         """Serve what has arrived, if no thread does; raises what has ended the thread."""
         if self._error is not None:
             raise self._error
-        while self._thread is None and self.end.live and self.end.serve_one(self.center.apply):
+        while self._thread is None and self.end.live and self.end.serve_one(self._apply):
             pass
+
+    def _apply(self, commit: Commit, c: Array) -> Reply | None:
+        """As `Center.apply`; tells those that train and ask for nothing when all steps are taken."""
+        reply, leases = self.center.apply(commit, c), self.center.leases
+        if reply is None or leases is None or commit.requests & (WORK | LEAVE) or commit.worker not in self._training:
+            return reply
+        open_ = leases.left != 0 or leases.held or leases.free
+        return reply if open_ else reply._replace(control=STOP)
 
     def join(self) -> None:
         """When all have left: wait for the thread."""
@@ -119,7 +129,7 @@ class Served(Observer):
         pause, seen = _SHORT, 0
         try:
             while self.end.live:
-                served = self.end.serve_one(self.center.apply)
+                served = self.end.serve_one(self._apply)
                 if served or seen != (seen := self.end.progress):
                     pause = _SHORT
                 if not served:
@@ -149,6 +159,9 @@ class Served(Observer):
 
 class Summing(AccumulateWorker):
     """The end of a rank of a run whose center nobody serves: those that train sum into it, and weigh what they add.
+
+    The header of a rank, which no center reads here, is a word: the first step of a lease that it has given back, and
+    1; or 0. A rank has none there while it holds one, so that one word is enough.
 
     Args:
         comm: ours; the center lies at its rank 0.
@@ -189,19 +202,64 @@ class Summing(AccumulateWorker):
         return self.windows.add(self.windows.posted + counter, value)
 
     def exchange(self, commit: Commit, out: Array | None) -> Handle:
-        """As `AccumulateWorker.exchange`; warns, once, of a network that fails: it must not end the solver."""
-        handle = super().exchange(commit, out)
+        """As `AccumulateWorker.exchange`; warns, once, of a network that fails: it must not end the solver.
+
+        Leases that were given back are granted to those that ask, and wait, for work: until all steps are taken.
+        """
+        asks = commit.requests & WORK and commit.requests & IDLE
+        returned = self._take_returned() if asks else NONE
+        handle = super().exchange(commit._replace(requests=0) if returned.steps else commit, out)
         reply = handle.wait()
         if out is not None:
             self._clock = reply.clock
         if reply.status == REFUSED and not self._has_failed:
             self._has_failed = True
             warnings.warn(_says_it_fails(self._rank), RuntimeWarning, stacklevel=2)
-        return handle
+        if commit.requests & IDLE and not asks:
+            self._give_back()
+        if returned.steps:
+            return Done(reply._replace(work=returned))
+        if reply.work.steps or reply.control == STOP or self.worker >= self._trainers:
+            return handle
+        if asks:
+            return Polled(partial(self._find_work, reply))
+        control = STOP if self._all_taken else WAIT if commit.requests & WORK else reply.control
+        return Done(reply._replace(control=control))
+
+    def _find_work(self, reply: Reply, _blocking: bool) -> Reply | None:
+        if (lease := self._take_returned()).steps:
+            return reply._replace(work=lease)
+        return reply._replace(control=STOP) if self._all_taken else None
+
+    @property
+    def _all_taken(self) -> bool:
+        total = self._division.total
+        return total is not None and self.windows.read(STEPS) + self.windows.read(GIVEN_UP) >= total
+
+    def _give_back(self) -> None:
+        for lease in self._held:
+            self.windows.add(self.windows.header(self.worker), lease.first + 1, MPI.REPLACE)
+        self._held.clear()
+
+    def _take_returned(self) -> Lease:
+        """Hold a lease that was given back, this rank's own before others'; `NONE` if there is none."""
+        for i in range(self._trainers):
+            word = self.windows.header((self.worker + i) % self._trainers)
+            if self.windows.read(word) and (kept := self.windows.add(word, 0, MPI.REPLACE)):
+                whole = self._division.lease((kept - 1) // self._division.period)
+                self._held.append(Lease(kept - 1, whole.end - (kept - 1)))
+                return self._held[-1]
+        return NONE
+
+    def _show_held(self) -> None:
+        """Nobody asks."""
 
     def leave(self, commit: Commit | None, out: Array | None) -> Handle:
-        """As `AccumulateWorker.leave`; tells those that read when nobody trains."""
-        handle = super().leave(commit, out)
+        """As `AccumulateWorker.leave`; gives back what is held, and tells those that read when nobody trains."""
+        if commit is not None:
+            self.exchange(commit, None)
+        self._give_back()
+        handle = super().leave(None, out)
         if self.worker < self._trainers and self._add_to(self._LEFT, 1) + 1 == self._trainers:
             self.windows.add(CONTROL, STOP, MPI.REPLACE)
         return handle
@@ -209,6 +267,71 @@ class Summing(AccumulateWorker):
 
 def _says_it_fails(rank: int) -> str:
     return f"rank {rank} has sent NaN or infinity: refused, as are all such commits; lower the rate"
+
+
+class Resting(Worker):
+    """A worker that gives back the steps that it does not take, and asks for others once it can take one.
+
+    Attributes:
+        ready: its caller takes a step now, if one is granted.
+        rests: it takes none for long: those done are to be committed, the others given back.
+        leaves: it is to leave.
+    """
+
+    ready = rests = leaves = False
+    _looks = False  # it is to ask whether all steps are taken
+    _since: float | None = None  # when there is a step to take
+    _rested = 0  # times
+
+    def look(self) -> None:
+        """Between two time steps of the caller: find out whether all steps are taken, and rest when it is time.
+
+        Twice as late the next time: it may be slow, not idle.
+        """
+        self._looks = self.total is not None
+        if self._looks and self._since is not None and time.monotonic() - self._since > RESTS_AFTER * 2**self._rested:
+            self.rests, self._rested = True, self._rested + 1
+
+    def waits_for_work(self) -> Waits[bool]:
+        """As `Worker.waits_for_work`, and until the caller takes the step."""
+        while (yield from super().waits_for_work()):
+            self._since = time.monotonic()
+            yield from awaited(Polled(lambda _: self._told(self.ready or self.rests)))
+            self._since = None
+            if not self.rests:
+                return True
+            yield from self._rest()
+        return False
+
+    def _told(self, what: bool) -> Reply | None:
+        return Reply(0) if what or self.leaves else None
+
+    def _wait_for_work(self) -> Waits[None]:
+        self.rests = False
+        yield from awaited(Polled(lambda _: self._told(self.ready or self._looks)))
+        if self.leaves:
+            self._work_may_come = False
+        elif self.ready:
+            yield from super()._wait_for_work()
+        else:
+            self._looks = False
+            reply = yield from awaited(self.end.exchange(Commit(self.index), None))
+            self._work_may_come = reply.control != STOP
+
+    def _rest(self) -> Waits[None]:
+        self.rests = False
+        if self._handle is not None:
+            yield from self._finish_exchange()
+        if self.held.done:
+            self._commit = self._form_commit(IDLE)
+            if self.overlap:
+                self._buffers.sent[...] = self.x
+            self._handle = self.end.exchange(self._commit, self._buffers.pulled)
+            yield from self._finish_exchange()
+        else:
+            yield from awaited(self.end.exchange(Commit(self.index, requests=IDLE), None))
+        self.held.leases.clear()
+        self._work_may_come = True
 
 
 class Reader:
@@ -300,6 +423,7 @@ def parts(
         end = P2PWorker(comm, number=members.number(comm.rank))
     if comm.rank in members.read:
         return served, end, None, Reader(end, x, members.number(comm.rank))
-    worker = Worker(x, rule, optimizer, end, members.number(comm.rank), overlap=center != "none", wait=center == "none")
+    served_by, number = center != "none", members.number(comm.rank)
+    worker = Resting(x, rule, optimizer, end, number, overlap=served_by, wait=not served_by)
     worker.total = steps
     return served, end, Unblocking(worker), None

@@ -8,6 +8,7 @@ from surrogates import Fails, Mean, Ring
 
 from agnmpi import ConfigError, insitu, sgd
 from agnmpi.core.backoff import wait_until
+from agnmpi.frameworks import insitu_center
 from agnmpi.frameworks.samples import Receiver, Reservoir, Sender
 from agnmpi.recovery.files import load
 
@@ -65,6 +66,12 @@ def test_a_coupled_solver_ends_by_any_schedule(comm, seed):
     play(comm, seed)
 
 
+@pytest.mark.parametrize("seed", range(8, 12))
+def test_a_coupled_solver_ends_also_where_ranks_often_give_back_what_they_hold(comm, seed, monkeypatch):
+    monkeypatch.setattr(insitu_center, "RESTS_AFTER", 1e-4)
+    play(comm, seed)
+
+
 @pytest.mark.long
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("seed", range(100, 300))
@@ -94,6 +101,48 @@ def test_fewer_steps_than_ranks(comm, center):
         run.learn(ALWAYS)
     run.close()
     assert (run.status.all_steps, comm.allreduce(run.status.steps)) == (1, 1)
+
+
+def leaves_out(comm, center, leaves_it_out, **given):
+    """A run in which rank 1 leaves out what it is told in some time steps; the steps that it has taken."""
+    run = insitu.Run(Mean(), comm, 5, center, optimizer=sgd(0.1), batch=1, steps=100, **given)
+    others, t, idle = comm.Split(int(computes(comm, center)), comm.rank), 0, comm.rank == 1
+    if run.is_center:
+        list(run.serve())
+    while not (run.is_center or run.done or t == 20_000):
+        begins = others.allreduce(run.status.steps if idle else 0) >= 3
+        if not (idle and leaves_it_out("put", begins)):
+            run.put(np.zeros(1), np.ones(1))
+        if not (idle and leaves_it_out("learn", begins)):
+            run.learn(ALWAYS, most=1)
+        elif leaves_it_out("budget", begins):
+            run.learn(0.0)
+        time.sleep(1e-4)
+        t += 1
+    run.close()
+    others.Free()
+    taken = comm.allgather(run.status.steps * (not run.is_center))
+    assert (sum(taken), run.status.all_steps) == (100, 100)
+    return taken[1]
+
+
+CENTERS = ["solver", "thread", "none", pytest.param("rank", marks=pytest.mark.mpi(min_size=3))]
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("center", CENTERS)
+@pytest.mark.parametrize("left_out", [("put",), ("learn",), ("learn", "budget")])
+def test_a_rank_that_takes_no_step_leaves_all_to_the_others(comm, center, left_out, monkeypatch):
+    """Nothing happens in its part of the domain, or it never trains."""
+    monkeypatch.setattr(insitu_center, "RESTS_AFTER", 0.1)
+    assert leaves_out(comm, center, lambda what, _: what in left_out) == 0
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("center", CENTERS)
+def test_a_rank_that_stops_to_train_within_a_period_leaves_the_rest_to_the_others(comm, center, monkeypatch):
+    monkeypatch.setattr(insitu_center, "RESTS_AFTER", 0.1)
+    assert leaves_out(comm, center, lambda what, begins: what == "learn" and begins) == 3
 
 
 @pytest.mark.mpi(min_size=2)

@@ -69,6 +69,10 @@ static void calls(const char *spec)
     refused(agn_put(x, 1, (int64_t[]){-1}, y, 1, (int64_t[]){2}, AGN_DOUBLE), "cannot be");
     refused(agn_put(x, 1, (int64_t[]){2}, y, 1, (int64_t[]){2}, AGN_DOUBLE), "put after close");
     refused(agn_learn(0.1, &taken), "learn after close");
+    refused(agn_done(NULL), "agn_done: done is NULL");
+    refused(agn_save(NULL), "agn_save: ValueError: path is NULL");
+    refused(agn_save("nowhere/w.safetensors"), "agn_save: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere/w.");
+    check(!strchr(agn_error(), '\n'), "a path that cannot be written is said in a line");
     agn_errors_return(0);
     agn_open(spec, MPI_Comm_c2f(MPI_COMM_WORLD), 3, "steps = 50, batch = 1, center = 'rank'");
     if (rank == 0)

@@ -8,9 +8,14 @@ from in_process import world
 
 from agnmpi import sgd
 from agnmpi.core import rules
+from agnmpi.core.center import Center
 from agnmpi.core.drive import Unblocking
+from agnmpi.core.leases import Leases
+from agnmpi.frameworks import insitu_center
 from agnmpi.frameworks.budget import Budget
+from agnmpi.frameworks.insitu_center import Resting
 from agnmpi.frameworks.samples import Reservoir
+from agnmpi.transport.local import LocalCenter
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 30), max_size=8), st.integers(0, 99))
@@ -169,6 +174,67 @@ def test_workers_that_never_wait_take_each_step_once(workers, period, total, ove
             break
     assert all(each.left for each in training)
     assert center.steps == taken <= total
+
+
+def resting(workers, period, total):
+    """A center in this process, and workers that give back the steps that they do not take."""
+    center = Center(rules.agn(), np.zeros(1), workers)
+    center.leases, center.idle_workers_wait = Leases(total, period), True
+    local, training = LocalCenter(np.zeros(1), workers, center.apply), []
+    for i in range(workers):
+        worker = Resting(np.zeros(1), rules.agn(), sgd(0.1), local.worker_end(i), i, wait=False)
+        worker.total = total
+        training.append(Unblocking(worker))
+    return center, local, training
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 60), st.integers(0, 999), st.integers(0, 80))
+def test_workers_that_give_back_steps_take_each_once(workers, period, total, seed, leave_after):
+    """Whenever they are told to rest, to look whether all steps are taken, or to leave."""
+    center, local, training = resting(workers, period, total)
+    draw, taken = np.random.default_rng(seed), 0
+    for turn in range(10_000):
+        for each in training if turn == leave_after * workers else ():
+            each.worker.leaves = True
+            each.leave()
+        i, what = int(draw.integers(workers + 1)), draw.integers(5)
+        if i == workers:
+            local.serve_one(center.apply)
+            continue
+        worker = training[i].worker
+        worker.rests |= what == 1
+        worker.look() if what == 2 else None
+        worker.ready = bool(what > 2)
+        if training[i].is_due():
+            assert worker.ready
+            training[i].step(np.full(1, -1.0), 0.5)
+            taken += 1
+        worker.ready = False
+        if all(each.left for each in training):
+            break
+    assert all(each.left for each in training)
+    assert center.steps == taken <= total
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_a_worker_that_takes_no_steps_leaves_them_to_the_other(taken, monkeypatch):
+    """The first takes so many of 20, in periods of 2, and no more; it has none of them when the other is done."""
+    monkeypatch.setattr(insitu_center, "RESTS_AFTER", 1e-9)
+    center, local, training = resting(2, 2, 20)
+    for turn in range(1000):
+        for i, each in enumerate(training):
+            each.worker.ready = i == 1 or taken > 0
+            if each.is_due():
+                each.step(np.full(1, -1.0))
+                taken -= i == 0
+            each.worker.ready = False
+        if turn > 20:
+            training[0].worker.look()
+        while local.serve_one(center.apply):
+            pass
+    assert training[1].finished
+    assert center.steps == 20
+    assert not center.leases.held
 
 
 @pytest.mark.parametrize("overlap", [False, True])

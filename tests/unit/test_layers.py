@@ -7,7 +7,7 @@ from modules import modules
 
 LAYERS = [
     "version", "arrays", "core", "transport", "cluster", "recovery", "reporting", "training", "loops",
-    "frameworks", "torch", "jax", "simulation", "bench", "cli", "__main__",
+    "frameworks", "torch", "jax", "insitu", "simulation", "bench", "cli", "__main__",
 ]  # fmt: skip
 FIRST_WITH = {"mpi4py": "transport", "torch": "frameworks", "jax": "frameworks"}
 

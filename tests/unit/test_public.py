@@ -47,6 +47,14 @@ def test_rules_and_schedules_are_modules_of_the_public_face():
     assert schedules.warmup(schedules.cosine(1.0, 10), 2)(0) == 0.5
 
 
+@pytest.mark.parametrize("first", ["import agnmpi.insitu", "from agnmpi import insitu", "import agnmpi; agnmpi.insitu"])
+def test_insitu_is_one_module_however_it_is_imported(first):
+    code = f"{first}; import agnmpi.insitu as a; from agnmpi import insitu as b; print(a is b is agnmpi.insitu, b.Run)"
+    assert in_a_new_python(f"import agnmpi; {code}").startswith("True <class 'agnmpi.frameworks.insitu.Run")
+    for name in ("Run", "Status", "Surrogate"):
+        assert getattr(importlib.import_module("agnmpi.insitu"), name).__doc__
+
+
 def test_nothing_initialises_mpi_but_what_speaks_it():
     code = (
         "import sys, agnmpi; dir(agnmpi); agnmpi.Config, agnmpi.Problem, agnmpi.Interrupted, agnmpi.Degraded;"

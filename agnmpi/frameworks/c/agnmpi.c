@@ -248,7 +248,10 @@ int agn_step(int64_t *own, int64_t *all, double *loss)
 int agn_done(int *done)
 {
     int64_t answer = 0;
-    int code = call("done", "(O&)", array, &(struct array){&answer, 0, NULL, AGN_INT64, PyBUF_WRITE});
+    int code;
+    if (!done)
+        return refuse("done", "done is NULL", "");
+    code = call("done", "(O&)", array, &(struct array){&answer, 0, NULL, AGN_INT64, PyBUF_WRITE});
     *done = answer != 0;
     return code;
 }
