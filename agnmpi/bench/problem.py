@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from math import isfinite
 from typing import NamedTuple
 
 from mpi4py import MPI
 
 from ..arrays.backend import Array, full_like, synchronize
 from ..arrays.encodings import NAMES
-from ..arrays.kernels import set_threads
+from ..arrays.kernels import all_finite, set_threads
 from ..cluster.machine import limit_blas
 from ..cluster.placement import check_world, place, require_equal_model
 from ..cluster.probe import choose_wire
@@ -26,7 +27,7 @@ from ..transport.agreement import ConfigError, allgather, raise_on_all
 from ..version import __version__, mpi_library
 from .exchanges import Ours, barrier
 from .periods import NoWire, Work, about_unrest, alone, by_worker, exchanging, hidden, unrest
-from .recommendation import MOST, Choice, Costs, Measured, choose, recommend
+from .recommendation import MOST, Choice, Costs, Measured, choose, conclude, confirm, recommend
 from .recommendation import options as recommended_options
 from .tables import milliseconds, percent, print_table, size
 from .written import json_file
@@ -45,12 +46,28 @@ class Options(NamedTuple):
     json: str | None
 
 
+class Steps(NamedTuple):
+    """Seconds of a gradient, and of moving the parameters; shares of steps, where loss or gradient is not finite.
+
+    Args:
+        gradient: seconds.
+        move: seconds.
+        spoilt: share in which loss or gradient is not finite.
+        refused: share in which the gradient is not: the center would refuse such commits.
+    """
+
+    gradient: float
+    move: float
+    spoilt: float = 0.0
+    refused: float = 0.0
+
+
 def step_times(
     worker: Worker, gradient: Callable[[int], tuple[float, Array]], seconds: float,
     now: Callable[[], float] = time.perf_counter,
-) -> tuple[float, float]:  # fmt: skip
-    """Median seconds of the gradient, and of moving the parameters; measures for `seconds`, and at least 3 steps."""
-    parts = list[tuple[float, float]]()
+) -> Steps:  # fmt: skip
+    """The medians of a worker's steps; measures for `seconds`, and at least 3 steps."""
+    parts = list[Steps]()
     began = now()
     for step in worker.steps():
         start = now()
@@ -61,11 +78,26 @@ def step_times(
         synchronize(worker.x)
         end = now()
         run_waits(worker.waits_after_step())
-        parts.append((middle - start, end - middle))
+        refused = not all_finite(g)
+        parts.append(Steps(middle - start, end - middle, refused or not isfinite(loss), refused))
         if len(parts) >= _WARM_UP + 3 and end - began > seconds:
             break
-    gradients, moves = zip(*parts[_WARM_UP:])
-    return statistics.median(gradients), statistics.median(moves)
+    gradients, moves, *shares = zip(*parts[_WARM_UP:])
+    return Steps(statistics.median(gradients), statistics.median(moves), *map(statistics.fmean, shares))
+
+
+def about_spoilt(share: float) -> list[str]:
+    """A warning where the problem does not train as it is.
+
+    >>> about_spoilt(0.0)
+    []
+    """
+    if not share:
+        return []
+    return [
+        f"WARNING: {percent(share)} of the steps gave NaN or infinity, as loss or in the gradient: a run would not "
+        "train so, and the advice is about time alone. Look at the problem and its samples, or lower --rate"
+    ]
 
 
 def fitting(config: Config, names: Sequence[str], size: int) -> tuple[list[Config], list[str]]:
@@ -128,16 +160,15 @@ class _Bench:
         self.unrest = 0.0  # the worst that was seen
         self.hosts = len(set(allgather(comm, here.host)))
 
-    def steps(self) -> tuple[float, float]:
-        """Seconds of gradient and of optimizer, where all workers compute; the mean over them."""
+    def steps(self) -> Steps:
+        """Of steps where all workers compute, the mean over them."""
         barrier(self.comm)
-        work, parts = self.work, list[tuple[float, float]]()
+        work, parts = self.work, list[Steps]()
         if self.trains:
             worker = Worker(work.x, work.rule, work.optimizer, NoWire(work.x.copy(), self.config.period), 0)
             parts.append(step_times(worker, work.gradient, self.seconds))
         everyone = [tuple(part) for text in allgather(self.comm, json.dumps(parts)) for part in json.loads(text)]
-        gradients, moves = zip(*everyone)
-        return statistics.fmean(gradients), statistics.fmean(moves)
+        return Steps(*map(statistics.fmean, zip(*everyone)))
 
     def setup(self, config: Config) -> Setup:
         """How to exchange."""
@@ -145,20 +176,35 @@ class _Bench:
         wire = choose_wire(self.comm, self.work.x, transport)
         return Setup(replace(transport, wire=wire), caller_uses_mpi=False).on_hosts(self.comm)
 
-    def exchanges(self, setup: Setup) -> tuple[float, float]:
-        """Seconds of an exchange of the last worker alone, after a pause, and of each where all do nothing else."""
-        ours = Ours(self.comm, setup, full_like(self.work.x, 0))
-        first = self._over_workers(ours.exchanges(_WARM_UP + 1)[_WARM_UP:])
-        counts = [min(max(int(self.seconds / seconds), 5), 200) for seconds in (first, first + _PAUSE)]
-        if setup.transport.capabilities.together:
-            alone = all_at_once = self._over_workers(ours.exchanges(counts[1], _PAUSE))
-        else:
-            all_at_once = self._over_workers(ours.exchanges(counts[0]))
-            last = self.comm.rank == self.last  # the likeliest to be on another host than the center
-            alone = self._over_workers(ours.exchanges(counts[1] if last else 0, _PAUSE))
-        ours.role.close()
+    def exchanges(self, setup: Setup) -> list[tuple[float, float]]:
+        """Seconds of an exchange of the last worker alone, after a pause, and of each where all do nothing else.
+
+        Of the parameters, and of one number with each center, in turn.
+        """
+        together = setup.transport.capabilities.together
+        sizes = self.work.x.size, setup.transport.centers
+        sides = [Ours(self.comm, setup, full_like(self.work.x[:numbers], 0)) for numbers in sizes]
+        counts = [self._counts(ours) for ours in sides]
+        seen: list[tuple[list[float], list[float]]] = [([], []) for _ in sides]
+        pauses = together or self.comm.rank == self.last  # the likeliest to be on another host than the center
+        for _ in range(_ROUNDS):
+            for ours, (many, few), (one, all_at_once) in zip(sides, counts, seen):
+                if not together:
+                    all_at_once += ours.exchanges(many)
+                barrier(self.comm)
+                one += ours.exchanges(few if pauses else 0, _PAUSE)
+                barrier(self.comm)
+        for ours in sides:
+            ours.role.close()
         barrier(self.comm)
-        return alone, all_at_once
+        return [(self._over_workers(one), self._over_workers(one if together else many)) for one, many in seen]
+
+    def _counts(self, ours: Ours) -> tuple[int, int]:
+        """How many exchanges a round has, one after the other and with pauses; these warm up as well."""
+        first = self._over_workers(ours.exchanges(_WARM_UP + 1)[_WARM_UP:])
+        barrier(self.comm)
+        many, few = (min(max(int(self.seconds / _ROUNDS / s), 2), 70) for s in (first, first + _PAUSE))
+        return many, few
 
     def _over_workers(self, times: Sequence[float]) -> float:
         """The mean over workers of the medians of their times."""
@@ -181,22 +227,25 @@ class _Bench:
         period = min(max(round(exchange / step), 1), _LONGEST)
         return hidden(*self.periods([setup, setup._replace(overlap=True)], period, period * step + exchange))
 
-    def waiting(self, choice: Choice, step: float) -> float | None:
-        """The share of their time for which workers wait with this choice; None where periods are too long to try."""
+    def waiting(self, choice: Choice, step: float) -> tuple[float | None, float]:
+        """The share of their time for which workers wait with this choice, None where periods are too long to try; and
+        the machine's unrest.
+        """
         if choice.period * step > self.seconds:
-            return None
+            return None, self.unrest
         config = next(config for config in self.configs if config.transport == choice.costs.transport)
         setup = self.setup(config)._replace(overlap=choice.overlap)
         compute, wall = self.periods([setup], choice.period, choice.period * step)
-        return 1 - compute / wall
+        return 1 - compute / wall, self.unrest
 
     def costs(self, config: Config, step: float) -> Costs:
         """What exchanges by the transport of `config` cost."""
         setup = self.setup(config)
         transport = setup.transport
-        one, all_at_once = self.exchanges(setup)
+        (one, all_at_once), single = self.exchanges(setup)
         workers, together = transport.workers_among(self.comm.size), transport.capabilities.together
-        costs = Costs(transport.name, workers, together, one, all_at_once, transport.capabilities.single_commits)
+        whole = transport.capabilities.single_commits
+        costs = Costs(transport.name, workers, together, one, all_at_once, whole, None, *single)
         if costs.waiting(step) < MOST:
             return costs
         return costs._replace(hidden=self.hidden(setup, step, all_at_once))
@@ -218,34 +267,28 @@ def main(comm: MPI.Intracomm, config: Config, options: Options) -> int:
     if not configs:
         raise ConfigError("\n".join(refusals))
     bench = _Bench(comm, config, configs, options.seconds)
-    gradient, move = bench.steps()
+    gradient, move, spoilt, refused = bench.steps()
+    if refused == 1:
+        raise ConfigError("every gradient holds NaN or infinity: look at the problem and its samples, or lower --rate")
     costs = [bench.costs(other, gradient + move) for other in configs]
     x, centers = bench.work.x, bench.setup(configs[0]).transport.centers
     measured = Measured(gradient + move, x.size, x.itemsize, config.period, bench.hosts, centers, costs)
-    choice = choose(measured)
-    waiting = bench.waiting(choice, measured.step)
+    trials = confirm(choose(measured), lambda choice: bench.waiting(choice, measured.step))
+    choice, waiting = trials[-1]
     if comm.rank == 0:
         chosen = next(other for other in configs if other.transport == choice.costs.transport)
         lines = recommend(measured, choice, chosen.make_rule(), usable_encodings(chosen, comm.size))
-        lines += [_conclusion(measured, choice, waiting), *about_unrest(bench.unrest)]
+        lines += [*conclude(measured, trials), *about_unrest(bench.unrest), *about_spoilt(spoilt)]
         _show(measured, gradient, move, refusals, lines)
         report = {
             "agnmpi": __version__, "mpi": mpi_library(), "world": comm.size, "gradient_seconds": gradient,
             "optimizer_seconds": move, **measured._asdict(), "costs": [cost._asdict() for cost in costs],
             "advice": lines, "options": recommended_options(measured, choice), "waiting": waiting,
-            "unrest": bench.unrest,
+            "unrest": bench.unrest, "not_finite": spoilt,
         }  # fmt: skip
         write(json.dumps(report, indent=2) + "\n")
     comm.Free()
     return 0
-
-
-def _conclusion(measured: Measured, choice: Choice, waiting: float | None) -> str:
-    if waiting is None:
-        seen = f"not tried, since a period takes {choice.period * measured.step:.1f} s: give --seconds as many"
-    else:
-        seen = f"tried: workers waited for {percent(max(waiting, 0.0))} of their time"
-    return f"So: {recommended_options(measured, choice)} ({seen})"
 
 
 def _show(measured: Measured, gradient: float, move: float, refusals: Sequence[str], advice: Sequence[str]) -> None:
@@ -262,13 +305,13 @@ def _show(measured: Measured, gradient: float, move: float, refusals: Sequence[s
     lines = [
         [
             costs.transport, str(costs.workers), milliseconds(costs.alone), milliseconds(costs.all_at_once),
-            f"{2e-6 * measured.numbers * measured.number_bytes / costs.alone:,.1f}",
+            milliseconds(costs.one_alone), f"{2e-6 * measured.numbers * measured.number_bytes / costs.alone:,.1f}",
             str(costs.smallest_period(measured.step)), percent(costs.hidden),
             "-" if costs.hidden is None else str(costs.smallest_period(measured.step, overlap=True)),
         ]
         for costs in measured.costs
     ]  # fmt: skip
-    columns = "transport", "n", "alone", "all at once", "MB/s", "λ", "hidden", "λ overlap"
+    columns = "transport", "n", "alone", "all at once", "1 number", "MB/s", "λ", "hidden", "λ overlap"
     title = f"exchanges, and the smallest λ for which workers wait less than {100 * MOST:.0f} % of their time"
     print_table(console, title, columns, lines, left=("transport",))
     for line in [*refusals, *advice]:

@@ -5,6 +5,7 @@ Arithmetic and words alone; `problem` measures.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import ceil
 from typing import NamedTuple
 
 from ..arrays.encodings import get
@@ -15,6 +16,9 @@ from .tables import milliseconds, percent, size
 MOST = 0.05  # of a worker's time may be spent waiting
 _SIMILAR = 1.2  # a period that is not shorter than by this factor is no reason to leave the default
 _LONGEST = 1 << 30
+_TRIES = 3
+_MARGIN = 0.8  # of MOST: what a longer period aims at, so that noise does not undo it
+_LATENCY = 0.5  # of an exchange: from then on fewer bytes shorten it too little, and noise looks like bytes
 
 
 class Costs(NamedTuple):
@@ -28,6 +32,8 @@ class Costs(NamedTuple):
         all_at_once: an exchange of each worker, while all do nothing else.
         whole: whether the center applies whole commits, and refuses those that are not finite.
         hidden: share of an exchange that overlap hides, measured; None where there is nothing to hide.
+        one_alone: as `alone`, of one number instead of the parameters, with each center.
+        one_all_at_once: as `all_at_once`, likewise.
     """
 
     transport: str
@@ -37,6 +43,8 @@ class Costs(NamedTuple):
     all_at_once: float
     whole: bool = True
     hidden: float | None = None
+    one_alone: float = 0.0
+    one_all_at_once: float = 0.0
 
     def exchange(self, compute: float, centers: int = 1) -> float:
         """Seconds of an exchange where each worker computes for `compute` seconds between two.
@@ -55,6 +63,11 @@ class Costs(NamedTuple):
             response = service * (1 + queue)
             queue = response * workers / (compute + delay + response)
         return delay + response
+
+    def latency(self, compute: float) -> float:
+        """What of these seconds an exchange of a single number takes as well."""
+        one = self._replace(alone=self.one_alone, all_at_once=self.one_all_at_once)
+        return min(one.exchange(compute), self.exchange(compute))
 
     def waiting(self, compute: float, overlap: bool = False, centers: int = 1) -> float:
         """The share of its time for which a worker waits, with `compute` seconds of computing in each period."""
@@ -89,13 +102,18 @@ def _first(holds: Callable[[int], bool]) -> int:
     return high
 
 
-def bandwidth_needed(nbytes: int, compute: float) -> float:
+def bandwidth_needed(nbytes: int, compute: float, latency: float = 0.0) -> float:
     """Bytes/s with which a worker waits for just 5 % of its time, if `nbytes` go each way in a period.
 
-    >>> f"{bandwidth_needed(4_000_000, 0.19):.0f}"
-    '800000000'
+    >>> f"{bandwidth_needed(4_000_000, 0.19):.0f}", f"{bandwidth_needed(4_000_000, 0.19, 0.005):.0f}"
+    ('800000000', '1600000000')
     """
-    return 2 * nbytes / (compute * MOST / (1 - MOST))
+    return 2 * nbytes / (_allowed(compute) - latency)
+
+
+def _allowed(compute: float) -> float:
+    """Seconds of waiting that are 5 % of a period."""
+    return compute * MOST / (1 - MOST)
 
 
 class Measured(NamedTuple):
@@ -153,6 +171,61 @@ def options(measured: Measured, choice: Choice) -> str:
     """What to type for it."""
     transport = "" if choice.costs is measured.costs[0] else f" --transport {choice.costs.transport}"
     return f"--period {choice.period}" + " --overlap" * choice.overlap + transport
+
+
+class Trial(NamedTuple):
+    """A choice that was tried, and the share of their time for which workers waited; None: a period is too long."""
+
+    choice: Choice
+    waiting: float | None
+
+
+def confirm(choice: Choice, attempt: Callable[[Choice], tuple[float | None, float]]) -> list[Trial]:
+    """Try a choice, and longer periods while workers wait too much with it; the last trial is what to recommend.
+
+    Args:
+        choice: the first.
+        attempt: returns for which share of their time workers waited, None where a period is too long to try, and by
+            which share the same differs on this machine: where that is more, the trial says nothing.
+    """
+    trials = list[Trial]()
+    for _ in range(_TRIES):
+        waiting, unrest = attempt(choice)
+        if waiting is None and trials:
+            break
+        trials.append(Trial(choice, waiting))
+        if waiting is None or waiting < MOST or waiting <= unrest:
+            break
+        choice = choice._replace(period=_longer(choice.period, waiting))
+    return trials
+
+
+def _longer(period: int, waiting: float) -> int:
+    """λ with which workers wait for less than 5 % of their time, if an exchange costs as much as with `period`.
+
+    >>> _longer(100, 0.2)
+    600
+    """
+    return ceil(period * waiting / (1 - waiting) * (1 - _MARGIN * MOST) / (_MARGIN * MOST) - 1e-9)
+
+
+def conclude(measured: Measured, trials: Sequence[Trial]) -> list[str]:
+    """What to type, and whether a trial confirms it."""
+    choice, waiting = trials[-1]
+    typed = options(measured, choice)
+    if waiting is None:
+        seconds = choice.period * measured.step
+        return [f"So: {typed} (not tried, since a period takes {seconds:.1f} s: give --seconds as many)"]
+    seen = f"tried: workers waited for {percent(max(waiting, 0.0))} of their time"
+    before = "".join(f"; with λ = {trial.choice.period} for {percent(trial.waiting)}" for trial in trials[:-1])
+    lines = [f"So: {typed} ({seen}{before})"]
+    if waiting >= MOST:
+        lines.append(
+            f"WARNING: the trial does not confirm it: {percent(waiting)} is not less than {100 * MOST:.0f} %. By it "
+            f"λ = {_longer(choice.period, waiting)} is needed; but other work on this machine, or fewer cores than "
+            "ranks, may be why: measure again without that, and with a larger --seconds"
+        )
+    return lines
 
 
 def recommend(measured: Measured, choice: Choice, rule: Rule, encodings: Sequence[str] = ()) -> list[str]:
@@ -229,16 +302,37 @@ def _centers_words(measured: Measured, costs: Costs) -> str:
 
 
 def _encoding_words(measured: Measured, costs: Costs, encodings: Sequence[str]) -> str:
-    """Below which bandwidth each encoding pays, and which is the first that is enough with the one measured."""
+    """Whether fewer bytes help; if so below which bandwidth each encoding pays, and which is enough with ours."""
     numbers, compute, dtype = measured.numbers, measured.compute, f"f{measured.number_bytes}"
-    here = 2 * numbers * measured.number_bytes / costs.exchange(compute)
-    needed = {name: bandwidth_needed(get(name).nbytes(numbers, dtype), compute) for name in encodings}
+    sizes, plain = {name: get(name).nbytes(numbers, dtype) for name in encodings}, numbers * measured.number_bytes
+    sizes = {name: nbytes for name, nbytes in sizes.items() if nbytes < plain} | {"float32": plain}
+    exchange, latency = costs.exchange(compute), costs.latency(compute)
+    about = "Encoding (--encoding and --pull-encoding)"
+    float32 = f"{about}: float32{_instead(measured, costs)}: "
+    if len(sizes) == 1:
+        return f"{float32}no other writes {numbers:,} number{'s' * (numbers > 1)} in fewer bytes"
+    parts = (
+        f"of an exchange, {milliseconds(exchange)}, one of a single number would take {milliseconds(latency)} as well"
+    )
+    if latency >= _LATENCY * exchange:
+        return f"{float32}{parts}: mostly latency, which fewer bytes do not shorten"
+    if latency >= _allowed(compute):
+        return f"{about}: {parts}: with λ = {measured.period} none is enough: a longer period is needed"
+    here = 2 * plain / (exchange - latency)
+    needed = {name: bandwidth_needed(nbytes, compute, latency) for name, nbytes in sizes.items()}
     names = sorted(needed, key=lambda name: -needed[name])
     enough = next((name for name in names if needed[name] <= here), None)
     limits = [f"{name} pays below {size(needed[longer])}/s" for longer, name in pairwise(names)]
     verdict = f"{enough} is enough" if enough else f"even {names[-1]} is not enough: a longer period is needed"
     return (
-        f"Encoding (--encoding and --pull-encoding), by bytes alone, with λ = {measured.period}: {', '.join(limits)}: "
+        f"{about}, by bytes alone, with λ = {measured.period}: {', '.join(limits)}: "
         f"there the longer numbers make a worker wait more than {100 * MOST:.0f} % of its time. An exchange moves "
         f"{size(here)}/s here: {verdict}"
     )
+
+
+def _instead(measured: Measured, costs: Costs) -> str:
+    """What helps where no encoding does, if help is needed."""
+    if costs.waiting(measured.compute) < MOST:
+        return ""
+    return " and a longer period" + " or --overlap" * (costs.hidden is not None and costs.overlap_helps(measured.step))

@@ -21,6 +21,10 @@ def json_file(comm: MPI.Comm, path: str | None) -> Callable[[str], None]:
 
     def write(text: str) -> None:
         if file:
-            file.write_text(text)
+            try:
+                file.write_text(text)
+            except OSError as error:
+                error.filename = error.filename or str(file)  # that of a full disk has none
+                raise
 
     return write

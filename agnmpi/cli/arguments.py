@@ -5,7 +5,7 @@ import contextlib
 import difflib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -56,6 +56,8 @@ hold here, too.
   alone        an exchange of one worker while the others do nothing, after a
                pause of 20 ms, in which the center goes to sleep
   all at once  of each worker, where all exchange and nobody computes
+  1 number     as alone, of a single number instead: the latency, which no
+               encoding shortens
   MB/s         bytes of the vectors, both ways, over the seconds alone
   λ            the smallest period for which a worker waits less than 5 % of its
                time. In between, exchanges meet at the center as in a queue
@@ -63,7 +65,8 @@ hold here, too.
                take about as long as the exchange
   λ overlap    the smallest period with overlap
 
-At the end the choice is tried, unless a period takes longer than --seconds."""
+At the end the choice is tried, unless a period takes longer than --seconds; and
+longer periods, where workers wait too much with it."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,6 +77,12 @@ def parser() -> argparse.ArgumentParser:
         epilog="Start it with mpiexec: mpiexec -n 4 python -m agnmpi train examples/digits.py:Digits",
     )
     top.add_argument("--version", action="version", version=f"agnmpi {__version__}")
+    _add_commands(top)
+    return top
+
+
+def _add_commands(top: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    """Add the commands; returns their parsers by name."""
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_sweep(commands)
@@ -86,7 +95,8 @@ def parser() -> argparse.ArgumentParser:
     add_models(commands)
     add_reports(commands)
     add_capi(commands)
-    return top
+    parsers: Mapping[str, argparse.ArgumentParser] = commands.choices
+    return parsers
 
 
 def _add_bench(commands: Any) -> None:
@@ -294,29 +304,46 @@ def _join_commands(argv: Sequence[str]) -> Sequence[str]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse; usage errors and --help raise their text, so that one rank alone prints it."""
-    output = io.StringIO()
+    output, words = io.StringIO(), _join_commands(sys.argv[1:] if argv is None else argv)
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return parser().parse_args(_join_commands(sys.argv[1:] if argv is None else argv))
+            return parser().parse_args(words)
     except SystemExit as request:
         if request.code in (0, None):
             raise HelpAsked(output.getvalue()) from None
-        raise ArgumentsRefused(_with_suggestions(output.getvalue())) from None
+        raise ArgumentsRefused(_with_suggestions(output.getvalue(), words)) from None
 
 
-def _with_suggestions(message: str) -> str:
-    """A refusal with the options that misspelt ones are like.
+def _with_suggestions(message: str, argv: Sequence[str]) -> str:
+    """A refusal with the options of this command that misspelt ones are like, or the commands that have them.
 
-    >>> _with_suggestions("agnmpi: error: unrecognized arguments: --perod 3")
+    >>> _with_suggestions("agnmpi: error: unrecognized arguments: --perod 3", ["train"])
     'agnmpi: error: unrecognized arguments: --perod 3; did you mean --period?\\n'
+    >>> _with_suggestions("agnmpi: error: unrecognized arguments: --replay run", ["train"])
+    'agnmpi: error: unrecognized arguments: --replay run; --replay is an option of simulate\\n'
     """
     _, found, words = message.rpartition("unrecognized arguments: ")
-    known = [
-        f"--{other}".replace("_", "-")
-        for o in (Config, Timing)
-        for f in fields(o)
-        for other in (f.name, *f.metadata["also"])
+    options = {name: _options_of(command) for name, command in _add_commands(argparse.ArgumentParser()).items()}
+    called = next((word for word in argv if word in options), None)
+    if not found or called is None:
+        return message
+    hints, near, known = list[str](), list[str](), {option for own in options.values() for option in own}
+    for word in [word.partition("=")[0] for word in words.split() if word.startswith("--")]:
+        for match in difflib.get_close_matches(word, sorted(known), 1):
+            holders = [name for name, own in options.items() if match in own]
+            if called in holders:
+                near.append(match)
+            else:
+                hints.append(f"{match} is an option of {', '.join(holders)}")
+    hints += [f"did you mean {', '.join(near)}?"] if near else []
+    return f"{'; '.join([message.rstrip(), *hints])}\n"
+
+
+def _options_of(command: argparse.ArgumentParser) -> list[str]:
+    """Its options, also earlier spellings; not what only tests use."""
+    return [
+        option
+        for action in command._actions
+        for option in action.option_strings
+        if option.startswith("--") and action.dest != "inject_faults"
     ]
-    unknown = [word.partition("=")[0] for word in words.split() if word.startswith("--")] if found else []
-    near = [match for word in unknown for match in difflib.get_close_matches(word, known, 1)]
-    return f"{message.rstrip()}; did you mean {', '.join(near)}?\n" if near else message

@@ -2,21 +2,27 @@
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from agnmpi.arrays.encodings import NAMES
 from agnmpi.bench.periods import NoWire, hidden, period_times
-from agnmpi.bench.problem import fitting, step_times, usable_encodings
+from agnmpi.bench.problem import about_spoilt, fitting, step_times, usable_encodings
 from agnmpi.bench.recommendation import (
     MOST,
+    Choice,
     Costs,
     Measured,
+    Trial,
     bandwidth_needed,
     choose,
+    conclude,
+    confirm,
     options,
     recommend,
 )
 from agnmpi.bench.utilisation import Case, cases, row
-from agnmpi.cli.arguments import parse
+from agnmpi.bench.written import json_file
+from agnmpi.cli.arguments import ArgumentsRefused, parse
 from agnmpi.core import rules
 from agnmpi.core.optimizers import Optimizer, sgd
 from agnmpi.core.worker import Worker
@@ -65,7 +71,21 @@ def test_gradient_and_optimizer_are_timed_apart():
         return inner.update(*args, **kwargs)
 
     worker = worker_alone(4, Optimizer("slow", inner.init, update))
-    assert step_times(worker, clock.gradient(100.0, 100.0, 1.0, 2.0, 9.0), 1.0, clock) == (2.0, 0.25)
+    assert step_times(worker, clock.gradient(100.0, 100.0, 1.0, 2.0, 9.0), 1.0, clock) == (2.0, 0.25, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "g", "share", "refused"),
+    [(0.5, 1.0, 0, 0), (np.nan, 1.0, 1, 0), (np.inf, 1.0, 1, 0), (0.5, np.nan, 1, 1), (0.5, -np.inf, 1, 1)],
+)
+def test_a_problem_that_does_not_train_is_told(loss, g, share, refused):
+    clock = Clock()
+    gradient = clock.gradient(1.0)
+    times = step_times(worker_alone(4), lambda step: (gradient(step) and loss, np.full(2, g)), 2.0, clock)
+    assert (times.spoilt, times.refused) == (share, refused)
+    said = about_spoilt(times.spoilt)
+    assert len(said) == (share > 0)
+    assert all("WARNING: 100.0 % of the steps gave NaN or infinity" in line for line in said)
 
 
 def test_each_row_comes_after_the_one_that_it_is_compared_with():
@@ -229,6 +249,95 @@ def test_the_advice_on_encodings(period, enough):
         assert "bf16 pays below 15.2 MB/s, int8 pays below 7.6 MB/s, int4 pays below 3.86 MB/s" in said
 
 
+def small(numbers, number_bytes=4, period=10, costs=P2P):
+    """A model whose exchange takes as long as that of one number."""
+    costs = costs._replace(one_alone=costs.alone, one_all_at_once=costs.all_at_once)
+    return measured(costs, period=period)._replace(numbers=numbers, number_bytes=number_bytes)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (small(1, 2), "float32 and a longer period: no other writes 1 number in fewer bytes"),
+        (small(1, 2, period=40), "float32: no other writes 1 number in fewer bytes"),
+        (small(6), "float32 and a longer period: of an exchange, 1,000 ms, one of a single number would take 1,000 ms"),
+        (small(6, costs=P2P._replace(hidden=0.8)), "float32 and a longer period or --overlap: of an exchange"),
+        (small(100_000_000, period=40), "float32: of an exchange, 1,000 ms"),
+    ],
+)
+def test_no_encoding_helps_where_an_exchange_is_latency(facts, said):
+    line = words(facts, NAMES)["Encoding"]
+    assert said in line
+    assert not any(text in line for text in ("int4", "int8", "bf16", "B/s", "is enough"))
+
+
+def test_encodings_that_make_a_model_longer_are_left_out():
+    """Of 40 numbers, 160 bytes, int8 writes 260, bf16 80 and int4 34."""
+    line = words(measured(P2P)._replace(numbers=40), NAMES)["Encoding"]
+    assert "int8" not in line
+    assert "bf16 pays below" in line
+    assert "int4 pays below" in line
+
+
+def test_latency_is_no_bandwidth():
+    """8 MB take 0.6 s of an exchange of 1 s: with λ = 15 they may take 0.389 s, of which 16-bit numbers need 0.3."""
+    costs = P2P._replace(one_alone=0.4, one_all_at_once=0.4)
+    line = words(measured(costs, period=15), NAMES)["Encoding"]
+    assert "moves 13.3 MB/s here: bf16 is enough" in line
+    assert "bf16 pays below 20.5 MB/s" in line
+    assert "with λ = 7 none is enough: a longer period is needed" in words(measured(costs, period=7), NAMES)["Encoding"]
+
+
+def test_latency_queues_as_exchanges_do():
+    costs = costs_of(8, 1.0, one_alone=0.5, one_all_at_once=4.0)
+    assert costs.latency(0.0) == pytest.approx(4.0)
+    assert costs._replace(one_alone=9.0, one_all_at_once=99.0).latency(3.0) == costs.exchange(3.0), "no more than all"
+
+
+def trials_of(*shares, unrest=0.0):
+    left = list(shares)
+    return confirm(Choice(P2P, True, 100), lambda choice: (left.pop(0), unrest))
+
+
+def test_a_choice_that_its_trial_confirms():
+    trials = trials_of(0.03)
+    assert conclude(measured(P2P), trials) == [
+        "So: --period 100 --overlap (tried: workers waited for 3.0 % of their time)"
+    ]
+
+
+def test_longer_periods_are_tried_until_workers_wait_little():
+    trials = trials_of(0.2, 0.06, 0.03)
+    assert [trial.choice.period for trial in trials] == [100, 600, 920]
+    assert conclude(measured(P2P), trials) == [
+        "So: --period 920 --overlap (tried: workers waited for 3.0 % of their time; with λ = 100 for 20.0 %; "
+        "with λ = 600 for 6.0 %)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shares", "unrest", "period", "needed"),
+    [
+        ((0.2, 0.2, 0.2), 0.0, 3600, 21600),  # however long
+        ((0.2,), 0.3, 100, 600),  # noise: a longer period may be longer than need be
+        ((0.2, None), 0.0, 100, 600),  # too long to be tried
+    ],
+)
+def test_what_no_trial_confirms_is_said_so(shares, unrest, period, needed):
+    trials = trials_of(*shares, unrest=unrest)
+    conclusion, warning = conclude(measured(P2P), trials)
+    assert conclusion.startswith(f"So: --period {period} --overlap (tried: workers waited for 20.0 % of their time")
+    assert "WARNING: the trial does not confirm it: 20.0 % is not less than 5 %" in warning
+    assert f"By it λ = {needed} is needed" in warning
+
+
+def test_what_takes_too_long_is_not_tried():
+    assert conclude(measured(P2P, step=0.1), trials_of(None)) == [
+        "So: --period 100 --overlap (not tried, since a period takes 10.0 s: give --seconds as many)"
+    ]
+    assert trials_of(None) == [Trial(Choice(P2P, True, 100), None)]
+
+
 def test_less_bytes_need_less_bandwidth_in_proportion():
     assert bandwidth_needed(4000, 1.0) == 2 * bandwidth_needed(2000, 1.0) == 2 * bandwidth_needed(4000, 2.0)
 
@@ -279,3 +388,30 @@ def test_the_three_benches_on_the_command_line(argv, command, values):
     args = parse(argv)
     assert args.command == command
     assert {name: getattr(args, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["bench", "a.py:B", "--workers", "7"], "--workers is an option of train, sweep, simulate, bench\n"),
+        (["bench", "a.py:B", "--workres", "7"], "--workers is an option of train, sweep, simulate, bench\n"),
+        (["bench", "a.py:B", "--xyz", "7"], "unrecognized arguments: --xyz 7\n"),
+        (["bench", "a.py:B", "--perod=7"], "did you mean --period?\n"),
+        (["bench", "utilisation", "--perods", "7"], "did you mean --periods?\n"),
+        (["bench", "--rouns", "7"], "did you mean --rounds?\n"),
+        (["simulate", "a.py:B", "--workres", "7"], "did you mean --workers?\n"),
+        (["train", "a.py:B", "--grid", "7", "--perod", "3"], "--grid is an option of sweep; did you mean --period?\n"),
+        (["train", "a.py:B", "--injekt-faults"], "unrecognized arguments: --injekt-faults\n"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_options_of_the_command_that_was_called_are_offered(argv, said):
+    with pytest.raises(ArgumentsRefused) as refused:
+        parse(argv)
+    assert str(refused.value).endswith(said)
+
+
+def test_a_full_disk_is_named():
+    write = json_file(MPI.COMM_SELF, "/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write("{}")
