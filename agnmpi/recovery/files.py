@@ -44,6 +44,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
         _flush_directory(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a full disk it names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

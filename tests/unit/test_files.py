@@ -64,6 +64,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/x'$"):
+        write_atomic(tmp_path / "x", b"1")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_link_in_the_way_is_replaced_and_not_followed(tmp_path, monkeypatch):
     victim, path = tmp_path / "victim", tmp_path / "file"
     victim.write_text("mine")
