@@ -30,7 +30,7 @@ def lock(directory: Path) -> None:
         holder = _read(descriptor)
         os.close(descriptor)
         raise FileExistsError(
-            f"{directory} is in use by another job ({holder}): wait for its end, or give another --run-dir"
+            f"{directory} is in use by another job ({holder}): wait for its end, or give another directory (--run-dir)"
         ) from error
     except OSError:
         os.close(descriptor)

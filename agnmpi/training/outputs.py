@@ -50,7 +50,7 @@ def run_directory(config: Config) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     lock(path)  # another job may be about to write its configuration
     if (path / "config.toml").exists():
-        raise FileExistsError(f"{path} holds another run; give another --run-dir, or remove it")
+        raise FileExistsError(f"{path} holds another run; give another directory (--run-dir), or remove it")
     return path
 
 
