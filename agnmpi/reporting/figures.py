@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
-from math import ceil, floor, isfinite, log10
+from math import ceil, floor, isfinite, isnan, log10
 from typing import NamedTuple
 
 from .runs import digits, duration
@@ -67,11 +67,11 @@ def heatmap(
 ) -> str:
     """Cells in time, a row for each name: their colour is the value, from none to the most.
 
-    `rows[i][j]`: the value of `names[i]` between `edges[j]` and `edges[j + 1]`, seconds.
+    `rows[i][j]`: the value of `names[i]` between `edges[j]` and `edges[j + 1]`, seconds; NaN: no cell.
     """
     if len(edges) < 2 or not rows:
         return ""
-    high = max((value for row in rows for value in row), default=0.0) or 1.0
+    high = max((value for row in rows for value in row if not isnan(value)), default=0.0) or 1.0
     row_height = max(3.0, min(22.0, 200 / len(rows)))
     bottom = _TOP + row_height * len(rows)
     axis = _Axis(edges[0], edges[-1], _LEFT + 24, _WIDTH - _RIGHT, True)
@@ -85,6 +85,8 @@ def heatmap(
                 f"{escape(name)}</text>"
             )
         for value, low, up in zip(row, edges, edges[1:]):
+            if isnan(value):
+                continue
             width = axis.at(up) - axis.at(low)
             body.append(
                 f'<rect class="cell" x="{axis.at(low):.1f}" y="{y:.1f}" width="{max(width - 0.6, 0.4):.1f}" '

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from math import nan
 from typing import Any
 
 from .figures import Line, chart, heatmap
@@ -78,7 +79,7 @@ def _head(run: Run) -> str:
     evaluated, progress = run.of("evaluation"), run.of("progress")
     if evaluated:
         tiles += [_tile(digits(value), f"{name}, last") for name, value in evaluated[-1]["metrics"].items()][:3]
-    if best := run.result.get("best"):
+    if best := run.best:
         tiles.append(_tile(digits(best["value"]), f"{best['metric']}, best, at step {best['step']:,}"))
     if (good := goodput(run.events)) is not None:
         tiles.append(_tile(f"{good:.1%}", "goodput"))
@@ -109,7 +110,7 @@ def _compare(runs: Sequence[Run], names: Sequence[str]) -> str:
     for run, name in zip(runs, names):
         last = run.of("evaluation")
         values = [digits(last[-1]["metrics"].get(metric)) if last else "–" for metric in metrics]
-        best = run.result.get("best")
+        best = run.best
         values.append(f"{best['metric']} {digits(best['value'])}" if best else "–")
         rows.append(
             [name, run.state, str(workers(run)), duration(run.seconds), *values, *(_text(run, d) for d in differ)]
@@ -142,8 +143,8 @@ def _marks(run: Run, x: str) -> list[tuple[float, str, str]]:
             marks.append((at, _what(event), "bad"))
         elif event["event"] == "checkpoint":
             marks.append((at, f"checkpoint at step {event['holds']:,}", "note"))
-        if event["event"] == "evaluation" and event["step"] == run.result.get("best", {}).get("step"):
-            marks.append((at, f"the best {run.result['best']['metric']}", "good"))
+        if event["event"] == "evaluation" and event["step"] == run.best.get("step"):
+            marks.append((at, f"the best {run.best['metric']}", "good"))
     return marks
 
 
@@ -177,30 +178,46 @@ def _behaviour(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _workers(runs: Sequence[Run], names: Sequence[str], most: int = 60) -> str:
-    """Where each worker's steps went, in time: at most `most` intervals, and rows, of several workers each."""
+    """Where each worker's steps went, in time: at most `most` rows, of several workers each."""
     figures = []
     for run, name in zip(runs, names):
-        events = run.of("workers")
-        events = events[:: -(-len(events) // most) or 1]  # they count from the start
-        count = max((len(event["steps"]) for event in events), default=0)
+        edges, columns = _speeds(run)
+        count = max(map(len, columns), default=0)
         size = -(-count // most) or 1
         groups = [range(first, min(first + size, count)) for first in range(0, count, size)]
-        edges, rows, before = [0.0], [list[float]() for _ in groups], [0] * count
-        for event in events:
-            now = [*event["steps"], *[0] * (count - len(event["steps"]))]
-            seconds = event["wall"] - edges[-1]
-            if seconds < 0.2:
-                continue
-            if any(new < old for new, old in zip(now, before)):
-                before = [0] * count  # it was resumed, and counts from 0 again
-            edges.append(event["wall"])
-            for row, group in zip(rows, groups):
-                row.append(sum(now[w] - before[w] for w in group) / len(group) / seconds)
-            before = now
+        rows = [[_mean(column[group.start : group.stop]) for column in columns] for group in groups]
         title = "steps/s of each worker" if len(runs) == 1 else f"steps/s of each worker: {name}"
         labels = [f"worker {g[0]}" if len(g) == 1 else f"{g[0]}–{g[-1]}" for g in groups]
         figures.append(heatmap(title, rows, edges, labels, "steps/s"))
     return _section("Workers", figures)
+
+
+def _speeds(run: Run, most: int = 60) -> tuple[list[float], list[list[float]]]:
+    """Steps/s of each worker in about `most` intervals of a run, none where nobody knows; their edges in seconds."""
+    events = run.of("start", "workers")
+    every = -(-len(events) // most) or 1
+    edges, columns, before, skipped = [0.0], list[list[float]](), list[int](), 0
+    for event, following in zip(events, [*events[1:], None]):
+        seconds = event["wall"] - edges[-1]
+        if event["event"] == "start":  # they count from 0; what came after the last count, before a crash, is lost
+            before, skipped = [], 0
+            if seconds >= 0.2:
+                edges.append(event["wall"])
+                columns.append([])
+            continue
+        skipped += 1
+        ends = following is None or following["event"] == "start"
+        if seconds < 0.2 or (skipped < every and not ends):
+            continue
+        now, skipped = event["steps"], 0
+        columns.append([(new - old) / seconds for new, old in zip(now, [*before, *[0] * len(now)])])
+        edges.append(event["wall"])
+        before = now
+    return edges, columns
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else nan
 
 
 def _happened(runs: Sequence[Run], names: Sequence[str]) -> str:

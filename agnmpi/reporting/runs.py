@@ -8,6 +8,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..recovery.files import load_facts
+
 Event = dict[str, Any]
 _ENDS = {"end": "done", "interrupted": "interrupted", "failed": "failed", "complete": "done"}
 _SILENT = 60.0  # seconds without an event after which a run that has not ended counts as crashed
@@ -20,7 +22,8 @@ class Run(NamedTuple):
         path: its directory.
         options: as it was configured last.
         events: of events.jsonl, each with `wall`: seconds of training so far, over all times that it was resumed.
-        result: of result.json; empty before the end.
+        result: of result.json; empty before the end, also where the run goes on after one.
+        best: its best center so far: metric, value and step; empty where none is kept.
         state: done, interrupted, failed, crashed, running.
     """
 
@@ -28,6 +31,7 @@ class Run(NamedTuple):
     options: Mapping[str, Any]
     events: Sequence[Event]
     result: Mapping[str, Any]
+    best: Mapping[str, Any]
     state: str
 
     def of(self, *kinds: str) -> list[Event]:
@@ -79,7 +83,8 @@ def read(path: Path) -> Run:
     last = events[-1]["event"] if events else ""
     silent = time.time() - (path / "events.jsonl").stat().st_mtime
     state = _ENDS.get(last) or ("running" if silent < _SILENT else "crashed")
-    return Run(path, _options(path), events, _json(path / "result.json"), state)
+    result = _result(path, events)
+    return Run(path, _options(path), events, result, result.get("best", {}) if result else _best(path), state)
 
 
 def read_events(path: Path) -> Iterator[Event]:
@@ -95,6 +100,24 @@ def read_events(path: Path) -> Iterator[Event]:
                 before = wall
             event["wall"] = wall = before + float(event.get("seconds", 0.0))
             yield event
+
+
+def _result(path: Path, events: Sequence[Event]) -> dict[str, Any]:
+    """Of result.json, where that is of this run as it is now: since it began last, it has ended."""
+    for event in reversed(events):
+        if event["event"] == "start":
+            break
+        if event["event"] in ("end", "complete"):
+            return _json(path / "result.json") | dict(event.get("result", {}))  # a file that was not written is older
+    return {}
+
+
+def _best(path: Path) -> dict[str, Any]:
+    try:
+        facts = load_facts(path / "best.safetensors")
+        return {"metric": facts["metric"], "value": float(facts["value"]), "step": int(facts["step"])}
+    except (OSError, ValueError, KeyError):  # there is none, or it is another's
+        return {}
 
 
 def _options(path: Path) -> dict[str, Any]:
@@ -144,7 +167,7 @@ def summary(run: Run) -> dict[str, str]:
         line["epoch"] = f"{progress[-1]['epoch']:.3g}"
     last = run.of("evaluation")
     line["last"] = " ".join(f"{name} {digits(value)}" for name, value in last[-1]["metrics"].items()) if last else ""
-    if best := run.result.get("best"):
+    if best := run.best:
         line["best"] = f"{best['metric']} {digits(best['value'])}"
     return line
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .events import json_safe
+from .runs import read_events
 
 Event = Mapping[str, Any]
 _PROGRESS = ("loss", "samples_per_second", "commits_per_second", "staleness_mean")
@@ -37,10 +38,14 @@ def numbers(event: Event) -> Iterator[tuple[str, float]]:
 
 
 class CSV:
-    """RUN/metrics.csv: a line for each number, with step, epoch, seconds, name and value."""
+    """RUN/metrics.csv: a line for each number, with step, epoch, seconds, name and value.
+
+    The seconds are those of training over all times that the run was resumed, as in its report.
+    """
 
     def __init__(self, directory: Path) -> None:
-        path = directory / "metrics.csv"
+        path, events = directory / "metrics.csv", directory / "events.jsonl"
+        self._before = max((event["wall"] for event in read_events(events)), default=0.0) if events.exists() else 0.0
         begins = not path.exists()
         self._file = path.open("a", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file)
@@ -50,7 +55,8 @@ class CSV:
     def write(self, event: Event) -> None:
         """As `Writer`."""
         for name, value in numbers(event):
-            self._csv.writerow([event["step"], event["epoch"], event["seconds"], name, repr(float(value))])
+            seconds = round(self._before + event["seconds"], 3)
+            self._csv.writerow([event["step"], event["epoch"], seconds, name, repr(float(value))])
         self._file.flush()
 
     def close(self) -> None:

@@ -13,9 +13,10 @@ from ..arrays.backend import Array
 from ..cluster.role import Role
 from ..core.backoff import Every
 from ..core.batches import Plan
+from ..core.center import SummedCenter
 from ..core.messages import Commit
 from ..core.params import Layout
-from ..reporting.events import JsonLines, RecentMean, RecentRates, json_safe
+from ..reporting.events import JsonLines, Pace, RecentMean, RecentRates, json_safe
 from ..reporting.goodput import goodput
 from ..reporting.runs import digits, duration, read_events
 from ..reporting.terminal import Bar, console
@@ -60,6 +61,7 @@ class Monitor:
         self.failed_evaluations = 0
         self.failure = ""  # of the first evaluation: the run is to end
         self._start = time.monotonic()
+        self._pace = Pace(self._start, self._center.settled)
         self.console = console()
         self._live = self.console.is_terminal
         self._writers = Writers(directory, config.writer_names, on_event, self.say)
@@ -95,6 +97,7 @@ class Monitor:
     def start(self, initial: Array | None = None) -> None:
         """The training begins; from these parameters (n,), which are evaluated first, unless it goes on."""
         self._start = time.monotonic()
+        self._pace = Pace(self._start, self._center.settled)
         self._rate()
         self._events.write("start", workers=self.evaluations.role.count, period=self._config.period)
         self.show()
@@ -119,6 +122,7 @@ class Monitor:
         self._samples = samples
         self._start -= seconds
         self._rates = RecentRates()
+        self._pace = Pace(time.monotonic(), self._center.settled)
         self._rate()
         self.evaluations.resumed(self._center.steps)
         self._events.write("resume", step=self._center.steps, clock=self._center.clock)
@@ -249,7 +253,9 @@ class Monitor:
 
     def _rate(self) -> tuple[float, ...]:
         """Commits and samples per second, lately."""
-        return self._rates.add(time.monotonic(), (self._center.clock, self._samples))
+        now = time.monotonic()
+        self._pace.add(now, self._center.settled)
+        return self._rates.add(now, (self._center.clock, self._samples))
 
     def _write_progress(self) -> tuple[float, ...]:
         rates = self._rate()
@@ -280,7 +286,12 @@ class Monitor:
         )
 
     def _write_workers(self, last: bool = False) -> None:
-        """Write what each worker, or node center, has done: each 5 s at first, then ever more rarely."""
+        """Write what each worker, or node center, has done: each 5 s at first, then ever more rarely.
+
+        Nothing where the center sees sums of all workers' steps, and cannot know whose they are.
+        """
+        if self._center.rule.allreduce or isinstance(self._center, SummedCenter):
+            return
         elapsed = time.monotonic() - self._start
         if not last and elapsed - self._done_at < max(5.0, elapsed / 100):
             return
@@ -289,11 +300,13 @@ class Monitor:
         self._events.write("workers", steps=[steps for steps, _ in done], commits=[commits for _, commits in done])
 
     def _time_left(self) -> str:
-        steps = self._center.steps
-        if not steps:
+        if not self._center.steps:
             return "waiting for the first commit"
-        seconds = (time.monotonic() - self._start) * (self.total - steps) / steps
-        return f"{duration(seconds)} left" if seconds < inf else ""
+        now = time.monotonic()
+        if self._center.settled < self.total and (silent := self._pace.since(now)):
+            return f"no commit for {duration(silent)}"
+        left = self._pace.left(now, self.total)
+        return "" if left is None else f"{duration(left)} left"
 
     def _status(self, rates: tuple[float, ...]) -> str:
         facts = [f"loss {_short(self._loss.value)}", format_metrics(self.metrics)]

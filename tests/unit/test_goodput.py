@@ -50,3 +50,21 @@ def test_a_lost_center_counts_while_another_comes_and_a_dead_job_does_not():
     assert goodput([*before, *follows[:2], *failover, *follows[2:]]) == pytest.approx(1560 / (4 * 10 * 43))
     lost = run((20.0, "lost", {"workers": 4}))  # for a yardstick alone
     assert goodput([*before, *lost, *follows]) == pytest.approx(1560 / (4 * 10 * 40))
+
+
+def test_a_moment_is_no_yardstick():
+    """Of a short run, with a loss at its start, the end alone is undisturbed: one second, and what came after it."""
+    lost = [(0.1, "lost", {"workers": 1}), *progress(1, 6, 70, 72), (6.2, "progress", {"step": 436})]
+    assert goodput(run(start(0, 3), *lost)) is None
+    assert goodput(run(start(0, 3), *lost[:-1], *progress(7, 10, 502, 72))) is None
+    later = [(11.2, "progress", {"step": 796}), (11.2, "end", {})]
+    assert goodput(run(start(0, 3), *lost[:-1], *progress(7, 11, 502, 72), *later)) == pytest.approx(1, abs=0.05)
+
+
+def test_the_end_is_no_yardstick():
+    """The last seconds, in which one worker of four has steps left: as if all had been that slow."""
+    lost = [(20, "lost", {"workers": 3}), (20, "joined", {"workers": 4})]
+    whole = run(
+        start(0, 4), *progress(1, 20, 40, 40), *lost, *progress(21, 40, 828, 40), (44, "progress", {"step": 1598})
+    )
+    assert goodput(whole) == pytest.approx(1598 / (4 * 10 * 44))

@@ -8,9 +8,11 @@ import subprocess
 import time
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from agnmpi.cli.main import main
+from agnmpi.recovery.files import save
 from agnmpi.reporting.page import page
 from agnmpi.reporting.runs import read
 
@@ -99,6 +101,80 @@ def figures(text):
     """The figures of a page, by title, each as a whole XML document."""
     found = [ElementTree.fromstring(figure) for figure in re.findall(r"<figure>.*?</figure>", text)]
     return {figure.findtext("figcaption"): figure for figure in found}
+
+
+BEST = {"metric": "accuracy", "value": "0.95", "step": "120", "clock": "40"}
+
+
+@pytest.mark.parametrize("ends", [None, "interrupted", "end", "complete"])
+def test_a_run_that_goes_on_after_its_end_has_no_result_of_before(run, ends):
+    """result.json is one of its first 100 steps, or of all: what is shown beside its events must agree with these."""
+    save(run / "best.safetensors", {"w": np.zeros(2)}, BEST)
+    events = [start(1), {"event": "resume", "step": 100}]
+    if ends != "complete":
+        events += [evaluation(120, 0.95, 2.0), progress(125, 2.5)]
+    new = {"best": {"metric": "accuracy", "value": 0.95, "step": 120}, "steps": 125}
+    with (run / "events.jsonl").open("a") as file:
+        file.write("\n")
+        for event in [*events, *([{"event": ends, **({"result": new} if ends == "end" else {})}] if ends else [])]:
+            file.write(json.dumps({"time": 0.0, "seconds": 0.0} | event) + "\n")
+    (run / "result.json").write_text((run / "result.json").read_text()[:-1] + ', "samples_per_second": 4567.0}')
+    found, text = read(run), page([read(run)])
+    if ends == "complete":
+        assert (found.best["step"], found.result["stopped"]) == (50, "enough")
+        assert "4,567" in text
+        return
+    assert dict(found.best) == {"metric": "accuracy", "value": 0.95, "step": 120}
+    assert ("accuracy, best, at step 120" in text, "best, at step 50" in text) == (True, False)
+    assert found.result.get("steps") == (125 if ends == "end" else None)
+    if ends != "end":
+        assert "4,567" not in text
+        assert "it stopped" not in text
+
+
+def test_the_best_of_a_run_that_is_under_way(tmp_path, capsys):
+    path = write(tmp_path / "run", start(), evaluation(120, 0.95, 2.0), progress(125, 2.5), old=False)
+    assert not read(path).best
+    (path / "best.safetensors").write_bytes(b"not whole")
+    assert not read(path).best
+    save(path / "best.safetensors", {"w": np.zeros(2)}, BEST)
+    assert main(["runs", str(path)]) == 0
+    assert re.search(r"running.* accuracy 0\.9500 +accuracy 0\.9500", capsys.readouterr().out)
+    assert "the best accuracy" in page([read(path)])
+
+
+def speeds(text):
+    """The cells of the figure of the workers: name, steps/s, from, to."""
+    figure = next(figure for title, figure in figures(text).items() if title.startswith("steps/s"))
+    told = [cell.text for cell in figure.iter("title")]
+    return [re.fullmatch(r"(.+): (.+) steps/s, (.+) s to (.+) s", line).groups() for line in told]
+
+
+def counts(seconds, *steps):
+    return {"event": "workers", "seconds": seconds, "steps": list(steps), "commits": list(steps)}
+
+
+def test_the_speeds_of_workers_after_a_resume(tmp_path):
+    """They count from 0 again: more, by then, than before; and what they did up to a crash nobody knows."""
+    first = [start(2), counts(5.0, 50, 100), counts(10.0, 100, 200), progress(330, 14.0)]
+    again = [start(2), {"event": "resume", "step": 300}, counts(20.0, 400, 400)]
+    text = page([read(write(tmp_path / "run", *first, *again))])
+    assert speeds(text) == [
+        ("worker 0", "10", "0", "5"), ("worker 0", "10", "5", "10"), ("worker 0", "20", "14", "34"),
+        ("worker 1", "20", "0", "5"), ("worker 1", "20", "5", "10"), ("worker 1", "20", "14", "34"),
+    ]  # fmt: skip
+
+
+def test_the_speeds_of_a_long_run_that_was_resumed(tmp_path):
+    """Several counts are one interval, and none of these spans a resumption."""
+    part = [start(1), *(counts(5.0 * i, 50 * i) for i in range(1, 102))]
+    told = speeds(page([read(write(tmp_path / "run", *part, *part))]))
+    assert {speed for _, speed, _, _ in told} == {"10"}
+    assert 40 < len(told) <= 70
+
+
+def test_a_run_whose_steps_are_nobody_s_has_no_rows(tmp_path):
+    assert "of each worker" not in page([read(write(tmp_path / "run", start(4), progress(40, 4.0)))])
 
 
 def test_the_page_of_a_run(run):
