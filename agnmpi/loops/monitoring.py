@@ -168,7 +168,8 @@ class LoopMonitor:
                 self._open(total, initial=not self.session.role.center.settled)
             else:
                 self._monitor.show()
-                self._monitor.total = self._total
+            assert self._monitor is not None
+            self._monitor.total, self._monitor.before = self._total, before
 
     def _open(self, total: int | None, initial: bool) -> None:
         given, role = self._given, self.session.role

@@ -49,6 +49,7 @@ class Monitor:
     ) -> None:
         self._center, self._stamp, self._config, self._plan = role.center, stamp, config, plan
         self.total: float = plan.steps  # of the run; infinite where nobody knows
+        self.before = 0  # steps before those that are numbered from 0 now
         self._loss = RecentMean(plan.steps_per_epoch)
         self._samples = 0
         self._rates = RecentRates()
@@ -164,7 +165,8 @@ class Monitor:
         done = self._done.setdefault(commit.worker, [0, 0])
         done[0] += commit.steps
         done[1] += commit.commits
-        self._samples += sum(map(self._plan.count, commit.leases))
+        leases = [lease._replace(first=self.before + lease.first) for lease in commit.leases]
+        self._samples += sum(map(self._plan.count, leases))
         last = self._center.settled >= self.total or bool(self.stop_reason)
         self.evaluations.committed(c, self._point(), last)
         self.tick()

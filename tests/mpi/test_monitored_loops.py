@@ -174,6 +174,16 @@ def test_samples_are_those_of_the_steps_in_a_checkpoint(comm, directory):
     assert result["samples"] == 4 * result["steps"]
 
 
+def test_the_short_last_batch_of_an_epoch_is_counted_as_it_is(comm, directory):
+    """Three epochs of 4, 4 and 2 samples, in loops that are no multiples of one."""
+    opt = made(comm, Monitoring(directory, samples=10, batch=4))
+    for steps in (2, 2, 5):
+        train(opt, loops=1, steps=steps)
+    opt.close()
+    comm.Barrier()
+    assert read(directory).result["samples"] == 30
+
+
 def test_what_has_ended_all_loops_ends_those_of_a_run_that_is_resumed(comm, directory):
     taken = []
     for stop_at in (0.5, 0.5, 0.2):
