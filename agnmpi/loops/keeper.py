@@ -1,5 +1,6 @@
 """How a loop of your own is kept: when its checkpoints are written, how it is resumed, signals that ask for both."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class Keeper:
         self._complete: int | None = None  # steps of the last loop, if it has taken or given up all that it was asked
         self.done_before = 0  # steps of the next session that were taken or given up before the run was resumed
         self._saved_at = -1  # steps at the last `save`
+        self._failure = ""  # of this session
         self._signals = Signals(partial(abort, session.comm)) if kept else None
 
     @property
@@ -151,14 +153,21 @@ class Keeper:
         facts = partial(self._facts, False)
         return OwnCheckpoints(kept.directory, self._session, self._layout, facts, self._say, self._when, kept.every)
 
-    def end_if_signalled(self) -> None:
-        """Raise Interrupted on all ranks, after a checkpoint, if any was asked to stop."""
+    def fails(self, error: RuntimeError) -> None:
+        """The session fails: `error` is raised at its end, after a checkpoint; now, where none is kept."""
+        if self._kept is None or self._session.rule.allreduce:
+            raise error
+        self._failure = self._failure or str(error)
+
+    def end_if_asked(self) -> None:
+        """Raise Interrupted on all ranks, after a checkpoint, if any was asked to stop; RuntimeError if it failed."""
         if self._signals is None or self._kept is None:
             return
-        received = [text for text in allgather(self._session.comm, self._signals.received or "") if text]
-        if received:
+        why = json.dumps([self._failure, self._signals.received or ""])
+        failures, received = zip(*map(json.loads, allgather(self._session.comm, why)))
+        if any(failures) or any(received):
             self.save(self._kept.directory, between=False)
-            raise Interrupted(abort=False)
+            raise RuntimeError(max(failures)) if any(failures) else Interrupted(abort=False)
 
     @contextmanager
     def signals_installed(self) -> Iterator[None]:

@@ -236,10 +236,10 @@ class Loop(Warner):
             self._monitor.settle()
         self._copy_final_center()
         try:
-            self._keeper.end_if_signalled()
-        except Interrupted:
+            self._keeper.end_if_asked()
+        except (Interrupted, RuntimeError) as error:
             if self._monitor is not None:
-                self._monitor.interrupted(self._keeper.signal)
+                self._monitor.ended_early(self._keeper.signal if isinstance(error, Interrupted) else None)
             raise
         if self._monitor is not None:
             self._monitor.ends()
@@ -349,14 +349,17 @@ class Loop(Warner):
             self._at_center.committed(c, self.point, last=False)
             self._at_center.tick()
 
+    def diverged(self, error: RuntimeError) -> None:
+        """End the session in order, where checkpoints are kept."""
+        self._keeper.fails(error)
+
     def waiting(self) -> None:
         """Go on with `at_center`; tell the workers if they are to stop."""
         role = self.session.role
         if self._at_center is not None:
             self._at_center.tick()
         self._keeper.waiting()
-        if self._silent is not None:
-            self._silent.tick()
+        super().waiting()
         if (self._monitor is not None and self._monitor.tick()) or self._keeper.signalled:
             role.center.control = STOP
         if isinstance(role, CenterRole):

@@ -256,11 +256,13 @@ class LoopMonitor:
         if self.stopped == "the first evaluation has failed":
             raise RuntimeError(f"{self.stopped}, as rank 0 has said")
 
-    def interrupted(self, signal: str) -> None:
-        """A signal has ended the loop."""
-        if self._monitor is not None:
+    def ended_early(self, signal: str | None) -> None:
+        """A signal has ended the loop, or a failure."""
+        if self._monitor is not None and signal is None:
+            self._monitor.stop("failed", ranks=[0])
+        elif self._monitor is not None:
             self._monitor.stop("interrupted", signal=signal)
-            self._monitor = None
+        self._monitor = None
 
     def finish(self) -> None:
         """For good: evaluate the final center, write and show the result."""

@@ -120,6 +120,11 @@ class Warner(Observer):
         if self._silent is not None:
             self._silent.served(commit)
 
+    def waiting(self) -> None:
+        """Look who is silent."""
+        if self._silent is not None:
+            self._silent.tick()
+
     def _note(self, event: str, **facts: Any) -> None:
         """An event to be written."""
 

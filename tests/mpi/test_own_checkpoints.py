@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agnmpi import AGNOptimizer, Interrupted, adam, schedules, sgd
+from agnmpi import AGNOptimizer, Interrupted, Monitoring, adam, schedules, sgd
 from agnmpi.core import rules
-from agnmpi.recovery.checkpoint import folder, folders
+from agnmpi.recovery.checkpoint import folder, folders, newest
+from agnmpi.reporting.runs import read
 from agnmpi.transport import registry
 from agnmpi.transport.agreement import ConfigError
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
 TRANSPORTS = [entry for entry in registry.entries() if entry.capabilities.center_ranks]
+WHOLE = [entry for entry in TRANSPORTS if entry.capabilities.single_commits]
 
 
 @pytest.fixture
@@ -157,6 +159,26 @@ def test_a_run_that_is_opened_and_closed_leaves_its_checkpoint(comm, directory, 
     assert everyone == [(epoch, step) for epoch in range(3) for step in range(60)]
     assert opt.taken == 180
     opt.close()
+
+
+@pytest.mark.parametrize("transport", WHOLE, ids=name)
+def test_a_loop_that_diverges_leaves_what_was_good(comm, directory, transport):
+    opt = AGNOptimizer(
+        sgd(0.1), np.zeros(2), comm, 5, transport=transport, checkpoint=directory, monitor=Monitoring(directory)
+    )
+
+    def diverge():
+        for count, _ in enumerate(opt.steps(1000)):
+            opt.minimize(lambda p: (0.0, p["0"] * np.nan if count > 20 else p["0"] - 1))  # noqa: B023
+
+    with pytest.raises(RuntimeError, match="commits in a row were refused"):
+        diverge()
+    opt.close()
+    comm.Barrier()
+    assert read(directory).state == "failed"
+    found = newest(directory, pytest.fail)
+    assert 20 <= found[2]["steps"] < 1000
+    assert np.isfinite(found[1]["c"]).all()
 
 
 def test_a_signal_between_two_loops_is_of_the_next(comm, directory):
