@@ -121,7 +121,7 @@ class Keeper:
 
     def begins(self, steps: int) -> None:
         """A session is about to begin, after `steps` steps."""
-        self._complete = None
+        self._complete, self._failure = None, ""
         if len(self._before) == self._session.role.session:
             self._before.append(steps)
         self._resuming = False
