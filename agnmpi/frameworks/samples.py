@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from mpi4py import MPI
 
+from ..transport.agreement import failed_ranks
 from ..transport.chunks import PIECE
 from ..transport.peers import peer_failed
 
@@ -226,8 +227,6 @@ class Receiver:
 
     def _bury(self) -> None:
         """Some rank has died (ULFM): wait for no samples of it, and let the probe work again."""
-        failed, group = self._comm.Get_failed(), self._comm.Get_group()
-        self._senders.difference_update(failed.Translate_ranks(list(range(failed.size)), group))
-        self._comm.Ack_failed(failed.size)
-        failed.Free()
-        group.Free()
+        ranks = failed_ranks(self._comm)
+        self._senders.difference_update(ranks)
+        self._comm.Ack_failed(len(ranks))

@@ -144,11 +144,15 @@ class LoopMonitor:
         facts: dict[str, Any] = {"samples": int(self._samples), "seconds": self._seconds}
         if self._monitor is not None:
             facts |= self._monitor.progress
-            best = self._monitor.evaluations.best
-            self._since_best = best.since if best else 0
         if self._given.ends_loops:
-            facts |= {"criteria": self._criteria, "stopped": self.stopped, "since_best": self._since_best}
+            facts |= {"criteria": self._criteria, "stopped": self.stopped, "since_best": self._since}
         return facts | ({"epoch": self._epoch} if self._epoch else {})
+
+    @property
+    def _since(self) -> int:
+        """Evaluations since the best."""
+        best = self._monitor.evaluations.best if self._monitor else None
+        return best.since if best else self._since_best
 
     @property
     def _criteria(self) -> str:
@@ -258,6 +262,7 @@ class LoopMonitor:
 
     def ended_early(self, signal: str | None) -> None:
         """A signal has ended the loop, or a failure."""
+        self._since_best = self._since
         if self._monitor is not None and signal is None:
             self._monitor.stop("failed", ranks=[0])
         elif self._monitor is not None:

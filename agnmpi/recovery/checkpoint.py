@@ -170,7 +170,7 @@ def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Array
 
 
 def newest_state(run: Path, say: Callable[[str], None]) -> Saved | None:
-    """What it holds."""
+    """What the newest complete checkpoint of a run holds, as `newest`."""
     checkpoint = newest(run, say)
     return checkpoint and checkpoint[1:]
 

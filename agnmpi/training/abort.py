@@ -14,7 +14,7 @@ from ..cluster.placement import fault_tolerant
 from ..core.backoff import Orphaned, wait_until
 from ..recovery.processes import command
 from ..recovery.watchdog import LAUNCHERS, STRANDED
-from ..transport.agreement import format_ranks
+from ..transport.agreement import failed_ranks, format_ranks
 from .exits import INTERRUPTED, Interrupted
 
 _pid = os.getpid()
@@ -28,19 +28,11 @@ def forked() -> bool:
 def say(comm: MPI.Comm, error: BaseException) -> None:
     """Print the error with this rank's name in one write; where it is the loss of others, that alone."""
     text = f"failed, ending the job:\n{''.join(traceback.format_exception(error))}"
-    if isinstance(error, MPI.Exception) and (lost := _lost(comm)):
-        text = f"ends the job: {format_ranks(lost)} died, and it needs all of its ranks; resume it\n"
+    if isinstance(error, MPI.Exception) and fault_tolerant() and (lost := failed_ranks(comm)):
+        text = f"ends the job: {format_ranks(sorted(lost))} died, and it needs all of its ranks; resume it\n"
     sys.stdout.flush()
     sys.stderr.write(f"agnmpi: rank {comm.rank} on {MPI.Get_processor_name()} {text}")
     sys.stderr.flush()
-
-
-def _lost(comm: MPI.Comm) -> list[int]:
-    """The ranks of `comm` that MPI knows to be dead."""
-    if not fault_tolerant():
-        return []
-    failed = comm.Get_failed()
-    return sorted(failed.Translate_ranks(list(range(failed.size)), comm.Get_group()))
 
 
 def say_and_abort(comm: MPI.Comm, error: BaseException, then: Callable[[], object] = bool) -> None:

@@ -69,6 +69,15 @@ def _broadcast(comm: MPI.Comm, encoded: np.ndarray[Any, np.dtype[np.uint8]], roo
     return text.tobytes().decode()
 
 
+def failed_ranks(comm: MPI.Comm) -> list[int]:
+    """The ranks of `comm` that MPI knows to be dead; needs ULFM."""
+    failed, group = comm.Get_failed(), comm.Get_group()
+    ranks = failed.Translate_ranks(list(range(failed.size)), group)
+    failed.Free()
+    group.Free()
+    return ranks
+
+
 def format_ranks(ranks: list[int]) -> str:
     """Ranks as text.
 

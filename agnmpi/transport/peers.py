@@ -13,6 +13,7 @@ from mpi4py import MPI
 from ..arrays.backend import Array, bring, empty, to_host
 from ..arrays.encodings import Encoding, encode_pull, sizes
 from ..core.messages import COMMIT_BYTES, ENCODED, MISFIT, PULL, SPARE, Commit, Reply
+from .agreement import failed_ranks
 from .chunks import INLINE, PIECE, Stream, Ticks, discarded
 from .staging import Wire, cut, make_wire
 
@@ -320,9 +321,6 @@ class Listener:
 
     def dead(self) -> list[Peer]:
         """Who has died, after `poll` has failed; acknowledged, so that `poll` works again for the others (ULFM)."""
-        failed, group = self._comm.Get_failed(), self._comm.Get_group()
-        ranks = failed.Translate_ranks(list(range(failed.size)), group)
-        self._comm.Ack_failed(failed.size)
-        failed.Free()
-        group.Free()
+        ranks = failed_ranks(self._comm)
+        self._comm.Ack_failed(len(ranks))
         return [self._peers[rank] for rank in ranks]
